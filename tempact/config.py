@@ -1,0 +1,153 @@
+"""Typed configuration. Light on purpose: importing it must not import torch.
+
+Every field is read somewhere (a test looks), every unit is in the name or the comment. Named presets
+are in `presets.py`; parsing of command lines and YAML is in `cli.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tempact.errors import UserError
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """PEFT LoRA. `targets` are suffixes of module names."""
+
+    rank: int
+    alpha: int
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW; `grad_clip` is the largest global gradient norm of one policy."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+    eps: float = 1e-8
+    grad_clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts. `prompts` is "shapeworld" (drawn from the grammar's training split) or a file."""
+
+    prompts: str = "shapeworld"
+    prompts_per_iteration: int = 2
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    """The planner policy and its GSPO update (ALGORITHM.md 2.4, 2.5)."""
+
+    weights: str  # "shapeworld" (shipped) or a Hugging Face folder
+    lora: LoraConfig
+    optim: OptimConfig
+    train: bool = True
+    plans_per_prompt: int = 4  # M
+    max_new_tokens: int = 192
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    clip_low: float = 3e-4
+    clip_high: float = 4e-4
+    kl_weight: float = 5e-4
+    advantage_clip: float = 1.0
+    loss_tokens: str = "all"  # "all" counts the whole response, "json" only what follows </think>
+
+
+@dataclass(frozen=True)
+class ExecutorConfig:
+    """The executor policy, its rollout and its Flow-GRPO update (ALGORITHM.md 2.1 - 2.3, 2.5)."""
+
+    weights: str  # "shapeworld" (shipped) or a checkpoint
+    lora: LoraConfig
+    optim: OptimConfig
+    train: bool = True
+    continuations: int = 8  # N
+    frames: int = 24  # F, latent frames
+    chunk_frames: int = 3  # c
+    window: str = "full"  # a name in executor.window.WINDOWS
+    text_switch: str = "cross_attention"  # or "recache"
+    timesteps: tuple[int, ...] = (1000, 750, 500, 250)
+    shift: float = 5.0
+    eta: float = 1.0
+    smooth_prompts: bool = True
+    clip_velocity_rms: float = 0.0055
+    kl_weight: float = 5e-4
+    advantage_clip: float = 2.0
+    ema_decay: float = 0.99
+    micro_batch: int = 64  # (continuation, transition) pairs a backward
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Weights of ALGORITHM.md 2.5."""
+
+    temporal_following: float = 0.85
+    plan_quality: float = 0.15
+    format_penalty: float = 0.5
+    step_following: float = 0.6
+    aesthetics: float = 0.4
+    shuffle_advantages: bool = False  # control experiment: advantages permuted over the iteration
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out evaluation: videos per set, film strips shown, bootstrap resamples."""
+
+    simple: int = 64
+    hard: int = 64
+    strips: int = 4
+    bootstrap: int = 2000
+    batch: int = 64
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The loop. `updates_per_iteration` splits the plan groups of an iteration over that many steps."""
+
+    iterations: int = 100
+    updates_per_iteration: int = 1
+    checkpoint_every: int = 20
+    keep_checkpoints: int = 2
+    samples_every: int = 10
+    max_skipped_updates: int = 5  # consecutive updates refused for non-finite gradients before the run stops
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, whole."""
+
+    preset: str
+    planner: PlannerConfig
+    executor: ExecutorConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    output: str = "runs/shapeworld"
+    seed: int = 0
+    device: str = "auto"  # auto, cpu, cuda
+    threads: int = 0  # CPU threads, 0 leaves torch's choice
+    deterministic: bool = False
+
+
+def validate(config: RunConfig) -> None:
+    """Raises UserError in one line for the first value that cannot work."""
+    executor, planner = config.executor, config.planner
+    checks = [
+        (executor.frames > 0 and executor.frames % executor.chunk_frames == 0, "executor.frames", executor.frames,
+         f"a positive multiple of executor.chunk_frames ({executor.chunk_frames})"),
+        (planner.plans_per_prompt >= 2, "planner.plans_per_prompt", planner.plans_per_prompt,
+         "at least 2 (a planning group compares plans)"),
+        (executor.continuations >= 2, "executor.continuations", executor.continuations,
+         "at least 2 (an execution group compares continuations)"),
+    ]  # fmt: skip
+    for good, key, found, accepted in checks:
+        if not good:
+            raise UserError(f"{key}: found {found}; accepted: {accepted}")

@@ -1,0 +1,148 @@
+"""The K/V history of a batch of videos: what each chunk attends to and what it leaves behind.
+
+Rollout and training both go through `History`, so that a context rebuilt for training is the context of
+the rollout. Keys are stored with RoPE for absolute windows and without it for relative ones, where they
+are rotated once a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from csrc_triton import CacheView, ForkableKVCache, fork_attention
+from csrc_triton.kv_cache import Reservation
+from tempact.executor.window import WindowPolicy
+from tempact.models.wan.transformer import Attend, TextKV, WanTransformer, apply_rope, attend_own
+
+Pair = tuple[Tensor, Tensor]
+
+
+class History:
+    """K/V of videos made with `model` under a window policy; latents [B, C, F, H, W].
+
+    `size` is the latents' (H, W). Frames that no later chunk attends to are dropped.
+    """
+
+    def __init__(self, model: WanTransformer, window: WindowPolicy, chunk: int, size: tuple[int, int]):
+        self.model, self.window, self.chunk = model, window, chunk
+        config = model.config
+        self.rows_columns = (size[0] // config.patch[1], size[1] // config.patch[2])
+        self.frame_tokens = self.rows_columns[0] * self.rows_columns[1]
+        weight = model.patch_embedding.weight
+        self.device = weight.device
+        self.cache = ForkableKVCache(
+            config.layers, config.heads, config.head_dim, rows=64 * chunk * self.frame_tokens, dtype=weight.dtype,
+            device=self.device,
+        )  # fmt: skip
+
+    def new_branch(self) -> int:
+        return self.cache.new_branch()
+
+    def fork(self, branch: int, n: int) -> list[int]:
+        """n branches that share all of `branch`'s history; `branch` ends."""
+        forks = self.cache.fork(branch, n)
+        self.cache.release(branch)
+        return forks
+
+    def frames(self, branch: int) -> int:
+        """Latent frames committed so far."""
+        return self.cache.length(branch) // self.frame_tokens
+
+    def positions(self, start: int) -> Tensor:
+        """Temporal positions of the own frames of the chunk at `start`."""
+        return torch.tensor(self.window.temporal_positions(start, self.chunk)[1], device=self.device)
+
+    def context(self, branches: Sequence[int], start: int) -> list[CacheView] | list[Pair] | None:
+        """What the chunk at frame `start` attends to, per layer; None for the first chunk."""
+        return self._context(branches, *self._attended(start))
+
+    def _attended(self, start: int) -> tuple[list[int], list[int]]:
+        return self.window.attended(start, self.chunk), self.window.temporal_positions(start, self.chunk)[0]
+
+    def _context(
+        self, branches: Sequence[int], frames: list[int], positions: list[int]
+    ) -> list[CacheView] | list[Pair] | None:
+        if not frames:
+            return None
+        ranges = [(first * self.frame_tokens, last * self.frame_tokens) for first, last in frame_ranges(frames)]
+        views = self.cache.views(branches, ranges)
+        if self.window.positions == "absolute":
+            return views
+        rope = self.model.rope(torch.tensor(positions, device=self.device), *self.rows_columns)
+        pairs = (view.gather() for view in views)
+        return [(apply_rope(k, rope), v) for k, v in pairs]
+
+    @torch.no_grad()
+    def commit(self, branches: Sequence[int], latents: Tensor, text: TextKV) -> None:
+        """The context pass: appends a chunk's clean latents [B, C, c, H, W] at sigma 0."""
+        start = self.frames(branches[0])
+        reservation = self.cache.reserve(branches, self.chunk * self.frame_tokens)
+        self._write(reservation, latents, text, self.positions(start), self.context(branches, start))
+        self.cache.commit(reservation)
+        self._forget(branches, start + self.chunk)
+
+    @torch.no_grad()
+    def recache(self, branches: Sequence[int], latents: Tensor, text: TextKV) -> None:
+        """Rewrites the window's K/V under a new text, in one bidirectional pass.
+
+        latents [B, C, S, H, W] holds all S committed frames. A sink beyond the rewritten frames keeps the
+        old text and is attended to (BACKBONES.md section 2, "LL re-cache").
+        """
+        total = latents.shape[2]
+        frames = self.window.recached(total)
+        kept = list(range(min(self.window.sink, frames[0])))
+        reservation = self.cache.reserve(branches, len(frames) * self.frame_tokens)
+        positions = torch.tensor(frames, device=self.device)
+        self._write(reservation, latents[:, :, frames[0] :], text, positions, self._context(branches, kept, kept))
+        self.cache.replace(reservation, frames[0] * self.frame_tokens)
+
+    def _write(
+        self, reservation: Reservation, latents: Tensor, text: TextKV, positions: Tensor, context: list | None
+    ) -> None:
+        raw = self.window.positions == "relative"
+        attend = attend_to(context)
+
+        def write(layer: int, q: Tensor, k: Tensor, v: Tensor, raw_k: Tensor) -> Tensor:
+            self.cache.write(reservation, layer, raw_k if raw else k, v)
+            return q
+
+        def attend_and_write(layer: int, q: Tensor, k: Tensor, v: Tensor, raw_k: Tensor) -> Tensor:
+            write(layer, q, k, v, raw_k)
+            return attend(layer, q, k, v, raw_k)
+
+        sigma = torch.zeros(latents.shape[0], latents.shape[2], device=self.device)
+        self.model.write_context(latents, sigma, text, positions, attend_and_write, write)
+
+    def _forget(self, branches: Sequence[int], start: int) -> None:
+        """Drops the frames that neither the chunk at `start` nor any later one attends to."""
+        needed = self.window.attended(start, self.chunk)
+        if len(needed) == start:
+            return
+        first = needed[self.window.sink] if len(needed) > self.window.sink else start
+        for branch in branches:
+            self.cache.drop(branch, self.window.sink * self.frame_tokens, first * self.frame_tokens)
+
+
+def attend_to(context: list[CacheView] | list[Pair] | None) -> Attend:
+    """Attention to a frozen context and the own chunk."""
+    if context is None:
+        return attend_own
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, raw_k: Tensor) -> Tensor:
+        return fork_attention(q, k, v, context[layer])
+
+    return attend
+
+
+def frame_ranges(frames: list[int]) -> list[tuple[int, int]]:
+    """Consecutive frames as [first, last) ranges: [0, 4, 5, 6] -> [(0, 1), (4, 7)]."""
+    ranges: list[tuple[int, int]] = []
+    for frame in frames:
+        if ranges and ranges[-1][1] == frame:
+            ranges[-1] = (ranges[-1][0], frame + 1)
+        else:
+            ranges.append((frame, frame + 1))
+    return ranges

@@ -1,0 +1,215 @@
+"""The executor policy: a causal diffusion transformer with a trainable adapter and its frozen start.
+
+`rollout` makes videos; `update` is one Flow-GRPO step on the recorded transition chunks. Velocities,
+old ones included, come from one path (ALGORITHM.md decision 4), through the context rebuilt from stored
+clean latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from tempact.config import ExecutorConfig
+from tempact.executor.context import attend_to
+from tempact.executor.rollout import (
+    NoiseSource,
+    PromptBook,
+    RolloutSettings,
+    rebuild_context,
+    roll_out,
+)
+from tempact.executor.schedule import Schedule
+from tempact.executor.window import WINDOWS
+from tempact.infra.adapters import freeze_reference, load_adapter, reference_active, save_adapter
+from tempact.models.wan.codec import Codec
+from tempact.models.wan.text_encoder import TextEncoder
+from tempact.models.wan.transformer import WanTransformer
+from tempact.rl.flow_grpo import flow_grpo_loss
+from tempact.types import Batch, Plan, Rollout, Transition
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """Training rows of one micro-batch: plans (indices), their continuations and transitions, row-major."""
+
+    plans: list[int]
+    continuations: slice
+    transitions: slice
+
+
+class Executor:
+    """WanTransformer + LoRA ("default" trainable, "ref" frozen), text encoder, codec, sampler settings."""
+
+    def __init__(
+        self, model: WanTransformer, text_encoder: TextEncoder, codec: Codec, config: ExecutorConfig, size: tuple[int, int]
+    ):
+        window = WINDOWS[config.window]
+        window.check(config.frames, config.chunk_frames)
+        self.config, self.codec, self.text_encoder = config, codec, text_encoder.requires_grad_(False)
+        self.latent_size = codec.latent_size(*size)
+        self.settings = RolloutSettings(
+            frames=config.frames,
+            chunk=config.chunk_frames,
+            window=window,
+            text_switch=config.text_switch,
+            schedule=Schedule.from_timesteps(config.timesteps, config.shift),
+            eta=config.eta,
+            smooth=config.smooth_prompts,
+        )
+        lora = PeftLoraConfig(
+            r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=list(config.lora.targets),
+            init_lora_weights="gaussian",
+        )  # fmt: skip
+        self.peft = get_peft_model(model.requires_grad_(False), lora)
+        self.model = model  # the same module, its linears now carrying adapters
+        freeze_reference(self.peft, lora)
+        self._text: dict[str, Tensor] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.patch_embedding.weight.device
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable ones by name."""
+        return {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
+
+    def save_adapter(self, folder: Path) -> None:
+        save_adapter(self.peft, folder)
+
+    def load_adapter(self, folder: Path) -> None:
+        load_adapter(self.peft, folder)
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        """Text rows [n, text_len, text_dim]; every prompt is encoded once in a run."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text]
+        if new:
+            self._text.update(zip(new, self.text_encoder.encode(new), strict=True))
+        return torch.stack([self._text[prompt] for prompt in prompts])
+
+    def noise_shape(self, plans: int, continuations: int) -> tuple[int, ...]:
+        """Shape of one chunk's noise: [P, N, K, C, c, H, W]."""
+        steps = len(self.settings.schedule.sigmas) - 1
+        return (plans, continuations, steps, self.codec.latent_channels, self.settings.chunk, *self.latent_size)
+
+    def rollout(self, plans: list[Plan], fork_frames: list[int], noise: NoiseSource) -> Rollout:
+        """Videos of P plans x N continuations (N is the noise's); plan p forks at fork_frames[p]."""
+        latents, transition = roll_out(self.model, self.encode, plans, fork_frames, noise, self.settings)
+        frames = self.codec.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+        return Rollout(latents, frames, transition)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the model is the frozen starting policy."""
+        with reference_active(self.peft):
+            yield
+
+    def velocities(self, transition: Transition, plans: list[int]) -> Tensor:
+        """Velocities of the given plans' recorded transitions [plans, N, T, C, c, H, W], without gradient."""
+        out = torch.zeros_like(transition.noises[plans])
+        for group in groups_by_start(transition, plans):
+            for entries, velocity in self._forward(transition, group, grad=False):
+                rows = [plans.index(plan) for plan in entries.plans]
+                for row, value in zip(rows, velocity.unflatten(0, (len(rows), -1)), strict=True):
+                    target = out[row, entries.continuations, entries.transitions]
+                    target.copy_(value.view_as(target))
+        return out
+
+    def update(self, batch: Batch, plans: list[int], v_old: Tensor | None = None) -> dict[str, float]:
+        """Accumulates the gradient of the Flow-GRPO loss over the transitions of `plans`.
+
+        v_old as `velocities` returned it before the first step of the iteration; None means that this is
+        that first step, and v_old is the velocity itself without gradient. Returns metrics; the gradient
+        is the mean over the counted (plan, continuation, transition) terms.
+        """
+        transition = batch.transition
+        assert transition is not None
+        plans = [p for p in plans if bool(batch.execution_mask[p].any())]
+        terms = int(batch.execution_mask[plans].sum()) * transition.noises.shape[2] if plans else 0
+        if not terms:
+            return {}
+        with self.reference():
+            v_ref = self.velocities(transition, plans)
+        clip = self.config.clip_velocity_rms / transition.noises[0, 0, 0].numel() ** 0.5
+        totals: dict[str, float] = {}
+        for group in groups_by_start(transition, plans):
+            for entries, velocity in self._forward(transition, group, grad=True):
+                rows = [plans.index(plan) for plan in entries.plans]
+
+                def pick(values: Tensor, index: list[int], entries: _Entries = entries) -> Tensor:
+                    return values[index][:, entries.continuations, entries.transitions].flatten(0, 2)
+
+                steps = transition.noises.shape[2]
+                spread = (-1, -1, steps)
+                advantage = batch.execution_advantage[..., None].expand(spread).to(velocity.device)
+                mask = batch.execution_mask[..., None].expand(spread).to(velocity.device)
+                loss, metrics = flow_grpo_loss(
+                    velocity,
+                    velocity.detach() if v_old is None else pick(v_old, rows),
+                    pick(v_ref, rows),
+                    pick(transition.noises, entries.plans),
+                    pick(advantage, entries.plans),
+                    pick(mask, entries.plans),
+                    clip=clip,
+                    kl_weight=self.config.kl_weight,
+                    terms=terms,
+                )
+                loss.backward()
+                for name, value in metrics.items():
+                    totals[name] = totals.get(name, 0.0) + value
+        return totals
+
+    def _forward(self, transition: Transition, group: list[int], *, grad: bool) -> Iterator[tuple[_Entries, Tensor]]:
+        """Micro-batches of one group of plans that share the switch frame, with their velocities."""
+        start = int(transition.start[group[0]])
+        prompts = [transition.prompts[plan] for plan in group]
+        with torch.no_grad():
+            everything = PromptBook(self.model, self.encode, [text for texts in prompts for text in texts])
+            prefix = transition.prefix[group, :, :start].to(self.device)
+            history = rebuild_context(self.model, everything, prefix, prompts, self.settings)
+        sigmas = torch.tensor(self.settings.schedule.sigmas[:-2], device=self.device)
+        for entries in micro_batches(group, transition.noises.shape[1], len(sigmas), self.config.micro_batch):
+            states = transition.states[entries.plans][:, entries.continuations, entries.transitions].flatten(0, 2)
+            own = [transition.prompts[plan][-1] for plan in entries.plans]
+            each = states.shape[0] // len(own)
+            attend = attend_to(history.context([group.index(plan) for plan in entries.plans], start))
+            chosen = sigmas[entries.transitions]
+            sigma = chosen.repeat(states.shape[0] // len(chosen))[:, None].expand(-1, self.settings.chunk)
+            with torch.set_grad_enabled(grad):
+                text = PromptBook(self.model, self.encode, own)([prompt for prompt in own for _ in range(each)])
+                velocity = self.model(states.to(self.device), sigma, text, history.positions(start), attend)
+            yield entries, velocity.float()
+
+
+def groups_by_start(transition: Transition, plans: list[int]) -> list[list[int]]:
+    """`plans` split by switch frame; each group shares the length of its context."""
+    groups: dict[int, list[int]] = {}
+    for plan in plans:
+        groups.setdefault(int(transition.start[plan]), []).append(plan)
+    return list(groups.values())
+
+
+def micro_batches(group: list[int], continuations: int, transitions: int, size: int) -> Iterator[_Entries]:
+    """Pieces of at most `size` (continuation, transition) pairs: whole plans where they fit, else parts of one."""
+    each = continuations * transitions
+    if size >= each:
+        step = size // each
+        for i in range(0, len(group), step):
+            yield _Entries(group[i : i + step], slice(0, continuations), slice(0, transitions))
+        return
+    for plan in group:
+        if size >= transitions:
+            step = size // transitions
+            for n in range(0, continuations, step):
+                yield _Entries([plan], slice(n, min(n + step, continuations)), slice(0, transitions))
+        else:
+            for n in range(continuations):
+                for t in range(0, transitions, size):
+                    yield _Entries([plan], slice(n, n + 1), slice(t, min(t + size, transitions)))

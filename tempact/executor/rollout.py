@@ -1,0 +1,203 @@
+"""Rolling out videos: shared context, fork, continuations in one batch, the transition chunk recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from csrc_triton.flow_sde import flow_sde_step
+from tempact.executor.context import History, attend_to
+from tempact.executor.prompts import smooth_prompts
+from tempact.executor.schedule import Schedule
+from tempact.executor.window import WindowPolicy
+from tempact.models.wan.transformer import Attend, TextKV, WanTransformer
+from tempact.types import Plan, Transition
+
+NoiseSource = Callable[[int], Tensor]  # chunk index -> [P, N, K, C, c, H, W] fp32 standard normal
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How videos are made: F latent frames in chunks of c, the window, what a text switch does."""
+
+    frames: int
+    chunk: int
+    window: WindowPolicy
+    text_switch: str
+    schedule: Schedule
+    eta: float
+    smooth: bool
+
+    @property
+    def chunks(self) -> int:
+        return self.frames // self.chunk
+
+
+class PromptBook:
+    """Cross-attention K/V of the prompts of a batch, projected once under the current weights."""
+
+    def __init__(self, model: WanTransformer, encode: Callable[[list[str]], Tensor], prompts: list[str]):
+        self.index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        self.text = model.project_text(encode(list(self.index)))
+
+    def __call__(self, prompts: list[str]) -> TextKV:
+        """One prompt a batch row."""
+        device = self.text.layers[0][0].device
+        return self.text.select(torch.tensor([self.index[prompt] for prompt in prompts], device=device))
+
+
+def chunk_prompts(plan: Plan, settings: RolloutSettings) -> list[str]:
+    """The prompt the executor sees on every chunk of a plan."""
+    raw = [step.prompt for step in plan.steps]
+    seen = smooth_prompts(raw) if settings.smooth else raw
+    return [seen[plan.step_at(chunk * settings.chunk)] for chunk in range(settings.chunks)]
+
+
+def gaussian_noise(seed: int, shape: tuple[int, ...], device: torch.device) -> NoiseSource:
+    """Noise of `shape` that depends on the seed and the chunk alone."""
+
+    def draw(chunk: int) -> Tensor:
+        # splitmix-like spread, so that neighbouring seeds and chunks start far apart
+        mixed = (seed * 0x9E3779B97F4A7C15 + (chunk + 1) * 0xBF58476D1CE4E5B9) % 2**63
+        generator = torch.Generator(device).manual_seed(mixed)
+        return torch.randn(shape, generator=generator, device=device)
+
+    return draw
+
+
+def denoise_chunk(
+    model: WanTransformer, noise: Tensor, text: TextKV, positions: Tensor, attend: Attend, settings: RolloutSettings
+) -> tuple[Tensor, Tensor]:
+    """K denoising steps of one chunk; noise [B, K, C, c, H, W], the first is where it starts.
+
+    Returns the clean chunk [B, C, c, H, W] and the states x at sigma_0 .. sigma_T [B, T+1, C, c, H, W].
+    """
+    sigmas = settings.schedule.sigmas
+    x = noise[:, 0]
+    states = [x]
+    for k in range(len(sigmas) - 1):
+        sigma = torch.full((x.shape[0], x.shape[2]), sigmas[k], device=x.device)
+        velocity = model(x, sigma, text, positions, attend).float()
+        if sigmas[k + 1] == 0.0:
+            x = x - sigmas[k] * velocity  # the last step is deterministic
+        else:
+            x = flow_sde_step(x, velocity, noise[:, k + 1], sigmas[k], sigmas[k + 1], eta=settings.eta).sample
+            states.append(x)
+    return x, torch.stack(states, dim=1)
+
+
+@dataclass
+class _Branch:
+    plan: int
+    continuations: list[int]  # more than one before the fork
+    branch: int
+
+
+@dataclass
+class _Record:
+    states: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    noises: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def roll_out(
+    model: WanTransformer,
+    encode: Callable[[list[str]], Tensor],
+    plans: list[Plan],
+    fork_frames: list[int],
+    noise: NoiseSource,
+    settings: RolloutSettings,
+) -> tuple[Tensor, Transition]:
+    """Videos of P plans x N continuations.
+
+    Plan p makes frames [0, fork_frames[p]) once, then forks; all branches of all plans advance together,
+    one batch a chunk. N and the latent shape are those of the noise. A fork frame of 0 forks at once.
+    Returns latents [P, N, C, F, H, W] and the recorded transition chunk (the first one after the fork).
+    """
+    prompts = [chunk_prompts(plan, settings) for plan in plans]
+    book = PromptBook(model, encode, [prompt for plan in prompts for prompt in plan])
+    first = noise(0)
+    count, size = first.shape[1], (first.shape[-2], first.shape[-1])
+    latents = first.new_zeros(len(plans), count, first.shape[3], settings.frames, *size)
+    history = History(model, settings.window, settings.chunk, size)
+    branches = [_Branch(p, list(range(count)), history.new_branch()) for p in range(len(plans))]
+    record = _Record()
+    for chunk in range(settings.chunks):
+        start, end = chunk * settings.chunk, (chunk + 1) * settings.chunk
+        branches = _fork(branches, history, [p for p, frame in enumerate(fork_frames) if frame == start])
+        ids = [b.branch for b in branches]
+        texts = [prompts[b.plan][chunk] for b in branches]
+        if settings.text_switch == "recache" and chunk:
+            switched = [i for i, b in enumerate(branches) if prompts[b.plan][chunk - 1] != texts[i]]
+            _recache(history, [branches[i] for i in switched], book([texts[i] for i in switched]), latents, start)
+        text = book(texts)
+        drawn = first if chunk == 0 else noise(chunk)
+        batch = torch.stack([drawn[b.plan, b.continuations[0]] for b in branches])
+        attend = attend_to(history.context(ids, start))
+        clean, states = denoise_chunk(model, batch, text, history.positions(start), attend, settings)
+        for i, b in enumerate(branches):
+            latents[b.plan, b.continuations, :, start:end] = clean[i]
+            if start == fork_frames[b.plan]:
+                record.states[b.plan, b.continuations[0]] = states[i]
+                record.noises[b.plan, b.continuations[0]] = batch[i, 1:]
+        if end < settings.frames:
+            history.commit(ids, clean, text)
+    return latents, _transition(record, latents, fork_frames, prompts, settings)
+
+
+def _fork(branches: list[_Branch], history: History, plans: list[int]) -> list[_Branch]:
+    """The branches with those of `plans` forked into one a continuation."""
+    grown: list[_Branch] = []
+    for b in branches:
+        if b.plan in plans and len(b.continuations) > 1:
+            forks = history.fork(b.branch, len(b.continuations))
+            grown += [_Branch(b.plan, [n], new) for n, new in zip(b.continuations, forks, strict=True)]
+        else:
+            grown.append(b)
+    return grown
+
+
+def _recache(history: History, branches: list[_Branch], text: TextKV, latents: Tensor, start: int) -> None:
+    if branches:
+        past = torch.stack([latents[b.plan, b.continuations[0], :, :start] for b in branches])
+        history.recache([b.branch for b in branches], past, text)
+
+
+def _transition(
+    record: _Record, latents: Tensor, fork_frames: list[int], prompts: list[list[str]], settings: RolloutSettings
+) -> Transition:
+    plans, count = latents.shape[:2]
+    keys = [(p, n) for p in range(plans) for n in range(count)]
+    states = torch.stack([record.states[key] for key in keys]).unflatten(0, (plans, count))
+    noises = torch.stack([record.noises[key] for key in keys]).unflatten(0, (plans, count))
+    start = torch.tensor(fork_frames)
+    prefix = latents[:, 0, :, : max(fork_frames)].clone()
+    for p, frame in enumerate(fork_frames):
+        prefix[p, :, frame:] = 0.0
+    seen = [prompts[p][: frame // settings.chunk + 1] for p, frame in enumerate(fork_frames)]
+    return Transition(states, noises, start, prefix, seen)
+
+
+def rebuild_context(
+    model: WanTransformer, book: PromptBook, prefix: Tensor, prompts: list[list[str]], settings: RolloutSettings
+) -> History:
+    """The history after a shared context [P, C, S, H, W], under the current weights, without gradient.
+
+    prompts[p] holds the prompt of each of plan p's chunks up to and including the one at S. Branch p of
+    the returned history is plan p's.
+    """
+    history = History(model, settings.window, settings.chunk, (prefix.shape[-2], prefix.shape[-1]))
+    branches = [history.new_branch() for _ in prompts]
+    for chunk in range(prefix.shape[2] // settings.chunk + 1):
+        start, end = chunk * settings.chunk, (chunk + 1) * settings.chunk
+        if settings.text_switch == "recache" and chunk:
+            switched = [p for p, texts in enumerate(prompts) if texts[chunk] != texts[chunk - 1]]
+            if switched:
+                text = book([prompts[p][chunk] for p in switched])
+                history.recache([branches[p] for p in switched], prefix[switched, :, :start], text)
+        if end <= prefix.shape[2]:
+            history.commit(branches, prefix[:, :, start:end], book([texts[chunk] for texts in prompts]))
+    return history

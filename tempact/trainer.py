@@ -1,0 +1,239 @@
+"""The loop: plans, rollouts, rewards, advantages, two updates.
+
+Every random draw of an iteration comes from seeds derived of (run seed, iteration, purpose), so the state
+of a run is its weights, its optimisers, its averages and the number of iterations done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tempact.config import OptimConfig, RunConfig
+from tempact.executor.policy import Executor
+from tempact.executor.rollout import gaussian_noise
+from tempact.infra.ema import EMA
+from tempact.planner.policy import Planner
+from tempact.rewards.combine import RewardSet
+from tempact.rl.advantages import advantages
+from tempact.rl.gspo import gspo_loss
+from tempact.types import Batch, Plan, PlanBatch, Prompt, Rollout, Scored
+
+log = logging.getLogger(__name__)
+
+
+class PromptSource(Protocol):
+    def draw(self, count: int, seed: int) -> list[Prompt]:
+        """`count` training prompts, the same for the same seed."""
+        ...
+
+
+class TooManySkippedUpdates(RuntimeError):
+    """Gradients stayed non-finite for `trainer.max_skipped_updates` updates in a row."""
+
+
+def derive_seed(seed: int, iteration: int, purpose: str) -> int:
+    """A 31-bit seed; different for every (run seed, iteration, purpose)."""
+    digest = hashlib.blake2b(f"{seed}/{iteration}/{purpose}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest) >> 1
+
+
+def switch_frames(batch: PlanBatch, chunk: int, rng: random.Random) -> list[int]:
+    """The fork frame of every plan: the start of one of its steps, never 0.
+
+    The step's ordinal is drawn once per planning group, over the steps its longest plan has; shorter plans
+    use their last step. A plan of one step has no switch: it forks after its first chunk, and because no
+    step starts there its continuations are not trained on.
+    """
+    frames = []
+    for first in range(0, len(batch.plans), batch.plans_per_prompt):
+        group = batch.plans[first : first + batch.plans_per_prompt]
+        longest = max(len(plan.steps) for plan in group)
+        ordinal = rng.randrange(1, longest) if longest > 1 else 1
+        for plan in group:
+            step = min(ordinal, len(plan.steps) - 1)
+            frames.append(plan.steps[step].start if step else min(chunk, plan.frames - chunk))
+    return frames
+
+
+@dataclass
+class Iteration:
+    """What one iteration made, for logs, samples and videos."""
+
+    number: int
+    plans: PlanBatch
+    rollout: Rollout
+    scored: Scored
+    batch: Batch
+    metrics: dict[str, float]
+
+
+@dataclass
+class Policy:
+    """A trained policy's optimiser, and how often in a row its update was refused."""
+
+    parameters: dict[str, nn.Parameter]
+    config: OptimConfig
+    optimiser: torch.optim.Optimizer = field(init=False)
+    skipped: int = 0
+
+    def __post_init__(self) -> None:
+        c = self.config
+        self.optimiser = torch.optim.AdamW(
+            self.parameters.values(), lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay
+        )
+
+    def step(self) -> dict[str, float]:
+        """Clips, steps if every gradient is finite, and clears the gradients."""
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.grad_clip)
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            self.optimiser.step()
+        self.skipped = 0 if finite else self.skipped + 1
+        self.optimiser.zero_grad(set_to_none=True)
+        return {"grad_norm": norm.item() if finite else float("nan"), "skipped_updates": float(self.skipped)}
+
+
+class Trainer:
+    """Trains a planner and an executor; `iterations()` yields after each one."""
+
+    def __init__(
+        self, config: RunConfig, planner: Planner, executor: Executor, rewards: RewardSet, prompts: PromptSource
+    ):
+        self.config, self.planner, self.executor, self.rewards, self.prompts = config, planner, executor, rewards, prompts
+        self.done = 0
+        self.planner_policy = Policy(dict(planner.parameters()), config.planner.optim)
+        self.executor_policy = Policy(executor.parameters(), config.executor.optim)
+        self.ema = EMA(executor.parameters(), config.executor.ema_decay)
+
+    def iterations(self, phase: Callable[[str], None]) -> Iterator[Iteration]:
+        """Runs the iterations that are left; `phase` is told the name of each phase as it begins."""
+        while self.done < self.config.trainer.iterations:
+            yield self.iterate(phase)
+
+    def iterate(self, phase: Callable[[str], None]) -> Iteration:
+        """One iteration of the method."""
+        timing: dict[str, float] = {}
+
+        @contextmanager
+        def timed(name: str) -> Iterator[None]:
+            phase(name)
+            started = time.monotonic()
+            yield
+            timing[f"timing_s/{name}"] = time.monotonic() - started
+
+        data, planner, executor = self.config.data, self.config.planner, self.config.executor
+        with timed("plan"):
+            prompts = self.prompts.draw(data.prompts_per_iteration, self._seed("prompts"))
+            plans = self.planner.sample(prompts, planner.plans_per_prompt, self._seed("plans"))
+        with timed("rollout"):
+            forks = switch_frames(plans, executor.chunk_frames, random.Random(self._seed("switch")))
+            shape = self.executor.noise_shape(len(plans.plans), executor.continuations)
+            noise = gaussian_noise(self._seed("noise"), shape, self.executor.device)
+            rollout = self.executor.rollout(plans.plans, forks, noise)
+        with timed("rewards"):
+            scored = self.rewards.score(plans, rollout)
+            generator = torch.Generator().manual_seed(self._seed("shuffle"))
+            batch, metrics = advantages(plans, rollout, scored, self.config, generator)
+        with timed("update"):
+            metrics |= self._update(batch)
+        self.done += 1
+        if torch.cuda.is_available():
+            metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return Iteration(self.done, plans, rollout, scored, batch, metrics | timing)
+
+    def state(self) -> dict:
+        """All that a resumed run needs beside the adapters."""
+        return {
+            "done": self.done,
+            "planner_optimiser": self.planner_policy.optimiser.state_dict(),
+            "executor_optimiser": self.executor_policy.optimiser.state_dict(),
+            "ema": self.ema.state_dict(),
+        }
+
+    def load_state(self, state: dict) -> None:
+        self.done = state["done"]
+        self.planner_policy.optimiser.load_state_dict(state["planner_optimiser"])
+        self.executor_policy.optimiser.load_state_dict(state["executor_optimiser"])
+        self.ema.load_state_dict(state["ema"])
+
+    def _seed(self, purpose: str) -> int:
+        return derive_seed(self.config.seed, self.done, purpose)
+
+    def _update(self, batch: Batch) -> dict[str, float]:
+        """`updates_per_iteration` optimiser steps of both policies on consecutive parts of the plans."""
+        parts = split(len(batch.plan_advantage), self.config.trainer.updates_per_iteration)
+        later = [plan for part in parts[1:] for plan in part]
+        old_velocities, old_log_probs = None, None
+        if later:  # off-policy from the second step on: old values are those before the first
+            with torch.no_grad():
+                old_log_probs = self.planner.log_probs(batch.tokens)
+                old_velocities = self.executor.velocities(batch.transition, later)
+        metrics: dict[str, float] = {}
+        for i, part in enumerate(parts):
+            if self.config.planner.train:
+                old = old_log_probs[part] if i else None
+                metrics |= prefixed("planner", self._update_planner(batch, part, old))
+            if self.config.executor.train:
+                rows = [later.index(plan) for plan in part] if i else []
+                metrics |= prefixed("executor", self._update_executor(batch, part, old_velocities[rows] if i else None))
+        return metrics
+
+    def _update_planner(self, batch: Batch, plans: list[int], old: Tensor | None) -> dict[str, float]:
+        tokens = batch.tokens.select(plans)
+        with torch.no_grad():
+            reference = self.planner.log_probs(tokens, reference=True)
+        log_probs = self.planner.log_probs(tokens)
+        loss, metrics = gspo_loss(
+            log_probs,
+            log_probs.detach() if old is None else old,
+            reference,
+            tokens.response_mask,
+            batch.plan_advantage[plans],
+            batch.plan_mask[plans],
+            self.config.planner,
+        )
+        loss.backward()
+        return metrics | self._step(self.planner_policy, "planner")
+
+    def _update_executor(self, batch: Batch, plans: list[int], old: Tensor | None) -> dict[str, float]:
+        metrics = self.executor.update(batch, plans, old)
+        if not metrics:
+            log.warning("iteration %d: no transition could be scored; executor update left out", self.done + 1)
+            return {}
+        metrics |= self._step(self.executor_policy, "executor")
+        if not self.executor_policy.skipped:
+            self.ema.update(self.executor.parameters())
+        return metrics
+
+    def _step(self, policy: Policy, name: str) -> dict[str, float]:
+        metrics = policy.step()
+        if policy.skipped:
+            log.warning("iteration %d: %s gradient is not finite; update left out", self.done + 1, name)
+        if policy.skipped > self.config.trainer.max_skipped_updates:
+            raise TooManySkippedUpdates(f"{name}: {policy.skipped} updates in a row had non-finite gradients")
+        return metrics
+
+
+def split(count: int, parts: int) -> list[list[int]]:
+    """0 .. count-1 in `parts` consecutive lists of near-equal length, empty ones left out."""
+    bounds = [count * i // parts for i in range(parts + 1)]
+    return [list(range(a, b)) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+
+
+def prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}
+
+
+def describe_plan(plan: Plan) -> str:
+    """A plan in one line: spans and prompts."""
+    return " | ".join(f"[{step.start},{step.end}) {step.prompt}" for step in plan.steps)

@@ -1,0 +1,168 @@
+"""What the stages hand on to each other.
+
+Shapes use the letters of ALGORITHM.md section 1: B prompts, M plans a prompt, P = B*M plans,
+N continuations a plan, F latent frames, c frames a chunk, K denoising steps, T = K-1 stochastic
+transitions, C latent channels, H x W latent size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One user instruction. `category` is free text ("simple", "hard" in ShapeWorld)."""
+
+    prompt_id: str
+    text: str
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a plan: `prompt` holds on latent frames [start, end)."""
+
+    start: int
+    end: int
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A span-aware plan.
+
+    `steps` cover [0, F) in order without gap or overlap, every bound a multiple of the chunk.
+    `format_score` is 1 (usable as written), 0.5 (usable after the repairs named in `repairs`) or
+    0 (unusable: one step that holds the whole instruction). `response` is the planner's raw text.
+    """
+
+    instruction: str
+    steps: tuple[Step, ...]
+    format_score: float = 1.0
+    repairs: tuple[str, ...] = ()
+    response: str = ""
+
+    @property
+    def frames(self) -> int:
+        return self.steps[-1].end
+
+    def step_at(self, frame: int) -> int:
+        """Index of the step whose span holds latent frame `frame`."""
+        return next(i for i, step in enumerate(self.steps) if step.start <= frame < step.end)
+
+
+@dataclass
+class PlanTokens:
+    """Token sequences of P sampled plans, right-padded.
+
+    input_ids      [P, L] int64, prompt then response
+    attention_mask [P, L] bool, False on padding
+    response_mask  [P, L] bool, True on the tokens whose log-probs count (ALGORITHM.md 2.4)
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+
+    def select(self, plans: list[int]) -> PlanTokens:
+        """The sequences of the given plans."""
+        return PlanTokens(self.input_ids[plans], self.attention_mask[plans], self.response_mask[plans])
+
+
+@dataclass
+class PlanBatch:
+    """B prompts with M plans each; `plans[p]` belongs to `prompts[p // plans_per_prompt]`.
+
+    `tokens` is None for plans that no policy sampled (evaluation baselines, plans from a file).
+    """
+
+    prompts: list[Prompt]
+    plans: list[Plan]
+    plans_per_prompt: int
+    tokens: PlanTokens | None = None
+
+    def prompt_of(self, plan: int) -> Prompt:
+        return self.prompts[plan // self.plans_per_prompt]
+
+
+@dataclass
+class Transition:
+    """The trained chunk of every continuation (P plans x N continuations).
+
+    states  [P, N, T+1, C, c, H, W] fp32, x at sigma_0 .. sigma_T (sigma_T is the last noisy one)
+    noises  [P, N, T, C, c, H, W] fp32, the Gaussian draw of each stochastic transition
+    start   [P] int64, first latent frame s of the chunk (the switch frame)
+    prefix  [P, C, S, H, W] fp32 with S = max(start): the shared clean context, zeros past start[p]
+    prompts executor prompt of every chunk of the plan up to and including the trained one;
+            prompts[p][k] holds on chunk k
+    """
+
+    states: Tensor
+    noises: Tensor
+    start: Tensor
+    prefix: Tensor
+    prompts: list[list[str]]
+
+
+@dataclass
+class Rollout:
+    """Videos of P plans x N continuations.
+
+    latents     [P, N, C, F, H, W] fp32 clean latents
+    frames      [P, N, T_pixel, 3, height, width] uint8
+    transition  the recorded chunk, None when nothing is trained (evaluation)
+    """
+
+    latents: Tensor
+    frames: Tensor
+    transition: Transition | None = None
+
+
+@dataclass
+class Scored:
+    """Raw rewards; NaN is *missing*, never a score (ALGORITHM.md, decision 7).
+
+    plan_quality        [P]     J in [0, 0.9]
+    format_score        [P]     f in {0, 0.5, 1}, never missing
+    temporal_following  [P, N]  V in [0, 1]
+    step_following      [P, N]  L in [0, 1]
+    aesthetics          [P, N]  P in [0, 1]
+    """
+
+    plan_quality: Tensor
+    format_score: Tensor
+    temporal_following: Tensor
+    step_following: Tensor
+    aesthetics: Tensor
+
+
+@dataclass
+class Batch:
+    """What the two losses see. Masks are False where a reward is missing or a group has too few.
+
+    plan_advantage       [P] fp32, plan_mask [P] bool
+    execution_advantage  [P, N] fp32, execution_mask [P, N] bool
+    """
+
+    plan_advantage: Tensor
+    plan_mask: Tensor
+    execution_advantage: Tensor
+    execution_mask: Tensor
+    tokens: PlanTokens | None
+    transition: Transition | None
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A reward that could not be obtained, and why."""
+
+    reason: str
+
+
+def missing_mask(scores: Tensor) -> Tensor:
+    """True where a score is missing."""
+    return torch.isnan(scores)
