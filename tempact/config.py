@@ -133,6 +133,7 @@ class RunConfig:
     output: str = "runs/shapeworld"
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda
+    wandb_project: str = ""  # Weights & Biases project, "" for none
     threads: int = 0  # CPU threads, 0 leaves torch's choice
     deterministic: bool = False
 
@@ -145,6 +146,7 @@ def validate(config: RunConfig) -> None:
          f"a positive multiple of executor.chunk_frames ({executor.chunk_frames})"),
         (planner.plans_per_prompt >= 2, "planner.plans_per_prompt", planner.plans_per_prompt,
          "at least 2 (a planning group compares plans)"),
+        (config.trainer.keep_checkpoints >= 1, "trainer.keep_checkpoints", config.trainer.keep_checkpoints, "at least 1"),
         (executor.continuations >= 2, "executor.continuations", executor.continuations,
          "at least 2 (an execution group compares continuations)"),
     ]  # fmt: skip

@@ -24,9 +24,16 @@ from tempact.executor.rollout import gaussian_noise
 from tempact.infra.ema import EMA
 from tempact.planner.policy import Planner
 from tempact.rewards.combine import RewardSet
-from tempact.rl.advantages import advantages
+from tempact.rl.advantages import (
+    EXECUTION_EPS,
+    PLAN_EPS,
+    execution_rewards,
+    group_advantages,
+    plan_rewards,
+    shuffled,
+)
 from tempact.rl.gspo import gspo_loss
-from tempact.types import Batch, Plan, PlanBatch, Prompt, Rollout, Scored
+from tempact.types import Batch, Plan, PlanBatch, Prompt, Rollout, Scored, missing_mask
 
 log = logging.getLogger(__name__)
 
@@ -142,8 +149,7 @@ class Trainer:
             rollout = self.executor.rollout(plans.plans, forks, noise)
         with timed("rewards"):
             scored = self.rewards.score(plans, rollout)
-            generator = torch.Generator().manual_seed(self._seed("shuffle"))
-            batch, metrics = advantages(plans, rollout, scored, self.config, generator)
+            batch, metrics = self._advantages(plans, rollout, scored)
         with timed("update"):
             metrics |= self._update(batch)
         self.done += 1
@@ -155,6 +161,8 @@ class Trainer:
         """All that a resumed run needs beside the adapters."""
         return {
             "done": self.done,
+            # raw, beside the averaged ones that the adapter folder holds
+            "executor": {name: p.detach().cpu() for name, p in self.executor_policy.parameters.items()},
             "planner_optimiser": self.planner_policy.optimiser.state_dict(),
             "executor_optimiser": self.executor_policy.optimiser.state_dict(),
             "ema": self.ema.state_dict(),
@@ -162,12 +170,30 @@ class Trainer:
 
     def load_state(self, state: dict) -> None:
         self.done = state["done"]
+        with torch.no_grad():
+            for name, value in state["executor"].items():
+                self.executor_policy.parameters[name].copy_(value)
         self.planner_policy.optimiser.load_state_dict(state["planner_optimiser"])
         self.executor_policy.optimiser.load_state_dict(state["executor_optimiser"])
         self.ema.load_state_dict(state["ema"])
 
     def _seed(self, purpose: str) -> int:
         return derive_seed(self.config.seed, self.done, purpose)
+
+    def _advantages(self, plans: PlanBatch, rollout: Rollout, scored: Scored) -> tuple[Batch, dict[str, float]]:
+        """Plan level and execution level, with the metrics of both and of the raw rewards."""
+        weights, config = self.config.rewards, self.config
+        group = plan_rewards(scored, weights).view(-1, plans.plans_per_prompt)
+        plan, plan_mask, plan_metrics = group_advantages(group, config.planner.advantage_clip, PLAN_EPS)
+        execution, execution_mask, execution_metrics = group_advantages(
+            execution_rewards(scored, weights), config.executor.advantage_clip, EXECUTION_EPS
+        )
+        if weights.shuffle_advantages:
+            generator = torch.Generator().manual_seed(self._seed("shuffle"))
+            plan, execution = (shuffled(*each, generator) for each in ((plan, plan_mask), (execution, execution_mask)))
+        batch = Batch(plan.flatten(), plan_mask.flatten(), execution, execution_mask, plans.tokens, rollout.transition)
+        metrics = prefixed("planner", plan_metrics) | prefixed("executor", execution_metrics)
+        return batch, metrics | reward_metrics(scored)
 
     def _update(self, batch: Batch) -> dict[str, float]:
         """`updates_per_iteration` optimiser steps of both policies on consecutive parts of the plans."""
@@ -189,7 +215,7 @@ class Trainer:
         return metrics
 
     def _update_planner(self, batch: Batch, plans: list[int], old: Tensor | None) -> dict[str, float]:
-        tokens = batch.tokens.select(plans)
+        config, tokens = self.config.planner, batch.tokens.select(plans)
         with torch.no_grad():
             reference = self.planner.log_probs(tokens, reference=True)
         log_probs = self.planner.log_probs(tokens)
@@ -200,7 +226,9 @@ class Trainer:
             tokens.response_mask,
             batch.plan_advantage[plans],
             batch.plan_mask[plans],
-            self.config.planner,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            kl_weight=config.kl_weight,
         )
         loss.backward()
         return metrics | self._step(self.planner_policy, "planner")
@@ -232,6 +260,17 @@ def split(count: int, parts: int) -> list[list[int]]:
 
 def prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
     return {f"{prefix}/{name}": value for name, value in metrics.items()}
+
+
+def reward_metrics(scored: Scored) -> dict[str, float]:
+    """rewards/<name>/mean, std and missing of every raw reward."""
+    metrics: dict[str, float] = {}
+    for name, values in vars(scored).items():
+        present = values[~missing_mask(values)]
+        metrics[f"rewards/{name}/mean"] = present.mean().item() if len(present) else float("nan")
+        metrics[f"rewards/{name}/std"] = present.std(correction=0).item() if len(present) else float("nan")
+        metrics[f"rewards/{name}/missing"] = 1.0 - present.numel() / values.numel()
+    return metrics
 
 
 def describe_plan(plan: Plan) -> str:

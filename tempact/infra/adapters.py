@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,5 +65,18 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     for name, value in state.items():
         if value.shape != own[name].shape:
             raise UserError(f"{file}: {name} has shape {tuple(value.shape)}; accepted: {tuple(own[name].shape)}")
+    _check_scale(model.peft_config[TRAINED], Path(folder) / "adapter_config.json")
     with torch.no_grad():
         set_peft_model_state_dict(model, state, adapter_name=TRAINED)
+
+
+def _check_scale(own: LoraConfig, file: Path) -> None:
+    """What changes an adapter's effect without changing a tensor's shape must agree too."""
+    try:
+        theirs = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable ({error}); accepted: the JSON that PEFT writes") from error
+    for key in ("lora_alpha", "use_rslora", "use_dora"):
+        expected, found = getattr(own, key), theirs.get(key, getattr(own, key))
+        if found != expected:
+            raise UserError(f"{file}: {key}: found {found}; accepted: {expected}, as configured")

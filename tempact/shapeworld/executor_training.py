@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config
 
-from csrc_triton import fork_attention
 from tempact.executor.schedule import Schedule
 from tempact.models.wan.text_encoder import TextEncoder
 from tempact.models.wan.transformer import TextKV, WanConfig, WanTransformer
@@ -31,7 +29,7 @@ from tempact.shapeworld.story import CHUNK, CHUNKS, FRAMES
 from tempact.shapeworld.training import Course, train
 
 WAN = WanConfig(
-    dim=96, ffn_dim=384, freq_dim=64, text_dim=96, text_len=96, heads=4, layers=4, in_dim=3, out_dim=3,
+    dim=128, ffn_dim=512, freq_dim=64, text_dim=96, text_len=64, heads=4, layers=4, in_dim=3, out_dim=3,
     patch=(1, 6, 6), prediction="x0",
 )  # fmt: skip
 TEXT_VOCABULARY = 512
@@ -39,7 +37,11 @@ CAPTIONS = 4  # at most that many different captions a clip
 CLIPS = 80_000
 CONTEXT_NOISE = 0.1  # largest noise level of the clean context in training
 SAMPLER_SHARE = 0.8  # share of noise levels drawn from the sampler's own
+LEVEL_SHARES = (0.4, 0.25, 0.2, 0.15)  # of those, the noisiest most: there the text alone decides
+OPENING_WEIGHT = 3.0  # of the first chunk in the loss: it alone is drawn from the text without history
 BATCH = 128
+OPENINGS = 512  # further first chunks a step, alone: they are cheap, and what is where is learned from them
+OPENING_LEVEL_SHARES = (0.6, 0.4)  # of the two highest noise levels among those
 
 
 @dataclass
@@ -115,10 +117,17 @@ def draw_sigmas(count: int, schedule: Schedule, generator: torch.Generator, devi
     """Noise levels [count, CHUNKS], one a chunk."""
     levels = torch.tensor(schedule.sigmas[:-1], device=device, dtype=torch.float32)
     shape = (count, CHUNKS)
-    own = levels[torch.randint(len(levels), shape, generator=generator, device=device)]
+    shares = torch.tensor(LEVEL_SHARES, device=device)
+    own = levels[torch.multinomial(shares, count * CHUNKS, replacement=True, generator=generator)].view(shape)
     uniform = torch.rand(shape, generator=generator, device=device).clamp_min(0.02)
     chosen = torch.rand(shape, generator=generator, device=device) < SAMPLER_SHARE
     return torch.where(chosen, own, uniform)
+
+
+def mix(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """(1 - sigma) clean + sigma noise; sigma [n, F], one a frame."""
+    levels = sigma[:, None, :, None, None]
+    return (1 - levels) * clean + levels * noise
 
 
 class ExecutorCourse(Course):
@@ -130,6 +139,7 @@ class ExecutorCourse(Course):
         self.device, self.seed = device, seed
         table, encoder = clip_table(seed, clips, workers)
         self.table, self.encoder = table.to(device), encoder.to(device)
+        self.longest = int((table.texts != encoder.tokenizer.pad_token_id).sum(1).max())
         torch.manual_seed(seed)
         self.model = WanTransformer(WAN)
         self.model.initialise()
@@ -138,6 +148,8 @@ class ExecutorCourse(Course):
         self.schedule = Schedule.from_timesteps((1000, 750, 500, 250), shift=5.0)
         tokens = CHUNK * (24 // WAN.patch[1]) ** 2
         self.mask = teacher_forcing_mask(CHUNKS, tokens, device)
+        weights = torch.tensor([OPENING_WEIGHT] + [1.0] * (CHUNKS - 1), device=device)
+        self.chunk_weights = weights / weights.sum()
         self.positions = torch.arange(FRAMES, device=device).repeat(2)
 
     def compile(self) -> None:
@@ -148,40 +160,54 @@ class ExecutorCourse(Course):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2)
 
-    def text(self, rows: Tensor) -> TextKV:
-        """Text K/V of the clips in `rows`, one a chunk, for the clean and the noisy half: 2 * CHUNKS a clip."""
-        ids = self.table.texts[self.table.captions[rows].flatten()]
-        length = self.longest
-        hidden = self.encoder(ids[:, :length], ids[:, :length] != self.encoder.tokenizer.pad_token_id)
-        kv = self.model.project_text(F.pad(hidden, (0, 0, 0, WAN.text_len - length)))
+    def text(self, captions: Tensor) -> TextKV:
+        """Text K/V of rows of the table's texts."""
+        ids = self.table.texts[captions][:, : self.longest]  # the encoder need not run over padding that all share
+        hidden = self.encoder(ids, ids != self.encoder.tokenizer.pad_token_id)
+        return self.model.project_text(F.pad(hidden, (0, 0, 0, WAN.text_len - self.longest)))
+
+    def clip_text(self, rows: Tensor) -> TextKV:
+        """Text of whole clips, one a chunk, for the clean and the noisy half: 2 * CHUNKS a clip."""
+        kv = self.text(self.table.captions[rows].flatten())
         own = torch.arange(len(rows), device=self.device)[:, None] * CAPTIONS + self.table.slots[rows]
         return kv.select(torch.cat([own, own], dim=1).flatten())
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest caption, so that the encoder need not run over padding."""
-        if not hasattr(self, "_longest"):
-            used = (self.table.texts != self.encoder.tokenizer.pad_token_id).sum(1)
-            self._longest = int(used.max())
-        return self._longest
+    def pictures(self, rows: Tensor, frames: int = FRAMES) -> Tensor:
+        """The first frames of clips as latents [n, 3, frames, 24, 24]."""
+        shapes = self.table.shapes[rows, None].expand(-1, frames, -1)
+        return (draw(self.table.tracks[rows, :frames], shapes) * 2.0 - 1.0).transpose(1, 2)
+
+    def draw_rows(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(len(self.table.tracks), (count,), generator=generator, device=self.device)
 
     def loss(self, generator: torch.Generator) -> Tensor:
-        """Mean squared error of the predicted clean frames."""
-        rows = torch.randint(len(self.table.tracks), (self.batch,), generator=generator, device=self.device)
-        frames = draw(self.table.tracks[rows], self.table.shapes[rows, None].expand(-1, FRAMES, -1))
-        clean = (frames * 2.0 - 1.0).transpose(1, 2)
+        """Mean squared errors of the predicted clean frames: of whole clips, and of openings alone."""
+        return self.clip_loss(generator) + self.opening_loss(generator)
+
+    def clip_loss(self, generator: torch.Generator) -> Tensor:
+        rows = self.draw_rows(self.batch, generator)
+        clean = self.pictures(rows)
         sigma = draw_sigmas(self.batch, self.schedule, generator, self.device).repeat_interleave(CHUNK, dim=1)
         noise = torch.randn(2, *clean.shape, generator=generator, device=self.device)
         level = torch.rand(self.batch, 1, generator=generator, device=self.device) * CONTEXT_NOISE
-        context, noisy = (
-            (1 - s[:, None, :, None, None]) * clean + s[:, None, :, None, None] * n
-            for s, n in ((level.expand(-1, FRAMES), noise[0]), (sigma, noise[1]))
-        )
+        context, noisy = mix(clean, noise[0], level.expand(-1, FRAMES)), mix(clean, noise[1], sigma)
         sigmas = torch.cat([torch.zeros_like(sigma), sigma], dim=1)
         x = torch.cat([context, noisy], dim=2)
-        velocity = self.model(x, sigmas, self.text(rows), self.positions, self.attend)
+        velocity = self.model(x, sigmas, self.clip_text(rows), self.positions, self.attend)
         predicted = noisy - sigma[:, None, :, None, None] * velocity[:, :, FRAMES:].float()
-        return F.mse_loss(predicted, clean)
+        error = (predicted - clean).square().mean((0, 1, 3, 4)).unflatten(0, (CHUNKS, CHUNK)).mean(1)
+        return (error * self.chunk_weights).sum()
+
+    def opening_loss(self, generator: torch.Generator) -> Tensor:
+        rows = self.draw_rows(OPENINGS, generator)
+        clean = self.pictures(rows, CHUNK)
+        shares = torch.tensor(OPENING_LEVEL_SHARES, device=self.device)
+        level = torch.multinomial(shares, OPENINGS, replacement=True, generator=generator)
+        sigma = torch.tensor(self.schedule.sigmas, device=self.device)[level][:, None].expand(-1, CHUNK)
+        noisy = mix(clean, torch.randn(clean.shape, generator=generator, device=self.device), sigma)
+        captions = self.table.captions[rows, 0]  # the first chunk's caption is a clip's first
+        velocity = self.model(noisy, sigma, self.text(captions), self.positions[:CHUNK])
+        return (noisy - sigma[:, None, :, None, None] * velocity.float() - clean).square().mean()
 
     def save(self, folder: Path) -> None:
         """Writes transformer.safetensors, transformer.json and text_encoder/ from the current weights."""
@@ -189,6 +215,13 @@ class ExecutorCourse(Course):
         save_file({k: v.contiguous().cpu() for k, v in self.model.state_dict().items()}, folder / "transformer.safetensors")
         (folder / "transformer.json").write_text(json.dumps(asdict(WAN), indent=1) + "\n")
         self.encoder.save(folder / "text_encoder")
+
+
+def train_executor(
+    out: Path, steps: int, seed: int, device: str, resume: bool, workers: int = 1
+) -> dict[str, float]:
+    """Trains executor and text encoder into folder `out`; an interrupted run goes on when `resume` is set."""
+    return train(ExecutorCourse(seed, device, workers), out, steps, resume=resume)
 
 
 def load_executor(folder: Path) -> tuple[WanTransformer, TextEncoder]:

@@ -1,0 +1,86 @@
+"""From configuration to objects: the one place that knows every implementation."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from tempact.config import RunConfig
+from tempact.errors import UserError
+from tempact.executor.policy import Executor
+from tempact.models.wan.codec import PixelCodec
+from tempact.planner.policy import Planner
+from tempact.shapeworld.evaluation import ShapeWorldSuite
+from tempact.shapeworld.executor_training import load_executor
+from tempact.shapeworld.judge import ShapeWorldJudge
+from tempact.shapeworld.prompts import ShapeWorldPrompts
+from tempact.shapeworld.rewards import shapeworld_rewards
+from tempact.shapeworld.story import SIZE
+from tempact.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+SHAPEWORLD = "shapeworld"
+WEIGHTS = Path(__file__).parent / "shapeworld" / "weights"
+
+
+@dataclass
+class Policies:
+    """Both policies, as trained and as they started."""
+
+    planner: Planner
+    executor: Executor
+
+
+def device_of(config: RunConfig) -> torch.device:
+    """The device a run uses; also sets threads and determinism."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: found cuda, but torch sees no GPU; accepted: auto or cpu here")
+    if config.device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device: found {config.device!r}; accepted: auto, cpu, cuda")
+    name = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def build_policies(config: RunConfig) -> Policies:
+    """Planner and executor with fresh adapters, drawn from the run's seed."""
+    transformers_logging.disable_progress_bar()
+    device = device_of(config)
+    transformer, text_encoder = load_executor(weights_folder("executor", config.executor.weights))
+    torch.manual_seed(config.seed)
+    executor = Executor(transformer.to(device), text_encoder.to(device), PixelCodec(), config.executor, (SIZE, SIZE))
+    folder = weights_folder("planner", config.planner.weights)
+    planner = Planner.load(
+        folder, config.planner, config.executor.frames, config.executor.chunk_frames, device=device
+    )
+    return Policies(planner, executor)
+
+
+def build_trainer(config: RunConfig, policies: Policies) -> Trainer:
+    """The trainer with ShapeWorld's prompts and rewards."""
+    if config.data.prompts != SHAPEWORLD:
+        raise UserError(f"data.prompts: found {config.data.prompts!r}; accepted: {SHAPEWORLD}")
+    rewards = shapeworld_rewards(policies.executor.codec)
+    return Trainer(config, policies.planner, policies.executor, rewards, ShapeWorldPrompts())
+
+
+def build_suite(config: RunConfig, policies: Policies) -> ShapeWorldSuite:
+    """The held-out evaluation, with the learned judge."""
+    judge = ShapeWorldJudge.load(weights_folder("judge", SHAPEWORLD), policies.executor.device)
+    return ShapeWorldSuite(config.evaluation, policies.planner, policies.executor, judge)
+
+
+def weights_folder(part: str, weights: str) -> Path:
+    """The folder that holds the weights of "planner", "executor" or "judge"; UserError if there is none."""
+    folder = WEIGHTS / part if weights == SHAPEWORLD else Path(weights)
+    if not folder.is_dir():
+        raise UserError(f"{part}.weights: {folder} is not a folder; accepted: {SHAPEWORLD} or a folder with weights")
+    return folder

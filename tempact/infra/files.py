@@ -1,0 +1,79 @@
+"""Small file helpers of a run folder: names, atomic writes, a full disk, one run at a time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tempact.errors import UserError
+
+NAME_LIMIT = 48  # characters of a file name made from a prompt, before its hash
+
+
+def safe_name(text: str) -> str:
+    """A file name for any text: lower-case letters, digits and dashes, cut, with a hash where something was lost."""
+    name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    if name == text and 0 < len(name) <= NAME_LIMIT:
+        return name
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{name[:NAME_LIMIT].strip('-')}-{digest}".strip("-")
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Writes `path` whole or not at all; UserError when the disk is full."""
+    raw = data.encode() if isinstance(data, str) else data
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        if not disk_full(error):
+            raise
+        raise UserError(f"{path}: found no space left on the disk; accepted: {len(raw)} free bytes") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Is `error`, or what caused it, a full disk or quota? Writers in C++ and Rust only say so in words."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(words in str(error) for words in ("No space left on device", "Disk quota exceeded")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def claim_run_folder(path: str | Path) -> Iterator[Path]:
+    """Makes the folder and holds it for this process; UserError if it cannot be written or another run has it.
+
+    The lock is the kernel's, so a killed run leaves nothing behind that would block the next one.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"output: cannot write to {folder} ({error.strerror}); accepted: a writable folder") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"output: another run is using {folder}; accepted: a folder of its own for each run"
+            ) from error
+        yield folder

@@ -1,0 +1,146 @@
+"""A training run around the trainer: its folder, checkpoints, logs, videos, evaluation and report."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from tempact.build import Policies, build_policies, build_suite, build_trainer
+from tempact.cli import to_yaml
+from tempact.config import RunConfig
+from tempact.errors import UserError
+from tempact.infra.checkpoint import check_config, latest, load, resolve_resume, save
+from tempact.infra.files import claim_run_folder, write_atomic
+from tempact.infra.metrics import MetricsLogger, write_samples
+from tempact.infra.progress import Progress
+from tempact.infra.report import write_report
+from tempact.infra.rng import restore_rng
+from tempact.shapeworld.gallery import write_gallery
+from tempact.temporal_order.protocol import write_evaluation
+from tempact.temporal_order.table import markdown_table
+from tempact.trainer import Iteration, Trainer
+
+log = logging.getLogger(__name__)
+
+STOPPED = 130  # exit code of a run that was asked to stop and saved
+
+
+class StopRequest:
+    """Set by SIGINT or SIGTERM; the loop ends after the iteration in hand. A second signal ends at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {each: signal.signal(each, self._note) for each in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self:
+            raise KeyboardInterrupt
+        self.signal = number
+        log.warning("%s: finishing this iteration, then saving; once more to stop at once", signal.Signals(number).name)
+
+
+def train(config: RunConfig, resume: str) -> int:
+    """Trains, evaluates and reports; returns the exit code (0, or 130 when stopped early and saved)."""
+    with claim_run_folder(config.output) as folder, StopRequest().listening() as stop:
+        checkpoint = resolve_resume(resume, folder)
+        policies = build_policies(config)
+        trainer = build_trainer(config, policies)
+        if checkpoint is not None:
+            restore(checkpoint, config, policies, trainer)
+        write_atomic(folder / "config.yaml", to_yaml(config))
+        if not loop(config, folder, policies, trainer, stop):
+            log.warning("stopped after iteration %d; `--resume auto` goes on from there", trainer.done)
+            return STOPPED
+        with trainer.ema.applied(policies.executor.parameters()):
+            evaluate(config, folder, policies)
+    return 0
+
+
+def loop(config: RunConfig, folder: Path, policies: Policies, trainer: Trainer, stop: StopRequest) -> bool:
+    """The iterations that are left, recorded; False if it was asked to stop before the last."""
+    settings = config.trainer
+    metrics = MetricsLogger(folder, trainer.done, config.wandb_project or None)
+    try:
+        with Progress("training", settings.iterations, trainer.done) as progress:
+            for iteration in trainer.iterations(progress.phase):
+                last = iteration.number == settings.iterations
+                metrics.log(iteration.number, iteration.metrics)
+                progress.step(shown(iteration))
+                if iteration.number % settings.samples_every == 0 or iteration.number == 1 or last:
+                    write_samples(folder, iteration.number, iteration.plans, iteration.scored, iteration.batch)
+                if iteration.number % settings.checkpoint_every == 0 or last or stop:
+                    store(config, folder, policies, trainer)
+                if stop and not last:
+                    return False
+    finally:
+        metrics.close()
+    return True
+
+
+def shown(iteration: Iteration) -> dict[str, float]:
+    """The few numbers worth watching."""
+    names = {"executor/reward": "executor", "planner/reward": "planner", "rewards/temporal_following/mean": "order"}
+    return {label: iteration.metrics[name] for name, label in names.items() if name in iteration.metrics}
+
+
+def store(config: RunConfig, folder: Path, policies: Policies, trainer: Trainer) -> None:
+    """Saves both adapters (the executor's averaged, ready for use) and all that a resumed run needs."""
+
+    def save_executor(path: Path) -> None:
+        with trainer.ema.applied(policies.executor.parameters()):
+            policies.executor.save_adapter(path)
+
+    writers = {"planner": policies.planner.save_adapter, "executor": save_executor}
+    save(folder, trainer.done, writers, trainer.state(), config, config.trainer.keep_checkpoints)
+
+
+def restore(path: Path, config: RunConfig, policies: Policies, trainer: Trainer) -> None:
+    """Weights, optimisers, averages and position of a checkpoint."""
+    checkpoint = load(path)
+    check_config(checkpoint, config)
+    policies.planner.load_adapter(checkpoint.planner_dir)
+    trainer.load_state(checkpoint.state)
+    restore_rng(checkpoint.rng)
+    log.info("resumed from %s", path)
+
+
+def evaluate(config: RunConfig, folder: Path, policies: Policies) -> None:
+    """The held-out table, videos and report of a finished run; the executor holds its averaged weights."""
+    suite = build_suite(config, policies)
+    with Progress("evaluation", 0) as progress:
+        result = suite.run(progress.tell)
+    rows = write_evaluation(folder, result.scores, config.evaluation.bootstrap, config.evaluation.seed)
+    write_gallery(folder, result.samples)
+    write_report(folder)
+    log.info("%s\n%s", folder / "evaluation.json", markdown_table(rows))
+
+
+def trained_policies(config: RunConfig, folder: Path) -> Policies:
+    """Both policies as the newest checkpoint of a run holds them."""
+    path = latest(folder)
+    if path is None:
+        raise UserError(f"{folder}: holds no intact checkpoint; accepted: the folder of a training run")
+    policies = build_policies(config)
+    checkpoint = load(path)
+    policies.planner.load_adapter(checkpoint.planner_dir)
+    policies.executor.load_adapter(checkpoint.executor_dir)
+    return policies

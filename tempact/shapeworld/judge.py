@@ -1,0 +1,192 @@
+"""ShapeWorld's held-out judge: a small learned model that says how much of an instruction a video shows.
+
+It is never a training reward and shares nothing with the verifier: it sees the pixels and the raw
+instruction, and learned from renderings (`judge_training.py`) what share of the events is told right, in
+order and at the right pace, with an intact picture. A convolutional frame encoder and a text transformer
+feed a few queries, one an event and one for the whole, that read the text first and the video then.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from tempact.errors import UserError
+from tempact.shapeworld.story import FRAMES, ROWS, SIZE
+
+WEIGHTS = Path(__file__).parent / "weights" / "judge"
+PAD = 0  # token id
+SCORE_BATCH = 128  # videos a forward pass of `ShapeWorldJudge.score`
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Sizes. `queries` is one for the whole instruction and one for each event."""
+
+    vocabulary: int
+    text_tokens: int = 128
+    dim: int = 96
+    heads: int = 4
+    text_layers: int = 2
+    video_layers: int = 2
+    match_layers: int = 3
+    queries: int = 5
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `x` [V, Q, D] to `memory` [V, K, D]; `mask` [V, K] is False where K is padding."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query, self.key_value, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
+        q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = self.key_value(memory).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mask = None if mask is None else mask[:, None, None, :]
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: self-attention, then attention to `memories` further sequences, then an MLP."""
+
+    def __init__(self, dim: int, heads: int, memories: int = 0):
+        super().__init__()
+        self.own = Attention(dim, heads)
+        self.cross = nn.ModuleList(Attention(dim, heads) for _ in range(memories))
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2 + memories))
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *memories: tuple[Tensor, Tensor | None]) -> Tensor:
+        normed = self.norms[0](x)
+        x = x + self.own(normed, normed, mask)
+        for attention, norm, (memory, memory_mask) in zip(self.cross, self.norms[1:], memories, strict=False):
+            x = x + attention(norm(x), memory, memory_mask)
+        return x + self.mlp(self.norms[-1](x))
+
+
+class FrameEncoder(nn.Module):
+    """Frames [V, F, 3, 24, 24] to one token for the upper and one for the lower half: [V, F * 2, D].
+
+    A convolution over neighbouring frames makes changes visible to a single token.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.convolutions = nn.Sequential(nn.Conv2d(3, 24, 4, 2, 1), nn.GELU(), nn.Conv2d(24, 48, 4, 2, 1), nn.GELU())
+        cells = SIZE // 4
+        half = 48 * cells * cells // len(ROWS)
+        self.pool = nn.Sequential(nn.Linear(half, dim), nn.GELU(), nn.Linear(dim, dim))
+        self.time = nn.Sequential(nn.Conv1d(dim, dim, 5, padding=2), nn.GELU(), nn.Conv1d(dim, dim, 5, padding=2))
+        self.position = nn.Parameter(torch.randn(FRAMES, len(ROWS), dim) * 0.02)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        videos = len(frames)
+        cells = self.convolutions(frames.flatten(0, 1) * 2 - 1)
+        halves = cells.unflatten(2, (len(ROWS), -1)).transpose(1, 2).flatten(2)
+        tokens = self.pool(halves).unflatten(0, (videos, -1))  # [V, F, 2, D]
+        rows = tokens.permute(0, 2, 3, 1).flatten(0, 1)  # time last
+        changes = self.time(rows).unflatten(0, (videos, -1)).permute(0, 3, 1, 2)
+        return (tokens + changes + self.position).flatten(1, 2)
+
+
+class JudgeModel(nn.Module):
+    """Scores videos against tokenised instructions."""
+
+    def __init__(self, config: JudgeConfig):
+        super().__init__()
+        self.config, dim, heads = config, config.dim, config.heads
+        self.words = nn.Embedding(config.vocabulary, dim)
+        self.places = nn.Parameter(torch.randn(config.text_tokens, dim) * 0.02)
+        self.text = nn.ModuleList(Block(dim, heads) for _ in range(config.text_layers))
+        self.text_norm = nn.LayerNorm(dim)
+        self.frames = FrameEncoder(dim)
+        self.video = nn.ModuleList(Block(dim, heads) for _ in range(config.video_layers))
+        self.video_norm = nn.LayerNorm(dim)
+        self.queries = nn.Parameter(torch.randn(config.queries, dim) * 0.5)
+        self.reader = Block(dim, heads, memories=1)
+        self.matcher = nn.ModuleList(Block(dim, heads, memories=2) for _ in range(config.match_layers))
+        self.out_norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, 1)
+        nn.init.normal_(self.words.weight, std=0.3)
+
+    def forward(self, frames: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """frames [V, F, 3, 24, 24] in [0, 1], tokens [V, L] with PAD.
+
+        Returns the logit of the score [V]; and for the auxiliary losses of training the queries after reading
+        the text [V, Q, D], the queries after seeing the video [V, Q, D], the video tokens [V, F * 2, D].
+        """
+        mask = tokens != PAD
+        text = self.words(tokens) + self.places[: tokens.shape[1]]
+        for block in self.text:
+            text = block(text, mask)
+        text = self.text_norm(text)
+        video = self.frames(frames)
+        for block in self.video:
+            video = block(video)
+        video = self.video_norm(video)
+        read = self.reader(self.queries.expand(len(frames), -1, -1), None, (text, mask))
+        matched = read
+        for block in self.matcher:
+            matched = block(matched, None, (text, mask), (video, None))
+        matched = self.out_norm(matched)
+        return self.head(matched[:, 0]).squeeze(-1).float(), read, matched, video
+
+
+class ShapeWorldJudge:
+    """The judge with its tokenizer."""
+
+    def __init__(self, model: JudgeModel, tokenizer: Tokenizer):
+        self.model, self.tokenizer = model.eval(), tokenizer
+
+    @classmethod
+    def load(cls, folder: Path = WEIGHTS, device: str | torch.device = "cpu") -> ShapeWorldJudge:
+        """Reads judge.safetensors, config.json and tokenizer.json. Raises UserError when one is missing."""
+        files = [folder / name for name in ("judge.safetensors", "config.json", "tokenizer.json")]
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"{file}: not found; accepted: a folder that ShapeWorld's pretraining wrote")
+        model = JudgeModel(JudgeConfig(**json.loads(files[1].read_text())))
+        model.load_state_dict({name: value.float() for name, value in load_file(files[0]).items()})
+        return cls(model.to(device), Tokenizer.from_file(str(files[2])))
+
+    def save(self, folder: Path) -> None:
+        """Writes what `load` reads; weights are stored in half precision."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: value.detach().half().contiguous().cpu() for name, value in self.model.state_dict().items()}
+        save_file(weights, folder / "judge.safetensors")
+        (folder / "config.json").write_text(json.dumps(asdict(self.model.config), indent=1) + "\n")
+        self.tokenizer.save(str(folder / "tokenizer.json"))
+
+    def tokenize(self, instructions: list[str]) -> Tensor:
+        """Token ids [V, L] padded with PAD. Raises UserError for an instruction longer than the model reads."""
+        ids = [encoding.ids for encoding in self.tokenizer.encode_batch(instructions)]
+        limit = self.model.config.text_tokens
+        for row, own in enumerate(ids):
+            if not 0 < len(own) <= limit:
+                raise UserError(f"instruction {row}: found {len(own)} words and marks; accepted: 1 to {limit}")
+        tokens = torch.full((len(ids), max(map(len, ids), default=1)), PAD)
+        for row, own in enumerate(ids):
+            tokens[row, : len(own)] = torch.tensor(own)
+        return tokens
+
+    @torch.no_grad()
+    def score(self, frames: Tensor, instructions: list[str]) -> Tensor:
+        """Share of each instruction that its video shows.
+
+        frames [V, F, 3, 24, 24] in [0, 1]; one instruction a video. Returns [V] in [0, 1] on the frames' device.
+        """
+        assert len(frames) == len(instructions) and frames.shape[1:] == (FRAMES, 3, SIZE, SIZE)
+        device = self.model.places.device
+        tokens = self.tokenize(instructions).to(device)
+        parts = zip(frames.split(SCORE_BATCH), tokens.split(SCORE_BATCH), strict=True)
+        scores = [self.model(video.to(device, torch.float32), text)[0].sigmoid() for video, text in parts]
+        return torch.cat(scores).to(frames.device)

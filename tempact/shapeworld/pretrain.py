@@ -1,0 +1,121 @@
+"""`python -m tempact.shapeworld.pretrain`: ShapeWorld's weights from nothing.
+
+The three courses (executor with text encoder, planner, judge) do not depend on each other and train side by
+side, each in a process of its own. A run that was cut off goes on where it stopped. MANIFEST.json records
+what made the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+STEPS = {"executor": 9000, "planner": 4000, "judge": 6000}
+DEFAULT_OUT = Path(__file__).parent / "weights"
+METRICS = "metrics.json"
+MANIFEST = "MANIFEST.json"
+SIZE_LIMIT_MIB = 16
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if arguments.stage:
+        train_stage(arguments)
+        return 0
+    started = time.monotonic()
+    codes = run_stages(arguments, argv if argv is not None else sys.argv[1:])
+    failed = [stage for stage, code in codes.items() if code]
+    if failed:
+        log.error("failed: %s; the same command goes on from the last checkpoints", ", ".join(failed))
+        return 1
+    write_manifest(arguments, round(time.monotonic() - started, 1))
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tempact.shapeworld.pretrain", description=__doc__)
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of the weights (default: the shipped ones)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every course, for trials")
+    parser.add_argument("--stage", choices=tuple(STEPS), help="train only this one, in this process")
+    parser.add_argument("--fresh", action="store_true", help="start over instead of going on from checkpoints")
+    return parser.parse_args(argv)
+
+
+def run_stages(arguments: argparse.Namespace, argv: list[str]) -> dict[str, int]:
+    """Exit code of each course's process."""
+    command = [sys.executable, "-m", "tempact.shapeworld.pretrain", *argv]
+    children = {stage: subprocess.Popen([*command, "--stage", stage]) for stage in STEPS}
+    try:
+        return {stage: child.wait() for stage, child in children.items()}
+    finally:
+        for child in children.values():
+            child.terminate()
+
+
+def train_stage(arguments: argparse.Namespace) -> None:
+    """One course; its metrics go beside its weights."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from tempact.shapeworld.executor_training import train_executor
+    from tempact.shapeworld.judge_training import train_judge
+    from tempact.shapeworld.planner_training import train_planner
+
+    transformers_logging.disable_progress_bar()
+    torch.set_float32_matmul_precision("high")
+    courses = {"executor": train_executor, "planner": train_planner, "judge": train_judge}
+    folder, steps = arguments.out / arguments.stage, max(1, round(STEPS[arguments.stage] * arguments.scale))
+    workers = max(1, (os.cpu_count() or 1) // len(STEPS))
+    metrics = courses[arguments.stage](
+        folder, steps, arguments.seed, arguments.device, resume=not arguments.fresh, workers=workers
+    )
+    (folder / METRICS).write_text(json.dumps(metrics, indent=1) + "\n")
+
+
+def write_manifest(arguments: argparse.Namespace, seconds: float) -> None:
+    """What made the weights: command, versions, hardware, figures of each course, sizes and hashes."""
+    import peft
+    import tokenizers
+    import torch
+    import transformers
+
+    files = sorted(path for path in arguments.out.rglob("*") if path.is_file() and path.name != MANIFEST)
+    total = sum(path.stat().st_size for path in files)
+    gpu = arguments.device == "cuda"
+    manifest = {
+        "command": f"python -m tempact.shapeworld.pretrain --seed {arguments.seed}"
+        + (f" --scale {arguments.scale}" if arguments.scale != 1.0 else ""),
+        "seed": arguments.seed,
+        "seconds": seconds,
+        "hardware": torch.cuda.get_device_name() if gpu else platform.processor() or "CPU",
+        "versions": {
+            "python": platform.python_version(),
+            **{module.__name__: module.__version__ for module in (torch, transformers, tokenizers, peft)},
+        },
+        "courses": {stage: json.loads((arguments.out / stage / METRICS).read_text()) for stage in STEPS},
+        "bytes": total,
+        "files": {
+            path.relative_to(arguments.out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+        },
+    }
+    (arguments.out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    log.info("%d files, %.1f MiB in %s", len(files), total / 2**20, arguments.out)
+    if total > SIZE_LIMIT_MIB * 2**20:
+        log.warning("the weights are larger than the %d MiB that are shipped at most", SIZE_LIMIT_MIB)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

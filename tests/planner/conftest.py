@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+
+from tempact.config import LoraConfig, OptimConfig, PlannerConfig
+from tempact.planner.policy import Planner
+from tempact.shapeworld.planner_data import fit_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return fit_tokenizer(["user\n", "assistant\n", "The red circle moves."] * 2)
+
+
+@pytest.fixture
+def make_planner(tokenizer) -> Callable[..., Planner]:
+    """A random little Qwen3 (or GPT-2) that ships a greedy-like generation config; the weights are always the same."""
+
+    def make(adapter: Path | None = None, rank: int = 4, absolute_positions: bool = False, **settings) -> Planner:
+        torch.manual_seed(0)
+        if absolute_positions:
+            size = GPT2Config(
+                vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, initializer_range=0.2, n_positions=256
+            )  # fmt: skip
+            model, targets = GPT2LMHeadModel(size), ("c_attn", "c_fc")
+        else:
+            size = Qwen3Config(
+                vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                num_attention_heads=2, num_key_value_heads=1, head_dim=16, initializer_range=0.2,
+                max_position_embeddings=256,
+            )  # fmt: skip
+            model, targets = Qwen3ForCausalLM(size), ("q_proj", "v_proj", "down_proj")
+        model.generation_config = GenerationConfig(
+            top_k=1, top_p=0.1, repetition_penalty=3.0, eos_token_id=[tokenizer.eos_token_id, 7]
+        )
+        settings = {"max_new_tokens": 24, **settings}
+        config = PlannerConfig("tiny", LoraConfig(rank, 8, targets), OptimConfig(lr=1e-2), **settings)
+        return Planner(model, tokenizer, config, 24, 3, adapter)
+
+    return make
+
+
+def disturb(planner: Planner) -> None:
+    """Moves the trained adapter away from its start."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in planner.parameters().values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture
+def move():
+    return disturb

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tempact.config import RewardConfig
+from tempact.rl.advantages import (
+    EXECUTION_EPS,
+    PLAN_EPS,
+    execution_rewards,
+    group_advantages,
+    plan_rewards,
+    shuffled,
+)
+from tempact.rl.flow_grpo import flow_grpo_loss
+from tempact.types import Scored
+
+NAN = math.nan
+WEIGHTS = RewardConfig()
+
+
+def draw_scored(plans: int = 6, continuations: int = 5, seed: int = 0) -> Scored:
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
+    return Scored(
+        plan_quality=0.9 * uniform(plans),
+        format_score=torch.tensor([1.0, 0.5, 0.0])[torch.arange(plans) % 3],
+        temporal_following=uniform(plans, continuations),
+        step_following=uniform(plans, continuations),
+        aesthetics=uniform(plans, continuations),
+    )
+
+
+def by_hand(rewards: list[list[float]], clip: float, eps: float) -> list[list[float]]:
+    """Advantages as loops over the members that count; NaN where a member does not."""
+    groups = [[r for r in group if not math.isnan(r)] for group in rewards]
+    means = [sum(group) / len(group) if len(group) > 1 else NAN for group in groups]
+    centred = [r - mean for group, mean in zip(groups, means, strict=True) if not math.isnan(mean) for r in group]
+    std = math.sqrt(sum(c * c for c in centred) / len(centred))
+    scale = [[(r - mean) / (std + eps) for r in group] for group, mean in zip(rewards, means, strict=True)]
+    return [[a if math.isnan(a) else max(-clip, min(clip, a)) for a in group] for group in scale]
+
+
+def test_plan_reward_of_known_scores():
+    scored = Scored(
+        plan_quality=torch.tensor([0.8, 0.5, NAN]),
+        format_score=torch.tensor([1.0, 0.5, 1.0]),
+        temporal_following=torch.tensor([[0.2, 0.6], [NAN, 0.4], [0.5, 0.5]]),
+        step_following=torch.zeros(3, 2),
+        aesthetics=torch.zeros(3, 2),
+    )
+    rewards = plan_rewards(scored, WEIGHTS)
+    assert rewards[:2].tolist() == pytest.approx([0.85 * 0.4 + 0.15 * 0.8, 0.85 * 0.4 + 0.15 * 0.5 - 0.25])
+    assert math.isnan(rewards[2])
+
+
+def test_execution_reward_of_known_scores():
+    scored = draw_scored(1, 3)
+    scored.step_following = torch.tensor([[0.5, NAN, 1.0]])
+    scored.aesthetics = torch.tensor([[0.25, 1.0, NAN]])
+    rewards = execution_rewards(scored, WEIGHTS)
+    assert rewards[0, 0].item() == pytest.approx(0.6 * 0.5 + 0.4 * 0.25)
+    assert rewards.isnan().tolist() == [[False, True, True]]
+
+
+def test_a_reward_without_weight_cannot_be_missed():
+    scored = draw_scored()
+    scored.aesthetics[:] = NAN
+    scored.plan_quality[:] = NAN
+    weights = replace(WEIGHTS, aesthetics=0.0, plan_quality=0.0)
+    assert torch.equal(execution_rewards(scored, weights), 0.6 * scored.step_following)
+    assert plan_rewards(scored, weights).isfinite().all()
+
+
+def test_advantages_are_those_of_loops_and_clipped():
+    rewards = draw_scored(4, 6).step_following
+    rewards[0, 0] = 6.0
+    for clip, eps in ((1.0, PLAN_EPS), (2.0, EXECUTION_EPS)):
+        advantage, mask, metrics = group_advantages(rewards, clip, eps)
+        torch.testing.assert_close(advantage, torch.tensor(by_hand(rewards.tolist(), clip, eps)), rtol=0, atol=1e-5)
+        assert mask.all() and advantage.abs().max().item() == clip
+        assert metrics["reward"] == pytest.approx(rewards.mean().item(), abs=1e-6)
+
+
+def test_std_is_of_centred_rewards_so_gaps_between_groups_do_not_shrink_it():
+    rewards = torch.tensor([[0.0, 0.2], [10.0, 10.2]])
+    advantage, _, metrics = group_advantages(rewards, 5.0, 0.0)
+    assert metrics["reward_std"] == pytest.approx(0.1, rel=1e-4)
+    torch.testing.assert_close(advantage, torch.tensor([[-1.0, 1.0], [-1.0, 1.0]]), rtol=0, atol=1e-4)
+
+
+def test_groups_sum_to_zero_before_clipping():
+    scored = draw_scored(8, 5)
+    for rewards in (plan_rewards(scored, WEIGHTS).view(2, 4), execution_rewards(scored, WEIGHTS)):
+        advantage, _, _ = group_advantages(rewards, 1e9, EXECUTION_EPS)
+        torch.testing.assert_close(advantage.sum(1), torch.zeros(len(advantage)), rtol=0, atol=1e-5)
+        assert advantage.abs().max().item() > 0.5
+
+
+def test_permuting_continuations_leaves_plan_rewards_and_permutes_execution_advantages():
+    scored, order = draw_scored(), torch.tensor([3, 0, 4, 1, 2])
+    fields = ("temporal_following", "step_following", "aesthetics")
+    permuted = replace(scored, **{name: getattr(scored, name)[:, order] for name in fields})
+    torch.testing.assert_close(plan_rewards(permuted, WEIGHTS), plan_rewards(scored, WEIGHTS), rtol=0, atol=1e-6)
+    before, _, _ = group_advantages(execution_rewards(scored, WEIGHTS), 2.0, EXECUTION_EPS)
+    after, _, _ = group_advantages(execution_rewards(permuted, WEIGHTS), 2.0, EXECUTION_EPS)
+    torch.testing.assert_close(after, before[:, order], rtol=0, atol=1e-5)
+    assert not torch.allclose(after, before, atol=0.1)
+
+
+@pytest.mark.parametrize("others", [0.0, 1.0])
+def test_a_group_of_equal_rewards_gets_exactly_zero_and_is_counted(others: float):
+    rewards = torch.full((4, 7), 0.7)
+    rewards[1] += others * torch.linspace(0, 1, 7)
+    advantage, mask, metrics = group_advantages(rewards, 2.0, EXECUTION_EPS)
+    assert mask.all() and torch.equal(advantage[[0, 2, 3]], torch.zeros(3, 7))
+    assert metrics["frac_reward_zero_std"] == pytest.approx(0.75 if others else 1.0)
+    v, v_old, noise = torch.randn(3, 28, 12, generator=torch.Generator().manual_seed(0))
+    v.requires_grad_()
+    loss, _ = flow_grpo_loss(
+        v, v_old, v_old, noise, advantage.flatten(), mask.flatten(), clip=0.1, kl_weight=0.0, terms=28
+    )
+    loss.backward()
+    assert torch.equal(v.grad[0:7], torch.zeros(7, 12)) and bool(v.grad.any()) == bool(others)
+
+
+def test_shift_and_scale_of_rewards_change_nothing():
+    rewards = draw_scored(4, 6).aesthetics
+    advantage, _, metrics = group_advantages(rewards, 2.0, EXECUTION_EPS)
+    shifted, _, _ = group_advantages(rewards + 0.5, 2.0, EXECUTION_EPS)
+    torch.testing.assert_close(shifted, advantage, rtol=0, atol=1e-5)
+    for scale in (0.1, 7.0):
+        scaled, _, _ = group_advantages(scale * rewards, 2.0, EXECUTION_EPS)
+        allowed = 4 * EXECUTION_EPS / min(scale, 1.0) / metrics["reward_std"] + 1e-5
+        torch.testing.assert_close(scaled, advantage, rtol=0, atol=allowed)
+
+
+def test_a_missing_reward_counts_as_a_member_that_is_not_there():
+    rewards = draw_scored(4, 6).step_following
+    rewards[0, 2] = rewards[3, 0] = NAN
+    advantage, mask, metrics = group_advantages(rewards, 2.0, EXECUTION_EPS)
+    expected = torch.tensor(by_hand(rewards.tolist(), 2.0, EXECUTION_EPS))
+    assert torch.equal(mask, ~rewards.isnan()) and torch.equal(mask, ~expected.isnan())
+    torch.testing.assert_close(advantage, expected.nan_to_num(0.0), rtol=0, atol=1e-5)
+    assert metrics["missing"] == pytest.approx(2 / 24)
+    assert metrics["reward"] == pytest.approx(rewards.nanmean().item(), abs=1e-6)
+
+
+def test_a_group_with_fewer_than_two_scores_is_masked_and_leaves_the_others_alone():
+    rewards = draw_scored(4, 3).step_following
+    alone, _, _ = group_advantages(rewards[:2], 2.0, EXECUTION_EPS)
+    rewards[2, 1:] = NAN
+    rewards[3] = NAN
+    advantage, mask, metrics = group_advantages(rewards, 2.0, EXECUTION_EPS)
+    assert mask.any(1).tolist() == [True, True, False, False]
+    assert torch.equal(advantage[2:], torch.zeros(2, 3))
+    torch.testing.assert_close(advantage[:2], alone, rtol=0, atol=1e-6)
+    assert metrics["frac_reward_zero_std"] == 0.0
+
+
+def test_nothing_scored_masks_everything_without_a_nan_advantage():
+    advantage, mask, metrics = group_advantages(torch.full((2, 3), NAN), 2.0, EXECUTION_EPS)
+    assert not mask.any() and torch.equal(advantage, torch.zeros(2, 3))
+    assert metrics["missing"] == 1.0 and metrics["reward_std"] == 0.0 and math.isnan(metrics["reward"])
+
+
+def test_shuffling_permutes_what_counts_and_follows_its_generator():
+    values = torch.arange(40.0).view(8, 5)
+    mask = torch.ones(8, 5, dtype=torch.bool)
+    mask[2, 3] = mask[6] = False
+    one = shuffled(values, mask, torch.Generator().manual_seed(1))
+    assert torch.equal(one[~mask], values[~mask])
+    assert torch.equal(one[mask].sort().values, values[mask])
+    # over the whole iteration: most values leave their group
+    assert ((one // 5)[mask] != (values // 5)[mask]).float().mean().item() > 0.5
+    assert torch.equal(one, shuffled(values, mask, torch.Generator().manual_seed(1)))
+    assert not torch.equal(one, shuffled(values, mask, torch.Generator().manual_seed(2)))
