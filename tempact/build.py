@@ -68,7 +68,7 @@ def build_trainer(config: RunConfig, policies: Policies) -> Trainer:
     """The trainer with ShapeWorld's prompts and rewards."""
     if config.data.prompts != SHAPEWORLD:
         raise UserError(f"data.prompts: found {config.data.prompts!r}; accepted: {SHAPEWORLD}")
-    rewards = shapeworld_rewards(policies.executor.codec)
+    rewards = shapeworld_rewards()
     return Trainer(config, policies.planner, policies.executor, rewards, ShapeWorldPrompts())
 
 

@@ -20,13 +20,15 @@ from tempact.infra.metrics import MetricsLogger, write_samples
 from tempact.infra.progress import Progress
 from tempact.infra.report import write_report
 from tempact.infra.rng import restore_rng
-from tempact.shapeworld.gallery import write_gallery
+from tempact.infra.showcase import write_extremes, write_showcase
+from tempact.shapeworld.evaluation import BOTH, SINGLE, STEP
 from tempact.temporal_order.protocol import write_evaluation
 from tempact.temporal_order.table import markdown_table
 from tempact.trainer import Iteration, Trainer
 
 log = logging.getLogger(__name__)
 
+SHOWN = {SINGLE: "single prompt", STEP: "before: step prompts", BOTH: "after: + TempAct"}  # rows of the film strips
 STOPPED = 130  # exit code of a run that was asked to stop and saved
 
 
@@ -62,6 +64,7 @@ def train(config: RunConfig, resume: str) -> int:
     """Trains, evaluates and reports; returns the exit code (0, or 130 when stopped early and saved)."""
     with claim_run_folder(config.output) as folder, StopRequest().listening() as stop:
         checkpoint = resolve_resume(resume, folder)
+        log.info("run folder %s, seed %d; loading weights", folder, config.seed)
         policies = build_policies(config)
         trainer = build_trainer(config, policies)
         if checkpoint is not None:
@@ -87,6 +90,7 @@ def loop(config: RunConfig, folder: Path, policies: Policies, trainer: Trainer, 
                 progress.step(shown(iteration))
                 if iteration.number % settings.samples_every == 0 or iteration.number == 1 or last:
                     write_samples(folder, iteration.number, iteration.plans, iteration.scored, iteration.batch)
+                    write_extremes(folder, iteration.number, iteration.plans, iteration.rollout, iteration.scored)
                 if iteration.number % settings.checkpoint_every == 0 or last or stop:
                     store(config, folder, policies, trainer)
                 if stop and not last:
@@ -129,7 +133,7 @@ def evaluate(config: RunConfig, folder: Path, policies: Policies) -> None:
     with Progress("evaluation", 0) as progress:
         result = suite.run(progress.tell)
     rows = write_evaluation(folder, result.scores, config.evaluation.bootstrap, config.evaluation.seed)
-    write_gallery(folder, result.samples)
+    write_showcase(folder, result.samples, SHOWN)
     write_report(folder)
     log.info("%s\n%s", folder / "evaluation.json", markdown_table(rows))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 import os
@@ -221,8 +222,8 @@ def _fill(
         (folder / name).mkdir(parents=True)
         write(folder / name)
     (folder / "state").mkdir(parents=True)
-    torch.save(state, folder / "state" / "state.pt")
-    torch.save(capture_rng(), folder / "state" / "rng.pt")
+    _save_tensors(state, folder / "state" / "state.pt")
+    _save_tensors(capture_rng(), folder / "state" / "rng.pt")
     (folder / "state" / "config.json").write_text(json.dumps(flatten(config), indent=1, sort_keys=True))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for file in files:
@@ -231,6 +232,13 @@ def _fill(
     (folder / COMPLETE).write_text(json.dumps({"step": step, "files": listed}, indent=1))
     for path in (folder / COMPLETE, *(p for p in folder.rglob("*") if p.is_dir()), folder):
         _sync(path)
+
+
+def _save_tensors(value: dict, path: Path) -> None:
+    # by way of memory: torch's own file writer does not say that a disk is full
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def _swap_in(saving: Path, final: Path) -> None:

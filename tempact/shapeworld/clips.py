@@ -39,7 +39,6 @@ ENTITIES = 2  # tracks of a clip, absent entities have opacity 0
 WHOLE_SHARE = 0.35  # of pretraining clips, captioned as a whole
 BLENDED_SHARE = 0.5  # of the whole-captioned clips of two events, timed against their order
 LAGS, LAG_SHARES = (0, 1, 2), (0.45, 0.35, 0.20)  # chunks between a caption switch and the event's onset
-SMOOTHED_SHARE = 0.5  # of the clips whose captions switch
 MID_STORY_SHARE = 0.4  # of pretraining clips, whose entities start in any size
 X, Y, RADIUS, OPACITY, RGB = 0, 1, 2, 3, slice(4, 7)
 
@@ -170,13 +169,12 @@ def _switching(story: Story, rng: random.Random) -> tuple[list[Cue], list[str]]:
     scenes = states(story)
     steps = [describe_scene(story.entities, rng)]
     steps += [describe_event(scene, event, rng) for scene, event in zip(scenes, story.events, strict=False)]
-    if rng.random() < SMOOTHED_SHARE:
-        steps = smooth_prompts(steps)
     cues = []
     for event, first, last in zip(story.events, bounds[1:], bounds[2:], strict=False):
         lag = rng.choices(LAGS, LAG_SHARES)[0]
         cues.append(Cue(event, (first + lag) * CHUNK, last * CHUNK))
-    captions = [step for step, first, last in zip(steps, bounds, bounds[1:], strict=False) for _ in range(first, last)]
+    seen = smooth_prompts(steps)
+    captions = [step for step, first, last in zip(seen, bounds, bounds[1:], strict=False) for _ in range(first, last)]
     return cues, captions
 
 

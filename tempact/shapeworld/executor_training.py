@@ -33,15 +33,15 @@ WAN = WanConfig(
     patch=(1, 6, 6), prediction="x0",
 )  # fmt: skip
 TEXT_VOCABULARY = 512
-CAPTIONS = 4  # at most that many different captions a clip
+CAPTIONS = 3  # at most that many different captions a clip
 CLIPS = 80_000
 CONTEXT_NOISE = 0.1  # largest noise level of the clean context in training
 SAMPLER_SHARE = 0.8  # share of noise levels drawn from the sampler's own
 LEVEL_SHARES = (0.4, 0.25, 0.2, 0.15)  # of those, the noisiest most: there the text alone decides
-OPENING_WEIGHT = 3.0  # of the first chunk in the loss: it alone is drawn from the text without history
-BATCH = 128
-OPENINGS = 512  # further first chunks a step, alone: they are cheap, and what is where is learned from them
-OPENING_LEVEL_SHARES = (0.6, 0.4)  # of the two highest noise levels among those
+# the first chunk alone is drawn from the text without history: what is where is learned from it
+OPENING_WEIGHT = 4.0  # of the first chunk in the loss
+OPENING_LEVEL_SHARES = (0.6, 0.4, 0.0, 0.0)
+BATCH = 256
 
 
 @dataclass
@@ -117,8 +117,8 @@ def draw_sigmas(count: int, schedule: Schedule, generator: torch.Generator, devi
     """Noise levels [count, CHUNKS], one a chunk."""
     levels = torch.tensor(schedule.sigmas[:-1], device=device, dtype=torch.float32)
     shape = (count, CHUNKS)
-    shares = torch.tensor(LEVEL_SHARES, device=device)
-    own = levels[torch.multinomial(shares, count * CHUNKS, replacement=True, generator=generator)].view(shape)
+    shares = torch.tensor([OPENING_LEVEL_SHARES] + [LEVEL_SHARES] * (CHUNKS - 1), device=device)
+    own = levels[torch.multinomial(shares, count, replacement=True, generator=generator)].T
     uniform = torch.rand(shape, generator=generator, device=device).clamp_min(0.02)
     chosen = torch.rand(shape, generator=generator, device=device) < SAMPLER_SHARE
     return torch.where(chosen, own, uniform)
@@ -160,54 +160,30 @@ class ExecutorCourse(Course):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2)
 
-    def text(self, captions: Tensor) -> TextKV:
-        """Text K/V of rows of the table's texts."""
-        ids = self.table.texts[captions][:, : self.longest]  # the encoder need not run over padding that all share
+    def text(self, rows: Tensor) -> TextKV:
+        """Text K/V of clips, one a chunk, for the clean and the noisy half: 2 * CHUNKS a clip."""
+        ids = self.table.texts[self.table.captions[rows].flatten()]
+        ids = ids[:, : self.longest]  # the encoder need not run over padding that all captions share
         hidden = self.encoder(ids, ids != self.encoder.tokenizer.pad_token_id)
-        return self.model.project_text(F.pad(hidden, (0, 0, 0, WAN.text_len - self.longest)))
-
-    def clip_text(self, rows: Tensor) -> TextKV:
-        """Text of whole clips, one a chunk, for the clean and the noisy half: 2 * CHUNKS a clip."""
-        kv = self.text(self.table.captions[rows].flatten())
+        kv = self.model.project_text(F.pad(hidden, (0, 0, 0, WAN.text_len - self.longest)))
         own = torch.arange(len(rows), device=self.device)[:, None] * CAPTIONS + self.table.slots[rows]
         return kv.select(torch.cat([own, own], dim=1).flatten())
 
-    def pictures(self, rows: Tensor, frames: int = FRAMES) -> Tensor:
-        """The first frames of clips as latents [n, 3, frames, 24, 24]."""
-        shapes = self.table.shapes[rows, None].expand(-1, frames, -1)
-        return (draw(self.table.tracks[rows, :frames], shapes) * 2.0 - 1.0).transpose(1, 2)
-
-    def draw_rows(self, count: int, generator: torch.Generator) -> Tensor:
-        return torch.randint(len(self.table.tracks), (count,), generator=generator, device=self.device)
-
     def loss(self, generator: torch.Generator) -> Tensor:
-        """Mean squared errors of the predicted clean frames: of whole clips, and of openings alone."""
-        return self.clip_loss(generator) + self.opening_loss(generator)
-
-    def clip_loss(self, generator: torch.Generator) -> Tensor:
-        rows = self.draw_rows(self.batch, generator)
-        clean = self.pictures(rows)
+        """Weighted mean squared error of the predicted clean frames."""
+        rows = torch.randint(len(self.table.tracks), (self.batch,), generator=generator, device=self.device)
+        frames = draw(self.table.tracks[rows], self.table.shapes[rows, None].expand(-1, FRAMES, -1))
+        clean = (frames * 2.0 - 1.0).transpose(1, 2)
         sigma = draw_sigmas(self.batch, self.schedule, generator, self.device).repeat_interleave(CHUNK, dim=1)
         noise = torch.randn(2, *clean.shape, generator=generator, device=self.device)
         level = torch.rand(self.batch, 1, generator=generator, device=self.device) * CONTEXT_NOISE
         context, noisy = mix(clean, noise[0], level.expand(-1, FRAMES)), mix(clean, noise[1], sigma)
         sigmas = torch.cat([torch.zeros_like(sigma), sigma], dim=1)
         x = torch.cat([context, noisy], dim=2)
-        velocity = self.model(x, sigmas, self.clip_text(rows), self.positions, self.attend)
+        velocity = self.model(x, sigmas, self.text(rows), self.positions, self.attend)
         predicted = noisy - sigma[:, None, :, None, None] * velocity[:, :, FRAMES:].float()
         error = (predicted - clean).square().mean((0, 1, 3, 4)).unflatten(0, (CHUNKS, CHUNK)).mean(1)
         return (error * self.chunk_weights).sum()
-
-    def opening_loss(self, generator: torch.Generator) -> Tensor:
-        rows = self.draw_rows(OPENINGS, generator)
-        clean = self.pictures(rows, CHUNK)
-        shares = torch.tensor(OPENING_LEVEL_SHARES, device=self.device)
-        level = torch.multinomial(shares, OPENINGS, replacement=True, generator=generator)
-        sigma = torch.tensor(self.schedule.sigmas, device=self.device)[level][:, None].expand(-1, CHUNK)
-        noisy = mix(clean, torch.randn(clean.shape, generator=generator, device=self.device), sigma)
-        captions = self.table.captions[rows, 0]  # the first chunk's caption is a clip's first
-        velocity = self.model(noisy, sigma, self.text(captions), self.positions[:CHUNK])
-        return (noisy - sigma[:, None, :, None, None] * velocity.float() - clean).square().mean()
 
     def save(self, folder: Path) -> None:
         """Writes transformer.safetensors, transformer.json and text_encoder/ from the current weights."""

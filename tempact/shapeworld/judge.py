@@ -86,7 +86,7 @@ class FrameEncoder(nn.Module):
         half = 48 * cells * cells // len(ROWS)
         self.pool = nn.Sequential(nn.Linear(half, dim), nn.GELU(), nn.Linear(dim, dim))
         self.time = nn.Sequential(nn.Conv1d(dim, dim, 5, padding=2), nn.GELU(), nn.Conv1d(dim, dim, 5, padding=2))
-        self.position = nn.Parameter(torch.randn(FRAMES, len(ROWS), dim) * 0.02)
+        self.position = nn.Parameter(torch.randn(FRAMES, len(ROWS), dim) * 0.2)
 
     def forward(self, frames: Tensor) -> Tensor:
         videos = len(frames)
@@ -104,8 +104,9 @@ class JudgeModel(nn.Module):
     def __init__(self, config: JudgeConfig):
         super().__init__()
         self.config, dim, heads = config, config.dim, config.heads
-        self.words = nn.Embedding(config.vocabulary, dim)
-        self.places = nn.Parameter(torch.randn(config.text_tokens, dim) * 0.02)
+        self.words = nn.Embedding(config.vocabulary, dim, padding_idx=PAD)
+        self.phrases = nn.Conv1d(dim, dim, 5, padding=2)  # binds "slowly", "moves", "left" before any attention
+        self.places = nn.Parameter(torch.randn(config.text_tokens, dim) * 0.2)
         self.text = nn.ModuleList(Block(dim, heads) for _ in range(config.text_layers))
         self.text_norm = nn.LayerNorm(dim)
         self.frames = FrameEncoder(dim)
@@ -116,7 +117,6 @@ class JudgeModel(nn.Module):
         self.matcher = nn.ModuleList(Block(dim, heads, memories=2) for _ in range(config.match_layers))
         self.out_norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, 1)
-        nn.init.normal_(self.words.weight, std=0.3)
 
     def forward(self, frames: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """frames [V, F, 3, 24, 24] in [0, 1], tokens [V, L] with PAD.
@@ -125,7 +125,8 @@ class JudgeModel(nn.Module):
         the text [V, Q, D], the queries after seeing the video [V, Q, D], the video tokens [V, F * 2, D].
         """
         mask = tokens != PAD
-        text = self.words(tokens) + self.places[: tokens.shape[1]]
+        words = self.words(tokens)
+        text = words + self.phrases(words.mT).mT + self.places[: tokens.shape[1]]
         for block in self.text:
             text = block(text, mask)
         text = self.text_norm(text)

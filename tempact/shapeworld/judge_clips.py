@@ -41,6 +41,7 @@ _CHANNELS = {  # columns of a track that a kind changes for good
     "move": (X,), "turn": (RED, RED + 1, RED + 2), "grow": (RADIUS,), "shrink": (RADIUS,),
     "vanish": (ALPHA,), "appear": (ALPHA,),
 }  # fmt: skip
+_CHANGES = tuple(tuple(column in _CHANNELS.get(kind, ()) for column in range(TRACK)) for kind in (*_KINDS, ""))
 _VISIBLE_CHANGE = (2.0, 99.0, 0.5, 0.5, 0.4, 0.4, 0.4)  # least change of a track value that makes an event
 
 
@@ -111,8 +112,9 @@ class Performance:
     """V videos and what they show.
 
     frames [V, F, 3, 24, 24], tokens [V, L] of the instruction, target [V] in [0, 1]; for auxiliary losses: the
-    told events kinds, shapes, arguments, slow [V, EVENTS] and their share told right [V, EVENTS]; busy [V, F, 2] the
-    kind going on in each row of the picture (NONE when still), state [V, F, 2, TRACK] the track of what is there.
+    told events' kinds, shapes, arguments, slow [V, EVENTS], and told [V, EVENTS], 1 where the event is shown right
+    and in order; busy [V, F, 2] the kind going on in each row of the picture (NONE when still), state [V, F, 2, TRACK] the
+    track of what is there.
     """
 
     frames: Tensor
@@ -148,8 +150,7 @@ class _Acts:
 
 def _channel_mask(kinds: Tensor) -> Tensor:
     """[..., TRACK] True at the track values that a kind changes."""
-    table = [[channel in _CHANNELS.get(kind, ()) for channel in range(TRACK)] for kind in (*_KINDS, "")]
-    return torch.tensor(table, device=kinds.device)[kinds]
+    return constant(_CHANGES, kinds.device)[kinds]
 
 
 def _random_acts(dice: Dice, story: StoryTable, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -157,7 +158,7 @@ def _random_acts(dice: Dice, story: StoryTable, count: int) -> tuple[Tensor, Ten
     device = dice.device
     kinds, actors = dice.integer(0, NONE - 1, count), dice.integer(0, 1, count) * story.present[:, 1:].long()
     column = constant(COLUMN_X, device)[dice.integer(0, 2, count)]
-    colour = torch.tensor(list(COLOURS.values()), device=device)[dice.integer(0, len(COLOURS) - 1, count)]
+    colour = constant(tuple(COLOURS.values()), device)[dice.integer(0, len(COLOURS) - 1, count)]
     radius = torch.where(kinds == _KINDS.index("grow"), RADII["large"], RADII["small"])
     alpha = (kinds == _APPEAR).float()
     values = torch.cat([torch.stack([column, torch.zeros_like(column), radius, alpha], dim=-1), colour], dim=-1)
@@ -312,7 +313,7 @@ def _spoil_opening(dice: Dice, story: StoryTable, flawed: Tensor) -> tuple[Tenso
     actor, how = dice.integer(0, 1) * story.present[:, 1], dice.integer(0, 3)
     chosen = F.one_hot(actor.long(), 2).bool() & spoiled[:, None]
     column = constant(COLUMN_X, device)[dice.integer(0, 2)]
-    colour = torch.tensor(list(COLOURS.values()), device=device)[dice.integer(0, len(COLOURS) - 1)]
+    colour = constant(tuple(COLOURS.values()), device)[dice.integer(0, len(COLOURS) - 1)]
     opening[..., X] = torch.where(chosen & (how == 0)[:, None], column[:, None], opening[..., X])
     opening[..., RED:] = torch.where((chosen & (how == 1)[:, None])[..., None], colour[:, None], opening[..., RED:])
     swap = (spoiled & (how == 2))[:, None]

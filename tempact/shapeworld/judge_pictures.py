@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +33,9 @@ class Dice:
         return torch.randint(low, high + 1, (self.videos, *shape), generator=self.generator, device=self.device)
 
 
+@lru_cache
 def constant(values: tuple, device: torch.device) -> Tensor:
+    """`values` on the device, kept: copying them there at every step would make the device wait."""
     return torch.tensor(values, device=device)
 
 

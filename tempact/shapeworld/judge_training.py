@@ -16,6 +16,7 @@ from tempact.shapeworld.clips import CORRUPTIONS, corrupt
 from tempact.shapeworld.grammar import sample_story, write_instruction
 from tempact.shapeworld.judge import PAD, JudgeConfig, JudgeModel, ShapeWorldJudge
 from tempact.shapeworld.judge_clips import ARGUMENTS, EVENTS, NONE, Performance, StoryTable, perform
+from tempact.shapeworld.judge_pictures import constant
 from tempact.shapeworld.renderer import TRACK, draw
 from tempact.shapeworld.story import FRAMES, SHAPES, SIZE, Story
 from tempact.shapeworld.training import Course, train
@@ -74,7 +75,7 @@ class AuxiliaryHeads(nn.Module):
             self.told(matched).float().squeeze(-1), show.told.float(), weight=known
         )
         busy = F.cross_entropy(self.busy(video).float().flatten(0, 1), show.busy.flatten())
-        scale = torch.tensor([SIZE, SIZE, SIZE / 4, 1.0, 1.0, 1.0, 1.0], device=video.device)
+        scale = constant((SIZE, SIZE, SIZE / 4, 1.0, 1.0, 1.0, 1.0), video.device)
         seen = show.state[..., 3:4].expand_as(show.state).clone()
         seen[..., 3] = 1.0  # the opacity is known even where nothing is seen
         error = (self.state(video).float().view_as(show.state) - show.state / scale).square()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tempact.shapeworld.renderer import TRACK, draw
-from tempact.shapeworld.story import COLUMN_X, JUMP_HEIGHT, ROW_Y, Story
+from tempact.shapeworld.story import COLUMN_X, JUMP_HEIGHT, ROW_Y, SIZE, Story, states
 from tempact.shapeworld.timeline import TOLERANCE, X, Y, opening
 from tempact.shapeworld.tracking import track
 
@@ -41,18 +41,26 @@ def duplicates(frames: Tensor, stories: Sequence[Story]) -> Tensor:
     """Share of frames [V] with an extra or a misplaced shape.
 
     frames [V, F, 3, SIZE, SIZE] in [0, 1]. Extra: ink away from the shapes, or a shape in a row where the story
-    has none. Misplaced: a visible shape off its row (jumps apart), or one that stands still between the columns.
+    has none. Misplaced: a visible shape off its row (jumps apart), or one that stands still where the story never
+    puts it.
     """
     shapes = torch.tensor([opening(story.entities)[1] for story in stories], device=frames.device)
+    columns = torch.tensor([_told_columns(story) for story in stories], device=frames.device)  # [V, R, columns]
     tracked = track(frames, shapes)
     visible = tracked.ink.amax(-1) >= VISIBLE
     row_y = torch.tensor(ROW_Y, device=frames.device)[:, None]
     off_row = (tracked.y > row_y + TOLERANCE[Y]) | (tracked.y < row_y - JUMP_HEIGHT - TOLERANCE[Y])
-    column_x = torch.tensor(COLUMN_X, device=frames.device)
-    off_column = (tracked.x[..., None] - column_x).abs().amin(-1) > TOLERANCE[X]
-    pace = tracked.x.diff(dim=-1).abs()
-    pace = torch.maximum(
-        torch.cat([pace[..., :1], pace], -1), torch.cat([pace, pace[..., -1:]], -1)
-    )  # the faster of the ways to the frame before and the frame after
-    misplaced = (off_row | (off_column & (pace < STILL)) | (shapes < 0)[..., None]) & visible
+    off_column = (tracked.x[..., None] - columns[:, :, None]).abs().amin(-1) > TOLERANCE[X]
+    step = tracked.x.diff(dim=-1).abs()
+    fastest = torch.maximum(torch.cat([step[..., :1], step], -1), torch.cat([step, step[..., -1:]], -1))
+    misplaced = (off_row | (off_column & (fastest < STILL)) | (shapes < 0)[..., None]) & visible
     return ((tracked.clutter > EXTRA_INK) | misplaced.any(1)).float().mean(1)
+
+
+def _told_columns(story: Story) -> list[list[float]]:
+    """For every row the x that its shape has at some time; as many numbers as there are columns, far away if unused."""
+    told: list[set[float]] = [set() for _ in ROW_Y]
+    for scene in states(story):
+        for entity in scene:
+            told[entity.row].add(COLUMN_X[entity.column])
+    return [sorted(row) + [-float(SIZE)] * (len(COLUMN_X) - len(row)) for row in told]

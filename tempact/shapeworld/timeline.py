@@ -146,7 +146,18 @@ def _expect(state: State, rows: tuple[int, ...], events: tuple[Event, ...], slot
     colours = [fill(row[COLOUR], slots + 2, row[COLOUR][-1]) for row in chains]
     mixes = [[[one, two] for one, two in pairwise(c)] for c in colours]
     exists = [i < len(events) for i in range(slots)]
-    return held, peak_values, pulse_flags, changes, mixes, row, channel, slot, fill(nominal, slots, QUICK_FRAMES), exists
+    return (
+        held,
+        peak_values,
+        pulse_flags,
+        changes,
+        mixes,
+        row,
+        channel,
+        slot,
+        fill(nominal, slots, QUICK_FRAMES),
+        exists,
+    )
 
 
 def write_script(
@@ -288,7 +299,9 @@ def event_times(alignment: Alignment, script: Script) -> Times:
         return torch.where(condition, frame, last).amin(-1)
 
     done = first(label >= 2 * slot + 2)
-    start = torch.where((frame <= done[..., None]) & seen & (progress < LOW) & (label <= 2 * slot + 1), frame, 0).amax(-1)
+    start = torch.where((frame <= done[..., None]) & seen & (progress < LOW) & (label <= 2 * slot + 1), frame, 0).amax(
+        -1
+    )
     finish = first((frame > start[..., None]) & seen & (progress >= HIGH))
     finish = torch.maximum(torch.minimum(finish, torch.maximum(done, start + 1)), start + 1).clamp_max(last)
 

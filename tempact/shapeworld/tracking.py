@@ -39,7 +39,7 @@ class Tracked:
 
     x, y, radius  [V, R, F] pixels, meaningless where nothing is drawn
     ink           [V, R, F, 3] colour times opacity
-    fit           [V, R, F] share of the window's energy that the drawing of the asked shape explains
+    fit           [V, R, F] share of the blurred window's energy that the drawing of the asked shape explains
     shape_margin  [V, R, F] how much more the asked shape explains than the best other one, negative for a wrong shape
     shape         [V, R, F] int64, the asked shape, or the best one where any would do
     clutter       [V, F] ink (in full pixels) away from the tracked shapes
@@ -182,15 +182,21 @@ def _track_pass(frames: Tensor, shapes: Tensor) -> Tracked:
     own = torch.where(asked < 0, best.argmax(-1), asked)
     spot = where.gather(1, own[:, None])[:, 0]
     explained = best.clamp_min(0.0).square() / windows.square().sum((1, 2)).clamp_min(1e-6)[:, None]
-    fit = explained.gather(1, own[:, None])[:, 0]
-    others = explained.scatter(1, own[:, None], -1.0).amax(-1)
+    explained_by_own = explained.gather(1, own[:, None])[:, 0]
+    explained_by_others = explained.scatter(1, own[:, None], -1.0).amax(-1)
 
     drawing = own * scores.shape[2] + spot
-    ink = (windows @ bank.drawings[drawing][..., None])[..., 0] / bank.norm[drawing][:, None]
+    unit = bank.drawings[drawing][:, None]
+    amount = (windows * unit).sum(-1, keepdim=True)  # [n, 3, 1]
+    # blurred, pixel noise hardly counts and a ghost beside the shape does
+    rest = _soften((windows - amount * unit).unflatten(2, (SIDE, SIDE)), 1.0).square().sum((1, 2, 3))
+    whole = _soften(windows.unflatten(2, (SIDE, SIDE)), 1.0).square().sum((1, 2, 3))
     radius_step, offset_y, offset_x = _refine(scores, own, spot)
     centre = bank.centre[own, spot // len(OFFSETS) ** 2 % RADIUS_COUNT]
     clear = bank.covered[drawing].view(-1, 1, rows * SIDE * SIDE) * inside.flatten(1)[:, None]
-    outside = padded * (1.0 - torch.zeros_like(padded[:, :1]).scatter_reduce(2, spots.flatten(1)[:, None], clear, "amax"))
+    outside = padded * (
+        1.0 - torch.zeros_like(padded[:, :1]).scatter_reduce(2, spots.flatten(1)[:, None], clear, "amax")
+    )
     outside = outside.unflatten(2, (SIZE + 2 * HALF, -1))[:, :, HALF:-HALF, HALF:-HALF]
     spread = F.avg_pool2d(outside, 3, stride=1, padding=1).amax(1)
 
@@ -201,9 +207,9 @@ def _track_pass(frames: Tensor, shapes: Tensor) -> Tracked:
         x=by_row(pixel_x.flatten() + 0.5 + offset_x + centre[:, 0]),
         y=by_row(pixel_y.flatten() + 0.5 + offset_y + centre[:, 1]),
         radius=by_row(RADIUS_MIN + STEP * radius_step),
-        ink=by_row(ink.clamp(0.0, 1.0)),
-        fit=by_row(fit),
-        shape_margin=by_row(fit - others),
+        ink=by_row((amount[..., 0] / bank.norm[drawing][:, None]).clamp(0.0, 1.0)),
+        fit=by_row(1.0 - rest / whole.clamp_min(1e-6)),
+        shape_margin=by_row(explained_by_own - explained_by_others),
         shape=by_row(own),
         clutter=(spread - CLUTTER_FLOOR).clamp_min(0.0).sum((-2, -1)).view(videos, count),
     )

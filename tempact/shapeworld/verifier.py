@@ -17,8 +17,8 @@ Partial credit, all in [0, 1], all without a learned part:
 A frame is intact as far as every shape is where, as large, as opaque and as coloured as the story has it at
 that point or in the middle of a told change, has its own shape, is well drawn, and there is nothing else in
 the picture; a frame's intactness is the least of these. The score falls with the share of intact frames, from
-all of it at 100% to nothing at 45%. So a frozen, empty or noisy video scores 0, a video whose events are swapped about 0.15,
-a video that lacks one of n events at most 1 - 1/n.
+all of it at 100% to nothing at 45%. So a frozen, empty or noisy video scores 0, a video whose events are swapped
+about 0.15, a video that lacks one of n events at most 1 - 1/n.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ HAPPENED_SHARE, ORDER_SHARE, TIME_SHARE = 0.15, 0.40, 0.45
 DAMAGED_BELOW = 0.45  # share of intact frames at which nothing of the score is left
 AFTER_A_GAP = 0.5  # order credit of an event whose predecessor is missing
 DISTINCT = 0.5  # opacity from which shape and drawing are looked at
+GRACE = 2 * CHUNK  # frames after the nominal end for which closeness is measured
 SHAPE_FRAMES = 5  # over which the evidence for a shape is averaged
 
 
@@ -106,11 +107,13 @@ def drawn_right(tracked: Tracked, opacity: Tensor, shaped: Tensor) -> Tensor:
     weight = visible.float()
     near = torch.nn.functional.avg_pool1d
     pad = SHAPE_FRAMES // 2
-    margin = near(tracked.shape_margin * weight, SHAPE_FRAMES, 1, pad) / near(weight, SHAPE_FRAMES, 1, pad).clamp_min(1e-6)
+    margin = near(tracked.shape_margin * weight, SHAPE_FRAMES, 1, pad) / near(weight, SHAPE_FRAMES, 1, pad).clamp_min(
+        1e-6
+    )
     kind = torch.where(shaped[..., None], ramp(margin, -0.03, -0.012), 1.0)
-    clean = ramp(tracked.fit, 0.6, 0.8)
+    clean = ramp(tracked.fit, 0.9, 0.945)
     drawn = torch.where(visible, torch.minimum(kind, clean), 1.0).amin(1)
-    return torch.minimum(drawn, ramp(tracked.clutter, 2.0, 0.6))
+    return torch.minimum(drawn, ramp(tracked.clutter, 1.0, 0.35))
 
 
 def _pace(duration: Tensor, slow: Tensor) -> Tensor:
@@ -122,9 +125,9 @@ def _pace(duration: Tensor, slow: Tensor) -> Tensor:
 def _order(happened: Tensor, times: Times) -> Tensor:
     """[V, E] order credit."""
     told = happened > 0.25
-    slack = 1.0 + 0.05 * (times.duration[:, :, None] + times.duration[:, None, :])
+    slack = 1.0 + 0.02 * (times.duration[:, :, None] + times.duration[:, None, :])
     overlap = times.completion[:, :, None] - times.onset[:, None, :]  # of event i with a later event j
-    follows = ramp(overlap, slack + 1.5, slack)
+    follows = ramp(overlap, slack + 1.0, slack)
     count = happened.shape[1]
     later = torch.ones(count, count, dtype=torch.bool, device=happened.device).triu(1)
     relevant = later & told[:, :, None] & told[:, None, :]
@@ -135,7 +138,7 @@ def _order(happened: Tensor, times: Times) -> Tensor:
 
 
 def _happened(alignment: Alignment, script: Script) -> Tensor:
-    """[V, E]: the value before was held, the change came to its end, and it lasts."""
+    """[V, E]: the value before was held, the change came to its end in plain sight, and it lasts."""
     label, match = event_rows(alignment.label, script), event_rows(alignment.match, script)
     seen = event_rows(alignment.seen, script)
     slot = script.slot[..., None]
@@ -143,27 +146,35 @@ def _happened(alignment: Alignment, script: Script) -> Tensor:
     started = torch.where(before, match, 0.0).amax(-1)
     ended = torch.where(after, match, 0.0).amax(-1)
     lasting = torch.where(after, match, 0.0).sum(-1) / after.sum(-1).clamp_min(1)
-    return ramp(started, 0.0, 0.5) * ramp(ended, 0.0, 0.5) * ramp(lasting, 0.5, 0.85) * script.exists
+    frame = torch.arange(label.shape[-1], device=label.device)
+    last_before = torch.where(before, frame, -1).amax(-1, keepdim=True)
+    first_after = torch.where(after, frame, label.shape[-1]).amin(-1, keepdim=True)
+    in_sight = (seen | (frame < last_before) | (frame > first_after)).all(-1)
+    return ramp(started, 0.0, 0.5) * ramp(ended, 0.0, 0.5) * ramp(lasting, 0.5, 0.85) * in_sight * script.exists
 
 
-def _intact(alignment: Alignment, script: Script, happened: Tensor, drawing: Tensor) -> Tensor:
-    """[V, F]. A change that never ends, or takes for ever, is a shape that stands halfway; what an event leads to
-    without the event is wrong as well."""
+def _intact(alignment: Alignment, script: Script, happened: Tensor, drawing: Tensor, to_be_continued: bool) -> Tensor:
+    """[V, F]. A change that never ends (unless the video goes on) or takes for ever is a shape that stands halfway;
+    what an event leads to without the event is wrong as well."""
     label = event_rows(alignment.label, script)
     changing = label == 2 * script.slot[..., None] + 1
     stuck = (changing.sum(-1) > STRAY_PATIENCE) | (happened < 0.25)
-    ahead = (label >= 2 * script.slot[..., None] + 2) & event_rows(alignment.seen, script) & (happened < 0.25)[..., None]
+    if to_be_continued:
+        stuck = torch.zeros_like(stuck)
+    ahead = (
+        (label >= 2 * script.slot[..., None] + 2) & event_rows(alignment.seen, script) & (happened < 0.25)[..., None]
+    )
     wrong = ((changing & stuck[..., None]) | ahead) & script.exists[..., None]
     return torch.where(wrong.any(1), 0.0, torch.minimum(alignment.match.amin((1, 2)), drawing))
 
 
-def _read(tracked: Tracked, script: Script) -> _Telling:
+def _read(tracked: Tracked, script: Script, to_be_continued: bool = False) -> _Telling:
     observed = observe(tracked, script.mixes)
     alignment = align(observed, script)
     happened = _happened(alignment, script)
     times = event_times(alignment, script)
     drawing = drawn_right(tracked, observed[:, :, OPACITY, :, 0], script.shapes >= 0)
-    intact = _intact(alignment, script, happened, drawing)
+    intact = _intact(alignment, script, happened, drawing, to_be_continued)
 
     frame = torch.arange(intact.shape[1], device=intact.device)
     around = (frame > times.onset[..., None]) & (frame < times.completion[..., None] + CHUNK)
@@ -238,7 +249,7 @@ def _settled_state(tracks: list[list[float]], story: Story) -> State:
     """
     first, shapes = opening(story.entities)
     state = []
-    for row, (x, y, radius, opacity, *colour) in enumerate(tracks):
+    for row, (x, _, radius, opacity, *colour) in enumerate(tracks):
         if shapes[row] < 0 or opacity < DISTINCT:
             state.append((*first[row][:3], 0.0, *first[row][4:]))
             continue
@@ -285,8 +296,8 @@ def verify_steps(
     frames [V, F, 3, SIZE, SIZE]; windows: frames [start, end) of the step, start > 0; events: what the step tells
     (none: everything is to stay). What frame start - 1 shows is where the step begins, whatever the story has
     there. Per event: half for success inside the window (happened, in order; half of that for the pace), half
-    for closeness of its progress to a prompt start at the nominal pace (a video that stands still has none); all
-    times the share of intact frames in the window.
+    for closeness of its progress to a prompt start at the nominal pace, until two chunks after it should be over (a
+    video that stands still has none); all times the share of intact frames in the window.
     """
     device = frames.device
     first = torch.tensor([start for start, _ in windows], device=device) - 1
@@ -297,12 +308,13 @@ def verify_steps(
     count = tracked.clutter.shape[1]
     states = _states_of(tracked, stories)
     script = write_script(states, stories, [tuple(e) for e in events], device)
-    telling = _read(tracked, script)
+    telling = _read(tracked, script, to_be_continued=True)
     frame = torch.arange(count, device=device)
     inside = (frame >= 1) & (frame <= length[:, None])  # [V, count]
 
     wanted = _expected(script, count)
-    weight = inside[:, None].float()
+    due = (script.nominal * script.exists).sum(1, keepdim=True)
+    weight = (inside & (frame <= due + GRACE))[:, None].float()
     error = ((telling.progress.clamp(-0.5, 1.5) - wanted).abs() * weight).sum(-1)
     closeness = (1.0 - error / (wanted.abs() * weight).sum(-1).clamp_min(1e-3)).clamp(0.0, 1.0)
     success = telling.happened * telling.in_order * (0.5 + 0.5 * telling.pace)

@@ -176,7 +176,7 @@ def test_a_failing_writer_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
     good = store(tmp_path, 20)
-    with pytest.raises(UserError, match="no space left.*--resume auto from step-000020") as caught:
+    with pytest.raises(UserError, match=r"no space left.*--resume auto from step-000020") as caught:
         store(tmp_path, 40, executor=lambda folder: Path("/dev/full").write_text("x"))
     assert "\n" not in str(caught.value)
     assert latest(tmp_path) == good and defect(good) is None

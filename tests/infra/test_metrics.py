@@ -51,7 +51,7 @@ def test_a_new_run_starts_empty(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     logger = MetricsLogger(tmp_path)
     logger._file.close()
-    logger._file = open("/dev/full", "w")
+    logger._file = Path("/dev/full").open("w")  # noqa: SIM115 - the logger's to close
     with pytest.raises(UserError, match="no space left"):
         logger.log(1, {"reward": 1.0})
 

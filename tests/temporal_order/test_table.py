@@ -36,7 +36,7 @@ def test_layout_of_the_paper() -> None:
     assert [cell.score for cell in cells["+ TempAct"]] == ["0.700", "0.600", "0.700", "0.600", "0.650", "0.650"]
     assert cells["+ TempAct"][4].change == "+44.4%" and cells["single-prompt"][4].change == "-22.2%"
     assert cells["step-prompt"][4].change == "" and cells["+ TempAct"][5].change == ""
-    assert cells["shuffled"][5].score == "–"
+    assert cells["shuffled"][5].score == "\u2013"
 
 
 def test_markdown_is_aligned_and_carries_interval_and_change() -> None:

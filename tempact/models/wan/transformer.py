@@ -58,7 +58,8 @@ class TextKV:
 
     def select(self, index: Tensor) -> TextKV:
         """The texts `index` [B] int64, one a batch row."""
-        return TextKV([(k[index], v[index]) for k, v in self.layers])
+        # index_select: the backward of plain indexing sorts the index, which takes longer than attention
+        return TextKV([(k.index_select(0, index), v.index_select(0, index)) for k, v in self.layers])
 
 
 def attend_own(layer: int, q: Tensor, k: Tensor, v: Tensor, raw_k: Tensor) -> Tensor:

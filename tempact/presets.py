@@ -1,0 +1,98 @@
+"""Named presets: each is a function that returns a full configuration."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import replace
+
+from tempact.config import (
+    DataConfig,
+    EvaluationConfig,
+    ExecutorConfig,
+    LoraConfig,
+    OptimConfig,
+    PlannerConfig,
+    RunConfig,
+    TrainerConfig,
+)
+from tempact.errors import UserError
+
+ATTENTION = ("q", "k", "v", "o")
+EXECUTOR_TARGETS = (
+    *(f"self_attn.{name}" for name in ATTENTION),
+    *(f"cross_attn.{name}" for name in ATTENTION),
+    "ffn.0",
+    "ffn.2",
+)
+PLANNER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def shapeworld() -> RunConfig:
+    """The method in the embedded world: 2 CPU cores, under 10 minutes (default)."""
+    return RunConfig(
+        preset="shapeworld",
+        planner=PlannerConfig(
+            weights="shapeworld",
+            lora=LoraConfig(rank=16, alpha=32, targets=PLANNER_TARGETS),
+            optim=OptimConfig(lr=1e-3),
+            max_new_tokens=112,
+        ),
+        executor=ExecutorConfig(
+            weights="shapeworld",
+            lora=LoraConfig(rank=16, alpha=16, targets=EXECUTOR_TARGETS),
+            optim=OptimConfig(lr=3e-4),
+            continuations=4,
+            ema_decay=0.9,
+            micro_batch=96,
+        ),
+        data=DataConfig(prompts_per_iteration=2),
+        trainer=TrainerConfig(iterations=90),
+        evaluation=EvaluationConfig(simple=48, hard=48),
+        output="runs/shapeworld",
+    )
+
+
+def shapeworld_full() -> RunConfig:
+    """The same at a size for one H200: more prompts, M = 4, N = 8, a larger evaluation."""
+    base = shapeworld()
+    return replace(
+        base,
+        preset="shapeworld-full",
+        executor=replace(base.executor, continuations=8, micro_batch=768),
+        data=DataConfig(prompts_per_iteration=8),
+        trainer=TrainerConfig(iterations=150, checkpoint_every=50),
+        evaluation=EvaluationConfig(simple=256, hard=256, batch=256),
+        output="runs/shapeworld-full",
+    )
+
+
+def shapeworld_smoke() -> RunConfig:
+    """Two iterations and a tiny evaluation, to see that everything runs."""
+    base = shapeworld()
+    return replace(
+        base,
+        preset="shapeworld-smoke",
+        planner=replace(base.planner, plans_per_prompt=2),
+        executor=replace(base.executor, continuations=2),
+        data=DataConfig(prompts_per_iteration=1),
+        trainer=TrainerConfig(iterations=2, checkpoint_every=1, samples_every=1),
+        evaluation=EvaluationConfig(simple=2, hard=2, strips=1, bootstrap=50, batch=2),
+        output="runs/shapeworld-smoke",
+    )
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    "shapeworld": shapeworld,
+    "shapeworld-full": shapeworld_full,
+    "shapeworld-smoke": shapeworld_smoke,
+}
+DEFAULT = "shapeworld"
+
+
+def get_preset(name: str) -> RunConfig:
+    """The preset of that name; UserError with the nearest name if there is none."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, 1, cutoff=0.0)[0]
+        raise UserError(f"preset: found {name!r}; accepted: {', '.join(PRESETS)} (nearest: {near})")
+    return PRESETS[name]()

@@ -1,0 +1,134 @@
+"""ShapeWorld's rewards: a rule-based plan judge and the exact verifier, behind the interface of `rewards`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tempact.rewards.combine import RewardSet
+from tempact.shapeworld.grammar import parse_instruction, parse_step
+from tempact.shapeworld.quality import picture_quality
+from tempact.shapeworld.story import CHUNK, Event, Story
+from tempact.shapeworld.verifier import verify, verify_steps
+from tempact.types import Plan, PlanBatch, Rollout
+
+FAITHFULNESS, COVERAGE, TEMPORAL, HALLUCINATION = 0.4, 0.25, 0.25, 0.3  # ALGORITHM.md 2.6
+
+
+@dataclass(frozen=True)
+class PlanVerdict:
+    """Sub-scores of a plan, each in [0, 1].
+
+    faithfulness: share of the plan's steps that say only what the instruction says, opening first.
+    coverage: share of the instruction's events that the plan has.
+    temporal: share of the events that stand in order, each in a step of its own.
+    hallucination: share of the plan's events that the instruction lacks, repeats and unreadable steps included.
+    """
+
+    faithfulness: float
+    coverage: float
+    temporal: float
+    hallucination: float
+
+    @property
+    def score(self) -> float:
+        """J in [0, 0.9]."""
+        raw = FAITHFULNESS * self.faithfulness + COVERAGE * self.coverage + TEMPORAL * self.temporal
+        return min(1.0, max(0.0, raw - HALLUCINATION * self.hallucination))
+
+
+def judge_plan(plan: Plan) -> PlanVerdict:
+    """Compares what the plan's steps tell with what its instruction tells."""
+    story = parse_instruction(plan.instruction)
+    told = [parse_step(step.prompt, story.entities) for step in plan.steps]
+    left = list(story.events)
+    order: list[int] = []  # places in the story of the plan's events that stand alone in their step
+    right_steps = invented = count = 0
+    for position, events in enumerate(told):
+        if events is None:
+            invented, count = invented + 1, count + 1
+            continue
+        known = [event for event in events if event in left]
+        for event in known:
+            left.remove(event)
+        right_steps += len(known) == len(events) and bool(events) == (position > 0)
+        invented, count = invented + len(events) - len(known), count + len(events)
+        if len(events) == 1 and known:
+            order.append(story.events.index(known[0]))
+    return PlanVerdict(
+        faithfulness=right_steps / len(plan.steps),
+        coverage=1.0 - len(left) / len(story.events),
+        temporal=_longest_rise(order) / len(story.events),
+        hallucination=invented / max(1, count),
+    )
+
+
+def _longest_rise(numbers: Sequence[int]) -> int:
+    """Length of the longest strictly rising subsequence."""
+    best: list[int] = []
+    for i, number in enumerate(numbers):
+        best.append(1 + max((best[j] for j in range(i) if numbers[j] < number), default=0))
+    return max(best, default=0)
+
+
+class PlanQuality:
+    def score(self, plans: PlanBatch) -> Tensor:
+        return torch.tensor([judge_plan(plan).score for plan in plans.plans])
+
+
+class TemporalFollowing:
+    """The verifier on the whole video; it knows the instruction and nothing of the plan."""
+
+    def score(self, plans: PlanBatch, rollout: Rollout) -> Tensor:
+        count = rollout.frames.shape[1]
+        stories = [story for plan in plans.plans for story in [parse_instruction(plan.instruction)] * count]
+        return verify(_pixels(rollout), stories).score.unflatten(0, (-1, count))
+
+
+class StepFollowing:
+    """The verifier on the span of the step that starts at the switch. Missing where no step starts there, and
+    where the step's prompt cannot be read."""
+
+    def score(self, plans: PlanBatch, rollout: Rollout) -> Tensor:
+        assert rollout.transition is not None
+        count = rollout.frames.shape[1]
+        scores = torch.full(rollout.frames.shape[:2], float("nan"))
+        rows: list[int] = []
+        told: list[tuple[Story, tuple[int, int], list[Event]]] = []
+        for p, (plan, start) in enumerate(zip(plans.plans, rollout.transition.start.tolist(), strict=True)):
+            step = plan.steps[plan.step_at(start)]
+            story = parse_instruction(plan.instruction)
+            events = parse_step(step.prompt, story.entities)
+            if step.start == start and events is not None:
+                rows.append(p)
+                told.append((story, (step.start, step.end), events))
+        if rows:
+            stories, windows, events = zip(*(each for each in told for _ in range(count)), strict=True)
+            frames = rollout.frames[rows].flatten(0, 1).float() / 255.0
+            scores[rows] = verify_steps(frames, stories, windows, events).unflatten(0, (-1, count)).cpu()
+        return scores
+
+
+class Aesthetics:
+    """Picture quality of the transition chunk."""
+
+    def score(self, plans: PlanBatch, rollout: Rollout) -> Tensor:
+        assert rollout.transition is not None
+        chunks = [
+            frames[:, start : start + CHUNK]
+            for frames, start in zip(rollout.frames, rollout.transition.start.tolist(), strict=True)
+        ]
+        frames = torch.cat(chunks).float() / 255.0
+        return picture_quality(frames).mean(1).unflatten(0, rollout.frames.shape[:2])
+
+
+def _pixels(rollout: Rollout) -> Tensor:
+    return rollout.frames.flatten(0, 1).float() / 255.0
+
+
+def shapeworld_rewards() -> RewardSet:
+    """All four; they run on the frames' device."""
+    return RewardSet(PlanQuality(), TemporalFollowing(), StepFollowing(), Aesthetics())

@@ -1,0 +1,28 @@
+"""`python -m tempact.train [PRESET] [--section.field value ...]`: trains a planner and an executor."""
+
+from __future__ import annotations
+
+import sys
+
+from tempact.cli import guarded, parse_run, to_yaml
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 bad input, 130 stopped early and saved."""
+    return guarded(lambda: _train(argv))
+
+
+def _train(argv: list[str] | None) -> int:
+    config, options = parse_run(argv, "python -m tempact.train")
+    if options.dry_run:
+        sys.stdout.write(to_yaml(config))
+        return 0
+    from tempact.infra.progress import setup_logging
+    from tempact.run import train
+
+    setup_logging()
+    return train(config, options.resume)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
