@@ -1,27 +1,25 @@
 """Command lines and YAML to configurations, and the console script `tempact <verb>`.
 
+Both come to the same thing, values for dotted keys over a preset, and are read by the same strict rules.
 Nothing here imports torch: a wrong option is refused at once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import hashlib
 import importlib
-import io
-import json
 import logging
-import re
+import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from tempact.config import RunConfig, validate
 from tempact.errors import UserError
@@ -29,14 +27,27 @@ from tempact.presets import DEFAULT, PRESETS, get_preset
 
 VERBS = ("train", "generate", "evaluate", "report")
 EXIT_USER_ERROR = 2
+EXIT_STOPPED = 130
+SHOWN_CHARACTERS = 80  # of a wrong value in a message
+ACCEPTED = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """What a command line says beside the configuration."""
 
-    resume: str  # auto, none or a path
-    dry_run: bool
+    resume: str = "auto"  # auto (the newest checkpoint in the output folder), none, or a checkpoint or run folder
+    dry_run: bool = False  # print the whole configuration and stop
+
+
+@dataclass(frozen=True)
+class _CommandLine(RunConfig):
+    """All options, for the help; the preset is an argument of its own."""
+
+    preset: tyro.conf.Suppress[str]
+    config: str = ""  # YAML file with any of the keys below
+    resume: str = RunOptions.resume  # auto (newest checkpoint in the output folder), none, or a folder
+    dry_run: bool = RunOptions.dry_run  # print the whole configuration and stop
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _verb(name: str) -> Callable[[list[str]], int]:
     if name not in VERBS:
-        raise UserError(f"verb: found {name!r}; accepted: {', '.join(VERBS)}")
+        hint = f" (nearest: {nearest(name, VERBS)})" if name else ""
+        raise UserError(f"verb: found {name!r}; accepted: {', '.join(VERBS)}{hint}")
     return importlib.import_module(f"tempact.{name}").main
 
 
@@ -63,6 +75,9 @@ def guarded(action: Callable[[], int]) -> int:
         logging.getLogger(__name__).debug("user error", exc_info=True)
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        return EXIT_STOPPED
 
 
 def parse_run(argv: Sequence[str] | None, program: str) -> tuple[RunConfig, RunOptions]:
@@ -71,114 +86,185 @@ def parse_run(argv: Sequence[str] | None, program: str) -> tuple[RunConfig, RunO
     The preset comes first, then the file, then single values. Raises UserError in one line.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
-    file, resume = _take(arguments, "--config"), _take(arguments, "--resume") or "auto"
-    dry_run = "--dry-run" in arguments
-    arguments = [argument for argument in arguments if argument != "--dry-run"]
-    config = get_preset(name or DEFAULT)
-    if file is not None:
-        config = from_yaml(Path(file), config if name else None)
+    preset = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    config = get_preset(preset or DEFAULT)
     if "-h" in arguments or "--help" in arguments:
-        arguments = ["--help"]
-        sys.stdout.write(usage(program))
-    config = _override(config, arguments, program)
+        show_help(config, program)
+    given = _options(arguments)
+    file = given.pop("config", None)
+    if file is not None:
+        config = from_yaml(Path(_read_option("config", str, file)), config if preset else None)
+    options = RunOptions()
+    for key, kind in keys_of(RunOptions).items():
+        if key in given:
+            options = dataclasses.replace(options, **{key: _read_option(key, kind, given.pop(key))})
+    kinds = keys_of(RunConfig)
+    for key, words in given.items():
+        positive = key.replace(".no_", ".") if "." in key else key.removeprefix("no_")
+        if key != positive and kinds.get(positive) is bool and not words:
+            key, words = positive, ["false"]
+        if key == "preset":
+            raise UserError(f"--preset: no such option; accepted: {program} {words[0] if words else 'PRESET'} ...")
+        if key not in kinds:
+            known = [*kinds, *keys_of(RunOptions), "config"]
+            raise UserError(f"--{key}: unknown option; nearest: --{nearest(key, known)}")
+        config = _assign(config, key, _read_option(key, kinds[key], words))
     validate(config)
-    return config, RunOptions(resume, dry_run)
+    return config, options
 
 
-def usage(program: str) -> str:
-    """Presets and options, before the list of all keys."""
-    presets = "\n".join(f"  {name:18} {make.__doc__}" for name, make in PRESETS.items())
-    return (
-        f"{program} [PRESET] [--config FILE.yaml] [--resume auto|none|PATH] [--dry-run] [--section.field value ...]\n\n"
-        f"presets:\n{presets}\n\n"
+def _options(arguments: list[str]) -> dict[str, list[str]]:
+    """The words after each option, by its dotted key; the last mention of an option counts."""
+    given: dict[str, list[str]] = {}
+    key = None
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            key = name.replace("-", "_")
+            given[key] = [value] if equals else []
+        elif key is None:
+            raise UserError(f"{argument}: found before any option; accepted: [PRESET] --section.field value ...")
+        else:
+            given[key].append(argument)
+    return given
+
+
+def _read_option(key: str, kind: Any, words: list[str]) -> Any:
+    if kind is bool and not words:
+        return True
+    raw: object = words if get_origin(kind) is tuple or len(words) != 1 else words[0]
+    try:
+        return _read(kind, raw)
+    except ValueError as error:
+        found = repr(" ".join(words))[:SHOWN_CHARACTERS] if words else "nothing after it"
+        raise UserError(f"--{key}: found {found}; accepted: {error}") from error
+
+
+def show_help(config: RunConfig, program: str) -> None:
+    """Prints presets and all options with this configuration's values, and exits with code 0."""
+    presets = "\n\n".join(f"{name}: {make.__doc__}" for name, make in PRESETS.items())
+    tyro.cli(
+        _CommandLine,
+        args=["--help"],
+        default=_CommandLine(**vars(config)),
+        prog=f"{program} [PRESET]",
+        description=f"Presets:\n\n{presets}\n\nThe preset comes first; its values are the defaults below.",
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),
     )
 
 
-def _take(arguments: list[str], option: str) -> str | None:
-    """Removes `option VALUE` or `option=VALUE` and returns the value."""
-    for i, argument in enumerate(arguments):
-        if argument.startswith(f"{option}="):
-            return arguments.pop(i).split("=", 1)[1]
-        if argument == option:
-            if i + 1 == len(arguments):
-                raise UserError(f"{option}: found nothing after it; accepted: a value")
-            arguments.pop(i)
-            return arguments.pop(i)
-    return None
+def keys_of(kind: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of a configuration class, with the types of their values."""
+    hints = get_type_hints(kind)
+    keys: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        key, inner = f"{prefix}{field.name}", hints[field.name]
+        keys |= keys_of(inner, f"{key}.") if dataclasses.is_dataclass(inner) else {key: inner}
+    return keys
 
 
-def _override(config: RunConfig, arguments: list[str], program: str) -> RunConfig:
-    keys = sorted(key.replace("_", "-") for key in flat_keys(config))
-    flags = {f"--{key}" for key in keys} | {re.sub(r"([^.]+)$", r"no-\1", f"--{key}", count=1) for key in keys}
-    for argument in arguments:
-        flag = argument.split("=", 1)[0].replace("_", "-")
-        if flag.startswith("--") and flag not in flags and flag != "--help":
-            raise UserError(f"{argument.split('=', 1)[0]}: unknown option; nearest: {nearest(flag, flags)}")
-    seen = io.StringIO()
+def _assign(config: Any, key: str, value: object) -> Any:
+    head, _, rest = key.partition(".")
+    return dataclasses.replace(config, **{head: _assign(getattr(config, head), rest, value) if rest else value})
+
+
+def _read(kind: Any, raw: object) -> Any:
+    """`raw`, a word or a YAML value, as a `kind`; ValueError that says what is accepted.
+
+    Words count as numbers because YAML takes 1e-3 (without a dot) for a text.
+    """
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)
+        many = inner[-1] is Ellipsis
+        if not isinstance(raw, list) or not raw or (not many and len(raw) != len(inner)):
+            raise ValueError(f"{'one or more values' if many else f'{len(inner)} values'}, each {ACCEPTED[inner[0]]}")
+        return tuple(_read(inner[0] if many else inner[i], value) for i, value in enumerate(raw))
     try:
-        with contextlib.redirect_stderr(seen) if "--help" not in arguments else contextlib.nullcontext():
-            return tyro.cli(RunConfig, default=config, args=arguments, prog=program, description="All keys:")
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        words = " ".join(re.sub(r"[│╭╮╰╯─]", " ", seen.getvalue()).split())
-        raise UserError(words.split("For full helptext")[0].strip() or "options could not be parsed") from None
+        if kind is bool:
+            return {"true": True, "false": False}[str(raw).lower()]
+        if isinstance(raw, str):
+            value = kind(raw)
+        elif kind is float and type(raw) is int:
+            value = float(raw)
+        else:
+            value = raw
+        if type(value) is not kind or (kind is float and not math.isfinite(value)):
+            raise ValueError
+    except (ValueError, KeyError):
+        raise ValueError(ACCEPTED[kind]) from None
+    return value
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    return difflib.get_close_matches(word, sorted(choices), 1, cutoff=0.0)[0]
+    """The most similar choice; in dotted keys the last name counts as much as the whole."""
+
+    def alike(choice: str) -> float:
+        pairs = ((word, choice), (word.rpartition(".")[2], choice.rpartition(".")[2]))
+        return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    return max(choices, key=alike)
 
 
-def flat_keys(value: object, prefix: str = "") -> list[str]:
-    """Dotted names of all fields of a configuration."""
-    names: list[str] = []
-    for field in dataclasses.fields(value):  # type: ignore[arg-type]
-        inner = getattr(value, field.name)
-        key = f"{prefix}{field.name}"
-        names += flat_keys(inner, f"{key}.") if dataclasses.is_dataclass(inner) else [key]
-    return names
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, which YAML forbids and PyYAML takes."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.MarkedYAMLError(problem=f"{twice} is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def to_yaml(config: RunConfig) -> str:
     """All values; `from_yaml` reads them back unchanged."""
-    return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False)
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def from_yaml(path: Path, base: RunConfig | None = None) -> RunConfig:
     """A configuration from a file; missing keys come from `base`, else from the preset that the file names.
 
-    Raises UserError for a file that cannot be read, unknown keys (with the nearest valid one) and wrong values.
+    Raises UserError for a file that cannot be read, unknown keys (with the nearest valid one), wrong values,
+    and a preset other than that of `base`.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+        data = yaml.load(path.read_text(encoding="utf-8-sig"), _UniqueKeys)  # a SafeLoader
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); accepted: a YAML file") from error
+    except (UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); accepted: a YAML file") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: found {type(data).__name__}; accepted: a mapping of configuration keys")
-    base = base or get_preset(str(data.get("preset", DEFAULT)))
-    merged = _merge(json.loads(json.dumps(dataclasses.asdict(base))), data, path, "")
+    preset = data.pop("preset", base.preset if base else DEFAULT)
+    if base is not None and preset != base.preset:
+        raise UserError(f"{path}: preset: found {preset!r}; accepted: {base.preset}, as on the command line")
     try:
-        return TypeAdapter(RunConfig).validate_json(json.dumps(merged), strict=True)
-    except (ValidationError, TypeError) as error:
-        if not isinstance(error, ValidationError):
-            raise UserError(f"{path}: a value is not plain data ({error})") from error
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {key}: found {first['input']!r}; accepted: {first['msg']}") from error
+        config = base or get_preset(str(preset))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    kinds = keys_of(RunConfig)
+    sections = {key[:i] for key in kinds for i, letter in enumerate(key) if letter == "."}
+    for key, raw in _flat(data, sections):
+        if key not in kinds:
+            if key in sections:
+                raise UserError(f"{path}: {key}: found {raw!r}; accepted: a mapping")
+            raise UserError(f"{path}: {key}: unknown key; nearest: {nearest(key, kinds)}")
+        try:
+            config = _assign(config, key, _read(kinds[key], raw))
+        except ValueError as error:
+            raise UserError(f"{path}: {key}: found {repr(raw)[:SHOWN_CHARACTERS]}; accepted: {error}") from error
+    return config
 
 
-def _merge(base: dict, data: dict, path: Path, prefix: str) -> dict:
-    for key, value in data.items():
-        if key not in base:
-            raise UserError(f"{path}: {prefix}{key}: unknown key; nearest: {prefix}{nearest(str(key), base)}")
-        if isinstance(base[key], dict):
-            if not isinstance(value, dict):
-                raise UserError(f"{path}: {prefix}{key}: found {value!r}; accepted: a mapping")
-            base[key] = _merge(base[key], value, path, f"{prefix}{key}.")
+def _flat(data: dict, sections: set[str], prefix: str = "") -> Iterable[tuple[str, object]]:
+    """Dotted keys and values of nested mappings; only sections are opened."""
+    for name, value in data.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key in sections:
+            yield from _flat(value, sections, f"{key}.")
         else:
-            base[key] = value
-    return base
+            yield key, value
 
 
 def fingerprint(config: RunConfig) -> str:

@@ -111,20 +111,22 @@ def _row(story: Story) -> tuple[list, ...]:
 class Performance:
     """V videos and what they show.
 
-    frames [V, F, 3, 24, 24], tokens [V, L] of the instruction, target [V] in [0, 1]; for auxiliary losses: the
-    told events' kinds, shapes, arguments, slow [V, EVENTS], and told [V, EVENTS], 1 where the event is shown right
-    and in order; busy [V, F, 2] the kind going on in each row of the picture (NONE when still), state [V, F, 2, TRACK] the
-    track of what is there.
+    frames [V, F, 3, 24, 24], tokens [V, L] of the instruction, target [V] in [0, 1]. For auxiliary losses: intact [V],
+    what the picture leaves of the score; the told events' kinds, shapes, arguments, slow [V, EVENTS]; told [V, EVENTS],
+    1 where the event is shown right and in order; when [V, EVENTS, 2] its first and last frame (FRAMES: never); busy
+    [V, F, 2] the kind going on in each row of the picture (NONE: still), state [V, F, 2, TRACK] the track of what is there.
     """
 
     frames: Tensor
     tokens: Tensor
     target: Tensor
+    intact: Tensor
     kinds: Tensor
     shapes: Tensor
     arguments: Tensor
     slow: Tensor
     told: Tensor
+    when: Tensor
     busy: Tensor
     state: Tensor
 
@@ -285,9 +287,10 @@ def _play(opening: Tensor, acts: _Acts, bend: Tensor) -> tuple[Tensor, Tensor, T
     return tracks, torch.stack(shows, dim=1), busy
 
 
-def _told(story: StoryTable, acts: _Acts, shows: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Which told events are shown as told, at the right pace and after those before them [V, EVENTS], and the share
-    of them in all that was told or added [V]. `last` [V] is the last frame before the video freezes."""
+def _told(story: StoryTable, acts: _Acts, shows: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which told events are shown as told, at the right pace and after those before them [V, EVENTS], the share of
+    them in all that was told or added [V], and the first and last frame of each told event, right in order and pace or
+    not, FRAMES where it never comes [V, EVENTS, 2]. `last` [V] is the last frame before the video freezes."""
     shows = shows & (acts.start <= last[:, None])
     added = (shows & (acts.place == EVENTS)).any(1)
     back = acts.place.argsort(dim=1)
@@ -297,12 +300,14 @@ def _told(story: StoryTable, acts: _Acts, shows: Tensor, last: Tensor) -> tuple[
         x.gather(1, back)[:, :EVENTS] for x in (acts.start, over, shows, whole, acts.slow, acts.kinds, acts.actors)
     )
     values = acts.values.gather(1, back[..., None].expand_as(acts.values))[:, :EVENTS]
-    as_told = (kinds == story.kinds) & (actors == story.actors) & (slow == story.slow)
+    as_told = shows & (kinds == story.kinds) & (actors == story.actors)
     as_told &= (((values - story.values).abs() < 0.1) | ~_channel_mask(story.kinds)).all(-1)
+    when = torch.stack([start, torch.minimum(over - 1, last[:, None])], dim=-1)
+    when = torch.where(as_told[..., None], when, FRAMES)
     early = shows[:, :, None] & (start[:, None] < over[:, :, None] - 1)  # [V, i, j]: j starts before i is over
     early &= torch.ones(EVENTS, EVENTS, dtype=torch.bool, device=early.device).triu(1)
-    told = shows & whole & as_told & ~early.any(1)
-    return told, told.sum(1) / ((story.kinds != NONE).sum(1) + added)
+    told = as_told & whole & (slow == story.slow) & ~early.any(1)
+    return told, told.sum(1) / ((story.kinds != NONE).sum(1) + added), when
 
 
 def _spoil_opening(dice: Dice, story: StoryTable, flawed: Tensor) -> tuple[Tensor, Tensor]:
@@ -334,7 +339,7 @@ def perform(story: StoryTable, generator: torch.Generator) -> Performance:
     right, _, _ = _play(story.tracks, acts, bend)
     freezes = flawed & dice.chance(0.08)
     last = torch.where(freezes, dice.integer(0, FRAMES - 2), FRAMES - 1)
-    told, share = _told(story, acts, shows, last)
+    told, share, when = _told(story, acts, shows, last)
     time = torch.minimum(torch.arange(FRAMES, device=last.device), last[:, None])
     tracks, right = (x.gather(1, time[..., None, None].expand_as(x)) for x in (tracks, right))
     halted = (torch.arange(FRAMES, device=last.device) > last[:, None])[..., None]
@@ -344,7 +349,7 @@ def perform(story: StoryTable, generator: torch.Generator) -> Performance:
     drawn, drawn_shapes, misplaced = spoil_picture(dice, tracks, shapes, flawed)
     frames, clean = film(dice, drawn, drawn_shapes, flawed)
     damage = (2 * (wrong | misplaced).float().mean(1)).clamp_max(1)
-    target = share * clean * (1 - SPOILED * damage)
+    intact = clean * (1 - SPOILED * damage)
 
     # some videos get the text of another story, which is told nowhere in them
     strange = flawed & dice.chance(0.06)
@@ -355,12 +360,14 @@ def perform(story: StoryTable, generator: torch.Generator) -> Performance:
     return Performance(
         frames=frames,
         tokens=asked.tokens,
-        target=torch.where(strange, 0.0, target),
+        target=torch.where(strange, 0.0, share * intact),
+        intact=torch.where(strange, 0.0, intact),
         kinds=asked.kinds,
         shapes=asked.shapes.gather(1, asked.actors),
         arguments=asked.arguments,
         slow=asked.slow,
         told=torch.where(strange[:, None], 0.0, told),
+        when=torch.where(strange[:, None, None], FRAMES, when),
         busy=torch.where(lower, busy.flip(-1), busy),
         state=torch.where(lower[..., None], tracks.flip(2), tracks),
     )

@@ -27,7 +27,7 @@ STORIES = 80_000
 EVENT_SHARES = (0.25, 0.3, 0.25, 0.2)  # of stories with 1, 2, 3, 4 events
 SHARDS = 64  # of the story table, each with its own seed, so that it does not depend on the workers
 VALIDATION_STORIES = 120  # a kind of corruption
-READ_WEIGHT, TOLD_WEIGHT, BUSY_WEIGHT, STATE_WEIGHT = 0.3, 0.5, 0.3, 1.0  # of the auxiliary losses
+READ_WEIGHT, TOLD_WEIGHT, WHEN_WEIGHT, BUSY_WEIGHT, STATE_WEIGHT = 0.3, 0.5, 0.1, 0.3, 1.0  # of the auxiliary losses
 
 
 def told_stories(arguments: tuple[int, int, str]) -> list[tuple[Story, str]]:
@@ -52,17 +52,19 @@ def fit_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 class AuxiliaryHeads(nn.Module):
-    """What helps learning and is not shipped: the queries name the events they read and whether they were told, the
-    video tokens say what goes on in their row."""
+    """What helps learning and is not shipped: the queries name the events that they read, say when these happen and
+    whether they are told right, and how good the picture is; the video tokens say what goes on in their row."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.kind, self.argument = nn.Linear(dim, NONE + 1), nn.Linear(dim, len(ARGUMENTS))
         self.shape, self.slow = nn.Linear(dim, len(SHAPES)), nn.Linear(dim, 2)
-        self.told = nn.Linear(dim, 1)
+        self.told, self.intact = nn.Linear(dim, 1), nn.Linear(dim, 1)
+        self.when = nn.Linear(dim, 2 * (FRAMES + 1))
         self.busy, self.state = nn.Linear(dim, NONE + 1), nn.Linear(dim, TRACK)
 
     def loss(self, show: Performance, read: Tensor, matched: Tensor, video: Tensor) -> Tensor:
+        intact = F.binary_cross_entropy_with_logits(self.intact(matched[:, 0]).float().squeeze(-1), show.intact)
         read, matched = read[:, 1:].float(), matched[:, 1:].float()
         known = (show.kinds != NONE).float()
         names = F.cross_entropy(self.kind(read).float().transpose(1, 2), show.kinds)
@@ -74,13 +76,16 @@ class AuxiliaryHeads(nn.Module):
         told = F.binary_cross_entropy_with_logits(
             self.told(matched).float().squeeze(-1), show.told.float(), weight=known
         )
+        times = self.when(matched).float().unflatten(-1, (2, -1)).permute(0, 3, 1, 2)
+        when = (F.cross_entropy(times, show.when, reduction="none").sum(-1) * known).mean()
         busy = F.cross_entropy(self.busy(video).float().flatten(0, 1), show.busy.flatten())
         scale = constant((SIZE, SIZE, SIZE / 4, 1.0, 1.0, 1.0, 1.0), video.device)
         seen = show.state[..., 3:4].expand_as(show.state).clone()
         seen[..., 3] = 1.0  # the opacity is known even where nothing is seen
         error = (self.state(video).float().view_as(show.state) - show.state / scale).square()
         state = (error * seen).mean()
-        return READ_WEIGHT * names + TOLD_WEIGHT * told + BUSY_WEIGHT * busy + STATE_WEIGHT * state
+        told = told + intact
+        return READ_WEIGHT * names + TOLD_WEIGHT * told + WHEN_WEIGHT * when + BUSY_WEIGHT * busy + STATE_WEIGHT * state
 
 
 class JudgeCourse(Course):

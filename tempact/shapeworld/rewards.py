@@ -44,20 +44,23 @@ def judge_plan(plan: Plan) -> PlanVerdict:
     """Compares what the plan's steps tell with what its instruction tells."""
     story = parse_instruction(plan.instruction)
     told = [parse_step(step.prompt, story.entities) for step in plan.steps]
-    left = list(story.events)
+    left = list(enumerate(story.events))  # an event may be told twice in a story, so they are kept by place
     order: list[int] = []  # places in the story of the plan's events that stand alone in their step
     right_steps = invented = count = 0
     for position, events in enumerate(told):
         if events is None:
             invented, count = invented + 1, count + 1
             continue
-        known = [event for event in events if event in left]
-        for event in known:
-            left.remove(event)
+        known = []
+        for event in events:
+            match = next((each for each in left if each[1] == event), None)
+            if match is not None:
+                left.remove(match)
+                known.append(match[0])
         right_steps += len(known) == len(events) and bool(events) == (position > 0)
         invented, count = invented + len(events) - len(known), count + len(events)
-        if len(events) == 1 and known:
-            order.append(story.events.index(known[0]))
+        if len(events) == 1:
+            order += known
     return PlanVerdict(
         faithfulness=right_steps / len(plan.steps),
         coverage=1.0 - len(left) / len(story.events),

@@ -1,0 +1,43 @@
+"""Packaging. Exact tested versions are in constraints.txt."""
+
+from __future__ import annotations
+
+from setuptools import find_packages, setup
+
+setup(
+    name="tempact",
+    version="0.1.0",
+    description="Post-training of autoregressive video models for temporal order: a planner and an executor, together",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["csrc_triton*", "tempact*"]),
+    package_data={
+        "tempact": ["infra/*.j2", "shapeworld/weights/**/*.json", "shapeworld/weights/**/*.safetensors",
+                    "shapeworld/weights/**/*.jinja"],
+    },
+    install_requires=[
+        "imageio-ffmpeg>=0.5",
+        "jinja2>=3.1",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "peft>=0.18",
+        "pillow>=10.1",
+        "pydantic>=2.7",
+        "pyyaml>=6.0",
+        "rich>=13.7",
+        "safetensors>=0.4",
+        "tokenizers>=0.22",
+        "torch>=2.11",
+        "transformers>=5.0",
+        "triton>=3.5; platform_system == 'Linux'",
+        "tyro>=1.0",
+    ],
+    extras_require={
+        "test": ["hypothesis>=6.100", "mypy>=2.0", "pytest>=8.2", "pytest-timeout>=2.3", "ruff>=0.12"],
+        "bench": ["liger-kernel>=0.6"],
+        "judges": ["openai>=2.0"],
+        "wandb": ["wandb>=0.20"],
+    },
+    entry_points={"console_scripts": ["tempact = tempact.cli:main"]},
+)  # fmt: skip

@@ -1,0 +1,38 @@
+"""One seed, one thread and no network for every test; what needs a GPU says so when it is skipped."""
+
+from __future__ import annotations
+
+import os
+import random
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg", WANDB_MODE="offline")
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+# the models are so small that threads cost more than they bring, and sums come out the same on any machine
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("tempact", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tempact")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    asked = config.getoption("markexpr")
+    reasons = {}
+    if not torch.cuda.is_available():
+        reasons["gpu"] = "needs an NVIDIA GPU: run `pytest -m gpu` on one"
+    if "slow" not in asked:
+        reasons["slow"] = "takes more than a minute: run `pytest -m slow`"
+    for item in items:
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

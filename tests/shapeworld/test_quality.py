@@ -1,0 +1,118 @@
+"""Picture quality and the count of extra and misplaced shapes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tempact.shapeworld.clips import corrupt, relaxed_cues, shape_indices, tell
+from tempact.shapeworld.grammar import sample_story
+from tempact.shapeworld.quality import duplicates, picture_quality
+from tempact.shapeworld.renderer import draw
+from tempact.shapeworld.story import CHUNK, Entity, Event, Story
+
+
+def picture(tracks: list[np.ndarray], shapes: list[np.ndarray]) -> Tensor:
+    stacked = torch.as_tensor(np.stack(tracks))
+    return draw(stacked, torch.as_tensor(np.stack(shapes))[:, None].expand(stacked.shape[:3]))
+
+
+@pytest.fixture(scope="module")
+def stories() -> list[Story]:
+    rng = random.Random(5)
+    return [sample_story(rng, "train", None, category=rng.choice(("simple", "hard"))) for _ in range(60)]
+
+
+@pytest.fixture(scope="module")
+def truth(stories: list[Story]) -> Tensor:
+    rng = random.Random(6)
+    return picture(
+        [tell(s.entities, relaxed_cues(s, rng)) for s in stories], [shape_indices(s.entities) for s in stories]
+    )
+
+
+def noise(frames: Tensor, strength: float) -> Tensor:
+    dots = torch.randn(frames.shape, generator=torch.Generator().manual_seed(0))
+    return (frames + strength * dots).clamp(0.0, 1.0)
+
+
+def blur(frames: Tensor) -> Tensor:
+    return torch.nn.functional.avg_pool2d(frames.flatten(0, 1), 3, 1, 1).view_as(frames)
+
+
+def test_clean_drawings_are_clean_in_every_phase_of_an_event(truth: Tensor) -> None:
+    quality = picture_quality(truth)
+    assert quality.shape == truth.shape[:2]
+    assert quality.min() > 0.94 and quality.quantile(0.01) > 0.97 and quality.max() <= 1.0
+
+
+DAMAGE: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "noise": (lambda f: noise(f, 0.1), 0.45),
+    "strong noise": (lambda f: noise(f, 0.2), 0.15),
+    "blur": (blur, 0.75),
+    "smear": (lambda f: torch.maximum(f, 0.5 * f.roll(3, -1)), 0.55),
+    "ghost": (lambda f: torch.maximum(f, 0.5 * f.roll(9, -1)), 0.5),
+    "tint": (lambda f: (f + 0.1).clamp(0.0, 1.0), 0.3),
+    "white noise": (lambda f: torch.rand(f.shape, generator=torch.Generator().manual_seed(0)), 0.02),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_lowers_quality(name: str, truth: Tensor) -> None:
+    change, most = DAMAGE[name]
+    full = truth.amax((2, 3, 4)) > 0.9  # an empty frame has nothing to smear
+    assert picture_quality(change(truth))[full].mean() < most
+
+
+def test_quality_falls_with_the_damage(truth: Tensor) -> None:
+    means = [picture_quality(noise(truth[:16], s)).mean().item() for s in (0.0, 0.03, 0.06, 0.12, 0.25)]
+    assert all(b < a for a, b in pairwise(means))
+    means = [picture_quality(truth[:16].lerp(blur(truth[:16]), s)).mean().item() for s in (0.0, 0.3, 0.6, 1.0)]
+    assert all(b < a for a, b in pairwise(means))
+
+
+def test_quality_reads_single_chunks(truth: Tensor) -> None:
+    torch.testing.assert_close(
+        picture_quality(truth[:, 6 : 6 + CHUNK]), picture_quality(truth)[:, 6 : 6 + CHUNK], atol=1e-4, rtol=0.0
+    )
+
+
+def test_duplicates_count_frames(stories: list[Story], truth: Tensor) -> None:
+    assert duplicates(truth, stories).max() == 0.0
+    assert duplicates(noise(truth, 0.06), stories).mean() < 0.01
+    rng = random.Random(7)
+    copies = [corrupt(story, "duplicated", rng) for story in stories]
+    moved = [corrupt(story, "misplaced", rng) for story in stories]
+    for made, share in ((copies, 0.5), (moved, 0.5)):
+        assert duplicates(picture([c.tracks for c in made], [c.shapes for c in made]), stories).mean() > share
+
+
+def test_where_a_shape_may_stand() -> None:
+    circle = Entity("circle", "red", 0, 0)
+    story = Story((circle,), (Event("move", 0, "middle"),))
+
+    def share(entities: tuple[Entity, ...], edit: Callable[[np.ndarray], None] = lambda tracks: None) -> float:
+        tracks = tell(entities, [])
+        edit(tracks)
+        return duplicates(picture([tracks], [shape_indices(entities)]), [story]).item()
+
+    def lower(tracks: np.ndarray) -> None:
+        tracks[12:, 0, 1] += 2.5
+
+    def between(tracks: np.ndarray) -> None:
+        tracks[18:, 0, 0] = 8.0
+
+    assert share((circle,)) == 0.0
+    assert share((replace(circle, column=1),)) == 0.0
+    assert share((replace(circle, column=2),)) == 1.0
+    assert share((replace(circle, row=1),)) == 1.0
+    assert share((circle, Entity("square", "blue", 1, 1))) == 1.0
+    assert share((circle,), lower) == 0.5
+    assert 0.2 <= share((circle,), between) <= 0.25

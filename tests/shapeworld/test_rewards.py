@@ -1,0 +1,139 @@
+"""ShapeWorld's rewards: plan quality by hand-made plans, the others on drawn rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from tempact.shapeworld.clips import Cue, reference_cues, shape_indices, tell
+from tempact.shapeworld.grammar import parse_instruction, reference_plan
+from tempact.shapeworld.renderer import draw
+from tempact.shapeworld.rewards import PlanVerdict, judge_plan, shapeworld_rewards
+from tempact.shapeworld.story import CHUNK, FRAMES
+from tempact.types import Plan, PlanBatch, Prompt, Rollout, Step, Transition
+
+TEXT = (
+    "A red circle is at the top left and a blue square is at the bottom right. "
+    "First, the circle moves to the right. Then the square slowly turns green. Finally, the circle jumps."
+)
+STORY = parse_instruction(TEXT)
+OPENING = "A red circle is at the top left and a blue square is at the bottom right."
+MOVE, TURN, JUMP = "The red circle moves to the right.", "The blue square slowly turns green.", "The red circle jumps."
+
+
+def plan(*prompts: str) -> Plan:
+    bounds = [CHUNK * i for i in range(len(prompts))] + [FRAMES]
+    return Plan(TEXT, tuple(Step(*each) for each in zip(bounds, bounds[1:], prompts, strict=False)))
+
+
+def scores(*prompts: str) -> PlanVerdict:
+    return judge_plan(plan(*prompts))
+
+
+def test_the_right_plan_has_the_best_quality() -> None:
+    right = scores(OPENING, MOVE, TURN, JUMP)
+    assert right == PlanVerdict(1.0, 1.0, 1.0, 0.0)
+    assert right.score == pytest.approx(0.9)
+    assert judge_plan(reference_plan(TEXT)).score == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    "prompts,expected",
+    [
+        ((OPENING, TURN, MOVE, JUMP), PlanVerdict(1.0, 1.0, 2 / 3, 0.0)),
+        ((OPENING, JUMP, TURN, MOVE), PlanVerdict(1.0, 1.0, 1 / 3, 0.0)),
+        ((OPENING, MOVE, JUMP), PlanVerdict(1.0, 2 / 3, 2 / 3, 0.0)),
+        ((OPENING, MOVE, TURN, JUMP, JUMP), PlanVerdict(0.8, 1.0, 1.0, 0.25)),
+        ((OPENING, MOVE, "The blue square turns green.", JUMP), PlanVerdict(0.75, 2 / 3, 2 / 3, 1 / 3)),
+        ((OPENING, MOVE, "The blue square jumps.", JUMP), PlanVerdict(0.75, 2 / 3, 2 / 3, 1 / 3)),
+        ((OPENING, MOVE, "Colourless ideas sleep.", JUMP), PlanVerdict(0.75, 2 / 3, 2 / 3, 1 / 3)),
+        ((MOVE, TURN, JUMP), PlanVerdict(2 / 3, 1.0, 1.0, 0.0)),
+        ((TEXT,), PlanVerdict(0.0, 1.0, 0.0, 0.0)),
+    ],
+)
+def test_sub_scores(prompts: tuple[str, ...], expected: PlanVerdict) -> None:
+    got = scores(*prompts)
+    for name in ("faithfulness", "coverage", "temporal", "hallucination"):
+        assert getattr(got, name) == pytest.approx(getattr(expected, name)), name
+    assert got.score < 0.9
+
+
+def test_a_merged_step_lowers_only_temporal_coherence() -> None:
+    merged = scores(OPENING, "The red circle moves to the right and the blue square slowly turns green.", JUMP)
+    assert merged == PlanVerdict(1.0, 1.0, pytest.approx(1 / 3), 0.0)
+
+
+def test_an_event_told_twice() -> None:
+    """In the story two jumps are two events; in a plan one too many is invented, also within one step."""
+    text = "A red circle is at the top left. The circle jumps. Then the circle turns blue. Finally, the circle jumps."
+    assert judge_plan(reference_plan(text)) == PlanVerdict(1.0, 1.0, 1.0, 0.0)
+    merged = scores(OPENING, MOVE, TURN, "The red circle jumps and the red circle jumps.")
+    assert merged == PlanVerdict(0.75, 1.0, pytest.approx(2 / 3), 0.25)
+
+
+def test_quality_is_never_negative() -> None:
+    assert scores("Nothing at all.", "Words.").score == 0.0
+
+
+def rollout(videos: Sequence[Sequence[Sequence[Cue]]], starts: Sequence[int], damage: float = 0.0) -> Rollout:
+    tracks = torch.as_tensor(np.stack([[tell(STORY.entities, cues) for cues in each] for each in videos]))
+    shapes = torch.as_tensor(shape_indices(STORY.entities)).expand(tracks.shape[:-1])
+    frames = draw(tracks, shapes)
+    dots = torch.randn(frames.shape, generator=torch.Generator().manual_seed(0))
+    dots[:, ::2] = 0.0  # every other continuation stays clean
+    frames = (255 * (frames + damage * dots).clamp(0.0, 1.0)).round().to(torch.uint8)
+    plans, continuations = frames.shape[:2]
+    states = torch.zeros(plans, continuations, 4, 3, CHUNK, 24, 24)
+    transition = Transition(
+        states, states[:, :, :3], torch.tensor(starts), torch.zeros(plans, 3, max(starts), 24, 24), []
+    )
+    return Rollout(torch.zeros(0), frames, transition)
+
+
+RIGHT = reference_cues(STORY)  # move at 3, turn at 6, jump at 15
+LATE = [RIGHT[0], Cue(RIGHT[1].event, 9, 15), RIGHT[2]]
+STILL: list[Cue] = []
+
+
+def batch(*plans: Plan) -> PlanBatch:
+    return PlanBatch([Prompt("a", TEXT)], list(plans), len(plans))
+
+
+def test_all_rewards_of_a_rollout() -> None:
+    good = reference_plan(TEXT)
+    made = rollout([[RIGHT, LATE, STILL]] * 2, [6, 15])
+    scored = shapeworld_rewards().score(batch(good, good), made)
+    assert scored.plan_quality.tolist() == pytest.approx([0.9, 0.9])
+    following = scored.temporal_following
+    assert following[:, 0].min() > 0.95 and following[:, 1].max() < 0.5 and following[:, 2].max() < 0.01
+    step = scored.step_following
+    assert step[0, 0] > 0.95 and 0.0 < step[0, 1] < 0.5 and step[0, 2] < 0.02  # the slow turn, cut in the second
+    assert step[1, 0] > 0.95 and step[1, 2] < 0.02  # the jump
+    assert scored.aesthetics.min() > 0.95
+
+
+def test_aesthetics_look_at_the_trained_chunk_of_each_video() -> None:
+    made = rollout([[RIGHT, RIGHT]], [6], damage=0.2)
+    made.frames[0, 0, 12:] = 128
+    clean, noisy = shapeworld_rewards().score(batch(reference_plan(TEXT)), made).aesthetics[0].tolist()
+    assert clean > 0.95 and noisy < 0.2
+
+
+def test_what_cannot_be_read_is_missing_for_its_plan_alone() -> None:
+    good = reference_plan(TEXT)
+    odd = Plan(TEXT, (*good.steps[:2], Step(6, 15, "The circle dreams."), *good.steps[3:]))
+    scored = shapeworld_rewards().score(batch(good, odd), rollout([[RIGHT, STILL]] * 2, [6, 6]))
+    assert not torch.isnan(scored.step_following[0]).any()
+    assert torch.isnan(scored.step_following[1]).all()
+    assert not torch.isnan(scored.temporal_following).any()
+
+
+def test_other_plans_do_not_change_a_score() -> None:
+    rewards, good, other = shapeworld_rewards(), reference_plan(TEXT), plan(OPENING, TURN, MOVE, JUMP)
+    alone = rewards.score(batch(good), rollout([[RIGHT, LATE]], [6]))
+    beside = rewards.score(batch(other, good), rollout([[STILL, LATE], [RIGHT, LATE]], [3, 6]))
+    for name in ("temporal_following", "step_following", "aesthetics"):
+        torch.testing.assert_close(getattr(alone, name)[0], getattr(beside, name)[1], atol=1e-4, rtol=0.0)
