@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from tempact.config import RunConfig
 from tempact.errors import UserError
 from tempact.executor.policy import Executor
+from tempact.executor.rollout import gaussian_noise
 from tempact.models.wan.codec import PixelCodec
 from tempact.planner.policy import Planner
 from tempact.shapeworld.evaluation import ShapeWorldSuite
@@ -21,6 +23,7 @@ from tempact.shapeworld.prompts import ShapeWorldPrompts
 from tempact.shapeworld.rewards import shapeworld_rewards
 from tempact.shapeworld.story import SIZE
 from tempact.trainer import Trainer
+from tempact.types import Plan, Prompt
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,12 @@ class Policies:
 
     planner: Planner
     executor: Executor
+
+    def make_video(self, instruction: str, seed: int) -> tuple[Plan, Tensor]:
+        """A plan for one instruction and its video, uint8 [F, 3, height, width]."""
+        plan = self.planner.sample([Prompt("0", instruction)], 1, seed).plans[0]
+        noise = gaussian_noise(seed, self.executor.noise_shape(1, 1), self.executor.device)
+        return plan, self.executor.rollout([plan], [0], noise).frames[0, 0]
 
 
 def device_of(config: RunConfig) -> torch.device:

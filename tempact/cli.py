@@ -6,6 +6,7 @@ Nothing here imports torch: a wrong option is refused at once.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import hashlib
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
@@ -78,6 +79,13 @@ def guarded(action: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")
         return EXIT_STOPPED
+
+
+class LineParser(argparse.ArgumentParser):
+    """An argument parser for `guarded` actions: a wrong option is a UserError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; accepted: {self.format_usage().removeprefix('usage: ')}")
 
 
 def parse_run(argv: Sequence[str] | None, program: str) -> tuple[RunConfig, RunOptions]:
@@ -160,7 +168,10 @@ def keys_of(kind: type, prefix: str = "") -> dict[str, Any]:
     keys: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         key, inner = f"{prefix}{field.name}", hints[field.name]
-        keys |= keys_of(inner, f"{key}.") if dataclasses.is_dataclass(inner) else {key: inner}
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            keys |= keys_of(inner, f"{key}.")
+        else:
+            keys[key] = inner
     return keys
 
 
@@ -177,9 +188,13 @@ def _read(kind: Any, raw: object) -> Any:
     if get_origin(kind) is tuple:
         inner = get_args(kind)
         many = inner[-1] is Ellipsis
-        if not isinstance(raw, list) or not raw or (not many and len(raw) != len(inner)):
-            raise ValueError(f"{'one or more values' if many else f'{len(inner)} values'}, each {ACCEPTED[inner[0]]}")
-        return tuple(_read(inner[0] if many else inner[i], value) for i, value in enumerate(raw))
+        try:
+            if not isinstance(raw, list) or not raw or (not many and len(raw) != len(inner)):
+                raise ValueError
+            return tuple(_read(inner[0] if many else inner[i], value) for i, value in enumerate(raw))
+        except ValueError:
+            count = "one or more values" if many else f"{len(inner)} values"
+            raise ValueError(f"{count}, each {ACCEPTED[inner[0]]}") from None
     try:
         if kind is bool:
             return {"true": True, "false": False}[str(raw).lower()]

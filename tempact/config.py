@@ -140,13 +140,32 @@ class RunConfig:
 
 def validate(config: RunConfig) -> None:
     """Raises UserError in one line for the first value that cannot work."""
-    executor, planner = config.executor, config.planner
+    executor, planner, trainer, evaluation = config.executor, config.planner, config.trainer, config.evaluation
+    counts = {
+        "planner.lora.rank": planner.lora.rank,
+        "planner.max_new_tokens": planner.max_new_tokens,
+        "executor.lora.rank": executor.lora.rank,
+        "executor.chunk_frames": executor.chunk_frames,
+        "executor.micro_batch": executor.micro_batch,
+        "data.prompts_per_iteration": config.data.prompts_per_iteration,
+        "trainer.iterations": trainer.iterations,
+        "trainer.updates_per_iteration": trainer.updates_per_iteration,
+        "trainer.checkpoint_every": trainer.checkpoint_every,
+        "trainer.keep_checkpoints": trainer.keep_checkpoints,
+        "trainer.samples_every": trainer.samples_every,
+        "evaluation.simple": evaluation.simple,
+        "evaluation.hard": evaluation.hard,
+        "evaluation.bootstrap": evaluation.bootstrap,
+        "evaluation.batch": evaluation.batch,
+    }
+    for key, count in counts.items():
+        if count < 1:
+            raise UserError(f"{key}: found {count}; accepted: at least 1")
     checks = [
         (executor.frames > 0 and executor.frames % executor.chunk_frames == 0, "executor.frames", executor.frames,
          f"a positive multiple of executor.chunk_frames ({executor.chunk_frames})"),
         (planner.plans_per_prompt >= 2, "planner.plans_per_prompt", planner.plans_per_prompt,
          "at least 2 (a planning group compares plans)"),
-        (config.trainer.keep_checkpoints >= 1, "trainer.keep_checkpoints", config.trainer.keep_checkpoints, "at least 1"),
         (executor.continuations >= 2, "executor.continuations", executor.continuations,
          "at least 2 (an execution group compares continuations)"),
     ]  # fmt: skip

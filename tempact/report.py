@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from tempact.errors import UserError
+from tempact.cli import LineParser, guarded
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0, or 2 for a folder that is no run."""
-    parser = argparse.ArgumentParser("python -m tempact.report", description="Writes report.html into a run folder.")
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 for a folder that is no run."""
+    parser = LineParser("python -m tempact.report", description="Writes report.html into a run folder.")
     parser.add_argument("run", type=Path, help="a run folder, also of a run still going")
-    options = parser.parse_args(arguments)
+    return guarded(lambda: _report(parser.parse_args(argv).run))
+
+
+def _report(run: Path) -> int:
     from tempact.infra.report import write_report  # late: --help must not wait for matplotlib and torch
 
-    try:
-        print(write_report(options.run))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    sys.stdout.write(f"{write_report(run)}\n")
     return 0
 
 

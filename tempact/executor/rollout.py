@@ -132,7 +132,9 @@ def roll_out(
         texts = [prompts[b.plan][chunk] for b in branches]
         if settings.text_switch == "recache" and chunk:
             switched = [i for i, b in enumerate(branches) if prompts[b.plan][chunk - 1] != texts[i]]
-            _recache(history, [branches[i] for i in switched], book([texts[i] for i in switched]), latents, start)
+            if switched:
+                past = torch.stack([latents[b.plan, b.continuations[0], :, :start] for b in (branches[i] for i in switched)])
+                history.recache([ids[i] for i in switched], past, book([texts[i] for i in switched]))
         text = book(texts)
         drawn = first if chunk == 0 else noise(chunk)
         batch = torch.stack([drawn[b.plan, b.continuations[0]] for b in branches])
@@ -158,12 +160,6 @@ def _fork(branches: list[_Branch], history: History, plans: list[int]) -> list[_
         else:
             grown.append(b)
     return grown
-
-
-def _recache(history: History, branches: list[_Branch], text: TextKV, latents: Tensor, start: int) -> None:
-    if branches:
-        past = torch.stack([latents[b.plan, b.continuations[0], :, :start] for b in branches])
-        history.recache([b.branch for b in branches], past, text)
 
 
 def _transition(

@@ -114,7 +114,8 @@ class Performance:
     frames [V, F, 3, 24, 24], tokens [V, L] of the instruction, target [V] in [0, 1]. For auxiliary losses: intact [V],
     what the picture leaves of the score; the told events' kinds, shapes, arguments, slow [V, EVENTS]; told [V, EVENTS],
     1 where the event is shown right and in order; when [V, EVENTS, 2] its first and last frame (FRAMES: never); busy
-    [V, F, 2] the kind going on in each row of the picture (NONE: still), state [V, F, 2, TRACK] the track of what is there.
+    [V, F, 2] the kind going on in each row of the picture (NONE: still), state [V, F, 2, TRACK] the track of what is
+    there.
     """
 
     frames: Tensor

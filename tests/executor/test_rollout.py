@@ -1,0 +1,144 @@
+"""Rollouts: forks, windows, text switches and the rebuilt context (ALGORITHM.md 6, items 16 - 19)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tempact.executor.policy import Executor
+from tempact.executor.rollout import PromptBook, chunk_prompts, gaussian_noise, rebuild_context
+from tempact.executor.window import WINDOWS, WindowPolicy
+from tempact.types import Plan, Step
+
+Make = Callable[..., Executor]
+CPU = torch.device("cpu")
+
+
+def plan(*bounds: int, name: str = "p") -> Plan:
+    steps = tuple(Step(a, b, f"{name} step {a}") for a, b in zip(bounds, bounds[1:], strict=False))
+    return Plan("instruction", steps)
+
+
+PLANS = [plan(0, 3, 9, 18, name="a"), plan(0, 6, 12, 18, name="b")]
+SMALL_WINDOW = WindowPolicy(window=9, sink=3)
+POLICIES = [
+    {"window": "full"},
+    {"window": "full", "text_switch": "recache"},
+    {"window": "longlive"},
+    {"window": "longlive", "text_switch": "recache"},
+    {"window": "tempact-self-forcing"},
+]
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", POLICIES)
+def test_batched_continuations_equal_serial_ones(make_executor: Make, changes: dict) -> None:
+    executor = make_executor(**changes)
+    noise = gaussian_noise(1, executor.noise_shape(2, 3), CPU)
+    forks = [3, 12]
+    together = executor.rollout(PLANS, forks, noise)
+    for p in range(2):
+        for n in (2, 0):
+            # before the fork everyone follows continuation 0's noise, after it its own
+            def alone(chunk: int, p: int = p, n: int = n) -> torch.Tensor:
+                own = n if chunk * 3 >= forks[p] else 0
+                return noise(chunk)[p : p + 1, own : own + 1]
+
+            serial = executor.rollout([PLANS[p]], [forks[p]], alone)
+            assert close(serial.latents[0, 0], together.latents[p, n])
+            assert close(serial.transition.states[0, 0], together.transition.states[p, n])
+
+
+def test_continuations_share_the_context_and_differ_after_it(make_executor: Make) -> None:
+    executor = make_executor()
+    rollout = executor.rollout(PLANS, [3, 12], gaussian_noise(1, executor.noise_shape(2, 3), CPU))
+    latents = rollout.latents
+    assert torch.equal(latents[1, 0, :, :12], latents[1, 2, :, :12])
+    assert not torch.allclose(latents[1, 0, :, 12:15], latents[1, 2, :, 12:15])
+    assert torch.equal(rollout.transition.prefix[1], latents[1, 0, :, :12])
+    assert rollout.transition.prefix[0, :, 3:].eq(0).all()
+    # the recorded states end in the recorded clean chunk's last noisy state, and follow from the noises
+    transition = rollout.transition
+    sigmas = executor.settings.schedule.sigmas
+    for t in range(3):
+        x, after = transition.states[0, 0, t], transition.states[0, 0, t + 1]
+        x0 = (after - sigmas[t + 1] * transition.noises[0, 0, t]) / (1 - sigmas[t + 1])
+        velocity = executor.velocities(transition, [0])[0, 0, t]
+        assert torch.allclose(x0, x - sigmas[t] * velocity, atol=1e-3)
+
+
+def test_order_of_plans_and_continuations_does_not_matter(make_executor: Make) -> None:
+    executor = make_executor()
+    noise = gaussian_noise(1, executor.noise_shape(2, 3), CPU)
+    one = executor.rollout(PLANS, [3, 12], noise)
+
+    def mirrored(chunk: int) -> torch.Tensor:
+        drawn = noise(chunk).flip(0)
+        return torch.cat([drawn[:, :1], drawn[:, 1:].flip(1)], 1)
+
+    other = executor.rollout(PLANS[::-1], [12, 3], mirrored)
+    assert close(one.latents[0, 1], other.latents[1, 2])
+    assert close(one.latents[1, 2], other.latents[0, 1])
+
+
+@pytest.mark.parametrize("changes", POLICIES)
+def test_a_rebuilt_context_is_the_rollouts(make_executor: Make, changes: dict) -> None:
+    """v on the training path equals the rollout's: x0 from it reproduces the recorded states."""
+    executor = make_executor(**changes)
+    # a switch of text right at the fork, beyond the window, and an earlier one
+    late = [plan(0, 6, 15, 18, name="a"), plan(0, 3, 15, 18, name="b")]
+    rollout = executor.rollout(late, [15, 15], gaussian_noise(2, executor.noise_shape(2, 2), CPU))
+    transition = rollout.transition
+    velocity = executor.velocities(transition, [0, 1])
+    sigmas = executor.settings.schedule.sigmas
+    for t in range(3):
+        x0 = transition.states[:, :, t] - sigmas[t] * velocity[:, :, t]
+        again = (1 - sigmas[t + 1]) * x0 + sigmas[t + 1] * transition.noises[:, :, t]
+        assert close(again, transition.states[:, :, t + 1])
+
+
+def test_recache_rewrites_the_context_and_cross_attention_does_not(make_executor: Make) -> None:
+    caches = {}
+    for switch in ("cross_attention", "recache"):
+        executor = make_executor(text_switch=switch)
+        prompts = [["one", "one", "two"]]
+        book = PromptBook(executor.model, executor.encode, ["one", "two"])
+        prefix = torch.randn(1, 3, 6, 8, 8, generator=torch.Generator().manual_seed(0))
+        history = rebuild_context(executor.model, book, prefix, prompts, executor.settings)
+        caches[switch] = [pair.gather() for pair in history.context([0], 6)]
+        if switch == "recache":
+            same = rebuild_context(executor.model, book, prefix, [["two", "two", "two"]], executor.settings)
+            unswitched = [pair.gather() for pair in same.context([0], 6)]
+    first, second = caches["cross_attention"][1][0], caches["recache"][1][0]
+    assert not torch.allclose(first, second)
+    # rewritten bidirectionally under the new text: not what a causal pass under that text leaves either
+    assert not torch.allclose(second[:, :12], unswitched[1][0][:, :12])
+
+
+def test_memory_stays_constant_once_the_window_is_full(make_executor: Make) -> None:
+    executor = make_executor(window="longlive", frames=36)
+    settings = executor.settings
+    book = PromptBook(executor.model, executor.encode, ["one"])
+    used = []
+    for frames in (15, 24, 33):
+        history = rebuild_context(executor.model, book, torch.zeros(1, 3, frames, 8, 8), [["one"] * 12], settings)
+        used.append(history.cache.rows_used)
+    tokens = 9 * 4  # sink 3 and the 6 frames before the chunk, 4 tokens each
+    assert used == [tokens] * 3
+
+
+def test_chunk_prompts_follow_spans_and_smoothing(make_executor: Make) -> None:
+    settings = make_executor().settings
+    assert chunk_prompts(PLANS[0], replace(settings, smooth=False)) == ["a step 0"] + ["a step 3"] * 2 + ["a step 9"] * 3
+    assert chunk_prompts(PLANS[0], settings)[0] == "a step 0 Next: a step 3"
+    assert chunk_prompts(PLANS[0], settings)[-1] == "a step 9"
+
+
+def test_window_names_cover_the_backbones() -> None:
+    assert {"full", "self-forcing", "longlive", "tempact-self-forcing"} <= WINDOWS.keys()

@@ -1,0 +1,54 @@
+"""The attended frames and positions of BACKBONES.md section 2."""
+
+from __future__ import annotations
+
+import pytest
+
+from tempact.errors import UserError
+from tempact.executor.window import WINDOWS, WindowPolicy
+
+C = 3
+INFINITY_ROPE = WindowPolicy(window=6, sink=1, positions="relative")
+# first recent frame that a chunk attends to behind the sink, by chunk index from 4 on
+LONGLIVE = {4: 6, 5: 9, 6: 12, 7: 15}
+TEMPACT = {4: 4, 5: 7, 6: 10, 7: 13}
+
+
+@pytest.mark.parametrize("chunk", range(8))
+def test_key_frames_of_every_chunk(chunk: int) -> None:
+    start = chunk * C
+    own = [start, start + 1, start + 2]
+    everything = [*range(start + C)]
+    assert WINDOWS["full"].attended(start, C) + own == everything
+    assert WINDOWS["self-forcing"].attended(start, C) + own == everything
+    longlive = everything if chunk < 4 else [0, 1, 2, *range(LONGLIVE[chunk], start + C)]
+    assert WINDOWS["longlive"].attended(start, C) + own == longlive
+    tempact = everything if chunk < 4 else [0, *range(TEMPACT[chunk], start + C)]
+    assert WINDOWS["tempact-self-forcing"].attended(start, C) + own == tempact
+    infinity = everything if chunk < 2 else [0, *range(start - 2, start + C)]
+    assert INFINITY_ROPE.attended(start, C) + own == infinity
+
+
+def test_positions_absolute_and_relative() -> None:
+    assert WINDOWS["longlive"].temporal_positions(21, C) == ([0, 1, 2, *range(15, 21)], [21, 22, 23])
+    relative = WINDOWS["tempact-self-forcing"]
+    assert relative.temporal_positions(9, C) == (list(range(9)), [9, 10, 11])  # as long as all fits: absolute
+    for start in (12, 15, 27):
+        assert relative.temporal_positions(start, C) == (list(range(9)), [9, 10, 11])
+    assert INFINITY_ROPE.temporal_positions(6, C) == ([0, 1, 2], [3, 4, 5])
+
+
+def test_recached_frames_keep_the_sink_only_beyond_the_window() -> None:
+    longlive = WINDOWS["longlive"]
+    assert longlive.recached(6) == list(range(6))
+    assert longlive.recached(12) == list(range(12))
+    assert longlive.recached(15) == list(range(6, 15))
+    assert WindowPolicy(window=12, sink=3, rewrite_sink=True).recached(15) == list(range(3, 15))
+
+
+def test_lengths_that_cannot_be_made_are_refused() -> None:
+    with pytest.raises(UserError, match="executor.frames: found 20; accepted: a positive multiple of the chunk"):
+        WINDOWS["full"].check(20, C)
+    with pytest.raises(UserError, match="found 24; accepted: at most 21"):
+        WINDOWS["self-forcing"].check(24, C)
+    WINDOWS["longlive"].check(240, C)

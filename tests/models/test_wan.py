@@ -1,0 +1,103 @@
+"""The transformer against the published sizes and against itself."""
+
+from __future__ import annotations
+
+import torch
+
+from tempact.models.wan.codec import PixelCodec
+from tempact.models.wan.transformer import WanConfig, WanTransformer, apply_rope, rope_tables
+
+SMALL = WanConfig(
+    dim=48, ffn_dim=96, freq_dim=32, text_dim=16, text_len=6, heads=2, layers=2, in_dim=3, out_dim=3, patch=(1, 4, 4)
+)
+
+
+def small(**changes: object) -> WanTransformer:
+    torch.manual_seed(0)
+    model = WanTransformer(WanConfig(**{**vars(SMALL), **changes}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.double()
+
+
+def test_full_size_has_the_published_tensors() -> None:
+    with torch.device("meta"):
+        model = WanTransformer(WanConfig())
+    state = model.state_dict()
+    assert len(state) == 825
+    assert sum(p.numel() for p in model.parameters()) == 1_418_996_800
+    shapes = {
+        "patch_embedding.weight": (1536, 16, 1, 2, 2),
+        "text_embedding.0.weight": (1536, 4096),
+        "time_embedding.0.weight": (1536, 256),
+        "time_projection.1.weight": (9216, 1536),
+        "blocks.29.modulation": (1, 6, 1536),
+        "blocks.0.self_attn.norm_q.weight": (1536,),
+        "blocks.0.cross_attn.o.bias": (1536,),
+        "blocks.0.norm3.bias": (1536,),
+        "blocks.0.ffn.0.weight": (8960, 1536),
+        "head.modulation": (1, 2, 1536),
+        "head.head.weight": (64, 1536),
+    }
+    assert {name: tuple(state[name].shape) for name in shapes} == shapes
+
+
+def test_rope_splits_channels_and_depends_on_relative_positions() -> None:
+    cos, sin = rope_tables(128, torch.tensor([5]), 2, 3)
+    assert cos.shape == (6, 1, 64)
+    token = cos[4, 0], sin[4, 0]  # row 1, column 1
+    for pair, position, size in ((1, 5, 44), (22 + 3, 1, 42), (43 + 4, 1, 42)):
+        within = pair - (0 if size == 44 else 22 if pair < 43 else 43)
+        angle = position * 10_000 ** (-2 * within / size)
+        assert abs(token[0][pair] - torch.cos(torch.tensor(angle))) < 1e-6
+        assert abs(token[1][pair] - torch.sin(torch.tensor(angle))) < 1e-6
+    q, k = torch.randn(2, 1, 1, 1, 24)
+    products = [
+        (apply_rope(q, rope_tables(24, torch.tensor([a]), 1, 1)) * apply_rope(k, rope_tables(24, torch.tensor([b]), 1, 1))).sum()
+        for a, b in ((3, 1), (9, 7))
+    ]
+    assert abs(products[0] - products[1]) < 1e-5
+
+
+def test_texts_of_frame_groups_equal_separate_runs() -> None:
+    """Two texts a video, each on half of its frames, is what the chunks of pretraining use."""
+    model = small()
+    x = torch.randn(1, 3, 2, 8, 8).double()
+    text = torch.randn(2, 6, 16).double()
+    sigma, positions = torch.full((1, 2), 0.7), torch.arange(2)
+
+    def own_frame(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(1, (2, -1)).flatten(0, 1).transpose(1, 2) for t in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return out.transpose(1, 2).unflatten(0, (1, 2)).flatten(1, 2)
+
+    together = model(x, sigma, model.project_text(text), positions, own_frame)
+    for frame in range(2):
+        alone = model(x[:, :, frame : frame + 1], sigma[:, :1], model.project_text(text[frame : frame + 1]), positions[frame : frame + 1])
+        assert torch.allclose(together[:, :, frame : frame + 1], alone, atol=1e-10)
+
+
+def test_x0_prediction_is_the_same_network_read_otherwise() -> None:
+    velocity, x0 = small(), small(prediction="x0")
+    x, sigma = torch.randn(1, 3, 1, 8, 8).double(), torch.full((1, 1), 0.5)
+    text = velocity.project_text(torch.randn(1, 6, 16).double())
+    raw = velocity(x, sigma, text, torch.arange(1))
+    assert torch.allclose(x0(x, sigma, text, torch.arange(1)), (x - raw) / 0.5)
+
+
+def test_timesteps_are_per_frame() -> None:
+    model = small()
+    x, text = torch.randn(1, 3, 2, 8, 8).double(), None
+    text = model.project_text(torch.randn(1, 6, 16).double())
+    a = model(x, torch.tensor([[0.9, 0.1]]), text, torch.arange(2), lambda layer, q, k, v, raw: q)
+    b = model(x, torch.tensor([[0.9, 0.8]]), text, torch.arange(2), lambda layer, q, k, v, raw: q)
+    assert torch.equal(a[:, :, 0], b[:, :, 0])
+    assert not torch.allclose(a[:, :, 1], b[:, :, 1])
+
+
+def test_pixels_survive_the_codec() -> None:
+    frames = torch.randint(0, 256, (2, 4, 3, 8, 8), dtype=torch.uint8)
+    codec = PixelCodec()
+    latents = codec.encode(frames)
+    assert latents.shape == (2, 3, 4, 8, 8) and latents.abs().max() <= 1
+    assert torch.equal(codec.decode(latents), frames)

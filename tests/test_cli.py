@@ -1,0 +1,104 @@
+"""The commands as a user types them: one clear line and exit code 2 for every mistake, never a traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tempact import cli
+from tempact.cli import EXIT_STOPPED, EXIT_USER_ERROR, from_yaml, guarded, main
+from tempact.errors import UserError
+from tempact.presets import PRESETS, get_preset
+
+REPOSITORY = Path(__file__).parents[1]
+TEMPACT = ("-c", "import sys; from tempact.cli import main; sys.exit(main())")  # what the console script runs
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "shapewrld"], "nearest: shapeworld"),
+        (["train", "--planner.plan_per_prompt", "4"], "nearest: --planner.plans_per_prompt"),
+        (["train", "--executor.frames", "25"], "accepted: a positive multiple"),
+        (["train", "--executor.continuations", "1"], "accepted: at least 2"),
+        (["train", "--planner.plans_per_prompt", "1"], "accepted: at least 2"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["train", "shapeworld-smoke", "--output", "/proc/run"], "accepted: a writable folder"),
+        (["generate", "--promt", "x"], "required: --prompt; accepted: python -m tempact.generate"),
+        (["generate", "--prompt", "A cat sings."], "accepted"),
+        (["evaluate", "--bogus", "runs/none"], "unrecognized arguments: --bogus"),
+        (["evaluate", "nowhere"], "nowhere: holds no config.yaml"),
+        (["report", "nowhere"], "nowhere"),
+        (["trian"], "nearest: train"),
+        ([], "accepted: train"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], words: str) -> None:
+    done = command(*TEMPACT, *arguments)
+    assert done.returncode == EXIT_USER_ERROR and done.stdout == ""
+    assert words in done.stderr and done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
+
+
+def test_the_console_script_passes_arguments_and_exit_code_on() -> None:
+    done = command(*TEMPACT, "train", "--seed", "x")
+    assert (done.returncode, done.stderr) == (2, "error: --seed: found 'x'; accepted: a whole number\n")
+
+
+def test_a_dry_run_prints_the_configuration_that_a_run_would_have(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = command("-m", "tempact.train", "shapeworld-full", "--seed", "5", "--output", str(folder), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "run.yaml").write_text(done.stdout)
+    config = from_yaml(tmp_path / "run.yaml")
+    assert config.seed == 5 and config.trainer == get_preset("shapeworld-full").trainer
+    assert config.output == str(folder) and not folder.exists()
+
+
+def test_the_help_names_every_preset_and_option() -> None:
+    done = command("-m", "tempact.train", "--help")
+    assert done.returncode == 0 and done.stderr == ""
+    for name, make in PRESETS.items():
+        assert name in done.stdout and str(make.__doc__).split(":")[0] in " ".join(done.stdout.split())
+    for option in ("--resume", "--dry_run", "--config", "--seed", "--output", "--executor.optim.lr", "[PRESET]"):
+        assert option in done.stdout
+    assert "--preset" not in done.stdout
+    full = command("-m", "tempact.train", "shapeworld-full", "-h").stdout
+    assert "(default: runs/shapeworld-full)" in full  # the defaults shown are those of the preset
+
+
+def test_the_script_lists_its_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(verb in shown for verb in ("train", "generate", "evaluate", "report"))
+
+
+def test_only_a_users_mistake_is_made_short(capsys: pytest.CaptureFixture[str]) -> None:
+    def wrong() -> int:
+        raise UserError("a.csv row 3: found\n  nothing")
+
+    def broken() -> int:
+        raise ValueError("a bug")
+
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    assert guarded(wrong) == EXIT_USER_ERROR
+    assert capsys.readouterr().err == "error: a.csv row 3: found nothing\n"
+    assert guarded(lambda: 7) == 7 and guarded(interrupted) == EXIT_STOPPED == 130
+    with pytest.raises(ValueError, match="a bug"):
+        guarded(broken)
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_a_module_with_help(verb: str) -> None:
+    done = command("-m", f"tempact.{verb}", "--help")
+    assert done.returncode == 0 and "usage" in done.stdout, done.stderr

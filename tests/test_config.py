@@ -1,0 +1,204 @@
+"""Presets, YAML, command lines: what is read back unchanged, and what is refused with which words."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tempact.cli import RunOptions, fingerprint, from_yaml, keys_of, nearest, parse_run, to_yaml
+from tempact.config import RunConfig, validate
+from tempact.errors import UserError
+from tempact.presets import DEFAULT, PRESETS, get_preset
+
+PACKAGE = Path(__file__).parents[1] / "tempact"
+
+
+def parse(*arguments: str) -> RunConfig:
+    return parse_run(arguments, "program")[0]
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def make(text: str) -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_valid_and_survives_yaml(name: str, write) -> None:
+    config = get_preset(name)
+    validate(config)
+    assert config.preset == name and PRESETS[name].__doc__ and "\n" not in PRESETS[name].__doc__
+    assert from_yaml(write(to_yaml(config))) == config
+
+
+def test_values_that_yaml_could_bend_come_back_equal(write) -> None:
+    config = parse(
+        "--output", "1e-3", "--wandb_project", "no: ü #1", "--planner.optim.lr", "1e-22", "--seed", "-3",
+        "--executor.ema_decay", "0.1", "--executor.timesteps", "900", "--planner.lora.targets", "null", "~",
+    )  # fmt: skip
+    again = from_yaml(write(to_yaml(config)))
+    assert again == config and type(again.output) is str and again.planner.lora.targets == ("null", "~")
+    assert again.planner.optim.lr == 1e-22
+
+
+def test_the_default_presets_are_those_of_the_readme() -> None:
+    assert DEFAULT == "shapeworld" and {"shapeworld", "shapeworld-full", "shapeworld-smoke"} <= set(PRESETS)
+    outputs = Counter(make().output for make in PRESETS.values())
+    assert max(outputs.values()) == 1  # two presets never share a run folder
+
+
+def test_command_line_values_go_over_the_file_and_the_file_over_the_preset(write) -> None:
+    path = write("executor: {continuations: 6, kl_weight: 0.25}\nplanner: {optim: {lr: 1e-5}}\nseed: 4\n")
+    config = parse("shapeworld-full", "--config", str(path), "--executor.continuations", "5", "--seed=9")
+    assert (config.preset, config.seed, config.executor.continuations) == ("shapeworld-full", 9, 5)
+    assert config.executor.kl_weight == 0.25 and config.planner.optim.lr == 1e-5
+    assert config.trainer == get_preset("shapeworld-full").trainer
+
+
+def test_a_file_may_name_its_preset_but_not_another_one(write) -> None:
+    path = write("preset: shapeworld-smoke\n")
+    assert from_yaml(path) == get_preset("shapeworld-smoke") == parse("--config", str(path))
+    assert "accepted: shapeworld-full" in refusal("shapeworld-full", "--config", str(path))
+
+
+def test_options_and_their_forms() -> None:
+    assert parse_run([], "p") == (get_preset(DEFAULT), RunOptions(resume="auto", dry_run=False))
+    config, options = parse_run(["--dry-run", "--resume", "runs/x", "--deterministic", "--executor.no-train"], "p")
+    assert options == RunOptions(resume="runs/x", dry_run=True)
+    assert config.deterministic and not config.executor.train and config.planner.train
+    assert parse("--planner.train", "False", "--executor.train").planner.train is False
+    assert parse("--executor.timesteps", "1000", "500").executor.timesteps == (1000, 500)
+    assert parse("--planner.plans-per-prompt", "3") == parse("--planner.plans_per_prompt=3")
+    assert parse("--planner.optim.betas", "0.5", "0.75").planner.optim.betas == (0.5, 0.75)
+    assert parse("--seed", "1", "--seed", "2").seed == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["shapewrld-full"], "'shapewrld-full'; accepted: shapeworld, shapeworld-full, .*nearest: shapeworld-full"),
+        (["self-forcing"], "preset: found 'self-forcing'; accepted: shapeworld"),
+        (["--preset", "shapeworld-full"], "accepted: program shapeworld-full"),
+        (["--planner.plan_per_prompt", "4"], "unknown option; nearest: --planner.plans_per_prompt"),
+        (["--lr", "1e-3"], r"unknown option; nearest: --\w+.optim.lr"),
+        (["--iterations=3"], "nearest: --trainer.iterations"),
+        (["--resum", "auto"], "nearest: --resume"),
+        (["--seed", "x"], "--seed: found 'x'; accepted: a whole number"),
+        (["--seed", "1.0"], "a whole number"),
+        (["--seed"], "nothing after it"),
+        (["--seed", "3", "shapeworld-full"], "found '3 shapeworld-full'"),
+        (["--planner.train", "maybe"], "true or false"),
+        (["--planner.optim.lr", "nan"], "a finite number"),
+        (["--planner.optim.betas", "0.9"], "2 values, each a finite number"),
+        (["--executor.timesteps"], "one or more values, each a whole number"),
+        (["-x"], "-x: found before any option"),
+        (["--executor.frames", "25"], r"executor.frames: found 25; accepted: a positive multiple of .*\(3\)"),
+        (["--executor.frames", "0"], "executor.frames: found 0"),
+        (["--executor.chunk_frames", "0"], "executor.chunk_frames: found 0; accepted: at least 1"),
+        (["--planner.plans_per_prompt", "1"], "planner.plans_per_prompt: found 1; accepted: at least 2"),
+        (["--executor.continuations", "1"], "executor.continuations: found 1; accepted: at least 2"),
+        (["--trainer.samples_every", "0"], "trainer.samples_every: found 0; accepted: at least 1"),
+        (["--config", "/nowhere/run.yaml"], "/nowhere/run.yaml: cannot be read .No such file"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line_is_refused_in_one_line(arguments: list[str], found: str) -> None:
+    message = refusal(*arguments)
+    assert re.search(found, message), message
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("executor: {lora: {rnk: 3}}", "executor.lora.rnk: unknown key; nearest: executor.lora.rank"),
+        ("iterations: 3", "iterations: unknown key; nearest: trainer.iterations"),
+        ("planner: 4", "planner: found 4; accepted: a mapping"),
+        ("seed: {a: 1}", "seed: found {'a': 1}; accepted: a whole number"),
+        ("seed: true", "seed: found True; accepted: a whole number"),
+        ("seed:", "seed: found None; accepted: a whole number"),
+        ("output: 3", "output: found 3; accepted: text"),
+        ("planner: {train: 1}", "planner.train: found 1; accepted: true or false"),
+        ("planner: {optim: {lr: .inf}}", "planner.optim.lr: found inf; accepted: a finite number"),
+        ("executor: {timesteps: [1000, 1.5]}", "executor.timesteps: found [1000, 1.5]; accepted: one or more values"),
+        ("executor: {timesteps: 1000}", "executor.timesteps: found 1000; accepted: one or more values"),
+        ("seed: 1\nseed: 2", "seed is given twice"),
+        ("executor: {frames: 25}\npreset: shapeworl", "preset: found 'shapeworl'"),
+        ("- 3", "found list; accepted: a mapping"),
+        ("a: [", "cannot be read"),
+        ("!!python/object/apply:os.system ['true']", "cannot be read"),
+        ("3: 4", "3: unknown key"),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_is_refused_with_its_name_and_key(write, text: str, found: str) -> None:
+    path = write(text)
+    with pytest.raises(UserError) as caught:
+        from_yaml(path)
+    assert str(caught.value).startswith(f"{path}: ") and found in str(caught.value)
+
+
+def test_a_file_is_read_with_or_without_a_byte_order_mark(write) -> None:
+    assert from_yaml(write("\ufeffseed: 3\n")).seed == 3
+    path = write("")
+    path.write_bytes(b"output: \xff\n")
+    with pytest.raises(UserError, match="cannot be read"):
+        from_yaml(path)
+
+
+def test_the_fingerprint_sees_every_value(write) -> None:
+    base = get_preset(DEFAULT)
+    seen = {fingerprint(base), fingerprint(get_preset("shapeworld-smoke"))}
+    for key in keys_of(RunConfig).keys() - {"preset"}:
+        section = data = yaml.safe_load(to_yaml(base))
+        *names, last = key.split(".")
+        for name in names:
+            section = section[name]
+        value = section[last]
+        if isinstance(value, list):
+            section[last] = [2 * item for item in value]
+        else:
+            section[last] = (not value) if isinstance(value, bool) else value * 2 if value else type(value)("1")
+        seen.add(fingerprint(from_yaml(write(yaml.safe_dump(data)))))
+    assert len(seen) == 1 + len(keys_of(RunConfig)) and fingerprint(get_preset(DEFAULT)) in seen
+
+
+def test_the_nearest_key_weighs_the_last_name() -> None:
+    keys = keys_of(RunConfig)
+    assert nearest("executor.optim.grad_clp", keys) == "executor.optim.grad_clip"
+    assert nearest("shuffle", keys) == "rewards.shuffle_advantages"
+    assert nearest("evaluate.simple", keys) == "evaluation.simple"
+
+
+def test_every_configuration_field_is_read_somewhere() -> None:
+    """A field nobody reads is an option that does nothing."""
+    read: set[str] = set()
+    for path in PACKAGE.rglob("*.py"):
+        if path.name in ("config.py", "presets.py"):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        read |= {
+            node.attr for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and id(node) not in called
+        }  # fmt: skip
+    assert [key for key in keys_of(RunConfig) if key.split(".")[-1] not in read] == []
+
+
+def test_yaml_is_plain_data() -> None:
+    text = to_yaml(get_preset(DEFAULT))
+    assert "!!" not in text and set(yaml.safe_load(text)) == {field.name for field in dataclasses.fields(RunConfig)}
