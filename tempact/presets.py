@@ -47,7 +47,7 @@ def shapeworld() -> RunConfig:
             micro_batch=96,
         ),
         data=DataConfig(prompts_per_iteration=2),
-        trainer=TrainerConfig(iterations=90),
+        trainer=TrainerConfig(iterations=120),
         evaluation=EvaluationConfig(simple=48, hard=48),
         output="runs/shapeworld",
     )
@@ -61,7 +61,7 @@ def shapeworld_full() -> RunConfig:
         preset="shapeworld-full",
         executor=replace(base.executor, continuations=8, micro_batch=768),
         data=DataConfig(prompts_per_iteration=8),
-        trainer=TrainerConfig(iterations=150, checkpoint_every=50),
+        trainer=TrainerConfig(iterations=120, checkpoint_every=40),
         evaluation=EvaluationConfig(simple=256, hard=256, batch=256),
         output="runs/shapeworld-full",
     )

@@ -111,7 +111,7 @@ def drawn_right(tracked: Tracked, opacity: Tensor, shaped: Tensor) -> Tensor:
         1e-6
     )
     kind = torch.where(shaped[..., None], ramp(margin, -0.03, -0.012), 1.0)
-    clean = ramp(tracked.fit, 0.9, 0.945)
+    clean = ramp(tracked.fit, 0.935, 0.968)
     drawn = torch.where(visible, torch.minimum(kind, clean), 1.0).amin(1)
     return torch.minimum(drawn, ramp(tracked.clutter, 1.0, 0.35))
 

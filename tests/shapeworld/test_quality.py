@@ -103,8 +103,8 @@ def test_where_a_shape_may_stand() -> None:
         edit(tracks)
         return duplicates(picture([tracks], [shape_indices(entities)]), [story]).item()
 
-    def lower(tracks: np.ndarray) -> None:
-        tracks[12:, 0, 1] += 2.5
+    def higher(tracks: np.ndarray) -> None:
+        tracks[12:, 0, 1] -= 4.5
 
     def between(tracks: np.ndarray) -> None:
         tracks[18:, 0, 0] = 8.0
@@ -114,5 +114,5 @@ def test_where_a_shape_may_stand() -> None:
     assert share((replace(circle, column=2),)) == 1.0
     assert share((replace(circle, row=1),)) == 1.0
     assert share((circle, Entity("square", "blue", 1, 1))) == 1.0
-    assert share((circle,), lower) == 0.5
+    assert share((circle,), higher) == 0.5
     assert 0.2 <= share((circle,), between) <= 0.25

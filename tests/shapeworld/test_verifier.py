@@ -313,6 +313,28 @@ def test_appearing_twice_and_reverting() -> None:
     assert score(film(hidden, edit=copy_at(1, 0, 1.0, 5)), hidden) < 0.05  # the prototype's hole: two copies
 
 
+def test_a_ghost_that_touches_its_shape() -> None:
+    """Too near for being clutter of its own."""
+    story = Story((CIRCLE,), (Event("turn", 0, "blue"),))
+    frames = film(story)
+    assert score(torch.maximum(frames, 0.5 * frames.roll(3, -1)), story) < 0.6 < 0.95 < score(soften(frames), story)
+
+
+def test_what_an_event_leads_to_is_not_there_before_it() -> None:
+    story = Story(STORY.entities, (JUMP, Event("move", 0, "middle")))
+    early = replace(story, entities=(replace(CIRCLE, column=1), SQUARE))
+    assert score(film(early), story) < 0.01
+
+
+def test_what_an_event_leads_to_stays() -> None:
+    story = Story(STORY.entities, (MOVE,))
+    reverted = [film(story, edit=hold_at(X, 0, COLUMN_X[0], back)) for back in (24, 18, 8)]
+    happened = verify(torch.cat(reverted), [story] * 3).happened[:, 0].tolist()
+    assert happened[0] == 1.0
+    assert 0.3 < happened[1] < 0.7
+    assert happened[2] == 0.0
+
+
 def test_untold_events_cost() -> None:
     got = score(film(STORY, [*reference_cues(STORY), Cue(Event("jump", 1), 15)]))
     assert 0.7 < got < 0.9
