@@ -173,16 +173,16 @@ def _choose_acts(dice: Dice, story: StoryTable, flawed: Tensor) -> _Acts:
     """The told events with some spoiled, and the added one, in told order and not yet timed."""
     device, told = dice.device, story.kinds != NONE
     fails = (flawed & dice.chance(0.5))[:, None] & dice.chance(0.45, EVENTS) & told
-    how = dice.integer(0, 5, EVENTS)
+    how = dice.integer(0, 7, EVENTS)
     other_kind, other_actor, other_value, other_slow = _random_acts(dice, story, EVENTS)
     argued = story.arguments > 0
-    replaced = fails & ((how == 5) | ((how == 3) & ~argued))
-    missing = fails & ((how == 0) | ((how == 4) & ~story.present[:, 1:]))
+    replaced = fails & ((how == 5) | ((how > 5) & ~argued))
+    missing = fails & ((how == 0) | (how == 3) | ((how == 4) & ~story.present[:, 1:]))
     can_be_slow = constant((*KINDS.values(), False), device)[story.kinds]
     kinds = torch.where(replaced, other_kind, story.kinds)
     swapped = (story.actors + (fails & (how == 4)).long()) % 2
     actors = torch.where(replaced, other_actor, torch.where(missing, story.actors, swapped))
-    values = torch.where((replaced | (fails & (how == 3)))[..., None], other_value, story.values)
+    values = torch.where((replaced | (fails & (how > 5)))[..., None], other_value, story.values)
     slow = torch.where(replaced, other_slow, story.slow ^ (fails & (how == 2) & can_be_slow))
     limit = torch.where(fails & (how == 1), dice.uniform(0.1, 0.65, EVENTS), 1.0)
 
@@ -233,8 +233,9 @@ def _time_acts(dice: Dice, acts: _Acts, flawed: Tensor) -> _Acts:
     acts = _Acts(values=values, **rest)
     length = torch.where(acts.plays, (acts.duration * acts.limit).round().clamp_min(1), 0).long()
     slack = (FRAMES - 1 - length.sum(1, keepdim=True)).clamp_min(0)
-    share = dice.uniform(0, 1, EVENTS + 2).log().neg()
-    gaps = (slack * dice.uniform(0, 1, 1) * share / share.sum(1, keepdim=True)).long()
+    share = dice.uniform(0, 1, EVENTS + 2).log().square()  # uneven: often one long wait, at any place
+    share[:, :-1] *= acts.plays
+    gaps = ((slack + 1) * share / share.sum(1, keepdim=True)).long()
     at_once = (flawed & dice.chance(0.2))[:, None] & dice.chance(0.6, EVENTS + 1)
     early = dice.uniform(0, 0.85, EVENTS + 1)
     cursor = torch.ones_like(length[:, 0])
@@ -315,17 +316,18 @@ def _spoil_opening(dice: Dice, story: StoryTable, flawed: Tensor) -> tuple[Tenso
     """Opening tracks and shapes, in some flawed videos with a wrong column, colour, row or shape."""
     device = dice.device
     opening, shapes = story.tracks.clone(), story.shapes.clone()
-    spoiled = flawed & dice.chance(0.1)
-    actor, how = dice.integer(0, 1) * story.present[:, 1], dice.integer(0, 3)
+    spoiled = flawed & dice.chance(0.2)
+    actor, how = dice.integer(0, 1) * story.present[:, 1], dice.integer(0, 5)
     chosen = F.one_hot(actor.long(), 2).bool() & spoiled[:, None]
-    column = constant(COLUMN_X, device)[dice.integer(0, 2)]
+    columns = constant(COLUMN_X, device)
+    column = (torch.searchsorted(columns, opening[..., X].contiguous()) + dice.integer(1, 2)[:, None]) % len(COLUMNS)
     colour = constant(tuple(COLOURS.values()), device)[dice.integer(0, len(COLOURS) - 1)]
-    opening[..., X] = torch.where(chosen & (how == 0)[:, None], column[:, None], opening[..., X])
-    opening[..., RED:] = torch.where((chosen & (how == 1)[:, None])[..., None], colour[:, None], opening[..., RED:])
-    swap = (spoiled & (how == 2))[:, None]
+    opening[..., X] = torch.where(chosen & (how > 2)[:, None], columns[column], opening[..., X])
+    opening[..., RED:] = torch.where((chosen & (how == 0)[:, None])[..., None], colour[:, None], opening[..., RED:])
+    swap = (spoiled & (how == 1))[:, None]
     opening[..., Y] = torch.where(swap, sum(ROW_Y) - opening[..., Y], opening[..., Y])
     other = (shapes + dice.integer(1, len(SHAPES) - 1)[:, None]) % len(SHAPES)
-    return opening, torch.where(chosen & (how == 3)[:, None], other, shapes)
+    return opening, torch.where(chosen & (how == 2)[:, None], other, shapes)
 
 
 @torch.no_grad()
