@@ -280,6 +280,8 @@ def _parse_event(piece: str, entities: list[Entity]) -> tuple[Event, list[Entity
         index = next((i for i, entity in enumerate(entities) if entity.shape == shape), None)
         if kind == "appear" and index is None and colour:
             row, column = argument
+            if any(entity.row == ROWS.index(row) for entity in entities):
+                return None  # a row holds one entity
             new = Entity(shape, colour, ROWS.index(row), COLUMNS.index(column), visible=False)
             index, entities, argument = len(entities), [*entities, new], []
         if index is None or (argument and kind == "appear" and " ".join(argument) != place(entities[index])):

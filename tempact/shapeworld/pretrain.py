@@ -15,7 +15,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -33,13 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.stage:
         train_stage(arguments)
         return 0
-    started = time.monotonic()
     codes = run_stages(arguments, argv if argv is not None else sys.argv[1:])
     failed = [stage for stage, code in codes.items() if code]
     if failed:
         log.error("failed: %s; the same command goes on from the last checkpoints", ", ".join(failed))
         return 1
-    write_manifest(arguments, round(time.monotonic() - started, 1))
+    write_manifest(arguments)
     return 0
 
 
@@ -55,9 +53,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run_stages(arguments: argparse.Namespace, argv: list[str]) -> dict[str, int]:
-    """Exit code of each course's process."""
+    """Exit code of each course's process; a course that is finished with this seed and length is not run again."""
     command = [sys.executable, "-m", "tempact.shapeworld.pretrain", *argv]
-    children = {stage: subprocess.Popen([*command, "--stage", stage]) for stage in STEPS}
+    left = [stage for stage in STEPS if arguments.fresh or not finished(arguments, stage)]
+    children = {stage: subprocess.Popen([*command, "--stage", stage]) for stage in left}
     try:
         return {stage: child.wait() for stage, child in children.items()}
     finally:
@@ -65,9 +64,25 @@ def run_stages(arguments: argparse.Namespace, argv: list[str]) -> dict[str, int]
             child.terminate()
 
 
+def finished(arguments: argparse.Namespace, stage: str) -> bool:
+    """Do weights of this course, seed and length lie in the folder already?"""
+    file = arguments.out / stage / METRICS
+    if not file.is_file():
+        return False
+    metrics = json.loads(file.read_text())
+    return (metrics["seed"], metrics["steps"]) == (arguments.seed, steps_of(arguments, stage))
+
+
+def steps_of(arguments: argparse.Namespace, stage: str) -> int:
+    return max(1, round(STEPS[stage] * arguments.scale))
+
+
 def train_stage(arguments: argparse.Namespace) -> None:
-    """One course; its metrics go beside its weights."""
+    """One course; its figures, and what it ran on, go beside its weights."""
+    import peft
+    import tokenizers
     import torch
+    import transformers
     from transformers.utils import logging as transformers_logging
 
     from tempact.shapeworld.executor_training import train_executor
@@ -77,37 +92,31 @@ def train_stage(arguments: argparse.Namespace) -> None:
     transformers_logging.disable_progress_bar()
     torch.set_float32_matmul_precision("high")
     courses = {"executor": train_executor, "planner": train_planner, "judge": train_judge}
-    folder, steps = arguments.out / arguments.stage, max(1, round(STEPS[arguments.stage] * arguments.scale))
+    folder, steps = arguments.out / arguments.stage, steps_of(arguments, arguments.stage)
     workers = max(1, (os.cpu_count() or 1) // len(STEPS))
     metrics = courses[arguments.stage](
         folder, steps, arguments.seed, arguments.device, resume=not arguments.fresh, workers=workers
     )
+    gpu = arguments.device == "cuda"
+    metrics |= {
+        "seed": arguments.seed,
+        "hardware": torch.cuda.get_device_name() if gpu else platform.processor() or "CPU",
+        "python": platform.python_version(),
+        **{module.__name__: module.__version__ for module in (torch, transformers, tokenizers, peft)},
+    }
     (folder / METRICS).write_text(json.dumps(metrics, indent=1) + "\n")
 
 
-def write_manifest(arguments: argparse.Namespace, seconds: float) -> None:
-    """What made the weights: command, versions, hardware, figures of each course, sizes and hashes."""
-    import peft
-    import tokenizers
-    import torch
-    import transformers
-
+def write_manifest(arguments: argparse.Namespace) -> None:
+    """What made the weights: command, figures, versions and hardware of each course, sizes and hashes."""
     files = sorted(path for path in arguments.out.rglob("*") if path.is_file() and path.name != MANIFEST)
     total = sum(path.stat().st_size for path in files)
-    gpu = arguments.device == "cuda"
+    scale = f" --scale {arguments.scale}" if arguments.scale != 1.0 else ""
     manifest = {
-        "command": f"python -m tempact.shapeworld.pretrain --seed {arguments.seed}"
-        + (f" --scale {arguments.scale}" if arguments.scale != 1.0 else ""),
-        "seed": arguments.seed,
-        "seconds": seconds,
-        "hardware": torch.cuda.get_device_name() if gpu else platform.processor() or "CPU",
-        "versions": {
-            "python": platform.python_version(),
-            **{module.__name__: module.__version__ for module in (torch, transformers, tokenizers, peft)},
-        },
+        "command": f"python -m tempact.shapeworld.pretrain --seed {arguments.seed}{scale}",
         "courses": {stage: json.loads((arguments.out / stage / METRICS).read_text()) for stage in STEPS},
         "bytes": total,
-        "files": {
+        "sha256": {
             path.relative_to(arguments.out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
         },
     }

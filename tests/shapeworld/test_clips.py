@@ -1,0 +1,110 @@
+"""Timelines: what moves when."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from tempact.executor.prompts import smooth_prompts
+from tempact.shapeworld.clips import (
+    CORRUPTIONS,
+    OPACITY,
+    RGB,
+    X,
+    Y,
+    Cue,
+    corrupt,
+    reference_cues,
+    sample_clip,
+    tell,
+)
+from tempact.shapeworld.grammar import sample_story
+from tempact.shapeworld.renderer import coverage, draw, entity_track
+from tempact.shapeworld.story import CHUNK, CHUNKS, COLOURS, FRAMES, JUMP_HEIGHT, Entity, Event, states
+
+ENTITY = Entity("circle", "red", 0, 0)
+
+
+def test_a_quick_move_takes_one_chunk_and_a_slow_one_three() -> None:
+    for slow, frames in ((False, 3), (True, 9)):
+        x = tell([ENTITY], [Cue(Event("move", 0, "right", slow), 6)])[:, 0, X]
+        assert np.allclose(x[:6], 4) and np.allclose(x[6 + frames - 1 :], 20)
+        assert np.allclose(np.diff(x[5 : 6 + frames]), 16 / frames)
+
+
+def test_jump_and_blink_come_back() -> None:
+    y = tell([ENTITY], [Cue(Event("jump", 0), 3)])[:, 0, Y]
+    assert np.allclose(y[3:5], 7 - JUMP_HEIGHT) and np.allclose(np.delete(y, [3, 4]), 7)
+    opacity = tell([ENTITY], [Cue(Event("blink", 0), 3)])[:, 0, OPACITY]
+    assert opacity.tolist() == [1.0] * 3 + [0.0, 0.0] + [1.0] * 19
+
+
+def test_an_event_that_is_cut_stays_as_far_as_it_came() -> None:
+    colour = tell([ENTITY], [Cue(Event("turn", 0, "blue", slow=True), 3, 6)])[:, 0, RGB]
+    assert np.allclose(colour[-1], [2 / 3, 0, 1 / 3])
+    assert np.allclose(tell([ENTITY], [Cue(Event("turn", 0, "blue"), 6, 6)])[:, 0, RGB], COLOURS["red"])
+
+
+def test_a_story_ends_in_its_last_state() -> None:
+    rng = random.Random(0)
+    for _ in range(100):
+        story = sample_story(rng, "train", category="hard")
+        tracks = tell(story.entities, reference_cues(story))
+        for i, entity in enumerate(states(story)[-1]):
+            end = np.array(entity_track(entity))
+            if not entity.visible:
+                end = np.where(np.arange(7) == OPACITY, 0, tracks[-1, i])
+            assert np.allclose(tracks[-1, i], end, atol=1e-5)
+
+
+def test_pretraining_clips_react_late_and_are_captioned_by_the_chunk() -> None:
+    rng = random.Random(0)
+    clips = [sample_clip(rng) for _ in range(1500)]
+    whole = [clip for clip in clips if len(set(clip.captions)) == 1]
+    assert 0.30 < len(whole) / len(clips) < 0.42
+    lags = []
+    for clip in clips:
+        assert len(clip.captions) == CHUNKS and clip.tracks.shape == (FRAMES, 2, 7)
+        if len(set(clip.captions)) != 2:
+            continue
+        switch = clip.captions.index(clip.captions[-1])
+        moving = np.abs(np.diff(clip.tracks, axis=0)).max((1, 2)) > 1e-6
+        first = (np.flatnonzero(moving)[0] + 1) // CHUNK if moving.any() else CHUNKS
+        lags.append(first - switch)
+    counts = [lags.count(lag) / len(lags) for lag in (0, 1, 2)]
+    assert min(lags) >= 0
+    assert all(abs(got - wanted) < 0.08 for got, wanted in zip(counts, (0.45, 0.35, 0.20), strict=True))
+
+
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_corruptions_lower_the_target(kind: str) -> None:
+    rng = random.Random(0)
+    made = [corrupt(sample_story(rng, "train", category="hard"), kind, rng) for _ in range(60)]
+    own = [one.target for one in made if one.kind == kind]
+    assert len(own) > 5
+    assert all(target == 1.0 for target in own) if kind == "truth" else max(own) < 1.0
+    assert all(one.tracks.shape == (FRAMES, 3, 7) for one in made)
+
+
+def test_drawing_covers_the_right_pixels() -> None:
+    for shape in range(4):
+        track = torch.tensor([[12.0, 12.0, 4.0, 1.0, 1.0, 0.0, 0.0]])
+        mask = coverage(track, torch.tensor([shape]))[0]
+        assert mask[12, 12] == 1 and mask[0].sum() == 0 and mask[:, :6].sum() == 0
+        area = {0: 50.3, 1: 51.8, 2: 33.0, 3: 38.0}[shape]
+        assert abs(mask.sum() - area) < 4
+        assert torch.allclose(mask, mask.flip(1), atol=1e-5)
+    both = torch.tensor([[12.0, 12, 4, 1, 1, 0, 0], [12.0, 12, 2, 0.5, 0, 0, 1]])
+    picture = draw(both, torch.tensor([0, 0]))
+    assert torch.allclose(picture[:, 12, 12], torch.tensor([0.5, 0.0, 0.5]))
+    assert picture[:, 0, 0].sum() == 0
+
+
+def test_smoothing_appends_the_raw_next_prompt() -> None:
+    raw = ["A.", "B.", "C."]
+    assert smooth_prompts(raw) == ["A. Next: B.", "B. Next: C.", "C."]
+    assert raw == ["A.", "B.", "C."]
+    assert smooth_prompts(["A."]) == ["A."]

@@ -1,0 +1,81 @@
+"""The pretraining loop and what it ships."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tempact.shapeworld import training
+from tempact.shapeworld.executor_training import teacher_forcing_mask
+from tempact.shapeworld.pretrain import DEFAULT_OUT, MANIFEST, SIZE_LIMIT_MIB, STEPS
+from tempact.shapeworld.training import Course, train
+
+
+class Line(Course):
+    """Fits y = 2x."""
+
+    name, batch, learning_rate, ema, device, seed = "line", 8, 0.05, 0.9, "cpu", 0
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.modules = torch.nn.Linear(1, 1)
+        self.stop_after: int | None = None
+        self.calls = 0
+
+    def compile(self) -> None: ...
+
+    def loss(self, generator: torch.Generator) -> torch.Tensor:
+        self.calls += 1
+        if self.stop_after is not None and self.calls > self.stop_after:
+            raise KeyboardInterrupt
+        x = torch.randn(self.batch, 1, generator=generator)
+        return (self.modules(x) - 2 * x).square().mean()
+
+    def save(self, folder: Path) -> None:
+        torch.save(self.modules.state_dict(), folder / "line.pt")
+
+
+def test_an_interrupted_course_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 10)
+    whole = train(Line(), tmp_path / "whole", 60)
+    cut = Line()
+    cut.stop_after = 37
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, tmp_path / "cut", 60)
+    resumed = train(Line(), tmp_path / "cut", 60)
+    one, two = (torch.load(tmp_path / name / "line.pt") for name in ("whole", "cut"))
+    assert torch.equal(one["weight"], two["weight"]) and torch.equal(one["bias"], two["bias"])
+    assert whole["loss"] == resumed["loss"] < 0.05
+    assert not (tmp_path / "cut" / "training.pt").exists()
+
+
+def test_teacher_forcing_sees_what_a_rollout_sees() -> None:
+    mask = teacher_forcing_mask(3, 2, "cpu")
+    blocks = mask.view(6, 2, 6, 2)[:, 0, :, 0].int().tolist()
+    assert blocks == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0],  # a noisy chunk: the clean ones before it, and itself
+        [1, 0, 0, 0, 1, 0],
+        [1, 1, 0, 0, 0, 1],
+    ]
+
+
+def test_shipped_weights_are_those_of_the_manifest() -> None:
+    manifest = json.loads((DEFAULT_OUT / MANIFEST).read_text())
+    files = {path.relative_to(DEFAULT_OUT).as_posix() for path in DEFAULT_OUT.rglob("*") if path.is_file()}
+    assert files - {MANIFEST} == set(manifest["sha256"])
+    for name, digest in manifest["sha256"].items():
+        assert hashlib.sha256((DEFAULT_OUT / name).read_bytes()).hexdigest() == digest, name
+    assert sum((DEFAULT_OUT / name).stat().st_size for name in files) < SIZE_LIMIT_MIB * 2**20
+    for stage, steps in STEPS.items():
+        course = manifest["courses"][stage]
+        assert course["steps"] == steps and course["seed"] == 0 and course["hardware"]
+    weights = load_file(DEFAULT_OUT / "executor" / "transformer.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
