@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from tempact.build import Policies, build_policies, build_suite, build_trainer
-from tempact.cli import to_yaml
+from tempact.cli import EXIT_STOPPED, fingerprint, to_yaml
 from tempact.config import RunConfig
 from tempact.errors import UserError
 from tempact.infra.checkpoint import check_config, latest, load, resolve_resume, save
@@ -29,7 +29,6 @@ from tempact.trainer import Iteration, Trainer
 log = logging.getLogger(__name__)
 
 SHOWN = {SINGLE: "single prompt", STEP: "before: step prompts", BOTH: "after: + TempAct"}  # rows of the film strips
-STOPPED = 130  # exit code of a run that was asked to stop and saved
 
 
 class StopRequest:
@@ -64,7 +63,7 @@ def train(config: RunConfig, resume: str) -> int:
     """Trains, evaluates and reports; returns the exit code (0, or 130 when stopped early and saved)."""
     with claim_run_folder(config.output) as folder, StopRequest().listening() as stop:
         checkpoint = resolve_resume(resume, folder)
-        log.info("run folder %s, seed %d; loading weights", folder, config.seed)
+        log.info("run folder %s, seed %d, configuration %s; loading weights", folder, config.seed, fingerprint(config))
         policies = build_policies(config)
         trainer = build_trainer(config, policies)
         if checkpoint is not None:
@@ -72,7 +71,7 @@ def train(config: RunConfig, resume: str) -> int:
         write_atomic(folder / "config.yaml", to_yaml(config))
         if not loop(config, folder, policies, trainer, stop):
             log.warning("stopped after iteration %d; `--resume auto` goes on from there", trainer.done)
-            return STOPPED
+            return EXIT_STOPPED
         with trainer.ema.applied(policies.executor.parameters()):
             evaluate(config, folder, policies)
     return 0

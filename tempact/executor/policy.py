@@ -32,7 +32,7 @@ from tempact.infra.adapters import freeze_reference, load_adapter, reference_act
 from tempact.models.wan.codec import Codec
 from tempact.models.wan.text_encoder import TextEncoder
 from tempact.models.wan.transformer import WanTransformer
-from tempact.rl.flow_grpo import flow_grpo_loss
+from tempact.rl.flow_grpo import clip_epsilon, flow_grpo_loss
 from tempact.types import Batch, Plan, Rollout, Transition
 
 
@@ -137,7 +137,7 @@ class Executor:
             return {}
         with self.reference():
             v_ref = self.velocities(transition, plans)
-        clip = self.config.clip_velocity_rms / transition.noises[0, 0, 0].numel() ** 0.5
+        clip = clip_epsilon(self.config.clip_velocity_rms, transition.noises[0, 0, 0].numel())
         totals: dict[str, float] = {}
         for group in groups_by_start(transition, plans):
             for entries, velocity in self._forward(transition, group, grad=True):

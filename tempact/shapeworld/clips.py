@@ -116,11 +116,6 @@ def reference_cues(story: Story) -> list[Cue]:
     return cues
 
 
-def span_cues(story: Story, spans: Sequence[tuple[int, int]]) -> list[Cue]:
-    """Event i from the start of span i, cut at its end."""
-    return [Cue(event, *span) for event, span in zip(story.events, spans, strict=True)]
-
-
 def relaxed_cues(story: Story, rng: random.Random) -> list[Cue]:
     """The right order and pace, at random chunks."""
     slack = CHUNKS - story.chunks_needed
@@ -137,7 +132,9 @@ def sample_clip(rng: random.Random) -> Clip:
     """A pretraining clip of one or two events of the training split."""
     story = sample_story(rng, "train", rng.choices((1, 2), (0.3, 0.7))[0])
     if rng.random() < MID_STORY_SHARE:
-        story = replace(story, entities=tuple(_resize(entity, i, story, rng) for i, entity in enumerate(story.entities)))
+        story = replace(
+            story, entities=tuple(_resize(entity, i, story, rng) for i, entity in enumerate(story.entities))
+        )
     whole = rng.random() < WHOLE_SHARE
     cues, captions = _whole(story, rng) if whole else _switching(story, rng)
     return Clip(tell(story.entities, cues), shape_indices(story.entities), captions)
@@ -193,7 +190,18 @@ class Corruption:
     target: float
 
 
-CORRUPTIONS = ("truth", "shuffled", "missing", "cut", "overlapping", "pace", "argument", "duplicated", "misplaced", "frozen")
+CORRUPTIONS = (
+    "truth",
+    "shuffled",
+    "missing",
+    "cut",
+    "overlapping",
+    "pace",
+    "argument",
+    "duplicated",
+    "misplaced",
+    "frozen",
+)
 DAMAGED = 0.3
 
 
@@ -249,7 +257,12 @@ def corrupt(story: Story, kind: str, rng: random.Random) -> Corruption:
 
 
 def _corruption(
-    kind: str, entities: Sequence[Entity], cues: list[Cue], extra: tuple[Entity, int] | None, target: float, rng: random.Random
+    kind: str,
+    entities: Sequence[Entity],
+    cues: list[Cue],
+    extra: tuple[Entity, int] | None,
+    target: float,
+    rng: random.Random,
 ) -> Corruption:
     tracks = np.concatenate([tell(entities, cues), np.zeros((FRAMES, 1, TRACK), np.float32)], axis=1)
     shapes = np.append(shape_indices(entities), 0)

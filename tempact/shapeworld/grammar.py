@@ -55,7 +55,8 @@ _THING = rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
 _PLACE = rf"({'|'.join(ROWS)}) ({'|'.join(COLUMNS)})"
 _SCENE = re.compile(rf"(?:there is )?a {_THING}(?: is)? at the {_PLACE}")
 _CONNECTIVE = re.compile(
-    r"\s*(?:[.,;:]|^)\s*(?:and )?(?:(?:at first|first|then|next|after that|finally|in the end),?\s+)|\s*\.\s*", re.IGNORECASE
+    r"\s*(?:[.,;:]|^)\s*(?:and )?(?:(?:at first|first|then|next|after that|finally|in the end),?\s+)|\s*\.\s*",
+    re.IGNORECASE,
 )
 _ENTITY = rf"(?:(?:the|a) (?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)}))"
 
@@ -134,7 +135,8 @@ def sample_scene(rng: random.Random) -> tuple[Entity, ...]:
     shapes, colours = rng.sample(SHAPES, count), rng.sample(sorted(COLOURS), count)
     rows = rng.sample(range(len(ROWS)), count)
     return tuple(
-        Entity(shape, colour, row, rng.randrange(len(COLUMNS))) for shape, colour, row in zip(shapes, colours, rows, strict=True)
+        Entity(shape, colour, row, rng.randrange(len(COLUMNS)))
+        for shape, colour, row in zip(shapes, colours, rows, strict=True)
     )
 
 
@@ -156,7 +158,10 @@ def describe_scene(entities: Sequence[Entity], rng: random.Random | None = None)
     if not things:
         return f"{EMPTY}."
     if rng is not None and rng.random() < 0.5:
-        things = [f"there is {things[0].replace(' is at', ' at')}", *(thing.replace(" is at", " at") for thing in things[1:])]
+        things = [
+            f"there is {things[0].replace(' is at', ' at')}",
+            *(thing.replace(" is at", " at") for thing in things[1:]),
+        ]
     text = " and ".join(things)
     return f"{text[0].upper()}{text[1:]}."
 
@@ -183,7 +188,8 @@ def write_instruction(story: Story, rng: random.Random) -> str:
     """A story in varied words, as one sentence or several."""
     scenes = states(story)
     words = [
-        _event_words(scene, event, rng, named=rng.random() < 0.5) for scene, event in zip(scenes, story.events, strict=False)
+        _event_words(scene, event, rng, named=rng.random() < 0.5)
+        for scene, event in zip(scenes, story.events, strict=False)
     ]
     opening = describe_scene(story.entities, rng)
     last = len(words) - 1
@@ -199,17 +205,22 @@ def write_instruction(story: Story, rng: random.Random) -> str:
 
 
 def parse_instruction(text: str) -> Story:
-    """The story an instruction tells; UserError naming the words that are not understood."""
+    """The story an instruction tells; UserError naming the words that are not understood or cannot be true."""
     pieces = _pieces(text)
-    entities = _parse_scene(pieces[0]) if pieces else None
-    if entities is None:
+    scene = _parse_scene(pieces[0]) if pieces else None
+    if scene is None:
         raise _not_understood(pieces[0] if pieces else text)
-    events: list[Event] = []
+    entities, events = list(scene), []
     for piece in pieces[1:]:
-        found = _parse_event(piece, entities)
+        found = _parse_event(piece, scene)
         if found is None:
             raise _not_understood(piece)
-        event, entities = found
+        event, colour, scene = found
+        entities += scene[len(entities) :]
+        actor = scene[event.entity]
+        if colour not in (None, actor.colour) or not _possible(actor, event):
+            raise UserError(f"instruction: not possible by then: {piece!r}; accepted for example: {EXAMPLE}")
+        scene[event.entity] = apply_event(actor, event)
         events.append(event)
     if not events:
         raise UserError(f"instruction: no event found in {text!r}; accepted for example: {EXAMPLE}")
@@ -232,7 +243,7 @@ def parse_step(text: str, entities: Sequence[Entity]) -> list[Event] | None:
             continue
         for part in piece.split(" and "):
             found = _parse_event(part.strip(), list(entities))
-            if found is None or len(found[1]) > len(entities):
+            if found is None or len(found[2]) > len(entities):
                 return None
             events.append(found[0])
     return events
@@ -268,8 +279,15 @@ def _parse_scene(piece: str) -> list[Entity] | None:
     return entities if len(shapes) == len(rows) == len(entities) else None
 
 
-def _parse_event(piece: str, entities: list[Entity]) -> tuple[Event, list[Entity]] | None:
-    """The event and the entities it leaves known (an appearing one is added, not yet visible)."""
+def _possible(actor: Entity, event: Event) -> bool:
+    """Can the event happen to an entity in this state, and is there anything to see of it?"""
+    pulse = event.kind in ("jump", "blink")
+    return actor.visible != (event.kind == "appear") and (pulse or apply_event(actor, event) != actor)
+
+
+def _parse_event(piece: str, entities: list[Entity]) -> tuple[Event, str | None, list[Entity]] | None:
+    """The event, the colour it gives its entity, and the entities then known (an appearing one is added, not yet
+    visible)."""
     for kind, pattern in _EVENTS:
         match = pattern.fullmatch(piece)
         if match is None:
@@ -286,7 +304,7 @@ def _parse_event(piece: str, entities: list[Entity]) -> tuple[Event, list[Entity
             index, entities, argument = len(entities), [*entities, new], []
         if index is None or (argument and kind == "appear" and " ".join(argument) != place(entities[index])):
             return None
-        return Event(kind, index, "" if kind == "appear" else "".join(argument), bool(slow)), entities
+        return Event(kind, index, "" if kind == "appear" else "".join(argument), bool(slow)), colour, entities
     return None
 
 
