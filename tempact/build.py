@@ -67,9 +67,7 @@ def build_policies(config: RunConfig) -> Policies:
     torch.manual_seed(config.seed)
     executor = Executor(transformer.to(device), text_encoder.to(device), PixelCodec(), config.executor, (SIZE, SIZE))
     folder = weights_folder("planner", config.planner.weights)
-    planner = Planner.load(
-        folder, config.planner, config.executor.frames, config.executor.chunk_frames, device=device
-    )
+    planner = Planner.load(folder, config.planner, config.executor.frames, config.executor.chunk_frames, device=device)
     return Policies(planner, executor)
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -116,7 +117,8 @@ class Trainer:
     def __init__(
         self, config: RunConfig, planner: Planner, executor: Executor, rewards: RewardSet, prompts: PromptSource
     ):
-        self.config, self.planner, self.executor, self.rewards, self.prompts = config, planner, executor, rewards, prompts
+        self.config, self.rewards, self.prompts = config, rewards, prompts
+        self.planner, self.executor = planner, executor
         self.done = 0
         self.planner_policy = Policy(dict(planner.parameters()), config.planner.optim)
         self.executor_policy = Policy(executor.parameters(), config.executor.optim)
@@ -199,8 +201,9 @@ class Trainer:
         """`updates_per_iteration` optimiser steps of both policies on consecutive parts of the plans."""
         parts = split(len(batch.plan_advantage), self.config.trainer.updates_per_iteration)
         later = [plan for part in parts[1:] for plan in part]
-        old_velocities, old_log_probs = None, None
+        old_velocities = old_log_probs = torch.empty(0)
         if later:  # off-policy from the second step on: old values are those before the first
+            assert batch.tokens is not None and batch.transition is not None
             with torch.no_grad():
                 old_log_probs = self.planner.log_probs(batch.tokens)
                 old_velocities = self.executor.velocities(batch.transition, later)
@@ -215,6 +218,7 @@ class Trainer:
         return metrics
 
     def _update_planner(self, batch: Batch, plans: list[int], old: Tensor | None) -> dict[str, float]:
+        assert batch.tokens is not None
         config, tokens = self.config.planner, batch.tokens.select(plans)
         with torch.no_grad():
             reference = self.planner.log_probs(tokens, reference=True)
@@ -255,7 +259,7 @@ class Trainer:
 def split(count: int, parts: int) -> list[list[int]]:
     """0 .. count-1 in `parts` consecutive lists of near-equal length, empty ones left out."""
     bounds = [count * i // parts for i in range(parts + 1)]
-    return [list(range(a, b)) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    return [list(range(a, b)) for a, b in pairwise(bounds) if b > a]
 
 
 def prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:

@@ -56,5 +56,5 @@ def flow_policy_loss(
     if not 0 < clip < 1:
         raise ValueError(f"clip: found {clip}; accepted: a number in (0, 1)")
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    frozen = (tensor.detach().to(dtype) for tensor in (*constants.values(), advantage))
-    return FlowPolicyTerms(*naive.flow_policy_loss(v.to(dtype), *frozen, clip))
+    old, ref, draw, gain = (tensor.detach().to(dtype) for tensor in (v_old, v_ref, noise, advantage))
+    return FlowPolicyTerms(*naive.flow_policy_loss(v.to(dtype), old, ref, draw, gain, clip))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,6 +11,30 @@ from csrc_triton.fork_attention import naive
 from csrc_triton.kv_cache import CacheView
 
 Context = CacheView | tuple[Tensor, Tensor]
+
+
+@overload
+def fork_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: Context | None = None,
+    *,
+    softmax_scale: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def fork_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: Context | None = None,
+    *,
+    softmax_scale: float | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def fork_attention(

@@ -49,7 +49,12 @@ class Executor:
     """WanTransformer + LoRA ("default" trainable, "ref" frozen), text encoder, codec, sampler settings."""
 
     def __init__(
-        self, model: WanTransformer, text_encoder: TextEncoder, codec: Codec, config: ExecutorConfig, size: tuple[int, int]
+        self,
+        model: WanTransformer,
+        text_encoder: TextEncoder,
+        codec: Codec,
+        config: ExecutorConfig,
+        size: tuple[int, int],
     ):
         window = WINDOWS[config.window]
         window.check(config.frames, config.chunk_frames)

@@ -133,7 +133,9 @@ def roll_out(
         if settings.text_switch == "recache" and chunk:
             switched = [i for i, b in enumerate(branches) if prompts[b.plan][chunk - 1] != texts[i]]
             if switched:
-                past = torch.stack([latents[b.plan, b.continuations[0], :, :start] for b in (branches[i] for i in switched)])
+                past = torch.stack(
+                    [latents[b.plan, b.continuations[0], :, :start] for b in (branches[i] for i in switched)]
+                )
                 history.recache([ids[i] for i in switched], past, book([texts[i] for i in switched]))
         text = book(texts)
         drawn = first if chunk == 0 else noise(chunk)

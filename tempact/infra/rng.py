@@ -14,7 +14,9 @@ log = logging.getLogger(__name__)
 def capture_rng() -> dict:
     """State of every global generator; of CUDA ones only where CUDA is in use."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    legacy = np.random.get_state()
+    assert isinstance(legacy, tuple)
+    name, keys, position, has_gauss, cached = legacy
     return {
         "python": [version, list(words), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],

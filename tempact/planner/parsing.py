@@ -169,7 +169,7 @@ def _tidy(drafts: list[_Draft], most: int, repairs: dict[str, None]) -> list[_Dr
     starts = [draft.start for draft in drafts if draft.start is not None]
     if len(starts) == len(drafts) and starts != sorted(starts):
         repairs["sorted"] = None
-        drafts = sorted(drafts, key=lambda draft: draft.start)
+        drafts = sorted(drafts, key=lambda draft: draft.start or 0)
     if len(drafts) > most:
         repairs["too many steps"] = None
         drafts = drafts[:most]
@@ -206,10 +206,10 @@ def _bounds(drafts: list[_Draft], frames: int, chunk: int, repairs: dict[str, No
 
 def _fill(bounds: list[int | None]) -> list[int]:
     """Spreads unknown bounds evenly between their known neighbours; the first and last are known."""
-    filled = list(bounds)
+    filled: list[int] = []
     for i, bound in enumerate(bounds):
         if bound is None:
-            following = next(j for j in range(i, len(bounds)) if bounds[j] is not None)
-            step = (bounds[following] - filled[i - 1]) / (following - i + 1)
-            filled[i] = round(filled[i - 1] + step)
+            steps, known = next((n, b) for n, b in enumerate(bounds[i:], start=1) if b is not None)
+            bound = round(filled[-1] + (known - filled[-1]) / steps)
+        filled.append(bound)
     return filled

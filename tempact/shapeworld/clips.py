@@ -86,8 +86,8 @@ def _perform(track: Tracks, cue: Cue) -> None:
         return
     progress = (np.arange(1, stop - cue.start + 1) / event.frames).astype(np.float32)
     if event.kind in ("jump", "blink"):
-        channel, value = (Y, track[cue.start, Y] - JUMP_HEIGHT) if event.kind == "jump" else (OPACITY, 0.0)
-        track[cue.start : stop, channel] = np.where(progress < 1.0, value, track[cue.start, channel])
+        pulsed, value = (Y, track[cue.start, Y] - JUMP_HEIGHT) if event.kind == "jump" else (OPACITY, 0.0)
+        track[cue.start : stop, pulsed] = np.where(progress < 1.0, value, track[cue.start, pulsed])
         return
     channel, target = _target(event)
     before = track[cue.start, channel].copy()

@@ -101,7 +101,9 @@ class ShapeWorldSuite:
         made = []
         for first in range(0, len(plans), self.config.batch):
             batch = plans[first : first + self.config.batch]
-            noise = gaussian_noise(self.config.seed + first, self.executor.noise_shape(len(batch), 1), self.executor.device)
+            noise = gaussian_noise(
+                self.config.seed + first, self.executor.noise_shape(len(batch), 1), self.executor.device
+            )
             forks = [0] * len(batch)
             if method.executor == "start":
                 with self.executor.reference():

@@ -188,14 +188,14 @@ class ExecutorCourse(Course):
     def save(self, folder: Path) -> None:
         """Writes transformer.safetensors, transformer.json and text_encoder/ from the current weights."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous().cpu() for k, v in self.model.state_dict().items()}, folder / "transformer.safetensors")
+        save_file(
+            {k: v.contiguous().cpu() for k, v in self.model.state_dict().items()}, folder / "transformer.safetensors"
+        )
         (folder / "transformer.json").write_text(json.dumps(asdict(WAN), indent=1) + "\n")
         self.encoder.save(folder / "text_encoder")
 
 
-def train_executor(
-    out: Path, steps: int, seed: int, device: str, resume: bool, workers: int = 1
-) -> dict[str, float]:
+def train_executor(out: Path, steps: int, seed: int, device: str, resume: bool, workers: int = 1) -> dict[str, float]:
     """Trains executor and text encoder into folder `out`; an interrupted run goes on when `resume` is set."""
     return train(ExecutorCourse(seed, device, workers), out, steps, resume=resume)
 

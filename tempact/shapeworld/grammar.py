@@ -102,7 +102,9 @@ def _try_story(rng: random.Random, count: int) -> Story | None:
     hidden = rng.random() < HIDDEN_SHARE
     if hidden:
         entities = (*entities[:-1], replace(entities[-1], visible=False))
-    scene, events, sized = list(entities), [], set()
+    scene = list(entities)
+    events: list[Event] = []
+    sized: set[int] = set()
     unseen = {len(entities) - 1} if hidden else set()
     for _ in range(count):
         choices = []

@@ -70,6 +70,7 @@ class PlannerCourse(Course):
     """What the shared training loop needs to know about the planner."""
 
     name, batch, learning_rate, ema = "planner", 256, 2e-3, 0.0
+    modules: Qwen3ForCausalLM
 
     def __init__(self, seed: int, device: str, workers: int = 1, count: int = EXAMPLES):
         self.seed, self.device = seed, device

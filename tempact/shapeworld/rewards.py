@@ -109,9 +109,9 @@ class StepFollowing:
                 rows.append(p)
                 told.append((story, (step.start, step.end), events))
         if rows:
-            stories, windows, events = zip(*(each for each in told for _ in range(count)), strict=True)
+            stories, windows, expected = zip(*(each for each in told for _ in range(count)), strict=True)
             frames = rollout.frames[rows].flatten(0, 1).float() / 255.0
-            scores[rows] = verify_steps(frames, stories, windows, events).unflatten(0, (-1, count)).cpu()
+            scores[rows] = verify_steps(frames, stories, windows, expected).unflatten(0, (-1, count)).cpu()
         return scores
 
 

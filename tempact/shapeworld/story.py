@@ -90,7 +90,8 @@ class Story:
     def signature(self) -> str:
         """The event sequence without colours, shapes and places; splits never share one."""
         return " ".join(
-            f"{e.kind}{'~' if e.slow else ''}{e.entity}{e.argument[:1] if e.kind == 'move' else ''}" for e in self.events
+            f"{e.kind}{'~' if e.slow else ''}{e.entity}{e.argument[:1] if e.kind == 'move' else ''}"
+            for e in self.events
         )
 
 

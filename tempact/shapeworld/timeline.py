@@ -135,7 +135,7 @@ def _expect(state: State, rows: tuple[int, ...], events: tuple[Event, ...], slot
         chain.append(list(chain[-1]) if pulse else peak)
     changes = [[len(chain) - 1 for chain in row] for row in chains]
     missing = slots - len(events)
-    row, channel, slot = ([p[i] for p in place] + [0] * missing for i in range(3))
+    place_rows, place_channels, place_slots = ([p[i] for p in place] + [0] * missing for i in range(3))
 
     def fill(values: list, length: int, last: object) -> list:
         return values + [last] * (length - len(values))
@@ -152,9 +152,9 @@ def _expect(state: State, rows: tuple[int, ...], events: tuple[Event, ...], slot
         pulse_flags,
         changes,
         mixes,
-        row,
-        channel,
-        slot,
+        place_rows,
+        place_channels,
+        place_slots,
         fill(nominal, slots, QUICK_FRAMES),
         exists,
     )

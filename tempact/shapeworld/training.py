@@ -83,7 +83,9 @@ def train(course: Course, folder: Path, steps: int, *, resume: bool = True) -> d
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - decay)
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
             recent = loss.item()
-            log.info("%s: step %d of %d, loss %.5f, %.0f s", course.name, step + 1, steps, recent, time.monotonic() - started)
+            log.info(
+                "%s: step %d of %d, loss %.5f, %.0f s", course.name, step + 1, steps, recent, time.monotonic() - started
+            )
         if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < steps:
             _store(state_file, course, optimiser, average, step + 1)
     if course.ema:

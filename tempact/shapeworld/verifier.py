@@ -253,7 +253,9 @@ def _settled_state(tracks: list[list[float]], story: Story) -> State:
         if shapes[row] < 0 or opacity < DISTINCT:
             state.append((*first[row][:3], 0.0, *first[row][4:]))
             continue
-        shade = min(COLOURS.values(), key=lambda c: max(abs(a - b) for a, b in zip(c, colour, strict=True)))
+        shade: tuple[float, ...] = min(
+            COLOURS.values(), key=lambda c: max(abs(a - b) for a, b in zip(c, colour, strict=True))
+        )
         if max(abs(a - b) for a, b in zip(shade, colour, strict=True)) > TOLERANCE[COLOUR]:
             shade = tuple(round(c * 4) / 4 for c in colour)
         place = (_settle(x, COLUMN_X, X), ROW_Y[row], _settle(radius, tuple(RADII.values()), 2))

@@ -19,7 +19,9 @@ class WordEncoder(torch.nn.Module):
     """Every prompt gets rows that depend on it alone."""
 
     def encode(self, prompts: list[str]) -> torch.Tensor:
-        rows = [torch.randn(TEXT_LEN, TEXT_DIM, generator=torch.Generator().manual_seed(sum(map(ord, p)))) for p in prompts]
+        rows = [
+            torch.randn(TEXT_LEN, TEXT_DIM, generator=torch.Generator().manual_seed(sum(map(ord, p)))) for p in prompts
+        ]
         return torch.stack(rows)
 
 
@@ -35,9 +37,8 @@ def make_executor() -> Callable[..., Executor]:
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.15)
         settings = {"frames": 18, "continuations": 3, "micro_batch": 64} | changes
-        config = ExecutorConfig(
-            weights="", lora=LoraConfig(2, 2, ("self_attn.q", "self_attn.v", "ffn.0")), optim=OptimConfig(1e-3), **settings
-        )  # fmt: skip
+        lora = LoraConfig(2, 2, ("self_attn.q", "self_attn.v", "ffn.0"))
+        config = ExecutorConfig(weights="", lora=lora, optim=OptimConfig(1e-3), **settings)
         return Executor(model, WordEncoder(), PixelCodec(), config, (8, 8))
 
     return make

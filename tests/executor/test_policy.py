@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ Make = Callable[..., Executor]
 
 
 def plan(*bounds: int, name: str = "p") -> Plan:
-    return Plan("i", tuple(Step(a, b, f"{name} {a}") for a, b in zip(bounds, bounds[1:], strict=False)))
+    return Plan("i", tuple(Step(a, b, f"{name} {a}") for a, b in pairwise(bounds)))
 
 
 PLANS = [plan(0, 3, 9, 18, name="a"), plan(0, 6, 12, 18, name="b"), plan(0, 3, 12, 18, name="c")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def plan(*bounds: int, name: str = "p") -> Plan:
-    steps = tuple(Step(a, b, f"{name} step {a}") for a, b in zip(bounds, bounds[1:], strict=False))
+    steps = tuple(Step(a, b, f"{name} step {a}") for a, b in pairwise(bounds))
     return Plan("instruction", steps)
 
 
@@ -135,7 +136,9 @@ def test_memory_stays_constant_once_the_window_is_full(make_executor: Make) -> N
 
 def test_chunk_prompts_follow_spans_and_smoothing(make_executor: Make) -> None:
     settings = make_executor().settings
-    assert chunk_prompts(PLANS[0], replace(settings, smooth=False)) == ["a step 0"] + ["a step 3"] * 2 + ["a step 9"] * 3
+    assert (
+        chunk_prompts(PLANS[0], replace(settings, smooth=False)) == ["a step 0"] + ["a step 3"] * 2 + ["a step 9"] * 3
+    )
     assert chunk_prompts(PLANS[0], settings)[0] == "a step 0 Next: a step 3"
     assert chunk_prompts(PLANS[0], settings)[-1] == "a step 9"
 

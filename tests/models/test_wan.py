@@ -53,7 +53,10 @@ def test_rope_splits_channels_and_depends_on_relative_positions() -> None:
         assert abs(token[1][pair] - torch.sin(torch.tensor(angle))) < 1e-6
     q, k = torch.randn(2, 1, 1, 1, 24)
     products = [
-        (apply_rope(q, rope_tables(24, torch.tensor([a]), 1, 1)) * apply_rope(k, rope_tables(24, torch.tensor([b]), 1, 1))).sum()
+        (
+            apply_rope(q, rope_tables(24, torch.tensor([a]), 1, 1))
+            * apply_rope(k, rope_tables(24, torch.tensor([b]), 1, 1))
+        ).sum()
         for a, b in ((3, 1), (9, 7))
     ]
     assert abs(products[0] - products[1]) < 1e-5
@@ -73,7 +76,12 @@ def test_texts_of_frame_groups_equal_separate_runs() -> None:
 
     together = model(x, sigma, model.project_text(text), positions, own_frame)
     for frame in range(2):
-        alone = model(x[:, :, frame : frame + 1], sigma[:, :1], model.project_text(text[frame : frame + 1]), positions[frame : frame + 1])
+        alone = model(
+            x[:, :, frame : frame + 1],
+            sigma[:, :1],
+            model.project_text(text[frame : frame + 1]),
+            positions[frame : frame + 1],
+        )
         assert torch.allclose(together[:, :, frame : frame + 1], alone, atol=1e-10)
 
 

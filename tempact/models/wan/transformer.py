@@ -8,8 +8,9 @@ computed in fp64 and rounded once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -124,7 +125,13 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
     def forward(
-        self, x: Tensor, e0: Tensor, rope: tuple[Tensor, Tensor], text: tuple[Tensor, Tensor], attend: Attend, layer: int
+        self,
+        x: Tensor,
+        e0: Tensor,
+        rope: tuple[Tensor, Tensor],
+        text: tuple[Tensor, Tensor],
+        attend: Attend,
+        layer: int,
     ) -> Tensor:
         m = (self.modulation + e0).unbind(2)
         x = x + gate(self.self_attn(modulate(self.norm1(x), m[0], m[1]), rope, attend, layer), m[2])
@@ -161,7 +168,8 @@ class WanTransformer(nn.Module):
         self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), gelu, nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        # to type checkers a ModuleList holds any modules
+        self.blocks = cast(Sequence[Block], nn.ModuleList(Block(config) for _ in range(config.layers)))
         self.head = Head(config)
 
     def initialise(self) -> None:
@@ -222,10 +230,13 @@ class WanTransformer(nn.Module):
         """cos and sin [F * rows * columns, 1, head_dim / 2] for frames at temporal `positions` [F]."""
         return rope_tables(self.config.head_dim, positions, rows, columns)
 
-    def _embed(self, x: Tensor, sigma: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    def _embed(
+        self, x: Tensor, sigma: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
         patches = self.patch_embedding(x)
         half = self.config.freq_dim // 2
-        rates = torch.exp(torch.arange(half, device=x.device, dtype=torch.float64) * -(torch.log(torch.tensor(1e4)) / half))
+        powers = torch.arange(half, device=x.device, dtype=torch.float64)
+        rates = torch.exp(powers * -(torch.log(torch.tensor(1e4)) / half))
         angles = (sigma.double() * TIMESTEP_SCALE)[..., None] * rates
         e = self.time_embedding(torch.cat([angles.cos(), angles.sin()], dim=-1).to(x.dtype))
         e0 = self.time_projection(e).unflatten(-1, (6, -1))
