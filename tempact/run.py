@@ -61,7 +61,7 @@ class StopRequest:
 
 def train(config: RunConfig, resume: str) -> int:
     """Trains, evaluates and reports; returns the exit code (0, or 130 when stopped early and saved)."""
-    with claim_run_folder(config.output) as folder, StopRequest().listening() as stop:
+    with claim_run_folder(config.output) as folder:
         checkpoint = resolve_resume(resume, folder)
         log.info("run folder %s, seed %d, configuration %s; loading weights", folder, config.seed, fingerprint(config))
         policies = build_policies(config)
@@ -69,7 +69,9 @@ def train(config: RunConfig, resume: str) -> int:
         if checkpoint is not None:
             restore(checkpoint, config, policies, trainer)
         write_atomic(folder / "config.yaml", to_yaml(config))
-        if not loop(config, folder, policies, trainer, stop):
+        with StopRequest().listening() as stop:
+            finished = loop(config, folder, policies, trainer, stop)
+        if not finished:
             log.warning("stopped after iteration %d; `--resume auto` goes on from there", trainer.done)
             return EXIT_STOPPED
         with trainer.ema.applied(policies.executor.parameters()):

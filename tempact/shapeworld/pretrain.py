@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tempact.shapeworld.pretrain", description=__doc__)
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of the weights (default: the shipped ones)")
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of the weights (default: the shipped)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every course, for trials")
@@ -94,11 +94,11 @@ def train_stage(arguments: argparse.Namespace) -> None:
     courses = {"executor": train_executor, "planner": train_planner, "judge": train_judge}
     folder, steps = arguments.out / arguments.stage, steps_of(arguments, arguments.stage)
     workers = max(1, (os.cpu_count() or 1) // len(STEPS))
-    metrics = courses[arguments.stage](
+    figures = courses[arguments.stage](
         folder, steps, arguments.seed, arguments.device, resume=not arguments.fresh, workers=workers
     )
     gpu = arguments.device == "cuda"
-    metrics |= {
+    metrics = figures | {
         "seed": arguments.seed,
         "hardware": torch.cuda.get_device_name() if gpu else platform.processor() or "CPU",
         "python": platform.python_version(),
