@@ -32,6 +32,7 @@ from tempact.shapeworld.story import (
 from tempact.types import Plan, Step
 
 SPLITS = ("train", "validation", "test")
+MAX_EVENTS = 4
 SLOW_SHARE = 0.35  # of the events that can be slow
 TWO_ENTITIES_SHARE = 0.8
 HIDDEN_SHARE = 0.3  # of stories, one entity appears later
@@ -227,9 +228,10 @@ def parse_instruction(text: str) -> Story:
     if not events:
         raise UserError(f"instruction: no event found in {text!r}; accepted for example: {EXAMPLE}")
     story = Story(tuple(entities), tuple(events))
-    if len(events) > 4 or story.chunks_needed > CHUNKS:
+    if len(events) > MAX_EVENTS or story.chunks_needed > CHUNKS:
         raise UserError(
-            f"instruction: {len(events)} events need {story.chunks_needed} chunks; accepted: at most 4 events in {CHUNKS} chunks"
+            f"instruction: {len(events)} events need {story.chunks_needed} chunks; "
+            f"accepted: at most {MAX_EVENTS} events in {CHUNKS} chunks"
         )
     return story
 

@@ -86,14 +86,6 @@ class Story:
         """Chunks that the opening (one) and all events take when told without slack."""
         return 1 + sum(event.frames for event in self.events) // CHUNK
 
-    @property
-    def signature(self) -> str:
-        """The event sequence without colours, shapes and places; splits never share one."""
-        return " ".join(
-            f"{e.kind}{'~' if e.slow else ''}{e.entity}{e.argument[:1] if e.kind == 'move' else ''}"
-            for e in self.events
-        )
-
 
 def apply_event(entity: Entity, event: Event) -> Entity:
     """The settled state of `entity` after `event`; jump and blink leave it as it was."""

@@ -12,16 +12,18 @@ from tempact.executor.prompts import smooth_prompts
 from tempact.shapeworld.clips import (
     CORRUPTIONS,
     OPACITY,
+    RADIUS,
     RGB,
     Cue,
     X,
     Y,
     corrupt,
     reference_cues,
+    relaxed_cues,
     sample_clip,
     tell,
 )
-from tempact.shapeworld.grammar import sample_story
+from tempact.shapeworld.grammar import parse_instruction, sample_story, split_of
 from tempact.shapeworld.renderer import coverage, draw, entity_track
 from tempact.shapeworld.story import CHUNK, CHUNKS, COLOURS, FRAMES, JUMP_HEIGHT, Entity, Event, states
 
@@ -58,6 +60,32 @@ def test_a_story_ends_in_its_last_state() -> None:
             if not entity.visible:
                 end = np.where(np.arange(7) == OPACITY, 0, tracks[-1, i])
             assert np.allclose(tracks[-1, i], end, atol=1e-5)
+
+
+def test_relaxed_timing_keeps_order_and_pace() -> None:
+    rng = random.Random(3)
+    onsets = set()
+    for _ in range(200):
+        story = sample_story(rng, "train", category="hard")
+        cues = relaxed_cues(story, rng)
+        assert [cue.event for cue in cues] == list(story.events)
+        ends = [CHUNK, *(cue.start + cue.event.frames for cue in cues)]
+        assert all(cue.start >= end and cue.start % CHUNK == 0 for cue, end in zip(cues, ends, strict=False))
+        assert ends[-1] <= FRAMES
+        onsets.add(cues[0].start)
+    assert len(onsets) > 3
+
+
+def test_pretraining_clips_come_from_the_training_split_and_some_start_in_another_size() -> None:
+    rng = random.Random(4)
+    radii = []
+    for _ in range(300):
+        clip = sample_clip(rng)
+        radii += [radius for radius in clip.tracks[0, :, RADIUS].tolist() if radius]
+        if len(set(clip.captions)) == 1:
+            assert split_of(parse_instruction(clip.captions[0])) == "train"
+    assert set(radii) == {2.0, 3.0, 4.0}
+    assert radii.count(3.0) > 0.6 * len(radii)
 
 
 def test_pretraining_clips_react_late_and_are_captioned_by_the_chunk() -> None:

@@ -116,6 +116,16 @@ def test_the_reference_plan_gives_events_what_they_need() -> None:
             "not understood: 'a blue square appears at the top right'",
         ),
         (
+            "A red circle is at the top left. First, the circle turns blue. Then the red circle jumps.",
+            "not possible by then: 'the red circle jumps'",
+        ),
+        (
+            "A red circle is at the top left. First, the circle vanishes. Then the circle jumps.",
+            "not possible by then: 'the circle jumps'",
+        ),
+        ("A red circle is at the top left. First, the circle moves to the left.", "not possible by then"),
+        ("A red circle is at the top left. First, a red circle appears at the top left.", "not possible by then"),
+        (
             "A red circle is at the top left. First, the circle slowly grows. Then the circle slowly turns blue. "
             "Finally, the circle slowly vanishes.",
             "3 events need 10 chunks",
