@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,8 @@ def device_of(config: RunConfig) -> torch.device:
 def build_policies(config: RunConfig) -> Policies:
     """Planner and executor with fresh adapters, drawn from the run's seed."""
     transformers_logging.disable_progress_bar()
+    # PEFT reads an attribute that newer transformers have renamed; nobody here can act on it
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     device = device_of(config)
     transformer, text_encoder = load_executor(weights_folder("executor", config.executor.weights))
     torch.manual_seed(config.seed)

@@ -24,11 +24,12 @@ from tempact.infra.showcase import write_extremes, write_showcase
 from tempact.shapeworld.evaluation import BOTH, SINGLE, STEP
 from tempact.temporal_order.protocol import write_evaluation
 from tempact.temporal_order.table import markdown_table
-from tempact.trainer import Iteration, Trainer
+from tempact.trainer import Iteration, TooManySkippedUpdates, Trainer
 
 log = logging.getLogger(__name__)
 
 SHOWN = {SINGLE: "single prompt", STEP: "before: step prompts", BOTH: "after: + TempAct"}  # rows of the film strips
+EXIT_ABORTED = 3  # updates kept failing
 
 
 class StopRequest:
@@ -60,7 +61,8 @@ class StopRequest:
 
 
 def train(config: RunConfig, resume: str) -> int:
-    """Trains, evaluates and reports; returns the exit code (0, or 130 when stopped early and saved)."""
+    """Trains, evaluates and reports; returns the exit code: 0, EXIT_STOPPED when asked to stop, EXIT_ABORTED when
+    updates kept failing. Either way the state is saved."""
     with claim_run_folder(config.output) as folder:
         checkpoint = resolve_resume(resume, folder)
         log.info("run folder %s, seed %d, configuration %s; loading weights", folder, config.seed, fingerprint(config))
@@ -69,8 +71,13 @@ def train(config: RunConfig, resume: str) -> int:
         if checkpoint is not None:
             restore(checkpoint, config, policies, trainer)
         write_atomic(folder / "config.yaml", to_yaml(config))
-        with StopRequest().listening() as stop:
-            finished = loop(config, folder, policies, trainer, stop)
+        try:
+            with StopRequest().listening() as stop:
+                finished = loop(config, folder, policies, trainer, stop)
+        except TooManySkippedUpdates as error:
+            store(config, folder, policies, trainer)
+            log.error("%s; saved after iteration %d", error, trainer.done)
+            return EXIT_ABORTED
         if not finished:
             log.warning("stopped after iteration %d; `--resume auto` goes on from there", trainer.done)
             return EXIT_STOPPED
