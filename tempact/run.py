@@ -65,11 +65,11 @@ def train(config: RunConfig, resume: str) -> int:
     updates kept failing. Either way the state is saved."""
     with claim_run_folder(config.output) as folder:
         checkpoint = resolve_resume(resume, folder)
-        log.info("run folder %s, seed %d, configuration %s; loading weights", folder, config.seed, fingerprint(config))
         policies = build_policies(config)
         trainer = build_trainer(config, policies)
         if checkpoint is not None:
             restore(checkpoint, config, policies, trainer)
+        log.info("run folder %s, seed %d, configuration %s", folder, config.seed, fingerprint(config))
         write_atomic(folder / "config.yaml", to_yaml(config))
         try:
             with StopRequest().listening() as stop:
@@ -87,7 +87,7 @@ def train(config: RunConfig, resume: str) -> int:
 
 
 def loop(config: RunConfig, folder: Path, policies: Policies, trainer: Trainer, stop: StopRequest) -> bool:
-    """The iterations that are left, recorded; False if it was asked to stop before the last."""
+    """The iterations that are left, recorded; False if it was asked to stop."""
     settings = config.trainer
     metrics = MetricsLogger(folder, trainer.done, config.wandb_project or None)
     try:
@@ -101,7 +101,7 @@ def loop(config: RunConfig, folder: Path, policies: Policies, trainer: Trainer, 
                     write_extremes(folder, iteration.number, iteration.plans, iteration.rollout, iteration.scored)
                 if iteration.number % settings.checkpoint_every == 0 or last or stop:
                     store(config, folder, policies, trainer)
-                if stop and not last:
+                if stop:
                     return False
     finally:
         metrics.close()

@@ -125,9 +125,13 @@ class Trainer:
         self.ema = EMA(executor.parameters(), config.executor.ema_decay)
 
     def iterations(self, phase: Callable[[str], None]) -> Iterator[Iteration]:
-        """Runs the iterations that are left; `phase` is told the name of each phase as it begins."""
+        """Runs the iterations that are left; `phase` is told the name of each phase as it begins.
+
+        Raises TooManySkippedUpdates after an iteration, never inside one: what is saved then is whole.
+        """
         while self.done < self.config.trainer.iterations:
             yield self.iterate(phase)
+            self._check_skipped()
 
     def iterate(self, phase: Callable[[str], None]) -> Iteration:
         """One iteration of the method."""
@@ -168,6 +172,7 @@ class Trainer:
             "planner_optimiser": self.planner_policy.optimiser.state_dict(),
             "executor_optimiser": self.executor_policy.optimiser.state_dict(),
             "ema": self.ema.state_dict(),
+            "skipped": [self.planner_policy.skipped, self.executor_policy.skipped],
         }
 
     def load_state(self, state: dict) -> None:
@@ -178,6 +183,7 @@ class Trainer:
         self.planner_policy.optimiser.load_state_dict(state["planner_optimiser"])
         self.executor_policy.optimiser.load_state_dict(state["executor_optimiser"])
         self.ema.load_state_dict(state["ema"])
+        self.planner_policy.skipped, self.executor_policy.skipped = state["skipped"]
 
     def _seed(self, purpose: str) -> int:
         return derive_seed(self.config.seed, self.done, purpose)
@@ -219,6 +225,9 @@ class Trainer:
 
     def _update_planner(self, batch: Batch, plans: list[int], old: Tensor | None) -> dict[str, float]:
         assert batch.tokens is not None
+        if not batch.plan_mask[plans].any():
+            log.warning("iteration %d: no plan could be scored; planner update left out", self.done + 1)
+            return {}
         config, tokens = self.config.planner, batch.tokens.select(plans)
         with torch.no_grad():
             reference = self.planner.log_probs(tokens, reference=True)
@@ -251,9 +260,12 @@ class Trainer:
         metrics = policy.step()
         if policy.skipped:
             log.warning("iteration %d: %s gradient is not finite; update left out", self.done + 1, name)
-        if policy.skipped > self.config.trainer.max_skipped_updates:
-            raise TooManySkippedUpdates(f"{name}: {policy.skipped} updates in a row had non-finite gradients")
         return metrics
+
+    def _check_skipped(self) -> None:
+        for name, policy in (("planner", self.planner_policy), ("executor", self.executor_policy)):
+            if policy.skipped > self.config.trainer.max_skipped_updates:
+                raise TooManySkippedUpdates(f"{name}: {policy.skipped} updates in a row had non-finite gradients")
 
 
 def split(count: int, parts: int) -> list[list[int]]:

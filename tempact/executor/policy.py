@@ -18,8 +18,10 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from tempact.config import ExecutorConfig
+from tempact.errors import UserError
 from tempact.executor.context import attend_to
 from tempact.executor.rollout import (
+    TEXT_SWITCHES,
     NoiseSource,
     PromptBook,
     RolloutSettings,
@@ -56,6 +58,7 @@ class Executor:
         config: ExecutorConfig,
         size: tuple[int, int],
     ):
+        _check(config)
         window = WINDOWS[config.window]
         window.check(config.frames, config.chunk_frames)
         self.config, self.codec, self.text_encoder = config, codec, text_encoder.requires_grad_(False)
@@ -136,7 +139,9 @@ class Executor:
         """
         transition = batch.transition
         assert transition is not None
-        plans = [p for p in plans if bool(batch.execution_mask[p].any())]
+        counted = [i for i, p in enumerate(plans) if bool(batch.execution_mask[p].any())]
+        plans = [plans[i] for i in counted]
+        v_old = None if v_old is None else v_old[counted]
         terms = int(batch.execution_mask[plans].sum()) * transition.noises.shape[2] if plans else 0
         if not terms:
             return {}
@@ -191,6 +196,13 @@ class Executor:
                 text = PromptBook(self.model, self.encode, own)([prompt for prompt in own for _ in range(each)])
                 velocity = self.model(states.to(self.device), sigma, text, history.positions(start), attend)
             yield entries, velocity.float()
+
+
+def _check(config: ExecutorConfig) -> None:
+    """UserError for a name that is none."""
+    for key, names in {"window": tuple(WINDOWS), "text_switch": TEXT_SWITCHES}.items():
+        if getattr(config, key) not in names:
+            raise UserError(f"executor.{key}: found {getattr(config, key)!r}; accepted: {', '.join(names)}")
 
 
 def groups_by_start(transition: Transition, plans: list[int]) -> list[list[int]]:

@@ -16,6 +16,7 @@ from tempact.executor.window import WindowPolicy
 from tempact.models.wan.transformer import Attend, TextKV, WanTransformer
 from tempact.types import Plan, Transition
 
+TEXT_SWITCHES = ("cross_attention", "recache")  # what a new prompt changes: its own K/V, or the history's too
 NoiseSource = Callable[[int], Tensor]  # chunk index -> [P, N, K, C, c, H, W] fp32 standard normal
 
 
