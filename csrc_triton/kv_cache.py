@@ -70,7 +70,7 @@ class ForkableKVCache:
         self._counts = torch.zeros(rows, dtype=torch.int32)
         self._free: list[tuple[int, int]] = [(0, rows)]  # sorted, disjoint, never adjacent
         self._branches: dict[int, list[Segment]] = {}
-        self._reserved: set[int] = set()  # first rows of reservations that are neither committed nor cancelled
+        self._reserved: set[int] = set()  # first rows of reservations that are not committed yet
         self._next_branch = 0
 
     @property

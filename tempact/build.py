@@ -22,7 +22,7 @@ from tempact.shapeworld.executor_training import load_executor
 from tempact.shapeworld.judge import ShapeWorldJudge
 from tempact.shapeworld.prompts import ShapeWorldPrompts
 from tempact.shapeworld.rewards import shapeworld_rewards
-from tempact.shapeworld.story import SIZE
+from tempact.shapeworld.story import CHUNK, FRAMES, SIZE
 from tempact.trainer import Trainer
 from tempact.types import Plan, Prompt
 
@@ -66,6 +66,11 @@ def build_policies(config: RunConfig) -> Policies:
     # PEFT reads an attribute that newer transformers have renamed; nobody here can act on it
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     device = device_of(config)
+    length = (config.executor.frames, config.executor.chunk_frames)
+    if length != (FRAMES, CHUNK):
+        raise UserError(
+            f"executor.frames, executor.chunk_frames: found {length}; accepted: {(FRAMES, CHUNK)}, as ShapeWorld's videos"
+        )
     transformer, text_encoder = load_executor(weights_folder("executor", config.executor.weights))
     torch.manual_seed(config.seed)
     executor = Executor(transformer.to(device), text_encoder.to(device), PixelCodec(), config.executor, (SIZE, SIZE))

@@ -33,7 +33,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Prompts. `prompts` is "shapeworld" (drawn from the grammar's training split) or a file."""
+    """Prompts. `prompts` is "shapeworld": drawn from the grammar's training split."""
 
     prompts: str = "shapeworld"
     prompts_per_iteration: int = 2
@@ -168,6 +168,8 @@ def validate(config: RunConfig) -> None:
          "at least 2 (a planning group compares plans)"),
         (executor.continuations >= 2, "executor.continuations", executor.continuations,
          "at least 2 (an execution group compares continuations)"),
+        (0 < executor.eta <= 1, "executor.eta", executor.eta, "above 0, at most 1 (0 leaves nothing to learn from)"),
+        (executor.clip_velocity_rms > 0, "executor.clip_velocity_rms", executor.clip_velocity_rms, "above 0"),
     ]  # fmt: skip
     for good, key, found, accepted in checks:
         if not good:

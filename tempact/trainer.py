@@ -34,7 +34,7 @@ from tempact.rl.advantages import (
     shuffled,
 )
 from tempact.rl.gspo import gspo_loss
-from tempact.types import Batch, Plan, PlanBatch, Prompt, Rollout, Scored, missing_mask
+from tempact.types import Batch, PlanBatch, Prompt, Rollout, Scored, missing_mask
 
 log = logging.getLogger(__name__)
 
@@ -287,8 +287,3 @@ def reward_metrics(scored: Scored) -> dict[str, float]:
         metrics[f"rewards/{name}/std"] = present.std(correction=0).item() if len(present) else float("nan")
         metrics[f"rewards/{name}/missing"] = 1.0 - present.numel() / values.numel()
     return metrics
-
-
-def describe_plan(plan: Plan) -> str:
-    """A plan in one line: spans and prompts."""
-    return " | ".join(f"[{step.start},{step.end}) {step.prompt}" for step in plan.steps)

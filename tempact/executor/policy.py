@@ -76,7 +76,13 @@ class Executor:
             r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=list(config.lora.targets),
             init_lora_weights="gaussian",
         )  # fmt: skip
-        self.peft = get_peft_model(model.requires_grad_(False), lora)
+        try:
+            self.peft = get_peft_model(model.requires_grad_(False), lora)
+        except ValueError as error:
+            targets = list(config.lora.targets)
+            raise UserError(
+                f"executor.lora.targets: found {targets}; accepted: module names of the executor"
+            ) from error
         self.model = model  # the same module, its linears now carrying adapters
         freeze_reference(self.peft, lora)
         self._text: dict[str, Tensor] = {}

@@ -128,17 +128,14 @@ def roll_out(
     record = _Record()
     for chunk in range(settings.chunks):
         start, end = chunk * settings.chunk, (chunk + 1) * settings.chunk
+        if settings.text_switch == "recache" and chunk:  # before the fork: continuations share what it rewrites
+            switched = [b for b in branches if prompts[b.plan][chunk - 1] != prompts[b.plan][chunk]]
+            if switched:
+                past = torch.stack([latents[b.plan, b.continuations[0], :, :start] for b in switched])
+                history.recache([b.branch for b in switched], past, book([prompts[b.plan][chunk] for b in switched]))
         branches = _fork(branches, history, [p for p, frame in enumerate(fork_frames) if frame == start])
         ids = [b.branch for b in branches]
-        texts = [prompts[b.plan][chunk] for b in branches]
-        if settings.text_switch == "recache" and chunk:
-            switched = [i for i, b in enumerate(branches) if prompts[b.plan][chunk - 1] != texts[i]]
-            if switched:
-                past = torch.stack(
-                    [latents[b.plan, b.continuations[0], :, :start] for b in (branches[i] for i in switched)]
-                )
-                history.recache([ids[i] for i in switched], past, book([texts[i] for i in switched]))
-        text = book(texts)
+        text = book([prompts[b.plan][chunk] for b in branches])
         drawn = first if chunk == 0 else noise(chunk)
         batch = torch.stack([drawn[b.plan, b.continuations[0]] for b in branches])
         attend = attend_to(history.context(ids, start))

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config
 
+from tempact.errors import UserError
 from tempact.executor.schedule import Schedule
 from tempact.models.wan.text_encoder import TextEncoder
 from tempact.models.wan.transformer import TextKV, WanConfig, WanTransformer
@@ -201,7 +202,10 @@ def train_executor(out: Path, steps: int, seed: int, device: str, resume: bool, 
 
 
 def load_executor(folder: Path) -> tuple[WanTransformer, TextEncoder]:
-    """The weights that `ExecutorCourse.save` wrote."""
+    """The weights that `ExecutorCourse.save` wrote; UserError naming the first file that is missing."""
+    for name in ("transformer.json", "transformer.safetensors", "text_encoder/model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: not found; accepted: a folder with an executor's weights")
     sizes = json.loads((folder / "transformer.json").read_text())
     config = WanConfig(**{**sizes, "patch": tuple(sizes["patch"])})
     model = WanTransformer(config)

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tempact.errors import UserError
+
 log = logging.getLogger(__name__)
 
 WARM_UP_STEPS = 200
@@ -64,7 +66,7 @@ def train(course: Course, folder: Path, steps: int, *, resume: bool = True) -> d
     average = {name: p.detach().clone() for name, p in parameters.items()}
     first, recent = 0, float("nan")
     if resume and state_file.exists():
-        first = _restore(state_file, course, optimiser, average)
+        first = _restore(state_file, course, steps, optimiser, average)
         log.info("%s: resumed at step %d", course.name, first)
     if course.device == "cuda":
         course.compile()
@@ -87,7 +89,7 @@ def train(course: Course, folder: Path, steps: int, *, resume: bool = True) -> d
                 "%s: step %d of %d, loss %.5f, %.0f s", course.name, step + 1, steps, recent, time.monotonic() - started
             )
         if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < steps:
-            _store(state_file, course, optimiser, average, step + 1)
+            _store(state_file, course, steps, optimiser, average, step + 1)
     if course.ema:
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -103,17 +105,28 @@ def _rate(step: int, steps: int) -> float:
     return warm if step < decay_from else warm * (steps - step) / (steps - decay_from)
 
 
-def _store(path: Path, course: Course, optimiser: torch.optim.Optimizer, average: dict[str, Tensor], step: int) -> None:
+def _store(
+    path: Path, course: Course, steps: int, optimiser: torch.optim.Optimizer, average: dict[str, Tensor], step: int
+) -> None:
     state = {
         "modules": course.modules.state_dict(), "optimiser": optimiser.state_dict(), "average": average, "step": step,
+        "course": [course.seed, steps],
     }  # fmt: skip
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     os.replace(partial, path)
 
 
-def _restore(path: Path, course: Course, optimiser: torch.optim.Optimizer, average: dict[str, Tensor]) -> int:
+def _restore(
+    path: Path, course: Course, steps: int, optimiser: torch.optim.Optimizer, average: dict[str, Tensor]
+) -> int:
     state = torch.load(path, map_location=course.device, weights_only=True)
+    if state["course"] != [course.seed, steps]:
+        seed, length = state["course"]
+        raise UserError(
+            f"{path}: of a course with seed {seed} and {length} steps; accepted: seed {course.seed} and {steps} steps,"
+            " or --fresh to start over"
+        )
     course.modules.load_state_dict(state["modules"])
     optimiser.load_state_dict(state["optimiser"])
     for name, value in state["average"].items():

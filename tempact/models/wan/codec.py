@@ -17,10 +17,6 @@ class Codec(Protocol):
         """(H, W) of the latents of a height x width video."""
         ...
 
-    def pixel_span(self, start: int, end: int) -> tuple[int, int]:
-        """Pixel frames [first, last) that latent frames [start, end) cover."""
-        ...
-
     def encode(self, frames: Tensor) -> Tensor: ...
 
     def decode(self, latents: Tensor) -> Tensor: ...
@@ -33,9 +29,6 @@ class PixelCodec:
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         return height, width
-
-    def pixel_span(self, start: int, end: int) -> tuple[int, int]:
-        return start, end
 
     def encode(self, frames: Tensor) -> Tensor:
         return (frames.float() / 127.5 - 1.0).transpose(1, 2)
