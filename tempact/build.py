@@ -69,7 +69,7 @@ def build_policies(config: RunConfig) -> Policies:
     length = (config.executor.frames, config.executor.chunk_frames)
     if length != (FRAMES, CHUNK):
         raise UserError(
-            f"executor.frames, executor.chunk_frames: found {length}; accepted: {(FRAMES, CHUNK)}, as ShapeWorld's videos"
+            f"executor.frames, executor.chunk_frames: found {length}; accepted: {(FRAMES, CHUNK)}, as in ShapeWorld"
         )
     transformer, text_encoder = load_executor(weights_folder("executor", config.executor.weights))
     torch.manual_seed(config.seed)
