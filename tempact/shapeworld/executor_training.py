@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -202,12 +203,16 @@ def train_executor(out: Path, steps: int, seed: int, device: str, resume: bool, 
 
 
 def load_executor(folder: Path) -> tuple[WanTransformer, TextEncoder]:
-    """The weights that `ExecutorCourse.save` wrote; UserError naming the first file that is missing."""
+    """The weights that `ExecutorCourse.save` wrote; UserError for a file that is missing or not what it should be."""
     for name in ("transformer.json", "transformer.safetensors", "text_encoder/model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: not found; accepted: a folder with an executor's weights")
     sizes = json.loads((folder / "transformer.json").read_text())
     config = WanConfig(**{**sizes, "patch": tuple(sizes["patch"])})
     model = WanTransformer(config)
-    model.load_state_dict(load_file(folder / "transformer.safetensors"))
-    return model, TextEncoder.load(folder / "text_encoder", config.text_len)
+    try:
+        model.load_state_dict(load_file(folder / "transformer.safetensors"))
+        return model, TextEncoder.load(folder / "text_encoder", config.text_len)
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: the tensors of another model
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: not readable ({reason}); accepted: a folder with an executor's weights") from error

@@ -1,0 +1,395 @@
+"""One iteration after another: exact first ratios, seeds, switch frames, refused updates, missing rewards
+(ALGORITHM.md 6, items 5, 20, 21, 27, 30)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tempact.build import build_policies, build_suite, build_trainer
+from tempact.config import RunConfig, TrainerConfig
+from tempact.presets import get_preset
+from tempact.shapeworld.evaluation import BOTH, EXECUTOR_ONLY, PLANNER_ONLY, SINGLE, STEP
+from tempact.temporal_order.protocol import MethodScores
+from tempact.trainer import Iteration, TooManySkippedUpdates, Trainer, derive_seed, split, switch_frames
+from tempact.types import Plan, PlanBatch, Prompt, Rollout, Scored, Step
+
+NAN = float("nan")
+
+
+def smoke(seed: int = 0, prompts: int = 1, plans: int = 2, **trainer: int) -> RunConfig:
+    """The smoke preset on the CPU."""
+    base = get_preset("shapeworld-smoke")
+    return replace(
+        base,
+        seed=seed,
+        device="cpu",
+        data=replace(base.data, prompts_per_iteration=prompts),
+        planner=replace(base.planner, plans_per_prompt=plans),
+        trainer=TrainerConfig(**{"iterations": 20, **trainer}),
+    )
+
+
+def make(config: RunConfig, scored: Scored | None = None) -> Trainer:
+    """A fresh trainer; with `scored` every iteration gets these rewards."""
+    trainer = build_trainer(config, build_policies(config))
+    if scored is not None:
+        trainer.rewards = FixedRewards(scored)
+    return trainer
+
+
+@dataclass
+class FixedRewards:
+    scored: Scored
+
+    def score(self, plans: PlanBatch, rollout: Rollout) -> Scored:
+        return self.scored
+
+
+def rewards(following: list[list[float]], steps: list[list[float]]) -> Scored:
+    """Temporal following V [P, N] and step following L [P, N]; the other rewards are equal for all."""
+    count = len(following)
+    return Scored(
+        torch.full((count,), 0.5), torch.ones(count), torch.tensor(following), torch.tensor(steps),
+        torch.full((count, 2), 0.5),
+    )  # fmt: skip
+
+
+def iterate(trainer: Trainer) -> Iteration:
+    return trainer.iterate(lambda phase: None)
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    """Everything that learns, by name, copied."""
+    both = {"planner": trainer.planner_policy, "executor": trainer.executor_policy}
+    return {f"{who} {name}": p.detach().clone() for who, own in both.items() for name, p in own.parameters.items()}
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor], who: str = "") -> bool:
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[name], other[name]) for name in one if name.startswith(who))
+
+
+def untimed(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not name.startswith("timing_s/")}
+
+
+@dataclass
+class Learned:
+    """Two iterations of one seed."""
+
+    start: dict[str, Tensor]
+    first: Iteration
+    second: Iteration
+    end: dict[str, Tensor]
+    trainer: Trainer
+
+
+def learn(config: RunConfig) -> Learned:
+    trainer = make(config)
+    return Learned(weights(trainer), iterate(trainer), iterate(trainer), weights(trainer), trainer)
+
+
+@pytest.fixture(scope="module")
+def learned() -> Learned:
+    return learn(smoke())
+
+
+def test_the_first_update_starts_at_ratio_one_and_distance_zero(learned: Learned) -> None:
+    metrics = learned.first.metrics
+    for who in ("planner", "executor"):
+        assert metrics[f"{who}/ratio_deviation"] == 0.0 and metrics[f"{who}/ratio"] == 1.0
+        assert metrics[f"{who}/kl"] == 0.0
+        assert metrics[f"{who}/clip_ratio/low"] == metrics[f"{who}/clip_ratio/high"] == 0.0
+        assert metrics[f"{who}/grad_norm"] > 0
+        assert not equal(learned.start, learned.end, who)
+
+
+def test_later_iterations_are_on_policy_and_away_from_the_reference(learned: Learned) -> None:
+    metrics = learned.second.metrics
+    for who in ("planner", "executor"):
+        assert metrics[f"{who}/ratio_deviation"] == 0.0 and metrics[f"{who}/kl"] > 0
+
+
+def test_one_seed_gives_one_run_bit_for_bit(learned: Learned) -> None:
+    again = learn(smoke())
+    assert equal(again.start, learned.start) and equal(again.end, learned.end)
+    for mine, other in ((again.first, learned.first), (again.second, learned.second)):
+        assert untimed(mine.metrics) == untimed(other.metrics)
+        assert mine.plans.plans == other.plans.plans and torch.equal(mine.rollout.latents, other.rollout.latents)
+
+
+def test_another_seed_gives_another_run(learned: Learned) -> None:
+    trainer = make(smoke(seed=1))
+    start, first = weights(trainer), iterate(trainer)
+    assert not equal(start, learned.start)
+    assert first.plans.prompts[0].text != learned.first.plans.prompts[0].text
+    assert untimed(first.metrics) != untimed(learned.first.metrics)
+
+
+def test_iterations_draw_anew(learned: Learned) -> None:
+    assert learned.first.plans.prompts[0].text != learned.second.plans.prompts[0].text
+    assert not torch.equal(learned.first.rollout.transition.noises, learned.second.rollout.transition.noises)
+    seeds = {derive_seed(s, i, p) for s in range(5) for i in range(50) for p in ("plans", "noise", "prompts")}
+    assert len(seeds) == 750 and all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_metrics_describe_the_iteration(learned: Learned) -> None:
+    metrics, scored, batch = learned.first.metrics, learned.first.scored, learned.first.batch
+    for name, values in vars(scored).items():
+        assert metrics[f"rewards/{name}/mean"] == pytest.approx(values.mean().item())
+        assert metrics[f"rewards/{name}/std"] == pytest.approx(values.std(correction=0).item())
+        assert metrics[f"rewards/{name}/missing"] == 0.0
+    following = 0.85 * scored.temporal_following.mean() + 0.15 * scored.plan_quality.mean()
+    assert metrics["planner/reward"] == pytest.approx(following.item() - 0.5 * (1 - scored.format_score.mean().item()))
+    assert batch.plan_advantage.sum().abs() < 1e-6 and batch.execution_advantage.sum(1).abs().max() < 1e-3
+    assert {f"timing_s/{phase}" for phase in ("plan", "rollout", "rewards", "update")} <= metrics.keys()
+
+
+def plan(*bounds: int) -> Plan:
+    return Plan("i", tuple(Step(a, b, f"step at {a}") for a, b in pairwise(bounds)))
+
+
+def test_every_switch_is_the_start_of_a_step_and_never_0() -> None:
+    plans = [plan(0, 3, 12, 24), plan(0, 6, 9, 15, 24), plan(0, 12, 24), plan(0, 21, 24)]
+    batch = PlanBatch([Prompt("0", "i"), Prompt("1", "i")], plans, 2)
+    seen: list[set[int]] = [set() for _ in plans]
+    for seed in range(200):
+        frames = switch_frames(batch, 3, random.Random(seed))
+        for each, own, frame in zip(seen, plans, frames, strict=True):
+            assert frame > 0 and frame in {step.start for step in own.steps}
+            each.add(frame)
+        # one ordinal a group: 1, 2 or 3 of the longest plan; the shorter one stays at its last step
+        assert tuple(frames[:2]) in {(3, 6), (12, 9), (12, 15)}
+        assert tuple(frames[2:]) == (12, 21)
+    assert seen == [{3, 12}, {6, 9, 15}, {12}, {21}]
+
+
+def test_a_plan_of_one_step_forks_after_its_first_chunk() -> None:
+    prompts = [Prompt("0", "i"), Prompt("1", "i")]
+    batch = PlanBatch(prompts, [plan(0, 24), plan(0, 24), plan(0, 24), plan(0, 9, 24)], 2)
+    for seed in range(20):
+        assert switch_frames(batch, 3, random.Random(seed)) == [3, 3, 3, 9]
+
+
+def test_the_switches_of_a_group_are_drawn_apart_from_other_groups() -> None:
+    plans = [plan(0, 3, 6, 9, 24), plan(0, 3, 6, 9, 24)]
+    batch = PlanBatch([Prompt("0", "i"), Prompt("1", "i")], plans, 1)
+    drawn = {tuple(switch_frames(batch, 3, random.Random(seed))) for seed in range(200)}
+    assert drawn == {(a, b) for a in (3, 6, 9) for b in (3, 6, 9)}
+
+
+def test_split_cuts_consecutive_parts_of_near_equal_length() -> None:
+    assert split(8, 2) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert split(5, 2) == [[0, 1], [2, 3, 4]]
+    assert split(2, 3) == [[0], [1]] and split(3, 1) == [[0, 1, 2]]
+    for count in range(1, 12):
+        for parts in range(1, 12):
+            pieces = split(count, parts)
+            assert [i for piece in pieces for i in piece] == list(range(count)) and all(pieces)
+            assert max(map(len, pieces)) - min(map(len, pieces)) <= 1
+
+
+@pytest.fixture(scope="module")
+def two_updates() -> tuple[Trainer, Iteration, list[dict]]:
+    """An iteration of two updates, with what each of them was given and measured."""
+    seen: list[dict] = []
+    trainer = make(smoke(updates_per_iteration=2), rewards([[0.9, 0.9], [0.1, 0.1]], [[0.2, 0.8], [0.8, 0.2]]))
+
+    def watched(who: str, update: Callable) -> Callable:
+        def run(batch, plans, old):
+            metrics = update(batch, plans, old)
+            seen.append({"who": who, "plans": plans, "old": old, "metrics": metrics})
+            return metrics
+
+        return run
+
+    trainer._update_planner = watched("planner", trainer._update_planner)  # type: ignore[method-assign]
+    trainer._update_executor = watched("executor", trainer._update_executor)  # type: ignore[method-assign]
+    return trainer, iterate(trainer), seen
+
+
+def test_two_updates_take_halves_and_only_the_second_is_off_policy(two_updates: tuple) -> None:
+    _, iteration, seen = two_updates
+    assert [(each["who"], each["plans"]) for each in seen] == [
+        ("planner", [0]), ("executor", [0]), ("planner", [1]), ("executor", [1])
+    ]  # fmt: skip
+    first, later = seen[:2], seen[2:]
+    assert all(each["old"] is None and each["metrics"]["ratio_deviation"] == 0.0 for each in first)
+    assert all(each["metrics"]["ratio_deviation"] > 0 and each["metrics"]["kl"] > 0 for each in later)
+    assert iteration.metrics["planner/ratio_deviation"] == later[0]["metrics"]["ratio_deviation"]
+
+
+def test_old_values_are_those_from_before_the_first_step(two_updates: tuple) -> None:
+    """In the first iteration that policy is the reference, which has not moved since."""
+    trainer, iteration, seen = two_updates
+    with torch.no_grad():
+        start = trainer.planner.log_probs(iteration.batch.tokens, reference=True)[[1]]
+        moved = trainer.planner.log_probs(iteration.batch.tokens)[[1]]
+    assert torch.allclose(seen[2]["old"], start, atol=1e-6) and not torch.allclose(moved, start, atol=1e-6)
+    transition = iteration.batch.transition
+    with trainer.executor.reference():
+        start = trainer.executor.velocities(transition, [1])
+    assert torch.equal(seen[3]["old"], start)
+    assert not torch.equal(trainer.executor.velocities(transition, [1]), start)
+
+
+def test_an_unscored_plan_does_not_shift_the_old_values_of_the_others() -> None:
+    """Nothing moves at learning rate 0, so the second update's ratios are 1 for the right old velocities only."""
+    config = smoke(plans=4, updates_per_iteration=2)
+    still = replace(config.executor, optim=replace(config.executor.optim, lr=0.0))
+    steps = [[0.2, 0.8], [0.8, 0.2], [NAN, NAN], [0.3, 0.6]]
+    iteration = iterate(make(replace(config, executor=still), rewards([[0.1, 0.1], [0.2, 0.2]] * 2, steps)))
+    assert iteration.batch.execution_mask.tolist() == [[True, True], [True, True], [False, False], [True, True]]
+    assert iteration.metrics["executor/ratio_deviation"] < 1e-6
+
+
+@pytest.fixture
+def learning() -> Trainer:
+    """Rewards that always give both policies a gradient."""
+    config = smoke(max_skipped_updates=2)
+    return make(config, rewards([[0.9, 0.9], [0.1, 0.1]], [[0.2, 0.8], [0.8, 0.2]]))
+
+
+@pytest.mark.parametrize("who", ["planner", "executor"])
+def test_a_gradient_that_is_not_finite_is_refused(learning: Trainer, who: str) -> None:
+    policy, other = learning.planner_policy, learning.executor_policy
+    if who == "executor":
+        policy, other = other, policy
+    parameter = next(iter(policy.parameters.values()))
+    hook = parameter.register_hook(lambda gradient: gradient * NAN)
+    start, average = weights(learning), {name: value.clone() for name, value in learning.ema.average.items()}
+    steps = learning.iterations(lambda phase: None)
+    for count in (1, 2):
+        metrics = next(steps).metrics
+        assert metrics[f"{who}/skipped_updates"] == count and np.isnan(metrics[f"{who}/grad_norm"])
+        assert equal(weights(learning), start, who) and not policy.optimiser.state
+        assert all(p.grad is None for p in policy.parameters.values())
+    assert other.skipped == 0 and not equal(weights(learning), start, "executor" if who == "planner" else "planner")
+    assert learning.ema.updates == (0 if who == "executor" else 2)
+    assert equal(learning.ema.average, average) == (who == "executor")
+    assert learning.state()["skipped"] == ([2, 0] if who == "planner" else [0, 2])
+    hook.remove()
+    assert next(steps).metrics[f"{who}/skipped_updates"] == 0.0
+    assert not equal(weights(learning), start, who)
+
+
+def test_too_many_refused_updates_end_the_run_after_a_whole_iteration(learning: Trainer) -> None:
+    for parameter in learning.executor_policy.parameters.values():
+        parameter.register_hook(lambda gradient: gradient * NAN)
+    rows: list[int] = []
+    with pytest.raises(TooManySkippedUpdates, match="executor: 3 updates in a row"):
+        rows.extend(iteration.number for iteration in learning.iterations(lambda phase: None))
+    assert rows == [1, 2, 3] and learning.done == 3  # the third is recorded, too
+
+
+def test_a_missing_group_does_not_change_the_advantages_of_others() -> None:
+    following = [[0.9, 0.5], [0.4, 0.2], [0.8, 0.1], [0.3, 0.6]]
+    steps = [[0.2, 0.8], [0.9, 0.2], [0.5, 0.1], [0.4, 0.4]]
+    alone = iterate(make(smoke(), rewards(following[:2], steps[:2]))).batch
+    missing = [*following[:2], [NAN, NAN], [0.3, 0.6]], [*steps[:2], [NAN, 0.3], [NAN, NAN]]
+    trainer = make(smoke(prompts=2), rewards(*missing))
+    start, iteration = weights(trainer), iterate(trainer)
+    batch, metrics = iteration.batch, iteration.metrics
+    # a planning group of one scored plan compares nothing, neither does an execution group of one continuation
+    assert batch.plan_mask.tolist() == [True, True, False, False]
+    assert batch.execution_mask.tolist() == [[True, True], [True, True], [False, False], [False, False]]
+    assert torch.equal(batch.plan_advantage, torch.cat([alone.plan_advantage, torch.zeros(2)]))
+    assert torch.equal(batch.execution_advantage, torch.cat([alone.execution_advantage, torch.zeros(2, 2)]))
+    assert alone.plan_advantage.tolist() == pytest.approx([1.0, -1.0], abs=1e-3)
+    assert metrics["rewards/temporal_following/missing"] == 0.25 and metrics["rewards/step_following/missing"] == 0.375
+    assert metrics["planner/missing"] == 0.25 and metrics["executor/missing"] == pytest.approx(0.375)
+    assert metrics["rewards/temporal_following/mean"] == pytest.approx(2.9 / 6)
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert not equal(weights(trainer), start, "planner") and not equal(weights(trainer), start, "executor")
+
+
+def test_one_missing_continuation_counts_for_nothing() -> None:
+    base = rewards([[0.9, 0.5], [0.4, 0.4]], [[0.2, 0.8], [0.9, 0.2]])
+    gone = rewards([[0.7, NAN], [0.4, 0.4]], [[0.2, 0.8], [0.9, 0.2]])
+    one, two = (iterate(make(smoke(), scored)).batch for scored in (base, gone))
+    assert torch.equal(one.plan_advantage, two.plan_advantage)  # both means are 0.7
+    assert torch.equal(one.execution_advantage, two.execution_advantage)
+
+
+def test_an_iteration_without_any_reward_changes_nothing(learning: Trainer, caplog: pytest.LogCaptureFixture) -> None:
+    iterate(learning)  # momentum that an empty update would follow
+    start, known = weights(learning), learning.rewards
+    learning.rewards = FixedRewards(rewards([[NAN] * 2] * 2, [[NAN] * 2] * 2))
+    metrics = iterate(learning).metrics
+    assert equal(weights(learning), start) and learning.done == 2 and learning.ema.updates == 1
+    assert metrics["rewards/step_following/missing"] == metrics["planner/missing"] == 1.0
+    assert "executor update left out" in caplog.text and "planner update left out" in caplog.text
+    learning.rewards = known
+    iterate(learning)
+    assert not equal(weights(learning), start, "planner") and not equal(weights(learning), start, "executor")
+
+
+@pytest.mark.parametrize("who", ["planner", "executor"])
+def test_a_policy_that_is_not_trained_stays(who: str) -> None:
+    config = smoke()
+    frozen = replace(config, **{who: replace(getattr(config, who), train=False)})
+    trainer = make(frozen, rewards([[0.9, 0.9], [0.1, 0.1]], [[0.2, 0.8], [0.8, 0.2]]))
+    start, metrics = weights(trainer), iterate(trainer).metrics
+    other = "executor" if who == "planner" else "planner"
+    assert equal(weights(trainer), start, who) and not equal(weights(trainer), start, other)
+    assert f"{who}/loss" not in metrics and f"{other}/loss" in metrics
+
+
+def test_shuffled_advantages_are_the_same_numbers_elsewhere() -> None:
+    config = smoke(seed=2, prompts=2)  # a seed whose permutations are not the identity
+    control = replace(config, rewards=replace(config.rewards, shuffle_advantages=True))
+    scored = rewards([[0.9, 0.5], [0.4, 0.2], [0.8, 0.1], [0.3, 0.7]], [[0.2, 0.8], [0.9, 0.1], [0.5, 0.1], [0.4, 0.7]])
+    plain, mixed = (iterate(make(each, scored)).batch for each in (config, control))
+    for name in ("plan_advantage", "execution_advantage"):
+        one, other = getattr(plain, name), getattr(mixed, name)
+        assert not torch.equal(one, other) and torch.equal(one.flatten().sort()[0], other.flatten().sort()[0])
+
+
+@dataclass
+class Evaluated:
+    """An untrained pair of policies, evaluated, then trained for an iteration."""
+
+    scores: list[MethodScores]
+    rng_kept: bool
+    weights_kept: bool
+    first: Iteration
+
+
+@pytest.fixture(scope="module")
+def evaluated() -> Iterator[Evaluated]:
+    config = smoke()
+    policies = build_policies(config)
+    trainer = build_trainer(config, policies)
+    suite, start, before = build_suite(config, policies), weights(trainer), global_rng()
+    result = suite.run(lambda word: None)
+    yield Evaluated(result.scores, global_rng() == before, equal(weights(trainer), start), iterate(trainer))
+
+
+def global_rng() -> tuple[bytes, object, bytes]:
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), np.random.get_state()[1].tobytes()
+
+
+def test_evaluation_leaves_random_state_and_training_untouched(evaluated: Evaluated, learned: Learned) -> None:
+    assert evaluated.rng_kept and evaluated.weights_kept
+    assert untimed(evaluated.first.metrics) == untimed(learned.first.metrics)
+    assert torch.equal(evaluated.first.rollout.latents, learned.first.rollout.latents)
+
+
+def test_methods_share_noise_so_untrained_policies_score_alike(evaluated: Evaluated) -> None:
+    scores: dict[str, dict[tuple[str, str], list[float]]] = {}
+    for one in evaluated.scores:
+        scores.setdefault(one.method, {})[one.set, one.judge] = one.scores
+        assert len(one.scores) == 2 and all(0 <= score <= 1 for score in one.scores)
+    assert set(scores) == {SINGLE, STEP, PLANNER_ONLY, EXECUTOR_ONLY, BOTH}
+    assert scores[STEP] == scores[PLANNER_ONLY] == scores[EXECUTOR_ONLY] == scores[BOTH]
+    assert scores[SINGLE] != scores[STEP]
+    judges = ("verifier", "matcher", "picture quality", "duplicates")
+    assert set(scores[STEP]) == {(category, judge) for category in ("simple", "hard") for judge in judges}
