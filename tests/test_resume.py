@@ -1,5 +1,5 @@
 """A stopped run that is resumed ends with the bits of an unbroken one; two runs of one seed are equal
-(ALGORITHM.md 6, items 5, 20, 29)."""
+(ALGORITHM.md 6, item 29)."""
 
 from __future__ import annotations
 
@@ -57,15 +57,6 @@ def assert_same_run(one: Path, two: Path) -> None:
     assert json.loads((one / "evaluation.json").read_text()) == json.loads((two / "evaluation.json").read_text())
 
 
-def test_before_the_first_step_the_ratio_is_one_and_the_divergence_zero(unbroken: Path) -> None:
-    first, second, _ = metrics(unbroken)
-    for policy in ("planner", "executor"):
-        assert first[f"{policy}/ratio_deviation"] == 0.0
-        assert first[f"{policy}/kl"] == 0.0
-        assert first[f"{policy}/grad_norm"] > 0.0
-    assert second["executor/kl"] > 0.0 and second["executor/ratio_deviation"] == 0.0
-
-
 def test_a_terminated_run_saves_and_goes_on_with_the_same_bits(
     unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,22 +88,3 @@ def test_a_changed_configuration_is_not_resumed(unbroken: Path, capsys: pytest.C
     message = capsys.readouterr().err
     assert "executor.optim.lr" in message and message.count("error:") == 1
     assert len(metrics(unbroken)) == 3
-
-
-def test_the_run_folder_holds_what_is_promised(unbroken: Path) -> None:
-    assert {"config.yaml", "metrics.jsonl", "evaluation.json", "report.html"} <= {
-        path.name for path in unbroken.iterdir()
-    }
-    checkpoint = unbroken / "checkpoints" / "step-000003"
-    for policy in ("planner", "executor"):
-        assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in (checkpoint / policy).iterdir()}
-    assert (checkpoint / "COMPLETE").is_file()
-    endings = {path.suffix for path in (unbroken / "videos").iterdir()}
-    assert {".mp4", ".gif", ".png", ".json"} <= endings
-    rows = json.loads((unbroken / "evaluation.json").read_text())
-    assert all(row.keys() == {"method", "set", "judge", "score", "ci95", "n"} for row in rows)
-    assert {row["method"] for row in rows} == {
-        "single-prompt", "step-prompt", "planner only", "executor only", "+ TempAct",
-    }  # fmt: skip
-    samples = [json.loads(line) for line in (unbroken / "samples" / "step-000003.jsonl").read_text().splitlines()]
-    assert len(samples) == 2 * 2 and all(row["plan"] and row["prompt"] for row in samples)
