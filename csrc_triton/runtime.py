@@ -1,0 +1,102 @@
+"""Which implementation serves a call: decided by capability, never by catching an exception.
+
+The backend is "auto" (the fastest that can serve), or one that is forced by the environment variable
+CSRC_TRITON_BACKEND or by `set_backend` / `backend`; a forced backend that cannot serve a call is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+BACKENDS = ("auto", "torch", "triton", "hopper")
+ENVIRONMENT_VARIABLE = "CSRC_TRITON_BACKEND"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST_CAPABILITY = (8, 0)  # sm_80
+
+_backend = "auto"
+
+
+def set_backend(name: str) -> None:
+    """Forces a backend for all later calls of this process; "auto" gives the choice back.
+
+    Raises:
+        ValueError: for a name that is none of BACKENDS.
+    """
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"backend: found {name!r}; accepted: {', '.join(BACKENDS)}")
+    _backend = name
+
+
+def get_backend() -> str:
+    return _backend
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """`set_backend` for the calls inside."""
+    before = _backend
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def interpreted() -> bool:
+    """Do Triton's kernels run in its interpreter, on the CPU?"""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the `tl` kernels cannot serve tensors of this device and dtype; None if they can."""
+    if not triton_installed():
+        return "Triton is not installed"
+    if dtype not in DTYPES:
+        return f"{dtype} tensors; accepted: {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}"
+    if device.type == "cuda":
+        if torch.version.hip is None and _capability(device) < OLDEST_CAPABILITY:
+            return "a GPU older than sm_80"
+        return None
+    if device.type == "cpu" and interpreted():
+        return None
+    return f"tensors on {device.type}; accepted: cuda, or cpu under TRITON_INTERPRET=1"
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype, *, unfit: str | None = None) -> str:
+    """Returns "torch" or "triton" for one call of `op`, by the backend in force and what the tensors are.
+
+    unfit: a reason of the op's own why its kernel cannot serve (a head size, say). The interpreter is for tests and
+    serves only when it is forced. "hopper" asks for a Hopper kernel where the op has one; the ops without take the
+    `tl` kernel.
+
+    Raises:
+        ValueError: when a forced backend cannot serve, with the reason.
+    """
+    if _backend == "torch":
+        return "torch"
+    reason = unfit or why_not_triton(device, dtype)
+    if reason is None and (_backend != "auto" or device.type == "cuda"):
+        return "triton"
+    if _backend != "auto":
+        raise ValueError(f"{op}: backend {_backend!r} is forced and cannot serve: {reason}")
+    return "torch"
+
+
+set_backend(os.environ.get(ENVIRONMENT_VARIABLE, "auto"))

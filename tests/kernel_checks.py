@@ -1,0 +1,93 @@
+"""How a kernel is accepted: error bounds and ahead-of-time compilation.
+
+`python tests/kernel_checks.py MODULE TARGET...` compiles the kernels that a module lists, in a process where
+Triton's interpreter is off, and prints one JSON line a kernel.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+TARGETS = (80, 90)
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    """Largest absolute difference; infinite where `got` is not finite and `exact` is."""
+    gap = (got.double().cpu() - exact.double().cpu()).abs()
+    return gap.nan_to_num(nan=float("inf")).max().item() if gap.numel() else 0.0
+
+
+def assert_as_good(name: str, got: Tensor, same_precision: Tensor, exact: Tensor, atol: float = 1e-6) -> None:
+    """|got - exact| <= 2 |torch at the same precision - exact| + atol, by the largest difference.
+
+    exact: the naive formula in fp64 on the upcast inputs.
+    """
+    assert got.shape == exact.shape, f"{name}: {tuple(got.shape)}, not {tuple(exact.shape)}"
+    assert got.dtype == same_precision.dtype, f"{name}: {got.dtype}, not {same_precision.dtype}"
+    found, allowed = error(got, exact), 2 * error(same_precision, exact) + atol
+    assert found <= allowed, f"{name}: error {found:.3g}, allowed {allowed:.3g}"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel to compile ahead of time, with the types and constants of one specialisation."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]  # argument -> Triton type ("*bf16", "i32", "fp32", "constexpr")
+    constants: dict[str, Any]
+    options: dict[str, int] = field(default_factory=dict)  # num_warps, num_stages
+    aligned: tuple[str, ...] = ()  # arguments known to be divisible by 16
+
+
+def compile_ahead(cases: Iterable[Compiled], targets: Iterable[int]) -> Iterable[dict[str, Any]]:
+    """Compiles without a GPU; yields name, target, registers, spilled bytes (stack) and shared memory."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    for case in cases:
+        names = list(case.signature)
+        attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
+        for target in targets:
+            source = ASTSource(case.kernel, case.signature, case.constants, attributes)
+            compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=case.options)
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+                cubin.write(compiled.asm["cubin"])
+                cubin.flush()
+                command = [cuobjdump, "--dump-resource-usage", cubin.name]
+                usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            registers, stack = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
+            yield {
+                "name": case.name, "target": target, "registers": registers, "stack": stack,
+                "shared": compiled.metadata.shared,
+            }  # fmt: skip
+
+
+def compiled_kernels(module: str) -> list[dict[str, Any]]:
+    """`compile_ahead` of `module`.AHEAD_OF_TIME for all targets, in a process of its own."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, __file__, module, *map(str, TARGETS)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent / "ops"))
+    cases = importlib.import_module(sys.argv[1]).AHEAD_OF_TIME
+    for row in compile_ahead(cases, [int(target) for target in sys.argv[2:]]):
+        sys.stdout.write(json.dumps(row) + "\n")
