@@ -25,6 +25,7 @@ class OptimConfig:
     """AdamW; `grad_clip` is the largest global gradient norm of one policy."""
 
     lr: float
+    lr_end: float = 1.0  # share of lr left at the last iteration; it falls linearly from the first
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 1e-4
     eps: float = 1e-8
@@ -161,6 +162,9 @@ def validate(config: RunConfig) -> None:
     for key, count in counts.items():
         if count < 1:
             raise UserError(f"{key}: found {count}; accepted: at least 1")
+    for name, optim in (("planner", planner.optim), ("executor", executor.optim)):
+        if not 0 < optim.lr_end <= 1:
+            raise UserError(f"{name}.optim.lr_end: found {optim.lr_end}; accepted: above 0, at most 1")
     checks = [
         (executor.frames > 0 and executor.frames % executor.chunk_frames == 0, "executor.frames", executor.frames,
          f"a positive multiple of executor.chunk_frames ({executor.chunk_frames})"),

@@ -35,13 +35,13 @@ def shapeworld() -> RunConfig:
         planner=PlannerConfig(
             weights="shapeworld",
             lora=LoraConfig(rank=16, alpha=32, targets=PLANNER_TARGETS),
-            optim=OptimConfig(lr=1e-3),
+            optim=OptimConfig(lr=1e-3, lr_end=0.1),
             max_new_tokens=112,
         ),
         executor=ExecutorConfig(
             weights="shapeworld",
             lora=LoraConfig(rank=16, alpha=16, targets=EXECUTOR_TARGETS),
-            optim=OptimConfig(lr=3e-4),
+            optim=OptimConfig(lr=3e-4, lr_end=0.1),
             continuations=4,
             ema_decay=0.9,
             micro_batch=96,

@@ -6,7 +6,6 @@ of a run is its weights, its optimisers, its averages and the number of iteratio
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import random
 import time
@@ -23,6 +22,7 @@ from tempact.config import OptimConfig, RunConfig
 from tempact.executor.policy import Executor
 from tempact.executor.rollout import gaussian_noise
 from tempact.infra.ema import EMA
+from tempact.infra.rng import derive_seed
 from tempact.planner.policy import Planner
 from tempact.rewards.combine import RewardSet
 from tempact.rl.advantages import (
@@ -47,12 +47,6 @@ class PromptSource(Protocol):
 
 class TooManySkippedUpdates(RuntimeError):
     """Gradients stayed non-finite for `trainer.max_skipped_updates` updates in a row."""
-
-
-def derive_seed(seed: int, iteration: int, purpose: str) -> int:
-    """A 31-bit seed; different for every (run seed, iteration, purpose)."""
-    digest = hashlib.blake2b(f"{seed}/{iteration}/{purpose}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest) >> 1
 
 
 def switch_frames(batch: PlanBatch, chunk: int, rng: random.Random) -> list[int]:
@@ -100,8 +94,13 @@ class Policy:
             self.parameters.values(), lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay
         )
 
-    def step(self) -> dict[str, float]:
-        """Clips, steps if every gradient is finite, and clears the gradients."""
+    def step(self, progress: float) -> dict[str, float]:
+        """Clips, steps if every gradient is finite, and clears the gradients.
+
+        progress: 0 at the first iteration, 1 at the last; sets the learning rate.
+        """
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.config.lr * (1 + progress * (self.config.lr_end - 1))
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.grad_clip)
         finite = bool(torch.isfinite(norm))
         if finite:
@@ -257,7 +256,7 @@ class Trainer:
         return metrics
 
     def _step(self, policy: Policy, name: str) -> dict[str, float]:
-        metrics = policy.step()
+        metrics = policy.step(self.done / max(1, self.config.trainer.iterations - 1))
         if policy.skipped:
             log.warning("iteration %d: %s gradient is not finite; update left out", self.done + 1, name)
         return metrics

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from tempact.build import build_policies, build_suite, build_trainer
 from tempact.config import RunConfig, TrainerConfig
+from tempact.infra.rng import derive_seed
 from tempact.presets import get_preset
 from tempact.shapeworld.evaluation import BOTH, EXECUTOR_ONLY, PLANNER_ONLY, SINGLE, STEP
 from tempact.temporal_order.protocol import MethodScores
-from tempact.trainer import Iteration, TooManySkippedUpdates, Trainer, derive_seed, split, switch_frames
+from tempact.trainer import Iteration, TooManySkippedUpdates, Trainer, split, switch_frames
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Scored, Step
 
 NAN = float("nan")
@@ -393,3 +394,15 @@ def test_methods_share_noise_so_untrained_policies_score_alike(evaluated: Evalua
     assert scores[SINGLE] != scores[STEP]
     judges = ("verifier", "matcher", "picture quality", "duplicates")
     assert set(scores[STEP]) == {(category, judge) for category in ("simple", "hard") for judge in judges}
+
+
+@pytest.mark.parametrize("who", ["planner", "executor"])
+def test_learning_rate_falls_linearly_to_its_end(who: str) -> None:
+    config = smoke(iterations=3)
+    own = getattr(config, who)
+    trainer = make(replace(config, **{who: replace(own, optim=replace(own.optim, lr=4e-4, lr_end=0.25))}))
+    rates = []
+    for _ in range(3):
+        iterate(trainer)
+        rates += [group["lr"] for group in getattr(trainer, f"{who}_policy").optimiser.param_groups]
+    assert rates == pytest.approx([4e-4, 2.5e-4, 1e-4])

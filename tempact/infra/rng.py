@@ -1,7 +1,9 @@
-"""The global random generators (Python, NumPy, torch, CUDA) as plain data, safe for `weights_only=True`."""
+"""Seeds derived of others, and the global random generators (Python, NumPy, torch, CUDA) as plain data that is safe
+for `weights_only=True`."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
 
@@ -9,6 +11,12 @@ import numpy as np
 import torch
 
 log = logging.getLogger(__name__)
+
+
+def derive_seed(seed: int, number: int, purpose: str) -> int:
+    """A 31-bit seed; different for every (seed, number, purpose)."""
+    digest = hashlib.blake2b(f"{seed}/{number}/{purpose}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest) >> 1
 
 
 def capture_rng() -> dict:

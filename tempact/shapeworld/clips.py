@@ -39,7 +39,6 @@ ENTITIES = 2  # tracks of a clip, absent entities have opacity 0
 WHOLE_SHARE = 0.35  # of pretraining clips, captioned as a whole
 BLENDED_SHARE = 0.5  # of the whole-captioned clips of two events, timed against their order
 LAGS, LAG_SHARES = (0, 1, 2), (0.45, 0.35, 0.20)  # chunks between a caption switch and the event's onset
-MID_STORY_SHARE = 0.4  # of pretraining clips, whose entities start in any size
 X, Y, RADIUS, OPACITY, RGB = 0, 1, 2, 3, slice(4, 7)
 
 Tracks = NDArray[np.float32]
@@ -131,20 +130,9 @@ def relaxed_cues(story: Story, rng: random.Random) -> list[Cue]:
 def sample_clip(rng: random.Random) -> Clip:
     """A pretraining clip of one or two events of the training split."""
     story = sample_story(rng, "train", rng.choices((1, 2), (0.3, 0.7))[0])
-    if rng.random() < MID_STORY_SHARE:
-        story = replace(
-            story, entities=tuple(_resize(entity, i, story, rng) for i, entity in enumerate(story.entities))
-        )
     whole = rng.random() < WHOLE_SHARE
     cues, captions = _whole(story, rng) if whole else _switching(story, rng)
     return Clip(tell(story.entities, cues), shape_indices(story.entities), captions)
-
-
-def _resize(entity: Entity, index: int, story: Story, rng: random.Random) -> Entity:
-    """Any size that leaves the entity's own growing or shrinking something to do."""
-    kinds = {event.kind for event in story.events if event.entity == index}
-    sizes = [s for s in RADII if not (s == "large" and "grow" in kinds) and not (s == "small" and "shrink" in kinds)]
-    return replace(entity, size=rng.choice(sizes))
 
 
 def _whole(story: Story, rng: random.Random) -> tuple[list[Cue], list[str]]:

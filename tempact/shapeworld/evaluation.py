@@ -15,6 +15,7 @@ from torch import Tensor
 from tempact.config import EvaluationConfig
 from tempact.executor.policy import Executor
 from tempact.executor.rollout import gaussian_noise
+from tempact.infra.rng import derive_seed
 from tempact.planner.policy import Planner
 from tempact.shapeworld.grammar import parse_instruction
 from tempact.shapeworld.judge import ShapeWorldJudge
@@ -80,30 +81,30 @@ class ShapeWorldSuite:
             for method in methods:
                 tell(f"{method.name}, {category}")
                 if method.planner not in plans:
-                    plans[method.planner] = self._plan(method.planner, prompts)
-                frames = self._videos(method, plans[method.planner])
+                    plans[method.planner] = self._plan(method.planner, category, prompts)
+                frames = self._videos(method, category, plans[method.planner])
                 result.scores += self._score(method.name, category, prompts, frames)
                 shown = zip(prompts, plans[method.planner], frames, strict=True)
                 result.samples += [Sample(method.name, *each) for each in list(shown)[: self.config.strips]]
         return result
 
-    def _plan(self, who: str | None, prompts: list[Prompt]) -> list[Plan]:
+    def _plan(self, who: str | None, category: str, prompts: list[Prompt]) -> list[Plan]:
         if who is None:
             return [Plan(p.text, (Step(0, self.executor.settings.frames, p.text),)) for p in prompts]
         plans: list[Plan] = []
         for first in range(0, len(prompts), self.config.batch):
             batch = prompts[first : first + self.config.batch]
-            plans += self.planner.sample(batch, 1, self.config.seed + first, reference=who == "start").plans
+            seed = derive_seed(self.config.seed, first, f"{category} plans")
+            plans += self.planner.sample(batch, 1, seed, reference=who == "start").plans
         return plans
 
-    def _videos(self, method: Method, plans: list[Plan]) -> Tensor:
+    def _videos(self, method: Method, category: str, plans: list[Plan]) -> Tensor:
         """uint8 [n, F, 3, height, width]."""
         made = []
         for first in range(0, len(plans), self.config.batch):
             batch = plans[first : first + self.config.batch]
-            noise = gaussian_noise(
-                self.config.seed + first, self.executor.noise_shape(len(batch), 1), self.executor.device
-            )
+            seed = derive_seed(self.config.seed, first, f"{category} noise")
+            noise = gaussian_noise(seed, self.executor.noise_shape(len(batch), 1), self.executor.device)
             forks = [0] * len(batch)
             if method.executor == "start":
                 with self.executor.reference():

@@ -11,7 +11,7 @@ import hashlib
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from tempact.errors import UserError
 from tempact.shapeworld.story import (
@@ -236,21 +236,33 @@ def parse_instruction(text: str) -> Story:
     return story
 
 
-def parse_step(text: str, entities: Sequence[Entity]) -> list[Event] | None:
-    """Events that a step prompt names, entities matched by shape; [] for an opening, None if not understood."""
+@dataclass(frozen=True)
+class StepReading:
+    """What a step prompt says: things that are there (empty without such words), events, the colour that each event
+    gives its entity (None where it names none)."""
+
+    scene: tuple[Entity, ...]
+    events: tuple[Event, ...]
+    colours: tuple[str | None, ...]
+
+
+def read_step(text: str, entities: Sequence[Entity]) -> StepReading | None:
+    """A step prompt about a story's entities, which events name by shape; None if not understood."""
     pieces = _pieces(text)
-    if not pieces:
-        return None
-    events: list[Event] = []
+    scene: list[Entity] = []
+    told: list[tuple[Event, str | None]] = []
     for piece in pieces:
-        if _parse_scene(piece) is not None:
+        things = _parse_scene(piece)
+        if things is not None:
+            scene += things
             continue
         for part in piece.split(" and "):
             found = _parse_event(part.strip(), list(entities))
             if found is None or len(found[2]) > len(entities):
                 return None
-            events.append(found[0])
-    return events
+            told.append(found[:2])
+    events, colours = zip(*told, strict=True) if told else ((), ())
+    return StepReading(tuple(scene), events, colours) if pieces else None
 
 
 def reference_plan(instruction: str) -> Plan:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-STEPS = {"executor": 6500, "planner": 5000, "judge": 4800}
+STEPS = {"executor": 6000, "planner": 4500, "judge": 4000}
 DEFAULT_OUT = Path(__file__).parent / "weights"
 METRICS = "metrics.json"
 MANIFEST = "MANIFEST.json"

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tempact.rewards.combine import RewardSet
-from tempact.shapeworld.grammar import parse_instruction, parse_step
+from tempact.shapeworld.grammar import parse_instruction, read_step
 from tempact.shapeworld.quality import picture_quality
-from tempact.shapeworld.story import CHUNK, Event, Story
+from tempact.shapeworld.story import CHUNK, Event, Story, apply_event, states
 from tempact.shapeworld.verifier import verify, verify_steps
 from tempact.types import Plan, PlanBatch, Rollout
 
@@ -22,10 +22,11 @@ FAITHFULNESS, COVERAGE, TEMPORAL, HALLUCINATION = 0.4, 0.25, 0.25, 0.3  # ALGORI
 class PlanVerdict:
     """Sub-scores of a plan, each in [0, 1].
 
-    faithfulness: share of the plan's steps that say only what the instruction says, opening first.
+    faithfulness: share of the plan's steps that say only what the instruction says, the opening scene first.
     coverage: share of the instruction's events that the plan has.
     temporal: share of the events that stand in order, each in a step of its own.
-    hallucination: share of the plan's events that the instruction lacks, repeats and unreadable steps included.
+    hallucination: share of the plan's events that the instruction lacks; repeats, unreadable steps, entities of another
+        colour and openings that are not there count among them.
     """
 
     faithfulness: float
@@ -41,25 +42,43 @@ class PlanVerdict:
 
 
 def judge_plan(plan: Plan) -> PlanVerdict:
-    """Compares what the plan's steps tell with what its instruction tells."""
+    """Compares what the plan's steps tell with what its instruction tells.
+
+    Looks count: an opening must name what is visible at first, as it looks there, and an event's entity must have the
+    colour that it has by then, in the story or in the order of the plan.
+    """
     story = parse_instruction(plan.instruction)
-    told = [parse_step(step.prompt, story.entities) for step in plan.steps]
+    scenes, now = states(story), list(story.entities)
+    opening = {entity for entity in story.entities if entity.visible}
     left = list(enumerate(story.events))  # an event may be told twice in a story, so they are kept by place
     order: list[int] = []  # places in the story of the plan's events that stand alone in their step
     right_steps = invented = count = 0
-    for position, events in enumerate(told):
-        if events is None:
+    for position, step in enumerate(plan.steps):
+        reading = read_step(step.prompt, story.entities)
+        if reading is None:
             invented, count = invented + 1, count + 1
             continue
         known = []
-        for event in events:
-            match = next((each for each in left if each[1] == event), None)
+        for event, colour in zip(reading.events, reading.colours, strict=True):
+            looks = (None, now[event.entity].colour)
+            match = next(
+                (
+                    each
+                    for each in left
+                    if each[1] == event and colour in (*looks, scenes[each[0]][event.entity].colour)
+                ),
+                None,
+            )
+            now[event.entity] = apply_event(now[event.entity], event)
             if match is not None:
                 left.remove(match)
                 known.append(match[0])
-        right_steps += len(known) == len(events) and bool(events) == (position > 0)
-        invented, count = invented + len(events) - len(known), count + len(events)
-        if len(events) == 1:
+        foreign = len(set(reading.scene) - opening)
+        told_right = not foreign and len(known) == len(reading.events)
+        right_steps += told_right and (bool(known) if position else set(reading.scene) == opening and not known)
+        invented += len(reading.events) - len(known) + foreign
+        count += len(reading.events) + foreign
+        if len(reading.events) == 1:
             order += known
     return PlanVerdict(
         faithfulness=right_steps / len(plan.steps),
@@ -104,10 +123,10 @@ class StepFollowing:
         for p, (plan, start) in enumerate(zip(plans.plans, rollout.transition.start.tolist(), strict=True)):
             step = plan.steps[plan.step_at(start)]
             story = parse_instruction(plan.instruction)
-            events = parse_step(step.prompt, story.entities)
-            if step.start == start and events is not None:
+            reading = read_step(step.prompt, story.entities)
+            if step.start == start and reading is not None:
                 rows.append(p)
-                told.append((story, (step.start, step.end), events))
+                told.append((story, (step.start, step.end), list(reading.events)))
         if rows:
             stories, windows, expected = zip(*(each for each in told for _ in range(count)), strict=True)
             frames = rollout.frames[rows].flatten(0, 1).float() / 255.0

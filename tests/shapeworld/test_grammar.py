@@ -10,11 +10,12 @@ import pytest
 from tempact.errors import UserError
 from tempact.shapeworld.grammar import (
     SPLITS,
+    StepReading,
     describe_event,
     describe_scene,
     event_sequence,
     parse_instruction,
-    parse_step,
+    read_step,
     reference_plan,
     sample_story,
     write_instruction,
@@ -38,8 +39,10 @@ def test_writing_and_reading_are_inverses(split: str, category: str) -> None:
         assert parse_instruction(text) == story, text
         for scene, event in zip(states(story), story.events, strict=False):
             for words in (None, rng):
-                assert parse_step(describe_event(scene, event, words), story.entities) == [event]
-        assert parse_step(describe_scene(story.entities, rng), story.entities) == []
+                reading = read_step(describe_event(scene, event, words), story.entities)
+                assert reading == StepReading((), (event,), (scene[event.entity].colour,))
+        visible = tuple(entity for entity in story.entities if entity.visible)
+        assert read_step(describe_scene(story.entities, rng), story.entities) == StepReading(visible, (), ())
 
 
 @pytest.mark.parametrize(("split", "category"), SETS)
@@ -87,9 +90,11 @@ def test_merged_steps_are_read_as_two_events() -> None:
         "A red circle is at the top left and a blue cross is at the bottom right. First, the circle jumps. "
         "Then the cross slowly turns green."
     )
-    assert parse_step("The circle hops and the blue cross slowly becomes green.", story.entities) == list(story.events)
-    assert parse_step("The triangle hops.", story.entities) is None
-    assert parse_step("Something lovely happens.", story.entities) is None
+    merged = read_step("The circle hops and the blue cross slowly becomes green.", story.entities)
+    assert merged == StepReading((), story.events, (None, "blue"))
+    assert read_step("The triangle hops.", story.entities) is None
+    assert read_step("Something lovely happens.", story.entities) is None
+    assert read_step(" ", story.entities) is None
 
 
 def test_the_reference_plan_gives_events_what_they_need() -> None:

@@ -52,6 +52,18 @@ def test_the_right_plan_has_the_best_quality() -> None:
         ((OPENING, MOVE, "Colourless ideas sleep.", JUMP), PlanVerdict(0.75, 2 / 3, 2 / 3, 1 / 3)),
         ((MOVE, TURN, JUMP), PlanVerdict(2 / 3, 1.0, 1.0, 0.0)),
         ((TEXT,), PlanVerdict(0.0, 1.0, 0.0, 0.0)),
+        # things that are not there: another opening, one of two shapes elsewhere, one missing, other colours later
+        (
+            ("A green circle is at the top left and a cyan square is at the bottom right.", MOVE, TURN, JUMP),
+            PlanVerdict(0.75, 1.0, 1.0, 0.4),
+        ),
+        (
+            ("A red circle is at the top left and a blue square is at the bottom left.", MOVE, TURN, JUMP),
+            PlanVerdict(0.75, 1.0, 1.0, 0.25),
+        ),
+        (("A red circle is at the top left.", MOVE, TURN, JUMP), PlanVerdict(0.75, 1.0, 1.0, 0.0)),
+        ((OPENING, MOVE, TURN, "The cyan circle jumps."), PlanVerdict(0.75, 2 / 3, 2 / 3, 1 / 3)),
+        ((OPENING, MOVE, "The green square slowly turns green.", JUMP), PlanVerdict(0.75, 2 / 3, 2 / 3, 1 / 3)),
     ],
 )
 def test_sub_scores(prompts: tuple[str, ...], expected: PlanVerdict) -> None:
@@ -72,6 +84,15 @@ def test_an_event_told_twice() -> None:
     assert judge_plan(reference_plan(text)) == PlanVerdict(1.0, 1.0, 1.0, 0.0)
     merged = scores(OPENING, MOVE, TURN, "The red circle jumps and the red circle jumps.")
     assert merged == PlanVerdict(0.75, 1.0, pytest.approx(2 / 3), 0.25)
+
+
+def test_in_another_order_a_shape_may_have_the_colour_of_either_order() -> None:
+    text = "A red circle is at the top left. The circle turns blue. Then the circle jumps."
+    bounds = [(0, 3), (3, 6), (6, FRAMES)]
+    for colour in ("red", "blue"):
+        steps = ("A red circle is at the top left.", f"The {colour} circle jumps.", "The red circle turns blue.")
+        swapped = Plan(text, tuple(Step(*span, words) for span, words in zip(bounds, steps, strict=True)))
+        assert judge_plan(swapped) == PlanVerdict(1.0, 1.0, 0.5, 0.0)
 
 
 def test_quality_is_never_negative() -> None:
