@@ -41,7 +41,7 @@ def shapeworld() -> RunConfig:
         executor=ExecutorConfig(
             weights="shapeworld",
             lora=LoraConfig(rank=16, alpha=16, targets=EXECUTOR_TARGETS),
-            optim=OptimConfig(lr=3e-4, lr_end=0.1),
+            optim=OptimConfig(lr=2.5e-4, lr_end=0.1),
             continuations=4,
             ema_decay=0.9,
             micro_batch=96,
