@@ -1,0 +1,1 @@
+"""Times and memory of every op against its peers: `pytest bench --benchmark`."""

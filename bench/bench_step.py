@@ -1,0 +1,206 @@
+"""A chunk forward and an executor update of Wan2.1-T2V-1.3B with random weights: kernels against the torch path."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.harness import OURS, Bench, Contender, Outputs
+from bench.report import Row
+from bench.timing import memory_of
+from csrc_triton import CacheView, ForkableKVCache
+from csrc_triton.runtime import backend
+from tempact.config import ExecutorConfig, LoraConfig, OptimConfig
+from tempact.executor.context import attend_to
+from tempact.executor.policy import Executor
+from tempact.models.wan.transformer import Attend, TextKV, WanConfig, WanTransformer
+from tempact.rl.flow_grpo import clip_epsilon, flow_grpo_loss
+
+CHUNK_FRAMES = 3
+SIGMA = 0.9375
+BRANCHES = 8
+REFERENCE = "torch path"
+LORA_TARGETS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "ffn.0", "ffn.2")
+TINY = WanConfig(
+    dim=64, ffn_dim=96, freq_dim=16, text_dim=24, text_len=8, heads=2, layers=2, in_dim=4, out_dim=4
+)  # fmt: skip
+
+
+class Scene:
+    """A model and the inputs of one chunk of `branches` videos that share `frames` context frames."""
+
+    def __init__(self, bench: Bench, branches: int, frames: int):
+        config = WanConfig() if bench.real else TINY
+        self.device = bench.device
+        dtype = torch.bfloat16 if bench.real else torch.float32
+        with bench.device:
+            self.model = WanTransformer(config).to(dtype).requires_grad_(False)
+        self.branches, self.frames = branches, frames
+        self.size = (bench.size(60, 4), bench.size(104, 6))
+        self.latents = self._draw(branches, config.in_dim, CHUNK_FRAMES, *self.size)
+        self.text = self._draw(branches, config.text_len, config.text_dim)
+        tokens = self.size[0] * self.size[1] // (config.patch[1] * config.patch[2])
+        past = self._draw(config.layers, 2, frames * tokens, config.heads, config.head_dim)
+        self.past: list[tuple[Tensor, Tensor]] = [(k[None], v[None]) for k, v in past]
+
+    def _draw(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device, dtype=self.model.patch_embedding.weight.dtype)
+
+    def views(self) -> list[CacheView]:
+        """The context in a cache, forked into the branches."""
+        k = self.past[0][0]
+        cache = ForkableKVCache(len(self.past), *k.shape[2:], rows=k.shape[1], dtype=k.dtype, device=self.device)
+        root = cache.new_branch()
+        reservation = cache.reserve([root], k.shape[1])
+        for layer, (past_k, past_v) in enumerate(self.past):
+            cache.write(reservation, layer, past_k, past_v)
+        cache.commit(reservation)
+        return cache.views(cache.fork(root, self.branches), [(0, k.shape[1])])
+
+    def exact_context(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        return [(k.to(dtype), v.to(dtype)) for k, v in self.past]
+
+
+def velocity(model: WanTransformer, latents: Tensor, text: TextKV, frames: int, attend: Attend) -> Tensor:
+    sigma = torch.full(latents.shape[:1] + latents.shape[2:3], SIGMA, device=latents.device)
+    positions = torch.arange(frames, frames + CHUNK_FRAMES, device=latents.device)
+    return model(latents, sigma, text, positions, attend)
+
+
+def on_both(run: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+    """The same run on kernels (where they serve) and on the reference path."""
+
+    def reference() -> Any:
+        with backend("torch"):
+            return run()
+
+    return {OURS: run, REFERENCE: reference}
+
+
+@torch.no_grad()
+def test_chunk_forward(bench: Bench) -> None:
+    """One denoiser call with nine context frames, then the same with an attention that does nothing."""
+    scene = Scene(bench, BRANCHES, 9)
+    views = scene.views()
+    text = scene.model.project_text(scene.text)
+
+    def forward(attend: Attend) -> Callable[[], Tensor]:
+        return lambda: velocity(scene.model, scene.latents, text, scene.frames, attend)
+
+    def skip_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, raw_k: Tensor) -> Tensor:
+        return q
+
+    dtype = torch.float32 if bench.real else torch.float64
+    model = copy.deepcopy(scene.model).to(dtype)
+    one = scene.latents[:1].to(dtype), model.project_text(scene.text[:1].to(dtype))
+    cases = {
+        "a branch": (attend_to(views), attend_to(scene.exact_context(dtype))),
+        "a branch, all but self-attention": (skip_attention, skip_attention),
+    }
+    exact = {}
+    with backend("torch"):
+        for name, (_, attend) in cases.items():
+            exact[name] = {"velocity": velocity(model, *one, scene.frames, attend)}
+    del model
+    for name, (attend, _) in cases.items():
+        runs = on_both(forward(attend))
+        same = first_branch(runs[REFERENCE]())
+        contenders = [Contender(impl, run, first_branch) for impl, run in runs.items()]
+        case = f"chunk forward, {name}, B={BRANCHES}, {scene.frames} context frames"
+        bench.measure("step", case, contenders, exact[name], same, parts=BRANCHES)
+
+
+def first_branch(out: Tensor) -> Outputs:
+    return {"velocity": out[:1]}
+
+
+class Texts(torch.nn.Module):
+    """A text encoder is not part of what is measured."""
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        raise NotImplementedError
+
+
+class Latents:
+    """Nor is a codec; it says how large the latents are."""
+
+    def __init__(self, size: tuple[int, int], channels: int):
+        self.size, self.latent_channels = size, channels
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        return self.size
+
+
+class Update:
+    """Forward, reference and backward of one continuation and one transition, as `Executor.update` makes them."""
+
+    def __init__(self, bench: Bench, scene: Scene):
+        rank = bench.size(256, 4)
+        config = ExecutorConfig(weights="", lora=LoraConfig(rank, rank, LORA_TARGETS), optim=OptimConfig(1e-5))
+        codec = Latents(scene.size, scene.model.config.in_dim)
+        self.executor = Executor(scene.model, Texts(), codec, config, (480, 832))  # type: ignore[arg-type]
+        for name, parameter in self.executor.peft.named_parameters():
+            if ".lora_B." in name:  # zero at first, and with it every gradient of the other half
+                torch.nn.init.normal_(parameter, std=0.01)
+        self.latents, self.text, self.frames = scene.latents, scene.text, scene.frames
+        self.noise = torch.randn_like(scene.latents, dtype=torch.float32)
+
+    def run(self, attend: Attend) -> tuple[Tensor, dict[str, Tensor]]:
+        """The policy's velocity, and the gradient of every trained parameter."""
+        executor = self.executor
+        trained = executor.parameters()
+        for parameter in trained.values():
+            parameter.grad = None
+        with torch.no_grad(), executor.reference():
+            old = self._velocity(attend)
+        new = self._velocity(attend)
+        loss, _ = flow_grpo_loss(
+            new, new.detach(), old, self.noise.to(new.dtype), torch.ones(1, device=new.device),
+            torch.ones(1, device=new.device, dtype=torch.bool),
+            clip=clip_epsilon(executor.config.clip_velocity_rms, new.numel()), kl_weight=executor.config.kl_weight,
+            terms=1,
+        )  # fmt: skip
+        loss.backward()
+        return new.detach(), {name: p.grad for name, p in trained.items() if p.grad is not None}
+
+    def _velocity(self, attend: Attend) -> Tensor:
+        model = self.executor.model
+        dtype = torch.float64 if self.latents.dtype == torch.float64 else torch.float32
+        return velocity(model, self.latents, model.project_text(self.text), self.frames, attend).to(dtype)
+
+    def in_precision(self, dtype: torch.dtype) -> Update:
+        """A copy that computes in `dtype`."""
+        other = copy.deepcopy(self)
+        other.executor.peft.to(dtype)
+        other.latents, other.text = self.latents.to(dtype), self.text.to(dtype)
+        return other
+
+
+def update_outputs(found: tuple[Tensor, dict[str, Tensor]]) -> Outputs:
+    """The velocity and two gradients that much of the model stands behind."""
+    grads = {name: grad for name, grad in found[1].items() if ".lora_B." in name}
+    first, last = min(grads), max(grads)
+    return {"velocity": found[0], first: grads[first], last: grads[last]}
+
+
+def test_executor_update(bench: Bench) -> None:
+    scene = Scene(bench, 1, 6)
+    update = Update(bench, scene)
+    attend = attend_to(scene.views())
+    dtype = torch.float32 if bench.real else torch.float64
+    with backend("torch"):
+        exact = update_outputs(update.in_precision(dtype).run(attend_to(scene.exact_context(dtype))))
+        same = update_outputs(update.run(attend))
+    runs = on_both(lambda: update.run(attend))
+    case = (
+        f"executor update, 1 continuation x 1 transition, LoRA r={update.executor.config.lora.rank}, 6 context frames"
+    )
+    contenders = [Contender(name, run, update_outputs) for name, run in runs.items()]
+    bench.measure("step", case, contenders, exact, same)
+    if bench.timed and bench.real:
+        memory = {name: memory_of(run, bench.device)[1] / 2**20 for name, run in runs.items()}
+        bench.record([Row("step", f"{case}: peak memory", name, mib=mib) for name, mib in memory.items()])

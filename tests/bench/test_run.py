@@ -1,0 +1,50 @@
+"""`pytest bench` as a user calls it, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+FIELDS = {
+    "op", "case", "impl", "ms", "p20", "p80", "tflops", "gbps", "ratio_to", "error", "torch", "triton", "commit"
+}  # fmt: skip
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # torch.compile takes seconds a function, and what it makes on a CPU is nobody's concern here
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "bench", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY, env=environment)
+
+
+def test_it_checks_every_op_and_says_what_it_ran_on() -> None:
+    done = run()
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "tiny shapes on the torch path" in done.stdout and "errors only" in done.stdout
+    ops = sorted(path.stem.removeprefix("bench_") for path in (REPOSITORY / "bench").glob("bench_*.py"))
+    assert {op for op in ops if f"\n{op}: " in done.stdout} >= set(ops) - {"kv_cache"}
+    assert "no speed" not in done.stdout
+
+
+@pytest.mark.parametrize("plugins", [(), ("-p", "no:benchmark")], ids=["with pytest-benchmark", "without"])
+def test_it_times_and_writes_what_it_found(plugins: tuple[str, ...], tmp_path: Path) -> None:
+    if not plugins:
+        pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark: pip install -e '.[bench]'")
+    done = run("--benchmark", "--benchmark-out", str(tmp_path), "-k", "flow_policy or fork", *plugins)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "no speed" not in done.stdout and "best peer: " in done.stdout
+    results = json.loads((tmp_path / "cpu.json").read_text())
+    assert (tmp_path / "cpu.png").is_file()
+    assert all(set(row) >= FIELDS for row in results["rows"])
+    ours = {(row["op"], row["case"].split(",")[0]): row for row in results["rows"] if row["impl"] == "ours"}
+    forked = ("kv_cache", "fork into 24 branches on the host")
+    expected = {(op, way) for op in ("fork_attention", "flow_policy_loss") for way in ("forward", "backward")}
+    assert set(ours) == (expected if plugins else expected | {forked})
+    assert all(row["ms"] > 0 and row["p20"] <= row["ms"] <= row["p80"] for row in ours.values())
+    assert plugins or ours[forked]["ms"] < 50

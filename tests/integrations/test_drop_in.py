@@ -1,0 +1,105 @@
+"""csrc_triton as another project gets it: installed alone, with torch and Triton and nothing else in reach."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+PACKAGE = REPOSITORY / "csrc_triton"
+README = REPOSITORY / "README.md"
+ALONE = Path(__file__).parent / "alone.py"
+
+USE = """
+import importlib, pkgutil, sys
+import torch
+loaded = set(sys.modules)
+import csrc_triton
+assert not [m for m in set(sys.modules) - loaded if m.split(".")[0] == "triton"], "Triton is imported before it is used"
+for module in pkgutil.walk_packages(csrc_triton.__path__, "csrc_triton."):
+    if not module.name.startswith("csrc_triton.integrations"):
+        importlib.import_module(module.name)
+
+cache = csrc_triton.ForkableKVCache(1, 2, 32, rows=8, dtype=torch.float32, device=torch.device("cpu"))
+branch = cache.new_branch()
+rows = cache.reserve([branch], 5)
+past = torch.randn(1, 5, 2, 32)
+cache.write(rows, 0, past, past)
+cache.commit(rows)
+q = torch.randn(3, 4, 2, 32, requires_grad=True)
+out = csrc_triton.fork_attention(q, q, q, cache.views(cache.fork(branch, 3), [(0, 5)])[0])
+keys = torch.cat([past.expand(3, -1, -1, -1), q], dim=1)
+scores = torch.einsum("blhd,bmhd->bhlm", q, keys) * 32 ** -0.5
+assert torch.allclose(out, torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), keys), atol=1e-5)
+out.sum().backward()
+assert q.grad.isfinite().all() and q.grad.abs().sum() > 0
+assert not {"tempact", "numpy", "diffusers"} & set(sys.modules)
+print("used", csrc_triton.__file__)
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with csrc_triton installed alone, from a copy that has nothing around it."""
+    folder = tmp_path_factory.mktemp("alone")
+    source = folder / "source" / "csrc_triton"
+    shutil.copytree(PACKAGE, source, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))
+    command = [
+        sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation",
+        "--disable-pip-version-check", "--target", folder / "site", source,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "site"
+
+
+def run_alone(folder: Path, code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    file = tmp_path / "code.py"
+    file.write_text(code, encoding="utf-8")
+    command = [sys.executable, str(ALONE), str(folder), str(file)]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}  # the interpreter, which is for tests, needs numpy
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+
+
+def test_it_installs_and_works_alone(installed: Path, tmp_path: Path) -> None:
+    assert not (installed / "tempact").exists()
+    done = run_alone(installed, USE, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == f"used {installed / 'csrc_triton' / '__init__.py'}"
+
+
+@pytest.mark.parametrize("module", ["tempact", "numpy", "diffusers", "peft"])
+def test_the_subprocess_reaches_nothing_else(module: str, tmp_path: Path) -> None:
+    done = run_alone(REPOSITORY, f"import {module}", tmp_path)
+    assert done.returncode != 0 and f"No module named '{module}'" in done.stderr
+
+
+def test_its_own_distribution_has_every_package_and_the_same_needs() -> None:
+    project = tomllib.loads((PACKAGE / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = sorted(init.parent.relative_to(REPOSITORY) for init in PACKAGE.rglob("__init__.py"))
+    assert project["tool"]["setuptools"]["packages"] == [".".join(folder.parts) for folder in folders]
+    whole = (REPOSITORY / "setup.py").read_text(encoding="utf-8")
+    for need in project["project"]["dependencies"]:
+        assert f'"{need}"' in whole, f"{need} is not what setup.py asks for"
+    assert f'version="{project["project"]["version"]}"' in whole
+
+
+def test_the_example_in_the_readme_runs_alone(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    examples = [block for block in blocks if "from csrc_triton import" in block]
+    if not examples:
+        pytest.skip("README.md has no example of csrc_triton yet")
+    assert sum(bool(line.strip()) for line in examples[0].splitlines()) <= 20
+    check = (
+        "\nassert cache.rows_used == 11 * tokens\n"  # three chunks shared, one of each continuation
+        "assert all(block.weight.grad.abs().sum() > 0 for block in blocks)\n"
+    )
+    done = run_alone(REPOSITORY, examples[0] + check, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
