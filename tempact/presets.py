@@ -35,13 +35,13 @@ def shapeworld() -> RunConfig:
         planner=PlannerConfig(
             weights="shapeworld",
             lora=LoraConfig(rank=16, alpha=32, targets=PLANNER_TARGETS),
-            optim=OptimConfig(lr=1e-3, lr_end=0.1),
+            optim=OptimConfig(lr=1e-3, lr_end=0.5),
             max_new_tokens=112,
         ),
         executor=ExecutorConfig(
             weights="shapeworld",
             lora=LoraConfig(rank=16, alpha=16, targets=EXECUTOR_TARGETS),
-            optim=OptimConfig(lr=2.5e-4, lr_end=0.1),
+            optim=OptimConfig(lr=4e-4, lr_end=0.5),
             continuations=4,
             ema_decay=0.9,
             micro_batch=96,
@@ -59,7 +59,8 @@ def shapeworld_full() -> RunConfig:
     return replace(
         base,
         preset="shapeworld-full",
-        executor=replace(base.executor, continuations=8, micro_batch=768),
+        planner=replace(base.planner, optim=OptimConfig(lr=1e-3, lr_end=0.1)),
+        executor=replace(base.executor, optim=OptimConfig(lr=2.5e-4, lr_end=0.1), continuations=8, micro_batch=768),
         data=DataConfig(prompts_per_iteration=8),
         trainer=TrainerConfig(iterations=120, checkpoint_every=40),
         evaluation=EvaluationConfig(simple=256, hard=256, batch=256),
