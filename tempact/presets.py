@@ -35,19 +35,19 @@ def shapeworld() -> RunConfig:
         planner=PlannerConfig(
             weights="shapeworld",
             lora=LoraConfig(rank=16, alpha=32, targets=PLANNER_TARGETS),
-            optim=OptimConfig(lr=1e-3, lr_end=0.5),
+            optim=OptimConfig(lr=1.5e-3, lr_end=0.2),
             max_new_tokens=112,
         ),
         executor=ExecutorConfig(
             weights="shapeworld",
             lora=LoraConfig(rank=16, alpha=16, targets=EXECUTOR_TARGETS),
-            optim=OptimConfig(lr=4e-4, lr_end=0.5),
+            optim=OptimConfig(lr=6e-4, lr_end=0.2),
             continuations=4,
             ema_decay=0.9,
             micro_batch=96,
         ),
-        data=DataConfig(prompts_per_iteration=2),
-        trainer=TrainerConfig(iterations=120),
+        data=DataConfig(prompts_per_iteration=3),
+        trainer=TrainerConfig(iterations=84),
         evaluation=EvaluationConfig(simple=48, hard=48),
         output="runs/shapeworld",
     )
