@@ -8,61 +8,121 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from csrc_triton import runtime
 from csrc_triton.flow_sde import naive
 
 
 class FlowStep(NamedTuple):
-    """sample, mean [B, ...]; std, log_prob, k [B]; all fp32 (fp64 when x is).
+    """sample, mean [B, ...]; std, log_prob, k [B]; all fp32 (fp64 when x is); noise, the one used [B, ...].
 
-    sample has no gradient. log_prob is averaged over dimensions; its gradient with respect to v is -k noise / D.
-    k = -(d mean / d v) / std. Where std is 0 the step is deterministic: log_prob is NaN and k infinite.
+    Only mean and log_prob have gradients, with respect to x and v. log_prob is averaged over dimensions and depends
+    on the noise alone; its gradient with respect to v is -k noise / D. k = -(d mean / d v) / std. Where std is 0 the
+    step is deterministic: log_prob is NaN and k infinite. mean is None where it was not asked for. noise is the
+    tensor that was given, or what was drawn, in fp32.
     """
 
     sample: Tensor
-    mean: Tensor
+    mean: Tensor | None
     std: Tensor
     log_prob: Tensor
     k: Tensor
+    noise: Tensor
 
 
 def flow_sde_step(
     x: Tensor,
     v: Tensor,
-    noise: Tensor,
+    noise: Tensor | None,
     sigma: float | Tensor,
     sigma_next: float | Tensor,
     *,
     kind: str = "cps",
     eta: float = 1.0,
+    seed: int | None = None,
+    offset: int = 0,
+    return_mean: bool = True,
 ) -> FlowStep:
     """sample = mean(x, v) + std * noise (ALGORITHM.md 2.1), computed in fp32, in fp64 when x is.
 
     Args:
-        x, v, noise: [B, ...], one shape. x = (1 - sigma) x0 + sigma xi and v = xi - x0 in the model's convention.
+        x, v: [B, ...], one shape. x = (1 - sigma) x0 + sigma xi and v = xi - x0 in the model's convention.
+        noise: [B, ...] as x and v; or None: standard normals are drawn by a counter-based generator (Philox).
+            Element i of sample b is number offset + b * D + i of the stream of `seed`, D being the elements of a
+            sample: the same draw whatever the device, the dtypes and the split of a batch into smaller ones.
         sigma, sigma_next: noise levels, 1 >= sigma > sigma_next >= 0; numbers, or tensors [B].
         kind: "cps" (coefficient-preserving), "renoise" (the distilled sampler: "cps" at eta 1), "flow_grpo" or
             "dance_grpo".
         eta: amount of noise, 0 being the Euler step: in [0, 1] for "cps", exactly 1 for "renoise", at least 0 for
             "flow_grpo" (its a, about 0.7) and "dance_grpo".
+        seed: the stream that noise is drawn from, in [0, 2**63); None where noise is given.
+        offset: how much of the stream others have used, at least 0. A multiple of 4 is fastest, if D is one too.
+        return_mean: False spares writing the mean, a fifth of all that is read and written.
+
+    The fused path reads and writes fastest where the elements of each sample are contiguous (samples may be apart);
+    other layouts are copied first.
 
     Raises:
         ValueError: naming the argument. Tensors of levels are not checked for their order: that would wait for the
             device.
     """
-    if x.ndim < 2 or not x.shape == v.shape == noise.shape:
-        found = tuple(x.shape), tuple(v.shape), tuple(noise.shape)
-        raise ValueError(f"x, v, noise: found shapes {found}; accepted: one shape [B, ...] with at least 2 dimensions")
-    if not all(t.is_floating_point() for t in (x, v, noise)):
-        raise ValueError(f"x, v, noise: found {x.dtype}, {v.dtype}, {noise.dtype}; accepted: floating point")
+    _check_tensors(x, v, noise)
     _check_kind(kind, eta)
     s, n = _level("sigma", sigma, x), _level("sigma_next", sigma_next, x)
-    if not isinstance(sigma, Tensor) and not isinstance(sigma_next, Tensor) and not sigma > sigma_next:
+    if not isinstance(s, Tensor) and not isinstance(n, Tensor) and not s > n:
         raise ValueError(f"sigma_next: found {sigma_next}; accepted: a level below sigma ({sigma})")
-    coefficients = naive.KINDS[kind](s, n, eta)
+    stream = _check_seed(seed, offset, x, drawn=noise is None)
+    draw = None if noise is None else noise.detach()
+    if runtime.choose("flow_sde_step", x.device, x.dtype, unfit=_unfit(x, v, noise)) == "triton":
+        from csrc_triton.flow_sde import fused
+
+        return FlowStep(
+            *fused.flow_sde_step(
+                x, v, draw, s, n, kind=kind, eta=eta, seed=stream, offset=offset, return_mean=return_mean
+            )
+        )
+    if draw is None:
+        draw = naive.normal_noise(stream, offset, x.shape[0], math.prod(x.shape[1:]), x.device).view(x.shape)
+    coefficients = naive.KINDS[kind](_wide(s), _wide(n), eta)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    sample, mean, std, log_prob = naive.flow_sde_step(x.to(dtype), v.to(dtype), noise.to(dtype), coefficients)
+    sample, mean, std, log_prob = naive.flow_sde_step(x.to(dtype), v.to(dtype), draw.to(dtype), coefficients)
     k = torch.ones_like(std) * (coefficients.kappa / coefficients.std)
-    return FlowStep(sample, mean, std, log_prob, k.to(dtype))
+    return FlowStep(sample, mean if return_mean else None, std, log_prob, k.to(dtype), draw)
+
+
+def _check_tensors(x: Tensor, v: Tensor, noise: Tensor | None) -> None:
+    tensors = [x, v] if noise is None else [x, v, noise]
+    names = "x, v" if noise is None else "x, v, noise"
+    if x.ndim < 2 or any(t.shape != x.shape for t in tensors):
+        found = ", ".join(str(tuple(t.shape)) for t in tensors)
+        raise ValueError(f"{names}: found shapes {found}; accepted: one shape [B, ...] with at least 2 dimensions")
+    if not all(t.is_floating_point() for t in tensors):
+        found = ", ".join(str(t.dtype) for t in tensors)
+        raise ValueError(f"{names}: found {found}; accepted: floating point")
+    if any(t.device != x.device for t in tensors):
+        found = ", ".join(str(t.device) for t in tensors)
+        raise ValueError(f"{names}: found devices {found}; accepted: one device")
+
+
+def _check_seed(seed: int | None, offset: int, x: Tensor, *, drawn: bool) -> int:
+    """The seed; 0 where nothing is drawn."""
+    if drawn and not (isinstance(seed, int) and 0 <= seed < 2**63):
+        raise ValueError(f"seed: found {seed}; accepted: an integer in [0, 2**63) where noise is None")
+    if not drawn and seed is not None:
+        raise ValueError(f"seed: found {seed}; accepted: None where noise is given")
+    if not (isinstance(offset, int) and 0 <= offset <= 2**63 - 1 - x.numel()):
+        raise ValueError(f"offset: found {offset}; accepted: an integer in [0, 2**63 - {x.numel() + 1}]")
+    return seed or 0
+
+
+def _unfit(x: Tensor, v: Tensor, noise: Tensor | None) -> str | None:
+    """Why the fused step cannot serve."""
+    for name, tensor in {"v": v, "noise": noise}.items():
+        if tensor is not None and tensor.dtype not in runtime.DTYPES:
+            return f"{name} is {tensor.dtype}"
+    if x.numel() == 0:
+        return "x has no elements"
+    # positions inside a sample are 32-bit, also those past its end in the last block
+    return "a sample of x has more than 2**30 elements" if x.numel() > 2**30 * x.shape[0] else None
 
 
 def _check_kind(kind: str, eta: float) -> None:
@@ -73,12 +133,17 @@ def _check_kind(kind: str, eta: float) -> None:
         raise ValueError(f"eta: found {eta}; accepted: a finite number in [{low:g}, {high:g}] for kind {kind!r}")
 
 
-def _level(name: str, level: float | Tensor, x: Tensor) -> Tensor:
-    """fp64, 0-d on the CPU for a number (such a tensor joins any device without a copy), else [B] beside x."""
+def _level(name: str, level: float | Tensor, x: Tensor) -> float | Tensor:
+    """A number, or [B] beside x, without gradient."""
     if isinstance(level, Tensor):
         if level.shape != x.shape[:1]:
             raise ValueError(f"{name}: found shape {tuple(level.shape)}; accepted: a number or [{x.shape[0]}]")
-        return level.to(x.device, torch.float64)
+        return level.detach().to(x.device)
     if not 0.0 <= level <= 1.0:
         raise ValueError(f"{name}: found {level}; accepted: a number in [0, 1]")
-    return torch.tensor(float(level), dtype=torch.float64)
+    return float(level)
+
+
+def _wide(level: float | Tensor) -> Tensor:
+    """In fp64; of a number 0-d and on the CPU, which joins any device without a copy."""
+    return level.double() if isinstance(level, Tensor) else torch.tensor(level, dtype=torch.float64)

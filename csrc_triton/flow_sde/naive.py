@@ -1,4 +1,4 @@
-"""One stochastic denoising step as plain maths (ALGORITHM.md 2.1).
+"""One stochastic denoising step as plain maths (ALGORITHM.md 2.1), and the counter-based generator of its noise.
 
 Every kind is a Gaussian whose mean is linear in the sample and the velocity:
 mean = decay * x - kappa * v, with kappa = -d mean / d v.
@@ -8,45 +8,67 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+WORD = 0xFFFFFFFF  # 32 bits
+# Philox-4x32: round multipliers and key increments (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11)
+PHILOX_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+PHILOX_WEYL = 0x9E3779B9, 0xBB67AE85
+PHILOX_ROUNDS = 10
+UNIFORM_SCALE = 4.6566127342e-10  # the largest for which (2**31 - 1) * scale is below 1 in fp32
+UNIFORM_FLOOR = 1e-7  # of what a logarithm is taken
+
+
+Level = Any  # a float, or an fp64 tensor: 0-d or [B]
+
 
 class Coefficients(NamedTuple):
-    """mean = decay * x - kappa * v, and the standard deviation; one shape, that of the noise levels."""
+    """mean = decay * x - kappa * v, and the standard deviation; of the noise levels' type and shape."""
 
-    decay: Tensor
-    kappa: Tensor
-    std: Tensor
+    decay: Level
+    kappa: Level
+    std: Level
 
 
-def renoise(s: Tensor, n: Tensor, eta: float) -> Coefficients:
+def renoise(s: Level, n: Level, eta: float) -> Coefficients:
     """The distilled sampler: predict x0, add fresh noise at level n. `eta` has no say (it is 1)."""
     return Coefficients(1 - n, (1 - n) * s, n)
 
 
-def cps(s: Tensor, n: Tensor, eta: float) -> Coefficients:
+def cps(s: Level, n: Level, eta: float) -> Coefficients:
     """Coefficient-preserving sampling (2509.05952): a part of level n is the predicted noise, the rest fresh."""
-    fresh = math.sin(eta * math.pi / 2)
-    kept = n * math.sqrt(1 - fresh**2)
+    fresh, left = cps_shares(eta)
+    kept = n * left
     return Coefficients(1 - n + kept, (1 - n) * s - kept * (1 - s), n * fresh)
 
 
-def dance_grpo(s: Tensor, n: Tensor, eta: float | Tensor) -> Coefficients:
+def cps_shares(eta: float) -> tuple[float, float]:
+    """The shares of the next level that are fresh noise and predicted noise; their squares add up to 1."""
+    fresh = math.sin(eta * math.pi / 2)
+    return fresh, math.sqrt(1 - fresh**2)
+
+
+def dance_grpo(s: Level, n: Level, eta: Level) -> Coefficients:
     """DanceGRPO's SDE: Euler plus half eta^2 times the score, which is -(x + (1 - s) v) / s."""
     delta = s - n
     pull = 0.5 * eta**2 * delta / s
-    return Coefficients(1 - pull, delta + pull * (1 - s), eta * delta.sqrt())
+    return Coefficients(1 - pull, delta + pull * (1 - s), eta * _root(delta))
 
 
-def flow_grpo(s: Tensor, n: Tensor, eta: float) -> Coefficients:
+def flow_grpo(s: Level, n: Level, eta: float) -> Coefficients:
     """Flow-GRPO's SDE: the same with eta grown by sqrt(s / (1 - s)); at s = 1 the next level stands in for s."""
-    return dance_grpo(s, n, eta * (s / (1 - torch.where(s < 1, s, n))).sqrt())
+    below = torch.where(s < 1, s, n) if isinstance(s, Tensor) else (s if s < 1 else n)
+    return dance_grpo(s, n, eta * _root(s / (1 - below)))
 
 
-KINDS: dict[str, Callable[[Tensor, Tensor, float], Coefficients]] = {
+def _root(value: Level) -> Level:
+    return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
+
+
+KINDS: dict[str, Callable[[Level, Level, float], Coefficients]] = {
     "cps": cps,
     "dance_grpo": dance_grpo,
     "flow_grpo": flow_grpo,
@@ -73,3 +95,46 @@ def flow_sde_step(
     constant = torch.where(per_sample > 0, constant, torch.full_like(constant, math.nan))
     log_prob = -0.5 * residual.square().flatten(1).mean(1) - constant
     return sample, mean, torch.ones_like(log_prob.detach()) * per_sample, log_prob
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox-4x32-10: four 32-bit words for each counter of four words; int64 tensors hold the words.
+
+    Their products wrap in 64 bits, whose pattern is the unsigned product's.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(PHILOX_ROUNDS):
+        a, b = PHILOX_MULTIPLIERS[0] * c0, PHILOX_MULTIPLIERS[1] * c2
+        c0, c1, c2, c3 = (b >> 32) & WORD ^ c1 ^ k0, b & WORD, (a >> 32) & WORD ^ c3 ^ k1, a & WORD
+        k0, k1 = (k0 + PHILOX_WEYL[0]) & WORD, (k1 + PHILOX_WEYL[1]) & WORD
+    return c0, c1, c2, c3
+
+
+def normal_noise(seed: int, offset: int, rows: int, elements: int, device: torch.device) -> Tensor:
+    """Standard normals [rows, elements], fp32: numbers offset, offset + 1, ... of the stream of `seed`, row by row.
+
+    Number e is word e mod 4 of Philox's counter e div 4, by Box and Muller: words 0 and 1 make the cosine and the
+    sine of one pair, words 2 and 3 of the next. So the value depends on seed and e alone, and counter c holds what
+    Triton's `tl.randn4x(seed, c)` returns, to a few units in the last place.
+    """
+    first = offset + elements * torch.arange(rows, device=device, dtype=torch.int64)
+    counter = (first >> 2)[:, None] + torch.arange(elements // 4 + 2, device=device)
+    zero = torch.zeros_like(counter)
+    words = philox((counter & WORD, counter >> 32, zero, zero), (seed & WORD, seed >> 32))
+    u = [_uniform(word) for word in words]
+    normals = torch.stack([*_box_muller(u[0], u[1]), *_box_muller(u[2], u[3])], dim=2).flatten(1)
+    return normals.gather(1, (first & 3)[:, None] + torch.arange(elements, device=device))
+
+
+def _uniform(word: Tensor) -> Tensor:
+    """fp32 in [0, 1): the word as a signed number, folded, scaled."""
+    signed = torch.where(word > WORD >> 1, word - WORD - 1, word)
+    return torch.where(signed < 0, -signed - 1, signed).float() * UNIFORM_SCALE
+
+
+def _box_muller(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Two normals of two fp32 uniforms: exact up to the last rounding."""
+    radius = (-2 * u.clamp(min=UNIFORM_FLOOR).double().log()).sqrt()
+    angle = 2 * math.pi * w.double()
+    return (radius * angle.cos()).float(), (radius * angle.sin()).float()

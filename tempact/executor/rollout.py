@@ -85,7 +85,8 @@ def denoise_chunk(
         if sigmas[k + 1] == 0.0:
             x = x - sigmas[k] * velocity  # the last step is deterministic
         else:
-            x = flow_sde_step(x, velocity, noise[:, k + 1], sigmas[k], sigmas[k + 1], eta=settings.eta).sample
+            levels = sigmas[k], sigmas[k + 1]
+            x = flow_sde_step(x, velocity, noise[:, k + 1], *levels, eta=settings.eta, return_mean=False).sample
             states.append(x)
     return x, torch.stack(states, dim=1)
 

@@ -120,6 +120,8 @@ def test_fp32_is_as_good_as_exact_for_the_clip():
         ({"v_old": torch.zeros(2, 4)}, r"v_old: found .*\(2, 4\); accepted: floating point \(2, 3\)"),
         ({"v_ref": torch.zeros(2, 3, dtype=torch.int32)}, r"v_ref: found torch\.int32"),
         ({"noise": torch.zeros(3, 3)}, r"noise: found .*\(3, 3\); accepted: floating point \(2, 3\)"),
+        ({"v_ref": torch.zeros(2, 3, device="meta")}, r"v_ref: found on meta; accepted: cpu, the device of v"),
+        ({"advantage": torch.zeros(2, device="meta")}, r"advantage: found on meta; accepted: cpu"),
         ({"advantage": torch.zeros(2, 1)}, r"advantage: found shape \(2, 1\); accepted: \(2,\)"),
         ({"clip": 0.0}, r"clip: found 0\.0; accepted: a number in \(0, 1\)"),
         ({"clip": 1.0}, r"clip: found 1\.0"),

@@ -117,6 +117,16 @@ def test_half_precision_inputs_are_computed_in_fp32():
     torch.testing.assert_close(step.log_prob.double(), exact.log_prob, rtol=0, atol=1e-6)
 
 
+def test_the_noise_is_handed_back():
+    x, v, noise = draw(2, 7)
+    step = flow_sde_step(x, v, noise, 0.9, 0.5)
+    assert torch.equal(step.noise, noise)
+    drawn = flow_sde_step(x, v, None, 0.9, 0.5, seed=3, offset=2**63 - 15)
+    again = flow_sde_step(x, v, drawn.noise, 0.9, 0.5)
+    assert drawn.noise.dtype == torch.float32 and drawn.noise.shape == x.shape
+    assert all(torch.equal(a, b) for a, b in zip(drawn, again, strict=True))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -131,6 +141,14 @@ def test_half_precision_inputs_are_computed_in_fp32():
         ({"sigma_next": -0.1}, r"sigma_next: found -0\.1; accepted: a number in \[0, 1\]"),
         ({"sigma_next": 0.8}, r"sigma_next: found 0\.8; accepted: a level below sigma \(0\.8\)"),
         ({"sigma": torch.ones(3)}, r"sigma: found shape \(3,\); accepted: a number or \[2\]"),
+        ({"x": torch.zeros(2, 3, device="meta")}, r"x, v, noise: found devices meta, cpu, cpu; accepted: one device"),
+        ({"noise": None}, r"seed: found None; accepted: an integer in \[0, 2\*\*63\) where noise is None"),
+        ({"noise": None, "v": torch.zeros(2, 4), "seed": 0}, r"x, v: found shapes \(2, 3\), \(2, 4\)"),
+        ({"noise": None, "seed": 2**63}, r"seed: found 9223372036854775808; accepted: an integer in"),
+        ({"noise": None, "seed": -1}, r"seed: found -1; accepted: an integer in"),
+        ({"seed": 3}, r"seed: found 3; accepted: None where noise is given"),
+        ({"offset": -4}, r"offset: found -4; accepted: an integer in \[0, 2\*\*63 - 7\]"),
+        ({"noise": None, "seed": 0, "offset": 2**63 - 6}, r"offset: found .*; accepted: an integer in"),
     ],
 )
 def test_bad_input_names_the_argument(change: dict[str, object], message: str):
