@@ -59,6 +59,35 @@ def test_forward(bench: Bench) -> None:
     bench.measure("flow_sde", case("step", tensors[0]), contenders, exact, outputs(eager(tensors, levels)))
 
 
+@torch.no_grad()
+def test_step_that_draws_its_noise(bench: Bench) -> None:
+    """As rollouts make it: noise from a seed, no mean. The peers draw with torch.randn, so they are not checked."""
+    (x, v, _), levels = make_inputs(bench)
+
+    def drawn(x: Tensor, v: Tensor) -> Any:
+        return flow_sde_step(x, v, None, *levels, kind=KIND, eta=ETA, seed=7, return_mean=False)
+
+    def reference(dtype: torch.dtype) -> Outputs:
+        with backend("torch"):
+            return drawn_outputs(drawn(x.to(dtype), v.to(dtype)))
+
+    compiled = torch.compile(plain, dynamic=False)
+    nbytes = 4.0 * x.nbytes  # reads x and v, writes sample and noise
+    contenders = [
+        Contender(OURS, lambda: drawn(x, v), drawn_outputs, nbytes=nbytes),
+        Contender("torch eager", lambda: plain(x, v, torch.randn_like(x), *levels), None, nbytes=nbytes),
+        Contender(
+            "torch.compile", lambda: compiled(x, v, torch.randn_like(x), *levels), None, nbytes=nbytes, compiled=True
+        ),
+    ]
+    exact, same = reference(torch.float64), reference(torch.float32)
+    bench.measure("flow_sde", case("step that draws its noise", x), contenders, exact, same)
+
+
+def drawn_outputs(step: Any) -> Outputs:
+    return {"sample": step.sample, "log_prob": step.log_prob, "noise": step.noise}
+
+
 def test_backward(bench: Bench) -> None:
     """The log-probability's gradient with respect to the velocity."""
     (x, v, noise), levels = make_inputs(bench)

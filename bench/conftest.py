@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,20 +37,21 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 @pytest.fixture(scope="session")
-def bench_run(request: pytest.FixtureRequest) -> Bench:
+def bench_run(request: pytest.FixtureRequest) -> Iterator[Bench]:
     config = request.config
     terminal = config.pluginmanager.getplugin("terminalreporter")
     capture = config.pluginmanager.getplugin("capturemanager")
 
     def write(text: str) -> None:
         with capture.global_and_fixture_disabled():
-            terminal.ensure_newline()
-            terminal.write_line(text)
+            terminal.write_line(f"\n{text}")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = config.getoption("benchmark_out")
     folder = Path(out) if out else FOLDER if device.type == "cuda" else None
-    return Bench(device, config.getoption("benchmark"), folder, write)
+    run = Bench(device, config.getoption("benchmark"), folder, write)
+    yield run
+    run.finish()
 
 
 @pytest.fixture

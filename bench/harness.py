@@ -60,6 +60,11 @@ class Bench:
     def name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.real else "cpu"
 
+    @property
+    def path(self) -> Path | None:
+        """The results file; None where nothing is kept."""
+        return self.folder / f"{report.slug(self.name)}.json" if self.timed and self.folder is not None else None
+
     def size(self, real: int, tiny: int) -> int:
         return real if self.real else tiny
 
@@ -133,7 +138,7 @@ class Bench:
         return found, ", ".join(f"{name} is off by {found[name]:.2e}, allowed {allowed[name]:.2e}" for name in wrong)
 
     def record(self, rows: Sequence[Row], notes: Sequence[str] = ()) -> None:
-        """Adds the rows of one case, prints them, and brings JSON and chart up to date."""
+        """Adds the rows of one case, prints them and brings the results file up to date."""
         costs = {row.impl: row.cost for row in rows if row.cost}
         about = {"torch": torch.__version__, "triton": version("triton"), "commit": report.commit()}
         rows = [
@@ -144,11 +149,15 @@ class Bench:
         ]
         self.rows += rows
         self.write(report.table(rows, notes))
-        if self.timed and self.folder is not None:
-            path = self.folder / f"{report.slug(self.name)}.json"
-            everything = report.save(path, self.rows, {"device": self.name, "command": "pytest bench --benchmark"})
-            title = f"{self.name}, torch {about['torch']}, triton {about['triton']}, {about['commit']}: less is better"
-            report.chart(path.with_suffix(".png"), everything, title)
+        if self.path is not None:
+            report.save(self.path, self.rows, {"device": self.name, "command": "pytest bench --benchmark"})
+
+    def finish(self) -> None:
+        """The chart, of everything that the results file holds."""
+        if self.path is not None and self.rows:
+            last = self.rows[-1]
+            title = f"{self.name}, torch {last.torch}, triton {last.triton}, {last.commit}: less is better"
+            report.chart(self.path.with_suffix(".png"), report.load(self.path), title)
 
     def _summary(self, rows: Sequence[Row]) -> list[str]:
         ours = next((row for row in rows if row.impl == OURS), None)

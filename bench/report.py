@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -104,8 +105,8 @@ def load(path: Path) -> list[Row]:
     return [Row(**{name: value for name, value in row.items() if name in known}) for row in rows]
 
 
-def save(path: Path, rows: Iterable[Row], about: dict[str, Any]) -> list[Row]:
-    """Writes the rows; those of other cases that the file already holds stay. Returns all of them."""
+def save(path: Path, rows: Iterable[Row], about: dict[str, Any]) -> None:
+    """Writes the rows; those of other cases that the file already holds stay."""
     rows = list(rows)
     measured = {(row.op, row.case) for row in rows}
     kept = [row for row in load(path) if (row.op, row.case) not in measured] if path.exists() else []
@@ -115,7 +116,6 @@ def save(path: Path, rows: Iterable[Row], about: dict[str, Any]) -> list[Row]:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
-    return merged
 
 
 def chart(path: Path, rows: Sequence[Row], title: str) -> None:
@@ -134,7 +134,8 @@ def chart(path: Path, rows: Sequence[Row], title: str) -> None:
         return
     columns = min(3, len(cases))
     lines = -(-len(cases) // columns)
-    figure, panels = pyplot.subplots(lines, columns, figsize=(6 * columns, 2.4 * lines), squeeze=False)
+    size = (6 * columns, 2.4 * lines + 0.5)
+    figure, panels = pyplot.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for panel in panels.flat[len(cases) :]:
         panel.set_visible(False)
     for panel, ((op, case), each) in zip(panels.flat, cases.items(), strict=False):
@@ -144,10 +145,10 @@ def chart(path: Path, rows: Sequence[Row], title: str) -> None:
         bars = panel.barh([row.impl for row in ordered], values, color=colours)
         panel.bar_label(bars, [f"{value:.3g}" for value in values], padding=2, fontsize=7)
         panel.margins(x=0.15)
-        panel.set_title(f"{op}: {case} [{'ms' if ordered[0].ms is not None else 'MiB'}]", fontsize=8)
+        unit = "MiB" if ordered[0].ms is None else "ms"
+        panel.set_title(textwrap.fill(f"{op}: {case} [{unit}]", 75), fontsize=8)
         panel.tick_params(labelsize=7)
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

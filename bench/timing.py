@@ -8,6 +8,7 @@ what happens on the host.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,6 +98,7 @@ def memory_of(run: Callable[[], Any], device: torch.device) -> tuple[int, int]:
     """Device memory in bytes: allocated before a run, and the most during it."""
     run()  # what a first call allocates for good is no part of it
     torch.cuda.synchronize(device)
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
