@@ -34,8 +34,10 @@ setup(
         "tyro>=1.0",
     ],
     extras_require={
-        "test": ["hypothesis>=6.100", "mypy>=2.0", "pytest>=8.2", "pytest-timeout>=2.3", "ruff>=0.12"],
-        "bench": ["liger-kernel>=0.6"],
+        "test": ["diffusers>=0.36", "hypothesis>=6.100", "mypy>=2.0", "pytest>=8.2", "pytest-benchmark>=5.0",
+                 "pytest-timeout>=2.3", "ruff>=0.12"],
+        "bench": ["liger-kernel>=0.6", "pytest>=8.2", "pytest-benchmark>=5.0"],
+        "diffusers": ["diffusers>=0.36"],
         "judges": ["openai>=2.0"],
         "wandb": ["wandb>=0.20"],
     },

@@ -1,16 +1,24 @@
 """Kernels for autoregressive video diffusion: needs torch (and Triton) and nothing else."""
 
+from csrc_triton.adaln import adaln, gated_residual, gated_residual_adaln, gated_residual_norm
 from csrc_triton.flow_policy_loss import FlowPolicyTerms, flow_policy_loss
 from csrc_triton.flow_sde import FlowStep, flow_sde_step
 from csrc_triton.fork_attention import fork_attention
-from csrc_triton.kv_cache import CacheView, ForkableKVCache
+from csrc_triton.kv_cache import CacheRows, CacheView, ForkableKVCache
+from csrc_triton.qk_norm_rope import qk_norm_rope
 
 __all__ = [
+    "CacheRows",
     "CacheView",
     "FlowPolicyTerms",
     "FlowStep",
     "ForkableKVCache",
+    "adaln",
     "flow_policy_loss",
     "flow_sde_step",
     "fork_attention",
+    "gated_residual",
+    "gated_residual_adaln",
+    "gated_residual_norm",
+    "qk_norm_rope",
 ]

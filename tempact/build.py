@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from csrc_triton import runtime
 from tempact.config import RunConfig
 from tempact.errors import UserError
 from tempact.executor.policy import Executor
@@ -46,8 +47,11 @@ class Policies:
         return plan, self.executor.rollout([plan], [0], noise).frames[0, 0]
 
 
+KERNELS = ("torch", "triton", "auto")
+
+
 def device_of(config: RunConfig) -> torch.device:
-    """The device a run uses; also sets threads and determinism."""
+    """The device a run uses; also sets threads, determinism and which kernels serve."""
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.deterministic:
@@ -57,7 +61,19 @@ def device_of(config: RunConfig) -> torch.device:
     if config.device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device: found {config.device!r}; accepted: auto, cpu, cuda")
     name = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    device = torch.device(name)
+    choose_kernels(config.kernels, device)
+    return device
+
+
+def choose_kernels(name: str, device: torch.device) -> None:
+    """Sets the backend of csrc_triton's ops; UserError for one that this device cannot run."""
+    if name not in KERNELS:
+        raise UserError(f"kernels: found {name!r}; accepted: {', '.join(KERNELS)}")
+    reason = runtime.why_not_triton(device, torch.float32) if name == "triton" else None
+    if reason:
+        raise UserError(f"kernels: found triton, which cannot serve here ({reason}); accepted here: torch, auto")
+    runtime.set_backend(name)
 
 
 def build_policies(config: RunConfig) -> Policies:

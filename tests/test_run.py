@@ -281,6 +281,7 @@ def test_a_run_whose_updates_keep_failing_is_saved_whole(
         (["--planner.temperature", "0.7"], "planner.temperature: found 0.7; accepted: 1.0"),
         (["--data.prompts", "prompts.csv"], "data.prompts: found 'prompts.csv'; accepted: shapeworld"),
         (["--device", "tpu"], "device: found 'tpu'; accepted: auto, cpu, cuda"),
+        (["--kernels", "cuda"], "kernels: found 'cuda'; accepted: torch, triton, auto"),
         (["--resume", "nowhere"], "resume: nowhere is no checkpoint"),
     ],
 )

@@ -12,12 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from csrc_triton import CacheView, ForkableKVCache, fork_attention
+from csrc_triton import CacheRows, CacheView, ForkableKVCache, fork_attention
 from csrc_triton.kv_cache import Reservation
+from csrc_triton.qk_norm_rope.naive import rotate
 from tempact.executor.window import WindowPolicy
-from tempact.models.wan.transformer import Attend, TextKV, WanTransformer, apply_rope, attend_own
+from tempact.models.wan.transformer import Attend, TextKV, WanTransformer
 
 Pair = tuple[Tensor, Tensor]
+Context = list[CacheView] | list[Pair] | None  # one entry a layer
+FIRST_FRAMES = 12  # latent frames that the cache holds before it grows
 
 
 class History:
@@ -34,7 +37,7 @@ class History:
         weight = model.patch_embedding.weight
         self.device = weight.device
         self.cache = ForkableKVCache(
-            config.layers, config.heads, config.head_dim, rows=64 * chunk * self.frame_tokens, dtype=weight.dtype,
+            config.layers, config.heads, config.head_dim, rows=FIRST_FRAMES * self.frame_tokens, dtype=weight.dtype,
             device=self.device,
         )  # fmt: skip
 
@@ -55,16 +58,14 @@ class History:
         """Temporal positions of the own frames of the chunk at `start`."""
         return torch.tensor(self.window.temporal_positions(start, self.chunk)[1], device=self.device)
 
-    def context(self, branches: Sequence[int], start: int) -> list[CacheView] | list[Pair] | None:
+    def context(self, branches: Sequence[int], start: int) -> Context:
         """What the chunk at frame `start` attends to, per layer; None for the first chunk."""
         return self._context(branches, *self._attended(start))
 
     def _attended(self, start: int) -> tuple[list[int], list[int]]:
         return self.window.attended(start, self.chunk), self.window.temporal_positions(start, self.chunk)[0]
 
-    def _context(
-        self, branches: Sequence[int], frames: list[int], positions: list[int]
-    ) -> list[CacheView] | list[Pair] | None:
+    def _context(self, branches: Sequence[int], frames: list[int], positions: list[int]) -> Context:
         if not frames:
             return None
         ranges = [(first * self.frame_tokens, last * self.frame_tokens) for first, last in frame_ranges(frames)]
@@ -73,15 +74,15 @@ class History:
             return views
         rope = self.model.rope(torch.tensor(positions, device=self.device), *self.rows_columns)
         pairs = (view.gather() for view in views)
-        return [(apply_rope(k, rope), v) for k, v in pairs]
+        return [(rotate(k, *rope), v) for k, v in pairs]
 
     @torch.no_grad()
     def commit(self, branches: Sequence[int], latents: Tensor, text: TextKV) -> None:
         """The context pass: appends a chunk's clean latents [B, C, c, H, W] at sigma 0."""
         start = self.frames(branches[0])
-        reservation = self.cache.reserve(branches, self.chunk * self.frame_tokens)
-        self._write(reservation, latents, text, self.positions(start), self.context(branches, start))
-        self.cache.commit(reservation)
+        with self.cache.reserve(branches, self.chunk * self.frame_tokens) as reservation:
+            self._write(reservation, latents, text, self.positions(start), self.context(branches, start))
+            self.cache.commit(reservation)
         self._forget(branches, start + self.chunk)
 
     @torch.no_grad()
@@ -94,27 +95,17 @@ class History:
         total = latents.shape[2]
         frames = self.window.recached(total)
         kept = list(range(min(self.window.sink, frames[0])))
-        reservation = self.cache.reserve(branches, len(frames) * self.frame_tokens)
         positions = torch.tensor(frames, device=self.device)
-        self._write(reservation, latents[:, :, frames[0] :], text, positions, self._context(branches, kept, kept))
-        self.cache.replace(reservation, frames[0] * self.frame_tokens)
+        with self.cache.reserve(branches, len(frames) * self.frame_tokens) as reservation:
+            self._write(reservation, latents[:, :, frames[0] :], text, positions, self._context(branches, kept, kept))
+            self.cache.replace(reservation, frames[0] * self.frame_tokens)
 
     def _write(
-        self, reservation: Reservation, latents: Tensor, text: TextKV, positions: Tensor, context: list | None
+        self, reservation: Reservation, latents: Tensor, text: TextKV, positions: Tensor, context: Context
     ) -> None:
-        raw = self.window.positions == "relative"
-        attend = attend_to(context)
-
-        def write(layer: int, q: Tensor, k: Tensor, v: Tensor, raw_k: Tensor) -> Tensor:
-            self.cache.write(reservation, layer, raw_k if raw else k, v)
-            return q
-
-        def attend_and_write(layer: int, q: Tensor, k: Tensor, v: Tensor, raw_k: Tensor) -> Tensor:
-            write(layer, q, k, v, raw_k)
-            return attend(layer, q, k, v, raw_k)
-
         sigma = torch.zeros(latents.shape[0], latents.shape[2], device=self.device)
-        self.model.write_context(latents, sigma, text, positions, attend_and_write, write)
+        attend = AttendAndStore(context, self.cache, reservation, self.window.positions == "absolute")
+        self.model.write_context(latents, sigma, text, positions, attend)
 
     def _forget(self, branches: Sequence[int], start: int) -> None:
         """Drops the frames that neither the chunk at `start` nor any later one attends to."""
@@ -126,15 +117,25 @@ class History:
             self.cache.drop(branch, self.window.sink * self.frame_tokens, first * self.frame_tokens)
 
 
-def attend_to(context: list[CacheView] | list[Pair] | None) -> Attend:
-    """Attention to a frozen context and the own chunk."""
-    if context is None:
-        return attend_own
+class AttendTo(Attend):
+    """Attention to a frozen context, one entry a layer, and to the own chunk."""
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, raw_k: Tensor) -> Tensor:
-        return fork_attention(q, k, v, context[layer])
+    def __init__(self, context: Context):
+        self.context = context
 
-    return attend
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return fork_attention(q, k, v, None if self.context is None else self.context[layer])
+
+
+class AttendAndStore(AttendTo):
+    """The same, and the chunk's K and V go to the rows of a reservation."""
+
+    def __init__(self, context: Context, cache: ForkableKVCache, reservation: Reservation, roped: bool):
+        super().__init__(context)
+        self.cache, self.reservation, self.write_roped = cache, reservation, roped
+
+    def rows(self, layer: int) -> CacheRows:
+        return self.cache.rows_of(self.reservation, layer)
 
 
 def frame_ranges(frames: list[int]) -> list[tuple[int, int]]:

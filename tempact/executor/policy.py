@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tempact.config import ExecutorConfig
 from tempact.errors import UserError
-from tempact.executor.context import attend_to
+from tempact.executor.context import AttendTo
 from tempact.executor.rollout import (
     TEXT_SWITCHES,
     NoiseSource,
@@ -195,7 +195,7 @@ class Executor:
             states = transition.states[entries.plans][:, entries.continuations, entries.transitions].flatten(0, 2)
             own = [transition.prompts[plan][-1] for plan in entries.plans]
             each = states.shape[0] // len(own)
-            attend = attend_to(history.context([group.index(plan) for plan in entries.plans], start))
+            attend = AttendTo(history.context([group.index(plan) for plan in entries.plans], start))
             chosen = sigmas[entries.transitions]
             sigma = chosen.repeat(states.shape[0] // len(chosen))[:, None].expand(-1, self.settings.chunk)
             with torch.set_grad_enabled(grad):

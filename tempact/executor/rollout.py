@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton.flow_sde import flow_sde_step
-from tempact.executor.context import History, attend_to
+from tempact.executor.context import AttendTo, History
 from tempact.executor.prompts import smooth_prompts
 from tempact.executor.schedule import Schedule
 from tempact.executor.window import WindowPolicy
@@ -139,7 +139,7 @@ def roll_out(
         text = book([prompts[b.plan][chunk] for b in branches])
         drawn = first if chunk == 0 else noise(chunk)
         batch = torch.stack([drawn[b.plan, b.continuations[0]] for b in branches])
-        attend = attend_to(history.context(ids, start))
+        attend = AttendTo(history.context(ids, start))
         clean, states = denoise_chunk(model, batch, text, history.positions(start), attend, settings)
         for i, b in enumerate(branches):
             latents[b.plan, b.continuations, :, start:end] = clean[i]

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config
 from tempact.errors import UserError
 from tempact.executor.schedule import Schedule
 from tempact.models.wan.text_encoder import TextEncoder
-from tempact.models.wan.transformer import TextKV, WanConfig, WanTransformer
+from tempact.models.wan.transformer import Attend, TextKV, WanConfig, WanTransformer
 from tempact.shapeworld.clips import Clip, sample_clip
 from tempact.shapeworld.renderer import draw
 from tempact.shapeworld.story import CHUNK, CHUNKS, FRAMES
@@ -132,6 +132,17 @@ def mix(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     return (1 - levels) * clean + levels * noise
 
 
+class TeacherForcing(Attend):
+    """Attention of all clean and noisy chunks at once, under `teacher_forcing_mask`."""
+
+    def __init__(self, mask: Tensor):
+        self.mask = mask
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2)
+
+
 class ExecutorCourse(Course):
     """What the shared training loop needs to know about the executor."""
 
@@ -149,7 +160,7 @@ class ExecutorCourse(Course):
         self.modules = torch.nn.ModuleDict({"transformer": self.model, "text_encoder": self.encoder})
         self.schedule = Schedule.from_timesteps((1000, 750, 500, 250), shift=5.0)
         tokens = CHUNK * (24 // WAN.patch[1]) ** 2
-        self.mask = teacher_forcing_mask(CHUNKS, tokens, device)
+        self.attend = TeacherForcing(teacher_forcing_mask(CHUNKS, tokens, device))
         weights = torch.tensor([OPENING_WEIGHT] + [1.0] * (CHUNKS - 1), device=device)
         self.chunk_weights = weights / weights.sum()
         self.positions = torch.arange(FRAMES, device=device).repeat(2)
@@ -157,10 +168,6 @@ class ExecutorCourse(Course):
     def compile(self) -> None:
         for block in self.model.blocks:
             block.compile()
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, raw_k: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2)
 
     def text(self, rows: Tensor) -> TextKV:
         """Text K/V of clips, one a chunk, for the clean and the noisy half: 2 * CHUNKS a clip."""

@@ -85,12 +85,14 @@ def train_stage(arguments: argparse.Namespace) -> None:
     import transformers
     from transformers.utils import logging as transformers_logging
 
+    from csrc_triton import runtime
     from tempact.shapeworld.executor_training import train_executor
     from tempact.shapeworld.judge_training import train_judge
     from tempact.shapeworld.planner_training import train_planner
 
     transformers_logging.disable_progress_bar()
     torch.set_float32_matmul_precision("high")
+    runtime.set_backend("torch")  # the courses compile their blocks, which fuses the same
     courses = {"executor": train_executor, "planner": train_planner, "judge": train_judge}
     folder, steps = arguments.out / arguments.stage, steps_of(arguments, arguments.stage)
     workers = max(1, (os.cpu_count() or 1) // len(STEPS))

@@ -134,6 +134,20 @@ def test_memory_stays_constant_once_the_window_is_full(make_executor: Make) -> N
     assert used == [tokens] * 3
 
 
+@pytest.mark.parametrize("act", ["commit", "recache"])
+def test_a_context_pass_that_fails_leaves_the_history_as_it_was(
+    make_executor: Make, monkeypatch: pytest.MonkeyPatch, act: str
+) -> None:
+    executor = make_executor(window="longlive")
+    book = PromptBook(executor.model, executor.encode, ["one"])
+    history = rebuild_context(executor.model, book, torch.zeros(1, 3, 6, 8, 8), [["one"] * 3], executor.settings)
+    held = history.cache.rows_used, history.frames(0)
+    monkeypatch.setattr(executor.model, "write_context", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        getattr(history, act)([0], torch.zeros(1, 3, 6 if act == "recache" else 3, 8, 8), book(["one"]))
+    assert (history.cache.rows_used, history.frames(0), history.cache.rows_reserved) == (*held, 0)
+
+
 def test_chunk_prompts_follow_spans_and_smoothing(make_executor: Make) -> None:
     settings = make_executor().settings
     assert (

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from csrc_triton.qk_norm_rope.naive import rotate
 from tempact.models.wan.codec import PixelCodec
-from tempact.models.wan.transformer import WanConfig, WanTransformer, apply_rope, rope_tables
+from tempact.models.wan.transformer import Attend, WanConfig, WanTransformer, rope_tables
 
 SMALL = WanConfig(
     dim=48, ffn_dim=96, freq_dim=32, text_dim=16, text_len=6, heads=2, layers=2, in_dim=3, out_dim=3, patch=(1, 4, 4)
@@ -44,8 +45,8 @@ def test_full_size_has_the_published_tensors() -> None:
 
 def test_rope_splits_channels_and_depends_on_relative_positions() -> None:
     cos, sin = rope_tables(128, torch.tensor([5]), 2, 3)
-    assert cos.shape == (6, 1, 64)
-    token = cos[4, 0], sin[4, 0]  # row 1, column 1
+    assert cos.shape == (6, 64)
+    token = cos[4], sin[4]  # row 1, column 1
     for pair, position, size in ((1, 5, 44), (22 + 3, 1, 42), (43 + 4, 1, 42)):
         within = pair - (0 if size == 44 else 22 if pair < 43 else 43)
         angle = position * 10_000 ** (-2 * within / size)
@@ -54,8 +55,7 @@ def test_rope_splits_channels_and_depends_on_relative_positions() -> None:
     q, k = torch.randn(2, 1, 1, 1, 24)
     products = [
         (
-            apply_rope(q, rope_tables(24, torch.tensor([a]), 1, 1))
-            * apply_rope(k, rope_tables(24, torch.tensor([b]), 1, 1))
+            rotate(q, *rope_tables(24, torch.tensor([a]), 1, 1)) * rotate(k, *rope_tables(24, torch.tensor([b]), 1, 1))
         ).sum()
         for a, b in ((3, 1), (9, 7))
     ]
@@ -69,12 +69,13 @@ def test_texts_of_frame_groups_equal_separate_runs() -> None:
     text = torch.randn(2, 6, 16).double()
     sigma, positions = torch.full((1, 2), 0.7), torch.arange(2)
 
-    def own_frame(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
-        q, k, v = (t.unflatten(1, (2, -1)).flatten(0, 1).transpose(1, 2) for t in (q, k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-        return out.transpose(1, 2).unflatten(0, (1, 2)).flatten(1, 2)
+    class OwnFrame(Attend):
+        def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            q, k, v = (t.unflatten(1, (2, -1)).flatten(0, 1).transpose(1, 2) for t in (q, k, v))
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            return out.transpose(1, 2).unflatten(0, (1, 2)).flatten(1, 2)
 
-    together = model(x, sigma, model.project_text(text), positions, own_frame)
+    together = model(x, sigma, model.project_text(text), positions, OwnFrame())
     for frame in range(2):
         alone = model(
             x[:, :, frame : frame + 1],
@@ -97,8 +98,13 @@ def test_timesteps_are_per_frame() -> None:
     model = small()
     x, text = torch.randn(1, 3, 2, 8, 8).double(), None
     text = model.project_text(torch.randn(1, 6, 16).double())
-    a = model(x, torch.tensor([[0.9, 0.1]]), text, torch.arange(2), lambda layer, q, k, v, raw: q)
-    b = model(x, torch.tensor([[0.9, 0.8]]), text, torch.arange(2), lambda layer, q, k, v, raw: q)
+
+    class Nobody(Attend):
+        def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return q
+
+    a = model(x, torch.tensor([[0.9, 0.1]]), text, torch.arange(2), Nobody())
+    b = model(x, torch.tensor([[0.9, 0.8]]), text, torch.arange(2), Nobody())
     assert torch.equal(a[:, :, 0], b[:, :, 0])
     assert not torch.allclose(a[:, :, 1], b[:, :, 1])
 

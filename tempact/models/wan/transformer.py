@@ -8,21 +8,27 @@ computed in fp64 and rounded once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from csrc_triton import fork_attention
+from csrc_triton import (
+    CacheRows,
+    adaln,
+    fork_attention,
+    gated_residual_adaln,
+    gated_residual_norm,
+    qk_norm_rope,
+)
 
 TIMESTEP_SCALE = 1000.0  # the time embedding sees 1000 * sigma
 ROPE_THETA = 10_000.0
 
-# attend(layer, q, k, v, raw_k) -> attention output; q, k with RoPE, raw_k without, all [B, L, heads, head_dim]
-Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
+Rope = tuple[Tensor, Tensor]  # cos and sin, fp32 [L, head_dim / 2]
 
 
 @dataclass(frozen=True)
@@ -63,21 +69,52 @@ class TextKV:
         return TextKV([(k.index_select(0, index), v.index_select(0, index)) for k, v in self.layers])
 
 
-def attend_own(layer: int, q: Tensor, k: Tensor, v: Tensor, raw_k: Tensor) -> Tensor:
-    """Full attention within the given frames and to nothing else."""
-    return fork_attention(q, k, v)
+class Attend:
+    """Whom the tokens of a chunk attend to, and what they leave behind: here the own frames, and nothing."""
+
+    write_roped = True  # are keys stored with RoPE?
+
+    def rows(self, layer: int) -> CacheRows | None:
+        """Where K and V of this layer are stored; None: nowhere."""
+        return None
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The attention's output; all [B, L, heads, head_dim], q and k with RoPE."""
+        return fork_attention(q, k, v)
+
+
+OWN_CHUNK = Attend()
+
+
+class Stream(NamedTuple):
+    """The residual stream x + update * gate, whose last addition is left to the norm that follows.
+
+    x, update [B, L, dim]; gate [B, F, dim], None for a plain addition; update None: nothing to add.
+    """
+
+    x: Tensor
+    update: Tensor | None = None
+    gate: Tensor | None = None
+
+    def adaln(self, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """The sum and its modulated norm; shift and scale [B, F, dim]."""
+        if self.update is None:
+            return self.x, adaln(self.x, shift, scale, eps=eps)
+        return gated_residual_adaln(self.x, self.update.to(self.x.dtype), self.gate, shift, scale, eps=eps)
+
+    def norm(self, layer: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """The sum and its norm with a layer's own weights."""
+        assert self.update is not None
+        update = self.update.to(self.x.dtype)
+        return gated_residual_norm(self.x, update, self.gate, layer.weight, layer.bias, eps=layer.eps)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over all channels, fp32 inside."""
+    """The weight of a root-mean-square norm over all channels; `qk_norm_rope` applies it."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int):
         super().__init__()
-        self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
 class SelfAttention(nn.Module):
@@ -85,27 +122,47 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: WanConfig):
         super().__init__()
-        self.heads = config.heads
+        self.heads, self.eps = config.heads, config.eps
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(config.dim, config.eps), RMSNorm(config.dim, config.eps)
+        self.norm_q, self.norm_k = RMSNorm(config.dim), RMSNorm(config.dim)
 
-    def keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """K without RoPE, and V, [B, L, heads, head_dim]."""
-        return self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), self.v(x).unflatten(-1, (self.heads, -1))
+    def split(self, x: Tensor) -> Tensor:
+        """[B, L, dim] by heads: [B, L, heads, head_dim]."""
+        return x.unflatten(-1, (self.heads, -1))
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, layer: int) -> Tensor:
-        q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
-        k, v = self.keys(x)
-        return self.o(attend(layer, apply_rope(q, rope), apply_rope(k, rope), v, k).flatten(2))
+    def forward(self, x: Tensor, rope: Rope, attend: Attend, layer: int) -> Tensor:
+        q, k, v = self.norm_rope(self.q(x), x, rope, attend, layer)
+        return self.o(attend(layer, q, k, v).flatten(2))
+
+    def store(self, x: Tensor, rope: Rope, attend: Attend, layer: int) -> None:
+        """Only what `attend` keeps of this layer."""
+        self.norm_rope(None, x, rope, attend, layer)
+
+    def norm_rope(
+        self, q: Tensor | None, x: Tensor, rope: Rope, attend: Attend, layer: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k with RoPE and v by heads, k and v stored where `attend` says; without q, k stands in for it."""
+        k, v, rows = self.k(x), self.v(x), attend.rows(layer)
+        q_weight, q = (self.norm_k.weight, k) if q is None else (self.norm_q.weight, q)
+        kept = {"v": v, "write": rows, "write_roped": attend.write_roped} if rows is not None else {}
+        q, k = qk_norm_rope(q, k, q_weight, self.norm_k.weight, rope, heads=self.heads, eps=self.eps, **kept)
+        return q, k, self.split(v)
 
 
 class CrossAttention(SelfAttention):
     """Attention to text; every padded text row is attended too, as in Wan."""
 
+    def keys(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of text rows, [n, text_len, heads, head_dim]."""
+        return self.norm(self.k(text), self.norm_k), self.split(self.v(text))
+
+    def norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        return qk_norm_rope(x, None, norm.weight, None, None, heads=self.heads, eps=self.eps)[0]
+
     def forward(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
         k, v = text
         groups = k.shape[0] // x.shape[0]  # texts a video: consecutive equal parts of its tokens
-        q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1)).unflatten(1, (groups, -1)).flatten(0, 1)
+        q = self.norm(self.q(x), self.norm_q).unflatten(1, (groups, -1)).flatten(0, 1)
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.o(out.transpose(1, 2).reshape(x.shape))
 
@@ -115,45 +172,39 @@ class Block(nn.Module):
 
     def __init__(self, config: WanConfig):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.eps = config.eps
         self.self_attn = SelfAttention(config)
         self.norm3 = nn.LayerNorm(config.dim, config.eps)
         self.cross_attn = CrossAttention(config)
-        self.norm2 = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
         gelu = nn.GELU(approximate="tanh")
         self.ffn = nn.Sequential(nn.Linear(config.dim, config.ffn_dim), gelu, nn.Linear(config.ffn_dim, config.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
     def forward(
-        self,
-        x: Tensor,
-        e0: Tensor,
-        rope: tuple[Tensor, Tensor],
-        text: tuple[Tensor, Tensor],
-        attend: Attend,
-        layer: int,
-    ) -> Tensor:
+        self, stream: Stream, e0: Tensor, rope: Rope, text: tuple[Tensor, Tensor], attend: Attend, layer: int
+    ) -> Stream:
         m = (self.modulation + e0).unbind(2)
-        x = x + gate(self.self_attn(modulate(self.norm1(x), m[0], m[1]), rope, attend, layer), m[2])
-        x = x + self.cross_attn(self.norm3(x), text)
-        return x + gate(self.ffn(modulate(self.norm2(x), m[3], m[4])), m[5])
+        x, normed = stream.adaln(m[0], m[1], self.eps)
+        x, normed = Stream(x, self.self_attn(normed, rope, attend, layer), m[2]).norm(self.norm3)
+        x, normed = Stream(x, self.cross_attn(normed, text)).adaln(m[3], m[4], self.eps)
+        return Stream(x, self.ffn(normed), m[5])
 
-    def write_keys(self, x: Tensor, e0: Tensor) -> tuple[Tensor, Tensor]:
-        """K without RoPE and V of this block's self-attention, and nothing after them."""
+    def store(self, stream: Stream, e0: Tensor, rope: Rope, attend: Attend, layer: int) -> None:
+        """What `attend` keeps of this block's self-attention, and nothing after it."""
         m = (self.modulation + e0).unbind(2)
-        return self.self_attn.keys(modulate(self.norm1(x), m[0], m[1]))
+        self.self_attn.store(stream.adaln(m[0], m[1], self.eps)[1], rope, attend, layer)
 
 
 class Head(nn.Module):
     def __init__(self, config: WanConfig):
         super().__init__()
-        self.norm = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.eps = config.eps
         self.head = nn.Linear(config.dim, config.out_dim * config.patch[0] * config.patch[1] * config.patch[2])
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+    def forward(self, stream: Stream, e: Tensor) -> Tensor:
         shift, scale = (self.modulation + e[:, :, None]).unbind(2)
-        return self.head(modulate(self.norm(x), shift, scale))
+        return self.head(stream.adaln(shift, scale, self.eps)[1])
 
 
 class WanTransformer(nn.Module):
@@ -195,7 +246,7 @@ class WanTransformer(nn.Module):
         sigma: Tensor,
         text: TextKV,
         positions: Tensor,
-        attend: Attend = attend_own,
+        attend: Attend = OWN_CHUNK,
     ) -> Tensor:
         """Velocity of the given frames.
 
@@ -203,36 +254,27 @@ class WanTransformer(nn.Module):
         dividing F (frames fall into G consecutive parts with a text each); positions [F] temporal RoPE
         positions. Returns [B, C, F, H, W] with v = noise - x0.
         """
-        tokens, e, e0, rope = self._embed(x, sigma, positions)
+        stream, e, e0, rope = self._embed(x, sigma, positions)
         for layer, block in enumerate(self.blocks):
-            tokens = block(tokens, e0, rope, text.layers[layer], attend, layer)
-        out = self._unpatchify(self.head(tokens, e), x.shape)
+            stream = block(stream, e0, rope, text.layers[layer], attend, layer)
+        out = self._unpatchify(self.head(stream, e), x.shape)
         if self.config.prediction == "velocity":
             return out
         return (x - out) / sigma[:, None, :, None, None].clamp_min(1.0 / TIMESTEP_SCALE)
 
-    def write_context(
-        self, x: Tensor, sigma: Tensor, text: TextKV, positions: Tensor, attend: Attend, write: Attend
-    ) -> None:
-        """The context pass: as `forward`, but stops at the last layer's K and V, which nothing follows.
-
-        `attend` serves all layers but the last and also stores K and V; `write` only stores the last ones.
-        """
-        tokens, _, e0, rope = self._embed(x, sigma, positions)
+    def write_context(self, x: Tensor, sigma: Tensor, text: TextKV, positions: Tensor, attend: Attend) -> None:
+        """The context pass: as `forward`, but stops at the last layer's K and V, which nothing follows."""
+        stream, _, e0, rope = self._embed(x, sigma, positions)
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks[:last]):
-            tokens = block(tokens, e0, rope, text.layers[layer], attend, layer)
-        k, v = self.blocks[last].write_keys(tokens, e0)
-        roped = apply_rope(k, rope)
-        write(last, roped, roped, v, k)
+            stream = block(stream, e0, rope, text.layers[layer], attend, layer)
+        self.blocks[last].store(stream, e0, rope, attend, last)
 
-    def rope(self, positions: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [F * rows * columns, 1, head_dim / 2] for frames at temporal `positions` [F]."""
+    def rope(self, positions: Tensor, rows: int, columns: int) -> Rope:
+        """cos and sin [F * rows * columns, head_dim / 2] for frames at temporal `positions` [F]."""
         return rope_tables(self.config.head_dim, positions, rows, columns)
 
-    def _embed(
-        self, x: Tensor, sigma: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    def _embed(self, x: Tensor, sigma: Tensor, positions: Tensor) -> tuple[Stream, Tensor, Tensor, Rope]:
         patches = self.patch_embedding(x)
         half = self.config.freq_dim // 2
         powers = torch.arange(half, device=x.device, dtype=torch.float64)
@@ -241,7 +283,9 @@ class WanTransformer(nn.Module):
         e = self.time_embedding(torch.cat([angles.cos(), angles.sin()], dim=-1).to(x.dtype))
         e0 = self.time_projection(e).unflatten(-1, (6, -1))
         rope = self.rope(positions, patches.shape[3], patches.shape[4])
-        return patches.flatten(2).transpose(1, 2), e, e0, rope
+        # under autocast the stream stays as precise as the weights
+        tokens = patches.flatten(2).transpose(1, 2).to(self.patch_embedding.weight.dtype).contiguous()
+        return Stream(tokens), e, e0, rope
 
     def _unpatchify(self, tokens: Tensor, shape: torch.Size) -> Tensor:
         batch, _, frames, height, width = shape
@@ -250,10 +294,10 @@ class WanTransformer(nn.Module):
         return grid.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(batch, self.config.out_dim, frames, height, width)
 
 
-def rope_tables(head_dim: int, positions: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+def rope_tables(head_dim: int, positions: Tensor, rows: int, columns: int) -> Rope:
     """3-D RoPE: channels split into time, row and column parts (44 + 42 + 42 at head_dim 128).
 
-    positions [F] int64. Returns fp32 cos and sin [F * rows * columns, 1, head_dim / 2]; angles in fp64.
+    positions [F] int64. Returns fp32 cos and sin [F * rows * columns, head_dim / 2]; angles in fp64.
     """
     side = 2 * (head_dim // 6)
     device = positions.device
@@ -265,23 +309,5 @@ def rope_tables(head_dim: int, positions: Tensor, rows: int, columns: int) -> tu
         shape[axis] = len(index)
         angles = (index.double()[:, None] * rates).view(shape)
         parts.append(angles.expand(len(positions), rows, columns, -1))
-    angles = torch.cat(parts, dim=-1).flatten(0, 2)[:, None]
+    angles = torch.cat(parts, dim=-1).flatten(0, 2)
     return angles.cos().float(), angles.sin().float()
-
-
-def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates adjacent channel pairs of x [B, L, heads, head_dim], in fp32."""
-    cos, sin = rope
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift; x [B, F * tokens, dim], shift and scale [B, F, dim] of each frame."""
-    frames = x.unflatten(1, (shift.shape[1], -1))
-    return (frames * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
-
-
-def gate(x: Tensor, factor: Tensor) -> Tensor:
-    """x times its frame's gate [B, F, dim]."""
-    return (x.unflatten(1, (factor.shape[1], -1)) * factor[:, :, None]).flatten(1, 2)

@@ -1,0 +1,146 @@
+"""Which rows of the pools are held, and by how many branches: the cache's books, on the host and without tensors."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+Run = tuple[int, int]  # (first row, length) of consecutive rows
+Segments = tuple["Segment", ...]  # a branch's, by token
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """`length` consecutive tokens of a branch, from token `start`, stored in rows from `row`."""
+
+    start: int
+    row: int
+    length: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+
+class RowCounts:
+    """How many hold each of `total` rows, as a step function: an entry a run of equal counts, never one a row.
+
+    A block that is cut in two by a drop splits its run, and equal neighbours become one again, so that the free rows
+    (count 0) are always sorted, disjoint and never adjacent. A fork costs an entry's update a segment.
+    """
+
+    def __init__(self, total: int):
+        self.total = total
+        self._starts = [0]  # run i covers rows [starts[i], starts[i + 1])
+        self._counts = [0]
+
+    @property
+    def used(self) -> int:
+        return self.total - sum(length for _, length in self.free())
+
+    def runs(self, row: int, length: int) -> list[tuple[Run, int]]:
+        """The runs that make up `length` rows from `row`, with their counts."""
+        stop, found = row + length, []
+        i = bisect_right(self._starts, row) - 1
+        while row < stop:
+            end = min(self._end(i), stop)
+            found.append(((row, end - row), self._counts[i]))
+            row, i = end, i + 1
+        return found
+
+    def free(self) -> list[Run]:
+        """Runs that nobody holds, by row."""
+        return [(row, self._end(i) - row) for i, row in enumerate(self._starts) if not self._counts[i]]
+
+    def add(self, row: int, length: int, change: int) -> None:
+        """`change` more (or fewer) hold `length` rows from `row`."""
+        first, last = self._cut(row), self._cut(row + length)
+        for i in range(first, last):
+            self._counts[i] += change
+            assert self._counts[i] >= 0, f"row {self._starts[i]} released more often than held"
+        for i in range(min(last, len(self._starts) - 1), max(first, 1) - 1, -1):
+            if self._counts[i] == self._counts[i - 1]:
+                del self._starts[i], self._counts[i]
+
+    def find(self, length: int, near: int | None) -> int | None:
+        """First of `length` free rows: `near` if they begin there, else of the first run that is long enough."""
+        rows = [row for row, free in self.free() if free >= length]
+        if near in rows:
+            return near
+        return rows[0] if rows else None
+
+    def free_at_the_end(self) -> int:
+        return self.total - self._starts[-1] if not self._counts[-1] else 0
+
+    def resize(self, total: int) -> None:
+        """More rows, which are free; or fewer, if those that go are free."""
+        if total > self.total and self._counts[-1]:
+            self._starts.append(self.total)
+            self._counts.append(0)
+        elif total <= self._starts[-1] and len(self._starts) > 1:
+            assert not self._counts[-1], f"row {self._starts[-1]} is held"
+            del self._starts[-1], self._counts[-1]
+        self.total = total
+
+    def _end(self, i: int) -> int:
+        return self._starts[i + 1] if i + 1 < len(self._starts) else self.total
+
+    def _cut(self, row: int) -> int:
+        """Index of the run that starts at `row`, made if there is none."""
+        i = bisect_left(self._starts, row)
+        if row < self.total and (i == len(self._starts) or self._starts[i] != row):
+            self._starts.insert(i, row)
+            self._counts.insert(i, self._counts[i - 1])
+        return i
+
+
+def join(segments: Iterable[Segment]) -> Segments:
+    """Segments by token, with those that go on in both tokens and rows made one."""
+    joined: list[Segment] = []
+    for segment in sorted(segments, key=lambda segment: segment.start):
+        last = joined[-1] if joined else None
+        if last and last.stop == segment.start and last.row + last.length == segment.row:
+            joined[-1] = Segment(last.start, last.row, last.length + segment.length)
+        else:
+            joined.append(segment)
+    return tuple(joined)
+
+
+def cut_out(segments: Segments, start: int, stop: int) -> tuple[Segments, list[Run]]:
+    """The segments without tokens [start, stop), and the rows that held those."""
+    kept: list[Segment] = []
+    dropped: list[Run] = []
+    for segment in segments:
+        low, high = max(segment.start, start), min(segment.stop, stop)
+        if low >= high:
+            kept.append(segment)
+            continue
+        dropped.append((segment.row + low - segment.start, high - low))
+        if low > segment.start:
+            kept.append(Segment(segment.start, segment.row, low - segment.start))
+        if high < segment.stop:
+            kept.append(Segment(high, segment.row + high - segment.start, segment.stop - high))
+    return tuple(kept), dropped
+
+
+def locate(segments: Segments, ranges: Iterable[tuple[int, int]]) -> list[Run]:
+    """Rows of token ranges [start, stop), in their order; runs that follow each other in rows are one.
+
+    Raises:
+        ValueError: for a token that no segment holds.
+    """
+    found: list[Run] = []
+    for start, stop in ranges:
+        position = start
+        for segment in segments:
+            if segment.start <= position < min(segment.stop, stop):
+                row, length = segment.row + position - segment.start, min(segment.stop, stop) - position
+                if found and sum(found[-1]) == row:
+                    found[-1] = (found[-1][0], found[-1][1] + length)
+                else:
+                    found.append((row, length))
+                position += length
+        if position != stop:
+            raise ValueError(f"token {position} of range [{start}, {stop}) is not in the cache")
+    return found

@@ -1,0 +1,260 @@
+"""What kernels read of the cache: views of the pools with segment tables, and where a block's rows are written.
+
+Tables go to the device through pinned memory that is fresh each time: torch's host allocator hands a pinned block out
+again only when the copies from it are done, so nothing waits and no copy in flight is overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from csrc_triton._rows import Run
+
+
+@dataclass(frozen=True, eq=False)
+class CacheView:
+    """What a batch of B branches attends to in one layer.
+
+    k, v [rows, heads, head_dim] are the layer's pools. table [B, S, 2] int32, on the pools' device, holds (first row,
+    length) of each segment, in order; unused slots have length 0. A view serves as long as its branches hold the
+    tokens; the backward of what was computed from it counts as use.
+
+    Raises:
+        ValueError: for tensors that do not fit, and for segments outside the pools where the table is on the CPU.
+    """
+
+    k: Tensor
+    v: Tensor
+    table: Tensor
+    segments: SegmentTable | None = field(default=None, repr=False)  # the cache's own views share it
+
+    def __post_init__(self) -> None:
+        if self.segments is None:
+            _check_pools(self.k, self.v)
+            _check_table(self.table, self.k)
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor, segments: Sequence[Sequence[Run]]) -> CacheView:
+        """A view of pools that no cache manages; segments[b] are the (first row, length) of batch row b.
+
+        Raises:
+            ValueError: for pools that do not fit, and for segments outside them.
+        """
+        _check_pools(k, v)
+        for branch, runs in enumerate(segments):
+            for row, length in runs:
+                _check_segment(branch, row, length, k.shape[0])
+        table = SegmentTable(len(segments), max([1, *map(len, segments)]), k.device)
+        table.set(segments)
+        return cls(k, v, table.table, table)
+
+    def gather(self) -> tuple[Tensor, Tensor]:
+        """The context as plain tensors [B, Lc, heads, head_dim] (a copy).
+
+        Waits for the device only if the view was made from a table alone.
+
+        Raises:
+            ValueError: where the batch rows have contexts of different lengths.
+        """
+        rows = (self.segments or SegmentTable.read(self.table)).rows()
+        k, v = (pool.index_select(0, rows.flatten()).unflatten(0, rows.shape) for pool in (self.k, self.v))
+        return k, v
+
+
+@dataclass(frozen=True, eq=False)
+class CacheRows:
+    """Where one layer of a reservation is written.
+
+    k, v [rows, heads, head_dim] are the layer's pools; first_rows [B] int64, on their device, is the first of each
+    branch's `length` consecutive rows.
+    """
+
+    k: Tensor
+    v: Tensor
+    first_rows: Tensor
+    length: int
+
+
+@dataclass(eq=False)
+class Reservation:
+    """Rows set aside for one block of `length` tokens per branch, to be written, then committed.
+
+    Ended by `commit`, `replace` or `cancel` of the cache. As a context manager it cancels itself if it is still open
+    at the end, so that nothing leaks when what was to be written fails.
+    """
+
+    branches: tuple[int, ...]
+    first_rows: tuple[int, ...]
+    length: int
+    first_rows_on_device: Tensor = field(repr=False)  # [B] int64
+    cancel: Callable[[Reservation], None] = field(repr=False)
+    state: str = "open"  # or "committed", "cancelled"
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """All rows, branch by branch: [B * length] int64 on the pools' device."""
+        tokens = torch.arange(self.length, device=self.first_rows_on_device.device)
+        return (self.first_rows_on_device[:, None] + tokens).flatten()
+
+    @cached_property
+    def adjacent(self) -> list[tuple[slice, int]]:
+        """Branches whose blocks follow each other in rows, as slices of the batch, with each slice's first row."""
+        found: list[tuple[slice, int]] = []
+        for i, row in enumerate(self.first_rows):
+            if i and row == self.first_rows[i - 1] + self.length:
+                found[-1] = (slice(found[-1][0].start, i + 1), found[-1][1])
+            else:
+                found.append((slice(i, i + 1), row))
+        return found
+
+    def check_open(self) -> None:
+        if self.state != "open":
+            raise ValueError(f"{self}: already {self.state}; accepted: an open reservation")
+
+    def __str__(self) -> str:
+        return f"reservation of branches {self.branches}, rows {self.first_rows} + {self.length}"
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
+        if self.state == "open":
+            self.cancel(self)
+
+
+class SegmentTable:
+    """Segments of a batch on the device, [batch, slots, 2] int32, filled by the host; all layers' views share it."""
+
+    def __init__(self, batch: int, slots: int, device: torch.device):
+        self.table = torch.zeros(batch, slots, 2, dtype=torch.int32, device=device)
+        self._lengths = [0] * batch
+        self._rows: Tensor | None = None
+
+    @classmethod
+    def read(cls, table: Tensor) -> SegmentTable:
+        """From a table on a device, which is waited for."""
+        own = cls.__new__(cls)
+        own.table, own._rows = table, None
+        own._lengths = table[..., 1].sum(1).tolist()
+        return own
+
+    def set(self, segments: Sequence[Sequence[Run]]) -> None:
+        """Refills the table in place, by one copy in the order of the current stream."""
+        batch, slots, _ = self.table.shape
+        numbers = [n for runs in segments for run in [*runs, *[(0, 0)] * (slots - len(runs))] for n in run]
+        self.table.copy_(staged(numbers, torch.int32, self.table.device).view(batch, slots, 2), non_blocking=True)
+        self._lengths = [sum(length for _, length in runs) for runs in segments]
+        self._rows = None
+
+    def rows(self) -> Tensor:
+        """The table written out, [B, Lc] int64, on its device."""
+        if self._rows is None:
+            if len(set(self._lengths)) != 1:
+                raise ValueError(f"gather: found contexts of {self._lengths} tokens; accepted: one length")
+            first, lengths = self.table.long().unbind(-1)
+            stops = lengths.cumsum(1)
+            tokens = torch.arange(self._lengths[0], device=self.table.device).expand(len(self._lengths), -1)
+            slot = torch.searchsorted(stops, tokens.contiguous(), right=True)
+            self._rows = (first - stops + lengths).gather(1, slot) + tokens
+        return self._rows
+
+
+class BoundTable:
+    """Views whose tensors stay where they are, for a captured CUDA graph: `update` changes what they name.
+
+    views: one a layer; before the first `update` they are empty contexts. Update on the stream that the graph runs
+    on, and only when the backward of what read the old table is done. `gather` is the exception: in a graph it would
+    repeat the rows of the capture.
+    """
+
+    def __init__(
+        self,
+        locate: Callable[[int, Sequence[tuple[int, int]]], list[Run]],
+        batch: int,
+        slots: int,
+        pools: Sequence[tuple[Tensor, Tensor]],
+    ):
+        self._locate = locate
+        self._segments = SegmentTable(batch, slots, pools[0][0].device)
+        self.views = [CacheView(k, v, self._segments.table, self._segments) for k, v in pools]
+
+    @property
+    def table(self) -> Tensor:
+        """[batch, slots, 2] int32 on the device."""
+        return self._segments.table
+
+    def update(self, branches: Sequence[int], ranges: Sequence[tuple[int, int]]) -> None:
+        """The views now name token ranges [start, stop) of `branches`, one a batch row.
+
+        Raises:
+            ValueError: for another number of branches, tokens that a branch does not hold, and a branch that needs
+                more slots than there are. The table is as it was then.
+        """
+        batch, slots, _ = self.table.shape
+        if len(branches) != batch:
+            raise ValueError(f"branches: found {len(branches)}; accepted: {batch}, one a row of the bound table")
+        found = [self._locate(branch, ranges) for branch in branches]
+        for branch, runs in zip(branches, found, strict=True):
+            if len(runs) > slots:
+                accepted = f"at most {slots}, the slots of the bound table"
+                raise ValueError(f"branch {branch}: found {len(runs)} segments in rows {runs}; accepted: {accepted}")
+        self._segments.set(found)
+
+
+class BoundRows:
+    """Places to write whose tensors stay where they are, for a captured CUDA graph; `rows` has one a layer."""
+
+    def __init__(self, batch: int, length: int, pools: Sequence[tuple[Tensor, Tensor]]):
+        self._first_rows = torch.zeros(batch, dtype=torch.int64, device=pools[0][0].device)
+        self._length = length
+        self.rows = [CacheRows(k, v, self._first_rows, length) for k, v in pools]
+
+    def update(self, reservation: Reservation) -> None:
+        """`rows` are now those of an open reservation, which must be as large as the binding.
+
+        Raises:
+            ValueError: for a reservation that is closed or of other sizes.
+        """
+        reservation.check_open()
+        found = len(reservation.branches), reservation.length
+        if found != (len(self._first_rows), self._length):
+            accepted = f"{len(self._first_rows)} and {self._length}, as bound"
+            raise ValueError(f"{reservation}: found {found[0]} branches of {found[1]} tokens; accepted: {accepted}")
+        self._first_rows.copy_(reservation.first_rows_on_device, non_blocking=True)
+
+
+def staged(numbers: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On the host, such that a non-blocking copy to `device` does not wait."""
+    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def _check_pools(k: Tensor, v: Tensor) -> None:
+    if k.ndim != 3 or k.shape != v.shape or k.dtype != v.dtype or k.device != v.device:
+        found = f"{tuple(k.shape)} {k.dtype} on {k.device}, {tuple(v.shape)} {v.dtype} on {v.device}"
+        raise ValueError(f"k, v: found {found}; accepted: two alike [rows, heads, head_dim]")
+    if k.stride(-1) != 1 or v.stride(-1) != 1:
+        raise ValueError(f"k, v: found strides {k.stride()}, {v.stride()}; accepted: a contiguous last dimension")
+
+
+def _check_table(table: Tensor, pool: Tensor) -> None:
+    if table.ndim != 3 or table.shape[-1] != 2 or table.dtype != torch.int32 or table.device != pool.device:
+        found = f"{tuple(table.shape)} {table.dtype} on {table.device}"
+        raise ValueError(f"table: found {found}; accepted: [B, S, 2] int32 on {pool.device}")
+    if not table.is_contiguous():
+        raise ValueError(f"table: found strides {table.stride()}; accepted: a contiguous tensor")
+    if table.device.type == "cpu":
+        for branch, runs in enumerate(table.tolist()):
+            for row, length in runs:
+                _check_segment(branch, row, length, pool.shape[0])
+
+
+def _check_segment(branch: int, row: int, length: int, rows: int) -> None:
+    if row < 0 or length < 0 or row + length > rows:
+        found = f"found {length} rows from row {row}"
+        raise ValueError(f"segments of batch row {branch}: {found}; accepted: rows in [0, {rows})")

@@ -1,0 +1,116 @@
+"""Fork attention on kernels as custom ops of torch, so that it works under torch.compile and checkpointing.
+
+Their implementations import Triton when they first run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("csrc_triton::fork_attention", mutates_args=())
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    table: Tensor | None,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The output [B, L, heads, head_dim] and its fp32 log-sum-exp [B, heads, L].
+
+    context_k, context_v: pools [rows, heads, head_dim] with a table [P, S, 2], or, without a table, tensors
+    [P, Lp, heads, head_dim]. softmax_scale is positive.
+    """
+    from csrc_triton.fork_attention import portable
+
+    return portable.forward(q, k, v, context_k, context_v, table, softmax_scale)
+
+
+@forward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    table: Tensor | None,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    branches, length, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((branches, heads, length), dtype=torch.float32)
+
+
+@torch.library.custom_op("csrc_triton::fork_attention_backward", mutates_args=())
+def backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    table: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    wants_q: bool,
+    wants_kv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from those of the output and (None: zero) of the log-sum-exp; empty where not wanted."""
+    from csrc_triton.fork_attention import portable_backward
+
+    return portable_backward.backward(
+        grad, grad_lse, q, k, v, context_k, context_v, table, out, lse, softmax_scale, wants_q, wants_kv
+    )
+
+
+@backward.register_fake
+def _(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    table: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    wants_q: bool,
+    wants_kv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = q.shape if wants_q else (0,), q.shape if wants_kv else (0,)
+    return q.new_empty(sizes[0]), q.new_empty(sizes[1]), q.new_empty(sizes[1])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, context_k, context_v, table, ctx.softmax_scale = inputs
+    ctx.set_materialize_grads(False)
+    # Pools are kept outside of autograd's version check: other branches go on writing their own rows. A context that
+    # is a pair of tensors, and the table, must not change before the backward pass.
+    ctx.pools = (context_k, context_v) if table is not None else None
+    pair = (None, None) if table is not None else (context_k, context_v)
+    ctx.save_for_backward(q, k, v, *pair, table, *output)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, context_k, context_v, table, out, lse = ctx.saved_tensors
+    if ctx.pools is not None:
+        context_k, context_v = ctx.pools
+    wants_q, wants_kv = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    if grad is None:
+        grad = torch.zeros_like(out)
+    grad_q, grad_k, grad_v = backward(
+        grad, grad_lse, q, k, v, context_k, context_v, table, out, lse, ctx.softmax_scale, wants_q, wants_kv
+    )
+    found = grad_q if wants_q else None, grad_k if wants_kv else None, grad_v if wants_kv else None
+    return *found, None, None, None, None
+
+
+forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,254 @@
+"""The forward pass of fork attention in portable Triton: one online softmax over segments and the own chunk.
+
+A program owns one tile of queries of one head and one branch and walks the keys of its own chunk, then those of the
+context's segments. The loops see whole tiles only; a last, partial tile has its own copy of the step.
+Scores are kept in units of log2, so that exponentials are `exp2` (Dao, FlashAttention-2, arXiv 2307.08691).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from csrc_triton.fork_attention.tiles import (
+    FORWARD,
+    INTERPRETED,
+    LOG2_E,
+    Past,
+    dot,
+    load_tile,
+    narrow,
+    on,
+    operand,
+    place,
+    tiling,
+    used_slots,
+)
+
+
+@triton.jit
+def _step(
+    q, acc, top, total, k, v, index, head, row, end, scale,
+    k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head,
+    KEYS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr, ZEROS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys. Values behind the end are zeroed too: they belong to others, and 0 x NaN is NaN."""
+    keys = load_tile(
+        k, index, head, row, end, k_by_index, k_by_row, k_by_head, KEYS, WIDTH, DESCRIPTORS, MASKED and not DESCRIPTORS
+    )
+    scores = dot(q, keys.T)
+    if MASKED:
+        scores = tl.where((row + tl.arange(0, KEYS) < end)[None, :], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new_top[:, None])
+    decay = tl.exp2(top - new_top)
+    total = total * decay + tl.sum(weights, 1)
+    values = load_tile(
+        v, index, head, row, end, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, MASKED and not ZEROS
+    )
+    acc = dot(narrow(weights, q.dtype), values, acc * decay[:, None])
+    return acc, new_top, total
+
+
+@triton.jit
+def _refreshed(tile, zero):
+    """The same tile in registers of its own.
+
+    A matrix product in flight reads its left operand from registers. The next step's tile must not be moved into them
+    at the end of the loop, or ptxas waits for every product; an exclusive or with a zero that it cannot see through
+    keeps the two apart. zero: int16.
+    """
+    if INTERPRETED:
+        return tile
+    else:
+        return tl.inline_asm_elementwise(
+            "xor.b32 $0, $1, $2;", "=r,r,r", [tile, zero], dtype=tile.dtype, is_pure=True, pack=2
+        )
+
+
+@triton.jit
+def _whole_lagging(
+    q, acc, top, total, k, v, index, head, first, full, scale, zero,
+    k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head,
+    KEYS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """The tiles of [first, full), at least one, each one's product with the values issued in the next one's step,
+    beside whose exponentials it runs."""
+    decay = tl.full([acc.shape[0]], 1.0, tl.float32)
+    waiting = tl.zeros([acc.shape[0], KEYS], q.dtype)
+    for row in tl.range(first, full, KEYS):
+        keys = load_tile(k, index, head, row, full, k_by_index, k_by_row, k_by_head, KEYS, WIDTH, DESCRIPTORS, False)
+        scores = dot(q, keys.T)
+        before = tl.maximum(row - KEYS, first)
+        values = load_tile(
+            v, index, head, before, full, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, False
+        )
+        acc = dot(_refreshed(waiting, zero), values, acc * decay[:, None])
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - new_top[:, None])
+        decay = tl.exp2(top - new_top)
+        total = total * decay + tl.sum(weights, 1)
+        waiting = narrow(weights, q.dtype)
+        top = new_top
+    values = load_tile(
+        v, index, head, full - KEYS, full, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, False
+    )
+    acc = dot(_refreshed(waiting, zero), values, acc * decay[:, None])
+    return acc, top, total
+
+
+@triton.jit
+def _whole(
+    q, acc, top, total, k, v, index, head, first, length, scale, zero,
+    k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head,
+    KEYS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr, LAG: tl.constexpr,
+):  # fmt: skip
+    """The whole tiles of keys [first, first + length)."""
+    full = first + length - length % KEYS
+    if LAG:
+        if first < full:
+            acc, top, total = _whole_lagging(
+                q, acc, top, total, k, v, index, head, first, full, scale, zero,
+                k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS,
+            )  # fmt: skip
+    else:
+        for row in tl.range(first, full, KEYS):
+            acc, top, total = _step(
+                q, acc, top, total, k, v, index, head, row, full, scale,
+                k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head,
+                KEYS, WIDTH, DESCRIPTORS, False, False,
+            )  # fmt: skip
+    return acc, top, total
+
+
+@triton.jit
+def _rest(
+    q, acc, top, total, k, v, index, head, first, length, scale,
+    k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head,
+    KEYS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr, ZEROS: tl.constexpr,
+):  # fmt: skip
+    """The last, partial tile of keys [first, first + length). ZEROS: rows behind the end are zeros without a mask."""
+    rest = length % KEYS
+    if rest > 0:
+        acc, top, total = _step(
+            q, acc, top, total, k, v, index, head, first + length - rest, first + length, scale,
+            k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head,
+            KEYS, WIDTH, DESCRIPTORS, ZEROS, True,
+        )  # fmt: skip
+    return acc, top, total
+
+
+@triton.jit
+def _context(
+    q, acc, top, total, k, v, table, index, head, size, scale, zero,
+    k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, table_by_context, table_by_slot,
+    PAST: tl.constexpr, SLOTS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    LAG: tl.constexpr,
+):  # fmt: skip
+    """Context `index` of a pair of tensors (PAST 1) or of a segment table (PAST 2), partial tiles last."""
+    none = index * 0
+    if PAST == 1:
+        acc, top, total = _whole(
+            q, acc, top, total, k, v, index, head, none, size, scale, zero,
+            k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, LAG,
+        )  # fmt: skip
+        acc, top, total = _rest(
+            q, acc, top, total, k, v, index, head, none, size, scale,
+            k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, DESCRIPTORS,
+        )  # fmt: skip
+    elif PAST == 2:
+        segments = table + index.to(tl.int64) * table_by_context
+        slots = used_slots(segments, size, table_by_slot, SLOTS)
+        for slot in range(0, slots):
+            start = tl.load(segments + slot * table_by_slot)
+            length = tl.load(segments + slot * table_by_slot + 1)
+            acc, top, total = _whole(
+                q, acc, top, total, k, v, none, head, start, length, scale, zero,
+                k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, LAG,
+            )  # fmt: skip
+        for slot in range(0, slots):
+            start = tl.load(segments + slot * table_by_slot)
+            length = tl.load(segments + slot * table_by_slot + 1)
+            acc, top, total = _rest(
+                q, acc, top, total, k, v, none, head, start, length, scale,
+                k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, False,
+            )  # fmt: skip
+    return acc, top, total
+
+
+@triton.jit(do_not_specialize=["heads", "length", "branches", "share", "past_size"])
+def forward_kernel(
+    q, k, v, past_k, past_v, table, out, lse, scale, heads, length, branches, share, past_size,
+    q_by_branch, q_by_row, q_by_head, k_by_branch, k_by_row, k_by_head, v_by_branch, v_by_row, v_by_head,
+    past_k_by_index, past_k_by_row, past_k_by_head, past_v_by_index, past_v_by_row, past_v_by_head,
+    table_by_context, table_by_slot,
+    PAST: tl.constexpr, SLOTS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, LAG: tl.constexpr,
+):  # fmt: skip
+    """out and lse of one tile of queries.
+
+    The own chunk comes first: a sum that may still be its initial zeros where a loop ends makes ptxas wait for every
+    matrix product.
+    """
+    head, branch, first = place(heads, length, branches, QUERIES)
+    queries = load_tile(
+        q, branch, head, first, length, q_by_branch, q_by_row, q_by_head, QUERIES, WIDTH, DESCRIPTORS, not DESCRIPTORS
+    )
+    acc = tl.zeros([QUERIES, WIDTH], tl.float32)
+    top = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    none = branch * 0
+    zero = tl.minimum(heads, 0).to(tl.int16)
+    acc, top, total = _whole(
+        queries, acc, top, total, k, v, branch, head, none, length, scale, zero,
+        k_by_branch, k_by_row, k_by_head, v_by_branch, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, LAG,
+    )  # fmt: skip
+    acc, top, total = _rest(
+        queries, acc, top, total, k, v, branch, head, none, length, scale,
+        k_by_branch, k_by_row, k_by_head, v_by_branch, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, DESCRIPTORS,
+    )  # fmt: skip
+    acc, top, total = _context(
+        queries, acc, top, total, past_k, past_v, table, branch // share, head, past_size, scale, zero,
+        past_k_by_index, past_k_by_row, past_k_by_head, past_v_by_index, past_v_by_row, past_v_by_head,
+        table_by_context, table_by_slot, PAST, SLOTS, KEYS, WIDTH, DESCRIPTORS, LAG,
+    )  # fmt: skip
+    rows = first + tl.arange(0, QUERIES)
+    inside = rows < length
+    at = (branch.to(tl.int64) * heads + head) * length + rows
+    tl.store(lse + at, (top + tl.log2(total)) * 0.6931471805599453, mask=inside)
+    pointers = out + (branch.to(tl.int64) * length + first) * heads * WIDTH + head * WIDTH
+    pointers += tl.arange(0, QUERIES)[:, None] * (heads * WIDTH) + tl.arange(0, WIDTH)[None, :]
+    tl.store(pointers, narrow(acc / total[:, None], out.dtype.element_ty), mask=inside[:, None])
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    table: Tensor | None,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The output [B, L, heads, head_dim] and the fp32 log-sum-exp [B, heads, L]; arguments as the custom op's."""
+    branches, length, heads, head_dim = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(branches, heads, length, dtype=torch.float32, device=q.device)
+    past = Past.of(k, v, context_k, context_v, table)
+    chosen = tiling(FORWARD, q, k, v, past.k, past.v)
+    sources, strides = [], []
+    for tensor, rows in ((q, chosen.queries), *((t, chosen.keys) for t in (k, v, past.k, past.v))):
+        source, *by = operand(tensor, rows, chosen.descriptors)
+        sources.append(source)
+        strides.extend(by)
+    grid = (heads * branches * triton.cdiv(length, chosen.queries),)
+    with on(q):
+        forward_kernel[grid](
+            *sources, past.table, out, lse, softmax_scale * LOG2_E, heads, length, branches, past.share, past.size,
+            *strides, *past.table.stride()[:2],
+            PAST=past.kind, SLOTS=past.slots, QUERIES=chosen.queries, KEYS=chosen.keys, WIDTH=head_dim,
+            DESCRIPTORS=chosen.descriptors, LAG=chosen.lag, num_warps=chosen.warps, num_stages=chosen.stages,
+        )  # fmt: skip
+    return out, lse

@@ -1,0 +1,416 @@
+"""The backward pass of fork attention in portable Triton.
+
+With P = exp(S - lse) recomputed from the saved log-sum-exp and delta = rowsum(dO * O) - dlse (Dao, FlashAttention-2,
+arXiv 2307.08691), dS = P * (dP - delta) with dP = dO V^T. The context is frozen: its keys enter dQ alone, and dK, dV
+are sums over the own chunk's queries. One program owns each tile of dQ and one each tile of dK and dV, so nothing is
+added atomically and equal inputs give equal bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from csrc_triton.fork_attention.tiles import (
+    KEY_GRADIENT,
+    LOG2_E,
+    QUERY_GRADIENT,
+    Past,
+    describable,
+    dot,
+    load_tile,
+    narrow,
+    on,
+    operand,
+    place,
+    tiling,
+    used_slots,
+)
+
+DELTA_ROWS = 64
+
+
+@triton.jit(do_not_specialize=["heads", "length"])
+def delta_kernel(
+    out, grad, grad_lse, delta, heads, length, grad_by_branch, grad_by_row, grad_by_head,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, GRAD_LSE: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(grad * out) - grad_lse, fp32 [B, heads, L]."""
+    program = tl.program_id(0)
+    head, tile = program % heads, program // heads
+    branch, first = tile // tl.cdiv(length, ROWS), tile % tl.cdiv(length, ROWS) * ROWS
+    o = load_tile(
+        out, branch, head, first, length, length.to(tl.int64) * heads * WIDTH, heads * WIDTH, WIDTH,
+        ROWS, WIDTH, False, True,
+    )  # fmt: skip
+    g = load_tile(
+        grad, branch, head, first, length, grad_by_branch, grad_by_row, grad_by_head, ROWS, WIDTH, False, True
+    )
+    total = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
+    rows = first + tl.arange(0, ROWS)
+    at = (branch.to(tl.int64) * heads + head) * length + rows
+    if GRAD_LSE:
+        total -= tl.load(grad_lse + at, mask=rows < length, other=0.0)
+    tl.store(delta + at, total, mask=rows < length)
+
+
+@triton.jit
+def _query_step(
+    acc, q, grad, lse, delta, k, v, index, head, row, end, scale,
+    k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head,
+    KEYS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    keys = load_tile(k, index, head, row, end, k_by_index, k_by_row, k_by_head, KEYS, WIDTH, DESCRIPTORS, MASKED)
+    scores = dot(q, keys.T)
+    if MASKED:  # the rows are zeros, but exp2(0 - lse) may overflow
+        scores = tl.where((row + tl.arange(0, KEYS) < end)[None, :], scores, float("-inf"))
+    weights = tl.exp2(scores * scale - lse[:, None])
+    values = load_tile(v, index, head, row, end, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, MASKED)
+    grad_weights = dot(grad, values.T)
+    grad_scores = weights * (grad_weights - delta[:, None])
+    return dot(narrow(grad_scores, q.dtype), keys, acc)
+
+
+@triton.jit
+def _query_whole_lagging(
+    acc, q, grad, lse, delta, k, v, index, head, first, full, scale,
+    k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head,
+    KEYS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """The tiles of [first, full), at least one: a step issues the previous tile's product into acc and its own dP, and
+    computes its exponentials meanwhile. Keys are loaded twice for that."""
+    weights = tl.zeros([acc.shape[0], KEYS], tl.float32)
+    grad_weights = tl.zeros([acc.shape[0], KEYS], tl.float32)
+    for row in tl.range(first, full, KEYS):
+        keys = load_tile(k, index, head, row, full, k_by_index, k_by_row, k_by_head, KEYS, WIDTH, DESCRIPTORS, False)
+        scores = dot(q, keys.T)
+        grad_scores = weights * (grad_weights - delta[:, None])
+        before = tl.maximum(row - KEYS, first)
+        keys = load_tile(k, index, head, before, full, k_by_index, k_by_row, k_by_head, KEYS, WIDTH, DESCRIPTORS, False)
+        acc = dot(narrow(grad_scores, q.dtype), keys, acc)
+        values = load_tile(v, index, head, row, full, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, False)
+        grad_weights = dot(grad, values.T)
+        weights = tl.exp2(scores * scale - lse[:, None])
+    grad_scores = weights * (grad_weights - delta[:, None])
+    before = full - KEYS
+    keys = load_tile(k, index, head, before, full, k_by_index, k_by_row, k_by_head, KEYS, WIDTH, DESCRIPTORS, False)
+    return dot(narrow(grad_scores, q.dtype), keys, acc)
+
+
+@triton.jit
+def _query_whole(
+    acc, q, grad, lse, delta, k, v, index, head, first, length, scale,
+    k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head,
+    KEYS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr, LAG: tl.constexpr,
+):  # fmt: skip
+    full = first + length - length % KEYS
+    if LAG:
+        if first < full:
+            acc = _query_whole_lagging(
+                acc, q, grad, lse, delta, k, v, index, head, first, full, scale,
+                k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS,
+            )  # fmt: skip
+    else:
+        for row in tl.range(first, full, KEYS):
+            acc = _query_step(
+                acc, q, grad, lse, delta, k, v, index, head, row, full, scale,
+                k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, False,
+            )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def _query_rest(
+    acc, q, grad, lse, delta, k, v, index, head, first, length, scale,
+    k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head,
+    KEYS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    rest = length % KEYS
+    if rest > 0:
+        acc = _query_step(
+            acc, q, grad, lse, delta, k, v, index, head, first + length - rest, first + length, scale,
+            k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, True,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def _query_context(
+    acc, q, grad, lse, delta, k, v, table, index, head, size, scale,
+    k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, table_by_context, table_by_slot,
+    PAST: tl.constexpr, SLOTS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    LAG: tl.constexpr,
+):  # fmt: skip
+    """As the forward's `_context`."""
+    none = index * 0
+    if PAST == 1:
+        acc = _query_whole(
+            acc, q, grad, lse, delta, k, v, index, head, none, size, scale,
+            k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, LAG,
+        )  # fmt: skip
+        acc = _query_rest(
+            acc, q, grad, lse, delta, k, v, index, head, none, size, scale,
+            k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS,
+        )  # fmt: skip
+    elif PAST == 2:
+        segments = table + index.to(tl.int64) * table_by_context
+        slots = used_slots(segments, size, table_by_slot, SLOTS)
+        for slot in range(0, slots):
+            start = tl.load(segments + slot * table_by_slot)
+            length = tl.load(segments + slot * table_by_slot + 1)
+            acc = _query_whole(
+                acc, q, grad, lse, delta, k, v, none, head, start, length, scale,
+                k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, LAG,
+            )  # fmt: skip
+        for slot in range(0, slots):
+            start = tl.load(segments + slot * table_by_slot)
+            length = tl.load(segments + slot * table_by_slot + 1)
+            acc = _query_rest(
+                acc, q, grad, lse, delta, k, v, none, head, start, length, scale,
+                k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS,
+            )  # fmt: skip
+    return acc
+
+
+@triton.jit(do_not_specialize=["heads", "length", "branches", "share", "past_size"])
+def query_gradient_kernel(
+    q, grad, k, v, past_k, past_v, table, lse, delta, grad_q,
+    scale, softmax_scale, heads, length, branches, share, past_size,
+    q_by_branch, q_by_row, q_by_head, grad_by_branch, grad_by_row, grad_by_head,
+    k_by_branch, k_by_row, k_by_head, v_by_branch, v_by_row, v_by_head,
+    past_k_by_index, past_k_by_row, past_k_by_head, past_v_by_index, past_v_by_row, past_v_by_head,
+    table_by_context, table_by_slot,
+    PAST: tl.constexpr, SLOTS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, LAG: tl.constexpr,
+):  # fmt: skip
+    """dQ over the segments of the context and the own chunk."""
+    head, branch, first = place(heads, length, branches, QUERIES)
+    queries = load_tile(
+        q, branch, head, first, length, q_by_branch, q_by_row, q_by_head, QUERIES, WIDTH, DESCRIPTORS, not DESCRIPTORS
+    )
+    grads = load_tile(
+        grad, branch, head, first, length, grad_by_branch, grad_by_row, grad_by_head, QUERIES, WIDTH, DESCRIPTORS,
+        not DESCRIPTORS,
+    )  # fmt: skip
+    rows = first + tl.arange(0, QUERIES)
+    inside = rows < length
+    at = (branch.to(tl.int64) * heads + head) * length + rows
+    lses = tl.load(lse + at, mask=inside, other=0.0) * 1.4426950408889634
+    deltas = tl.load(delta + at, mask=inside, other=0.0)
+    acc = tl.zeros([QUERIES, WIDTH], tl.float32)
+    none = branch * 0
+    acc = _query_whole(
+        acc, queries, grads, lses, deltas, k, v, branch, head, none, length, scale,
+        k_by_branch, k_by_row, k_by_head, v_by_branch, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, LAG,
+    )  # fmt: skip
+    acc = _query_rest(
+        acc, queries, grads, lses, deltas, k, v, branch, head, none, length, scale,
+        k_by_branch, k_by_row, k_by_head, v_by_branch, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS,
+    )  # fmt: skip
+    acc = _query_context(
+        acc, queries, grads, lses, deltas, past_k, past_v, table, branch // share, head, past_size, scale,
+        past_k_by_index, past_k_by_row, past_k_by_head, past_v_by_index, past_v_by_row, past_v_by_head,
+        table_by_context, table_by_slot, PAST, SLOTS, KEYS, WIDTH, DESCRIPTORS, LAG,
+    )  # fmt: skip
+    pointers = grad_q + (branch.to(tl.int64) * length + first) * heads * WIDTH + head * WIDTH
+    pointers += tl.arange(0, QUERIES)[:, None] * (heads * WIDTH) + tl.arange(0, WIDTH)[None, :]
+    tl.store(pointers, narrow(acc * softmax_scale, grad_q.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def _key_step(
+    acc_k, acc_v, keys, values, q, grad, lse, delta, branch, head, row, length, scale,
+    q_by_branch, q_by_row, q_by_head, grad_by_branch, grad_by_row, grad_by_head,
+    QUERIES: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries; lse, delta: where this head's begin."""
+    MASK: tl.constexpr = MASKED and not DESCRIPTORS
+    queries = load_tile(
+        q, branch, head, row, length, q_by_branch, q_by_row, q_by_head, QUERIES, WIDTH, DESCRIPTORS, MASK
+    )
+    grads = load_tile(
+        grad, branch, head, row, length, grad_by_branch, grad_by_row, grad_by_head, QUERIES, WIDTH, DESCRIPTORS, MASK
+    )
+    rows = row + tl.arange(0, QUERIES)
+    if MASKED:  # weights of rows behind the end are exp2(-inf)
+        lses = tl.load(lse + rows, mask=rows < length, other=float("inf"))
+        deltas = tl.load(delta + rows, mask=rows < length, other=0.0)
+    else:
+        lses = tl.load(lse + rows)
+        deltas = tl.load(delta + rows)
+    scores = dot(keys, queries.T)
+    weights = tl.exp2(scores * scale - (lses * 1.4426950408889634)[None, :])
+    acc_v = dot(narrow(weights, keys.dtype), grads, acc_v)
+    grad_weights = dot(values, grads.T)
+    grad_scores = weights * (grad_weights - deltas[None, :])
+    acc_k = dot(narrow(grad_scores, keys.dtype), queries, acc_k)
+    return acc_k, acc_v
+
+
+@triton.jit
+def _key_whole_lagging(
+    acc_k, acc_v, keys, values, q, grad, lse, delta, branch, head, full, scale,
+    q_by_branch, q_by_row, q_by_head, grad_by_branch, grad_by_row, grad_by_head,
+    QUERIES: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """The tiles of queries [0, full), at least one: a step issues the previous tile's product into acc_k, beside which
+    it computes its exponentials. Queries are loaded twice for that."""
+    grad_scores = tl.zeros([keys.shape[0], QUERIES], tl.float32)
+    for row in tl.range(0, full, QUERIES):
+        queries = load_tile(
+            q, branch, head, row, full, q_by_branch, q_by_row, q_by_head, QUERIES, WIDTH, DESCRIPTORS, False
+        )
+        scores = dot(keys, queries.T)
+        before = tl.maximum(row - QUERIES, 0)
+        queries = load_tile(
+            q, branch, head, before, full, q_by_branch, q_by_row, q_by_head, QUERIES, WIDTH, DESCRIPTORS, False
+        )
+        acc_k = dot(narrow(grad_scores, keys.dtype), queries, acc_k)
+        lses = tl.load(lse + row + tl.arange(0, QUERIES))
+        weights = tl.exp2(scores * scale - (lses * 1.4426950408889634)[None, :])
+        grads = load_tile(
+            grad, branch, head, row, full, grad_by_branch, grad_by_row, grad_by_head, QUERIES, WIDTH, DESCRIPTORS, False
+        )
+        acc_v = dot(narrow(weights, keys.dtype), grads, acc_v)
+        # as the product's first sum, delta is loaded while the product before it runs
+        less = tl.broadcast_to(-tl.load(delta + row + tl.arange(0, QUERIES))[None, :], grad_scores.shape)
+        grad_scores = weights * dot(values, grads.T, less)
+    before = full - QUERIES
+    queries = load_tile(
+        q, branch, head, before, full, q_by_branch, q_by_row, q_by_head, QUERIES, WIDTH, DESCRIPTORS, False
+    )
+    return dot(narrow(grad_scores, keys.dtype), queries, acc_k), acc_v
+
+
+@triton.jit(do_not_specialize=["heads", "length", "branches"])
+def key_gradient_kernel(
+    k, v, q, grad, lse, delta, grad_k, grad_v, scale, softmax_scale, heads, length, branches,
+    k_by_branch, k_by_row, k_by_head, v_by_branch, v_by_row, v_by_head,
+    q_by_branch, q_by_row, q_by_head, grad_by_branch, grad_by_row, grad_by_head,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr, LAG: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of the own chunk, over its queries."""
+    head, branch, first = place(heads, length, branches, KEYS)
+    keys = load_tile(
+        k, branch, head, first, length, k_by_branch, k_by_row, k_by_head, KEYS, WIDTH, DESCRIPTORS, not DESCRIPTORS
+    )
+    values = load_tile(
+        v, branch, head, first, length, v_by_branch, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, not DESCRIPTORS
+    )
+    acc_k = tl.zeros([KEYS, WIDTH], tl.float32)
+    acc_v = tl.zeros([KEYS, WIDTH], tl.float32)
+    at = (branch.to(tl.int64) * heads + head) * length
+    full = length - length % QUERIES
+    lse += at
+    delta += at
+    if LAG:
+        if full > 0:
+            acc_k, acc_v = _key_whole_lagging(
+                acc_k, acc_v, keys, values, q, grad, lse, delta, branch, head, full, scale,
+                q_by_branch, q_by_row, q_by_head, grad_by_branch, grad_by_row, grad_by_head,
+                QUERIES, WIDTH, DESCRIPTORS,
+            )  # fmt: skip
+    else:
+        for row in tl.range(0, full, QUERIES):
+            acc_k, acc_v = _key_step(
+                acc_k, acc_v, keys, values, q, grad, lse, delta, branch, head, row, length, scale,
+                q_by_branch, q_by_row, q_by_head, grad_by_branch, grad_by_row, grad_by_head,
+                QUERIES, WIDTH, DESCRIPTORS, False,
+            )  # fmt: skip
+    if full < length:
+        acc_k, acc_v = _key_step(
+            acc_k, acc_v, keys, values, q, grad, lse, delta, branch, head, full, length, scale,
+            q_by_branch, q_by_row, q_by_head, grad_by_branch, grad_by_row, grad_by_head,
+            QUERIES, WIDTH, DESCRIPTORS, True,
+        )  # fmt: skip
+    inside = (first + tl.arange(0, KEYS) < length)[:, None]
+    offsets = (branch.to(tl.int64) * length + first) * heads * WIDTH + head * WIDTH
+    offsets += tl.arange(0, KEYS)[:, None] * (heads * WIDTH) + tl.arange(0, WIDTH)[None, :]
+    tl.store(grad_k + offsets, narrow(acc_k * softmax_scale, grad_k.dtype.element_ty), mask=inside)
+    tl.store(grad_v + offsets, narrow(acc_v, grad_v.dtype.element_ty), mask=inside)
+
+
+def backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    table: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    wants_q: bool,
+    wants_kv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v [B, L, heads, head_dim]; one that is not wanted comes empty."""
+    if not describable(grad) or grad.stride(-1) != 1:
+        grad = grad.contiguous()
+    delta = _delta(out, grad, grad_lse)
+    past = Past.of(k, v, context_k, context_v, table)
+    # an op's results must be tensors of their own
+    grad_q, grad_k, grad_v = (q.new_empty(0) for _ in range(3))
+    if wants_q:
+        grad_q = _query_gradient(grad, q, k, v, past, lse, delta, softmax_scale)
+    if wants_kv:
+        grad_k, grad_v = _key_gradient(grad, q, k, v, lse, delta, softmax_scale)
+    return grad_q, grad_k, grad_v
+
+
+def _delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
+    branches, length, heads, head_dim = out.shape
+    delta = torch.empty(branches, heads, length, dtype=torch.float32, device=out.device)
+    grid = (heads * branches * triton.cdiv(length, DELTA_ROWS),)
+    with on(out):
+        delta_kernel[grid](
+            out.contiguous(), grad, delta if grad_lse is None else grad_lse.contiguous(), delta, heads, length,
+            *grad.stride()[:3], ROWS=DELTA_ROWS, WIDTH=head_dim, GRAD_LSE=grad_lse is not None,
+        )  # fmt: skip
+    return delta
+
+
+def _query_gradient(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, past: Past, lse: Tensor, delta: Tensor, softmax_scale: float
+) -> Tensor:
+    branches, length, heads, head_dim = q.shape
+    grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    chosen = tiling(QUERY_GRADIENT, q, grad, k, v, past.k, past.v)
+    sources, strides = [], []
+    for tensor in (q, grad, k, v, past.k, past.v):
+        rows = chosen.queries if tensor is q or tensor is grad else chosen.keys
+        source, *by = operand(tensor, rows, chosen.descriptors)
+        sources.append(source)
+        strides.extend(by)
+    with on(q):
+        query_gradient_kernel[(heads * branches * triton.cdiv(length, chosen.queries),)](
+            *sources, past.table, lse, delta, grad_q,
+            softmax_scale * LOG2_E, softmax_scale, heads, length, branches, past.share, past.size,
+            *strides, *past.table.stride()[:2],
+            PAST=past.kind, SLOTS=past.slots, QUERIES=chosen.queries, KEYS=chosen.keys, WIDTH=head_dim,
+            DESCRIPTORS=chosen.descriptors, LAG=chosen.lag, num_warps=chosen.warps, num_stages=chosen.stages,
+        )  # fmt: skip
+    return grad_q
+
+
+def _key_gradient(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    branches, length, heads, head_dim = q.shape
+    grad_k, grad_v = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
+    chosen = tiling(KEY_GRADIENT, q, grad, k, v)
+    sources, strides = [], []
+    for tensor, rows in ((k, chosen.keys), (v, chosen.keys), (q, chosen.queries), (grad, chosen.queries)):
+        source, *by = operand(tensor, rows, chosen.descriptors)
+        sources.append(source)
+        strides.extend(by)
+    with on(q):
+        key_gradient_kernel[(heads * branches * triton.cdiv(length, chosen.keys),)](
+            *sources, lse, delta, grad_k, grad_v, softmax_scale * LOG2_E, softmax_scale, heads, length, branches,
+            *strides, QUERIES=chosen.queries, KEYS=chosen.keys, WIDTH=head_dim, DESCRIPTORS=chosen.descriptors,
+            LAG=chosen.lag, num_warps=chosen.warps, num_stages=chosen.stages,
+        )  # fmt: skip
+    return grad_k, grad_v

@@ -1,0 +1,213 @@
+"""What the forward and the backward kernels share: tile sizes, operands, and loading a tile of rows."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from csrc_triton import runtime
+
+LOG2_E = 1.4426950408889634
+INTERPRETED = tl.constexpr(runtime.interpreted())
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a kernel cuts its work.
+
+    queries, keys: rows of a tile. descriptors: tiles come through the tensor memory accelerator (sm_90 and newer),
+    else through plain pointers. lag: the last matrix products of a step are issued one step late, so that they run on
+    the tensor cores while the step's exponentials are computed (worth it where matrix products are asynchronous).
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+    lag: bool = False
+
+
+# (major capability, head_dim, bytes of an element) -> Tiling. Major 0 is the interpreter, 9 is Hopper, and 8 serves all
+# other GPUs, and Hopper where it has no entry. Plain dictionaries: a tuning run replaces entries.
+Table = dict[tuple[int, int, int], Tiling]
+PLAIN, HOPPER = 8, 9
+
+
+def _table(*rows: tuple[int, tuple[int, ...], int, Tiling]) -> Table:
+    return {(m, head_dim, size): replace(of) for m, head_dims, size, of in rows for head_dim in head_dims}
+
+
+FORWARD = _table(
+    (0, (32, 64, 128), 2, Tiling(64, 64, 4, 1)),
+    (0, (32, 64, 128), 4, Tiling(64, 64, 4, 1)),
+    (8, (32,), 2, Tiling(128, 64, 4, 3)),
+    (8, (64,), 2, Tiling(128, 64, 8, 3)),
+    (8, (128,), 2, Tiling(128, 32, 8, 3)),
+    (8, (32,), 4, Tiling(64, 32, 8, 2)),
+    (8, (64, 128), 4, Tiling(32, 32, 8, 2)),
+    (9, (32, 64, 128), 2, Tiling(128, 128, 8, 3, descriptors=True, lag=True)),
+)
+QUERY_GRADIENT = _table(
+    (0, (32, 64, 128), 2, Tiling(64, 64, 4, 1)),
+    (0, (32, 64, 128), 4, Tiling(64, 64, 4, 1)),
+    (8, (32, 64), 2, Tiling(128, 64, 8, 2)),
+    (8, (128,), 2, Tiling(128, 32, 8, 2)),
+    (8, (32,), 4, Tiling(64, 32, 8, 2)),
+    (8, (64, 128), 4, Tiling(32, 32, 8, 2)),
+    (9, (32, 64, 128), 2, Tiling(128, 64, 8, 3, descriptors=True, lag=True)),
+)
+KEY_GRADIENT = _table(
+    (0, (32, 64, 128), 2, Tiling(64, 64, 4, 1)),
+    (0, (32, 64, 128), 4, Tiling(64, 64, 4, 1)),
+    (8, (32,), 2, Tiling(64, 128, 8, 2)),
+    (8, (64,), 2, Tiling(32, 128, 8, 2)),
+    (8, (128,), 2, Tiling(16, 128, 8, 2)),
+    (8, (32,), 4, Tiling(32, 64, 8, 2)),
+    (8, (64,), 4, Tiling(32, 32, 8, 2)),
+    (8, (128,), 4, Tiling(16, 32, 8, 2)),
+    (9, (32, 64, 128), 2, Tiling(64, 128, 8, 3, descriptors=True, lag=True)),
+)
+
+
+@functools.cache
+def _major(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 0
+    hopper = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == HOPPER
+    return HOPPER if hopper else PLAIN
+
+
+def tiling_of(table: Table, major: int, head_dim: int, size: int) -> Tiling:
+    """The entry of `table` for a device's major capability, a head size and the bytes of an element."""
+    found = table.get((major, head_dim, size))
+    return table[PLAIN, head_dim, size] if found is None else found
+
+
+def tiling(table: Table, q: Tensor, *others: Tensor) -> Tiling:
+    """The entry of `table` that serves q; one without descriptors if q or another tensor does not allow them."""
+    chosen = tiling_of(table, _major(q.device), q.shape[-1], q.element_size())
+    if chosen.descriptors and not describable(q, *others):
+        chosen = tiling_of(table, PLAIN, q.shape[-1], q.element_size())
+    return chosen
+
+
+def on(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Kernels launch on the current device: makes it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def describable(*tensors: Tensor) -> bool:
+    """Can the tensor memory accelerator address these tensors of four dimensions?"""
+    return all(
+        t.data_ptr() % 16 == 0 and all(s > 0 and s * t.element_size() % 16 == 0 for s in t.stride()[:-1])
+        for t in tensors
+    )
+
+
+def operand(tensor: Tensor, rows: int, descriptors: bool) -> tuple[Any, int, int, int]:
+    """A tensor [B, L, heads, head_dim] as a kernel's arguments: source, and strides of batch, row and head.
+
+    With descriptors, the source is one of [B, heads, L, head_dim] in tiles of `rows` rows: a tile is then a load of
+    leading unit dimensions, and rows behind L come as zeros. The strides are not used.
+    """
+    batch, length, heads, head_dim = tensor.shape
+    by_batch, by_row, by_head, _ = tensor.stride()
+    if not descriptors:
+        return tensor, by_batch, by_row, by_head
+    shape, strides = [batch, heads, length, head_dim], [by_batch, by_head, by_row, 1]
+    return TensorDescriptor(tensor, shape, strides, [1, 1, rows, head_dim]), 0, 0, 0
+
+
+@dataclass(frozen=True)
+class Past:
+    """The context as a kernel reads it.
+
+    k, v [P, rows, heads, head_dim]; kind 0: no context, 1: a pair of tensors (P contexts of `size` rows), 2: pools
+    (P = 1) with a table [P', S, 2] of `size` = S slots. Each context serves `share` consecutive branches.
+    """
+
+    k: Tensor
+    v: Tensor
+    table: Tensor
+    kind: int
+    size: int
+    share: int
+
+    @property
+    def slots(self) -> int:
+        """Slots to load at once."""
+        return triton.next_power_of_2(self.size) if self.kind == 2 else 1
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor, context_k: Tensor | None, context_v: Tensor | None, table: Tensor | None) -> Past:
+        """k, v: the own keys and values, which stand in where there is no context."""
+        source = context_k if table is None else table
+        if context_k is None or context_v is None or source is None or source.shape[1] == 0:
+            return cls(k, v, k, 0, 0, 1)
+        kind, share = (1 if table is None else 2), k.shape[0] // source.shape[0]
+        if table is None:
+            return cls(context_k, context_v, k, kind, source.shape[1], share)
+        return cls(context_k[None], context_v[None], table, kind, source.shape[1], share)
+
+
+@triton.jit
+def load_tile(
+    source, index, head, row, limit, by_index, by_row, by_head,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows [row, row + ROWS) of one head; with MASKED, rows from `limit` on are zeros, whatever memory holds there."""
+    rows = tl.arange(0, ROWS)
+    if DESCRIPTORS:
+        tile = source.load([index, head, row, 0]).reshape(ROWS, WIDTH)
+        if MASKED:
+            tile = tl.where((row + rows < limit)[:, None], tile, 0.0)
+    else:
+        # 64 bits: a pool may hold more than 2^31 elements
+        first = source + tl.cast(index, tl.int64) * by_index + tl.cast(row, tl.int64) * by_row
+        first += tl.cast(head, tl.int64) * by_head
+        pointers = first + rows[:, None] * by_row + tl.arange(0, WIDTH)[None, :]
+        tile = tl.load(pointers, mask=(row + rows < limit)[:, None], other=0.0) if MASKED else tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """a @ b (+ acc) in fp32; fp32 inputs are not rounded to TF32."""
+    if INTERPRETED:  # its dot takes the bits of bf16 for integers
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """fp32 to the kernel's precision, rounded to nearest."""
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter would cut the lower bits off
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def place(heads, length, branches, ROWS: tl.constexpr):
+    """Head, branch and first row of this program: head-major, so that the programs that run together share keys."""
+    tiles = tl.cdiv(length, ROWS)
+    program = tl.program_id(0)
+    return program // (branches * tiles), program // tiles % branches, program % tiles * ROWS
+
+
+@triton.jit
+def used_slots(table, slots, by_slot, SLOTS: tl.constexpr):
+    """How many leading slots of a table row [S, 2] of (start, length) may hold a segment; the rest have length 0."""
+    slot = tl.arange(0, SLOTS)
+    lengths = tl.load(table + slot * by_slot + 1, mask=slot < slots, other=0)
+    return tl.max(tl.where(lengths > 0, slot + 1, 0), 0)

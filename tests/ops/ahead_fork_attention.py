@@ -1,0 +1,120 @@
+"""The specialisations of the fork attention kernels that are compiled ahead of time: see kernel_checks.
+
+`python tests/ops/ahead_fork_attention.py` compiles those for Hopper and prints one JSON line a kernel, with the matrix
+instructions, the waits for them and the loads by the tensor memory accelerator that its machine code has. With
+`everything` it compiles all kernels in every precision and head size, each for the capability that its tiling is for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from kernel_checks import Compiled, compile_ahead
+
+from csrc_triton.fork_attention import portable, portable_backward, tiles
+
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+HEAD_DIMS = (32, 64, 128)
+TABLES = {"forward": tiles.FORWARD, "query gradient": tiles.QUERY_GRADIENT, "key gradient": tiles.KEY_GRADIENT}
+KERNELS = {
+    "forward": portable.forward_kernel,
+    "query gradient": portable_backward.query_gradient_kernel,
+    "key gradient": portable_backward.key_gradient_kernel,
+}
+TILED = {"q": "queries", "grad": "queries", "k": "keys", "v": "keys", "past_k": "keys", "past_v": "keys"}
+RESULTS = ("out", "grad_q", "grad_k", "grad_v")
+FIXED = {
+    "table": "*i32",
+    "lse": "*fp32",
+    "delta": "*fp32",
+    "grad_lse": "*fp32",
+    "scale": "fp32",
+    "softmax_scale": "fp32",
+}
+UNALIGNED = ("heads", "length", "branches", "share", "past_size", "table_by_slot")
+
+
+def case(kernel: str, major: int, dtype: str, head_dim: int, past: int = 2) -> Compiled:
+    """One kernel as it runs on aligned tensors; past: 0 no context, 1 a pair of tensors, 2 segments in a cache."""
+    tiling = tiles.tiling_of(TABLES[kernel], major, head_dim, SIZES[dtype])
+    values: dict[str, Any] = {
+        "PAST": past, "SLOTS": 16 if past == 2 else 1, "QUERIES": tiling.queries, "KEYS": tiling.keys,
+        "WIDTH": head_dim, "DESCRIPTORS": tiling.descriptors, "LAG": tiling.lag,
+    }  # fmt: skip
+    names = KERNELS[kernel].arg_names
+    signature = {}
+    for name in names:
+        if name in TILED and tiling.descriptors:
+            signature[name] = f"tensordesc<{dtype}[1,1,{getattr(tiling, TILED[name])},{head_dim}]>"
+        elif name in TILED or name in RESULTS:
+            signature[name] = f"*{dtype}"
+        else:
+            signature[name] = "constexpr" if name in values else FIXED.get(name, "i32")
+    options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+    constants = {name: value for name, value in values.items() if name in names}
+    name = f"{kernel}, sm_{major}0, {dtype}, {head_dim}, past {past}"
+    return Compiled(name, KERNELS[kernel], signature, constants, options, _aligned(signature))
+
+
+def delta(dtype: str, head_dim: int) -> Compiled:
+    constants = {"ROWS": portable_backward.DELTA_ROWS, "WIDTH": head_dim, "GRAD_LSE": True}
+    kernel = portable_backward.delta_kernel
+    signature = {name: "constexpr" if name in constants else FIXED.get(name, "i32") for name in kernel.arg_names}
+    signature |= {"out": f"*{dtype}", "grad": f"*{dtype}"}
+    return Compiled(f"delta, sm_80, {dtype}, {head_dim}", kernel, signature, constants, {}, _aligned(signature))
+
+
+def _aligned(signature: dict[str, str]) -> tuple[str, ...]:
+    return tuple(n for n, type_ in signature.items() if type_[0] == "*" or (type_ == "i32" and n not in UNALIGNED))
+
+
+AHEAD_OF_TIME = [
+    *(case(kernel, 8, dtype, size) for kernel in KERNELS for dtype, size in (("bf16", 128), ("fp32", 32))),
+    delta("bf16", 128),
+]
+HOPPER = [
+    *(case(kernel, 9, "bf16", 128, past) for kernel in ("forward", "query gradient") for past in (0, 1, 2)),
+    case("key gradient", 9, "bf16", 128),
+    case("forward", 9, "fp16", 64),
+]
+EVERYTHING = [
+    *(case(k, m, dtype, size) for k in KERNELS for m in (8, 9) for dtype in SIZES for size in HEAD_DIMS),
+    *(delta(dtype, size) for dtype in SIZES for size in HEAD_DIMS),
+]
+
+
+def machine_code(of: Compiled, target: int) -> str:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(of.signature)
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in of.aligned}
+    source = ASTSource(of.kernel, of.signature, of.constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=of.options)
+    nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        return subprocess.run([nvdisasm, "-c", cubin.name], capture_output=True, text=True, check=True).stdout
+
+
+def main(everything: bool) -> None:
+    for of in EVERYTHING if everything else HOPPER:
+        target = 90 if "sm_90" in of.name else 80
+        row = next(iter(compile_ahead([of], [target])))
+        if not everything:
+            code = machine_code(of, target)
+            found = {"products": r"\bHGMMA\b", "waits": r"\bWARPGROUP\.DEPBAR", "loads": r"\bUTMALDG\b"}
+            row |= {name: len(re.findall(pattern, code)) for name, pattern in found.items()}
+        sys.stdout.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main("everything" in sys.argv[1:])
