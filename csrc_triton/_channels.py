@@ -106,20 +106,23 @@ def store_chunk(at, value, keep, start: tl.constexpr, DIM: tl.constexpr, CHUNK: 
 
 
 @triton.jit
-def no_sums(ROWS: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr):
-    """Chunks of zeros to add rows to."""
+def no_sums(partials, ROWS: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr):
+    """Chunks of zeros to add rows to; nothing where partials is None."""
     sums = ()
-    for _ in tl.static_range(0, DIM, CHUNK):
-        sums = append(sums, tl.zeros([ROWS, CHUNK], tl.float32))
+    if partials is not None:
+        for _ in tl.static_range(0, DIM, CHUNK):
+            sums = append(sums, tl.zeros([ROWS, CHUNK], tl.float32))
     return sums
 
 
 @triton.jit
-def store_sums(at, sums, DIM: tl.constexpr, CHUNK: tl.constexpr):
-    """Adds up what each of the program's rows has gathered, and stores the DIM sums."""
-    for i in tl.static_range(0, DIM, CHUNK):
-        channel = i + tl.arange(0, CHUNK)
-        tl.store(at + channel, tl.sum(sums[i // CHUNK], axis=0), mask=channel < DIM)
+def store_sums(partials, program, sums, DIM: tl.constexpr, CHUNK: tl.constexpr):
+    """Adds up what each of the program's rows has gathered, and stores the sums in partials [programs, DIM]."""
+    if partials is not None:
+        for i in tl.static_range(0, DIM, CHUNK):
+            channel = i + tl.arange(0, CHUNK)
+            at = partials + program * DIM + channel
+            tl.store(at, tl.sum(sums[i // CHUNK], axis=0), mask=channel < DIM)
 
 
 @triton.jit

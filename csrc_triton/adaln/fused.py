@@ -150,15 +150,9 @@ def norm_backward_kernel(
     scales = load_vector(scale + batch * scale_batch + frame * scale_frame, DIM, CHUNK)
     if dy is not None:
         gates = load_vector(gate + batch * gate_batch + frame * gate_frame, DIM, CHUNK)
-    shift_sums = ()
-    scale_sums = ()
-    gate_sums = ()
-    if dshifts is not None:
-        shift_sums = no_sums(ROWS, DIM, CHUNK)
-    if dscales is not None:
-        scale_sums = no_sums(ROWS, DIM, CHUNK)
-    if dgates is not None:
-        gate_sums = no_sums(ROWS, DIM, CHUNK)
+    shift_sums = no_sums(dshifts, ROWS, DIM, CHUNK)
+    scale_sums = no_sums(dscales, ROWS, DIM, CHUNK)
+    gate_sums = no_sums(dgates, ROWS, DIM, CHUNK)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         token = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)
         keep = (token < tokens)[:, None]
@@ -192,12 +186,9 @@ def norm_backward_kernel(
         if dgates is not None:
             gate_sums = _add(gate_sums, y_row, found, DIM, CHUNK)
     program = (batch * tl.num_programs(1) + frame) * tl.num_programs(0) + tl.program_id(0)
-    if dshifts is not None:
-        store_sums(dshifts + program * DIM, shift_sums, DIM, CHUNK)
-    if dscales is not None:
-        store_sums(dscales + program * DIM, scale_sums, DIM, CHUNK)
-    if dgates is not None:
-        store_sums(dgates + program * DIM, gate_sums, DIM, CHUNK)
+    store_sums(dshifts, program, shift_sums, DIM, CHUNK)
+    store_sums(dscales, program, scale_sums, DIM, CHUNK)
+    store_sums(dgates, program, gate_sums, DIM, CHUNK)
 
 
 @triton.jit
@@ -233,7 +224,7 @@ def gate_backward_kernel(
     batch = tl.program_id(2).to(tl.int64)
     if dy is not None:
         gates = load_vector(gate + batch * gate_batch + frame * gate_frame, DIM, CHUNK)
-    sums = no_sums(ROWS, DIM, CHUNK)
+    sums = no_sums(dgates, ROWS, DIM, CHUNK)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         token = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)
         keep = (token < tokens)[:, None]
@@ -249,7 +240,7 @@ def gate_backward_kernel(
                 store_chunk(dy + to * DIM, dout * gates[i // CHUNK].to(tl.float32), keep, i, DIM, CHUNK)
         sums = added
     program = (batch * tl.num_programs(1) + frame) * tl.num_programs(0) + tl.program_id(0)
-    store_sums(dgates + program * DIM, sums, DIM, CHUNK)
+    store_sums(dgates, program, sums, DIM, CHUNK)
 
 
 def _strides(*tensors: Tensor | None) -> list[int]:

@@ -119,9 +119,7 @@ def backward_kernel(
     """
     batch = tl.program_id(1).to(tl.int64)
     weights = load_vector(weight, DIM, CHUNK)
-    sums = ()
-    if partials is not None:
-        sums = no_sums(ROWS, DIM, CHUNK)
+    sums = no_sums(partials, ROWS, DIM, CHUNK)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         token = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)
         keep = (token < length)[:, None]
@@ -156,9 +154,7 @@ def backward_kernel(
             if partials is not None:
                 added = append(added, sums[i // CHUNK] + tl.where(keep, g * x_at * inverse, 0.0))
         sums = added
-    if partials is not None:
-        program = batch * tl.num_programs(0) + tl.program_id(0)
-        store_sums(partials + program * DIM, sums, DIM, CHUNK)
+    store_sums(partials, batch * tl.num_programs(0) + tl.program_id(0), sums, DIM, CHUNK)
 
 
 def _strides(*tensors: Tensor | None) -> list[int]:

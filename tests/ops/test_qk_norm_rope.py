@@ -22,8 +22,8 @@ SIZES = [(128, 4), (96, 3), (192, 3), (384, 3), (512, 4), (1536, 12)]
 
 
 def draw(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
 def angles(device: torch.device, length: int, head_dim: int) -> tuple[Tensor, Tensor]:
