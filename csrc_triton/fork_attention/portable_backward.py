@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from csrc_triton.fork_attention.portable_keys import key_gradient
 from csrc_triton.fork_attention.tiles import (
-    KEY_GRADIENT,
     LOG2_E,
     QUERY_GRADIENT,
     Past,
@@ -219,119 +219,6 @@ def query_gradient_kernel(
     tl.store(pointers, narrow(acc * softmax_scale, grad_q.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit
-def _key_step(
-    acc_k, acc_v, keys, values, q, grad, lse, delta, branch, head, row, length, scale,
-    q_by_branch, q_by_row, q_by_head, grad_by_branch, grad_by_row, grad_by_head,
-    QUERIES: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """One tile of queries; lse, delta: where this head's begin."""
-    MASK: tl.constexpr = MASKED and not DESCRIPTORS
-    queries = load_tile(
-        q, branch, head, row, length, q_by_branch, q_by_row, q_by_head, QUERIES, WIDTH, DESCRIPTORS, MASK
-    )
-    grads = load_tile(
-        grad, branch, head, row, length, grad_by_branch, grad_by_row, grad_by_head, QUERIES, WIDTH, DESCRIPTORS, MASK
-    )
-    rows = row + tl.arange(0, QUERIES)
-    if MASKED:  # weights of rows behind the end are exp2(-inf)
-        lses = tl.load(lse + rows, mask=rows < length, other=float("inf"))
-        deltas = tl.load(delta + rows, mask=rows < length, other=0.0)
-    else:
-        lses = tl.load(lse + rows)
-        deltas = tl.load(delta + rows)
-    scores = dot(keys, queries.T)
-    weights = tl.exp2(scores * scale - (lses * 1.4426950408889634)[None, :])
-    acc_v = dot(narrow(weights, keys.dtype), grads, acc_v)
-    grad_weights = dot(values, grads.T)
-    grad_scores = weights * (grad_weights - deltas[None, :])
-    acc_k = dot(narrow(grad_scores, keys.dtype), queries, acc_k)
-    return acc_k, acc_v
-
-
-@triton.jit
-def _key_whole_lagging(
-    acc_k, acc_v, keys, values, q, grad, lse, delta, branch, head, full, scale,
-    q_by_branch, q_by_row, q_by_head, grad_by_branch, grad_by_row, grad_by_head,
-    QUERIES: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """The tiles of queries [0, full), at least one: a step issues the previous tile's product into acc_k, beside which
-    it computes its exponentials. Queries are loaded twice for that."""
-    grad_scores = tl.zeros([keys.shape[0], QUERIES], tl.float32)
-    for row in tl.range(0, full, QUERIES):
-        queries = load_tile(
-            q, branch, head, row, full, q_by_branch, q_by_row, q_by_head, QUERIES, WIDTH, DESCRIPTORS, False
-        )
-        scores = dot(keys, queries.T)
-        before = tl.maximum(row - QUERIES, 0)
-        queries = load_tile(
-            q, branch, head, before, full, q_by_branch, q_by_row, q_by_head, QUERIES, WIDTH, DESCRIPTORS, False
-        )
-        acc_k = dot(narrow(grad_scores, keys.dtype), queries, acc_k)
-        lses = tl.load(lse + row + tl.arange(0, QUERIES))
-        weights = tl.exp2(scores * scale - (lses * 1.4426950408889634)[None, :])
-        grads = load_tile(
-            grad, branch, head, row, full, grad_by_branch, grad_by_row, grad_by_head, QUERIES, WIDTH, DESCRIPTORS, False
-        )
-        acc_v = dot(narrow(weights, keys.dtype), grads, acc_v)
-        # as the product's first sum, delta is loaded while the product before it runs
-        less = tl.broadcast_to(-tl.load(delta + row + tl.arange(0, QUERIES))[None, :], grad_scores.shape)
-        grad_scores = weights * dot(values, grads.T, less)
-    before = full - QUERIES
-    queries = load_tile(
-        q, branch, head, before, full, q_by_branch, q_by_row, q_by_head, QUERIES, WIDTH, DESCRIPTORS, False
-    )
-    return dot(narrow(grad_scores, keys.dtype), queries, acc_k), acc_v
-
-
-@triton.jit(do_not_specialize=["heads", "length", "branches"])
-def key_gradient_kernel(
-    k, v, q, grad, lse, delta, grad_k, grad_v, scale, softmax_scale, heads, length, branches,
-    k_by_branch, k_by_row, k_by_head, v_by_branch, v_by_row, v_by_head,
-    q_by_branch, q_by_row, q_by_head, grad_by_branch, grad_by_row, grad_by_head,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr, LAG: tl.constexpr,
-):  # fmt: skip
-    """dK and dV of the own chunk, over its queries."""
-    head, branch, first = place(heads, length, branches, KEYS)
-    keys = load_tile(
-        k, branch, head, first, length, k_by_branch, k_by_row, k_by_head, KEYS, WIDTH, DESCRIPTORS, not DESCRIPTORS
-    )
-    values = load_tile(
-        v, branch, head, first, length, v_by_branch, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, not DESCRIPTORS
-    )
-    acc_k = tl.zeros([KEYS, WIDTH], tl.float32)
-    acc_v = tl.zeros([KEYS, WIDTH], tl.float32)
-    at = (branch.to(tl.int64) * heads + head) * length
-    full = length - length % QUERIES
-    lse += at
-    delta += at
-    if LAG:
-        if full > 0:
-            acc_k, acc_v = _key_whole_lagging(
-                acc_k, acc_v, keys, values, q, grad, lse, delta, branch, head, full, scale,
-                q_by_branch, q_by_row, q_by_head, grad_by_branch, grad_by_row, grad_by_head,
-                QUERIES, WIDTH, DESCRIPTORS,
-            )  # fmt: skip
-    else:
-        for row in tl.range(0, full, QUERIES):
-            acc_k, acc_v = _key_step(
-                acc_k, acc_v, keys, values, q, grad, lse, delta, branch, head, row, length, scale,
-                q_by_branch, q_by_row, q_by_head, grad_by_branch, grad_by_row, grad_by_head,
-                QUERIES, WIDTH, DESCRIPTORS, False,
-            )  # fmt: skip
-    if full < length:
-        acc_k, acc_v = _key_step(
-            acc_k, acc_v, keys, values, q, grad, lse, delta, branch, head, full, length, scale,
-            q_by_branch, q_by_row, q_by_head, grad_by_branch, grad_by_row, grad_by_head,
-            QUERIES, WIDTH, DESCRIPTORS, True,
-        )  # fmt: skip
-    inside = (first + tl.arange(0, KEYS) < length)[:, None]
-    offsets = (branch.to(tl.int64) * length + first) * heads * WIDTH + head * WIDTH
-    offsets += tl.arange(0, KEYS)[:, None] * (heads * WIDTH) + tl.arange(0, WIDTH)[None, :]
-    tl.store(grad_k + offsets, narrow(acc_k * softmax_scale, grad_k.dtype.element_ty), mask=inside)
-    tl.store(grad_v + offsets, narrow(acc_v, grad_v.dtype.element_ty), mask=inside)
-
-
 def backward(
     grad: Tensor,
     grad_lse: Tensor | None,
@@ -357,7 +244,7 @@ def backward(
     if wants_q:
         grad_q = _query_gradient(grad, q, k, v, past, lse, delta, softmax_scale)
     if wants_kv:
-        grad_k, grad_v = _key_gradient(grad, q, k, v, lse, delta, softmax_scale)
+        grad_k, grad_v = key_gradient(grad, q, k, v, lse, delta, softmax_scale)
     return grad_q, grad_k, grad_v
 
 
@@ -394,23 +281,3 @@ def _query_gradient(
             DESCRIPTORS=chosen.descriptors, LAG=chosen.lag, num_warps=chosen.warps, num_stages=chosen.stages,
         )  # fmt: skip
     return grad_q
-
-
-def _key_gradient(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
-    branches, length, heads, head_dim = q.shape
-    grad_k, grad_v = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
-    chosen = tiling(KEY_GRADIENT, q, grad, k, v)
-    sources, strides = [], []
-    for tensor, rows in ((k, chosen.keys), (v, chosen.keys), (q, chosen.queries), (grad, chosen.queries)):
-        source, *by = operand(tensor, rows, chosen.descriptors)
-        sources.append(source)
-        strides.extend(by)
-    with on(q):
-        key_gradient_kernel[(heads * branches * triton.cdiv(length, chosen.keys),)](
-            *sources, lse, delta, grad_k, grad_v, softmax_scale * LOG2_E, softmax_scale, heads, length, branches,
-            *strides, QUERIES=chosen.queries, KEYS=chosen.keys, WIDTH=head_dim, DESCRIPTORS=chosen.descriptors,
-            LAG=chosen.lag, num_warps=chosen.warps, num_stages=chosen.stages,
-        )  # fmt: skip
-    return grad_k, grad_v

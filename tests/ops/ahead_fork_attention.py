@@ -17,7 +17,7 @@ from typing import Any
 
 from kernel_checks import Compiled, compile_ahead
 
-from csrc_triton.fork_attention import portable, portable_backward, tiles
+from csrc_triton.fork_attention import portable, portable_backward, portable_keys, tiles
 
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEAD_DIMS = (32, 64, 128)
@@ -25,7 +25,7 @@ TABLES = {"forward": tiles.FORWARD, "query gradient": tiles.QUERY_GRADIENT, "key
 KERNELS = {
     "forward": portable.forward_kernel,
     "query gradient": portable_backward.query_gradient_kernel,
-    "key gradient": portable_backward.key_gradient_kernel,
+    "key gradient": portable_keys.key_gradient_kernel,
 }
 TILED = {"q": "queries", "grad": "queries", "k": "keys", "v": "keys", "past_k": "keys", "past_v": "keys"}
 RESULTS = ("out", "grad_q", "grad_k", "grad_v")
