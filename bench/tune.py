@@ -27,7 +27,7 @@ ROUNDING = 1e-6
 
 
 def candidates(options: argparse.Namespace) -> Iterator[Tiling]:
-    lags = (False, True) if options.descriptors and options.kernel != "dkv" else (False,)
+    lags = (False, True) if options.descriptors else (False,)
     for queries, keys, warps, stages, lag in itertools.product(
         options.queries, options.keys, options.warps, options.stages, lags
     ):

@@ -1,7 +1,7 @@
 """Kernels for autoregressive video diffusion: needs torch (and Triton) and nothing else."""
 
 from csrc_triton.adaln import adaln, gated_residual, gated_residual_adaln, gated_residual_norm
-from csrc_triton.flow_policy_loss import FlowPolicyTerms, flow_policy_loss
+from csrc_triton.flow_policy_loss import FlowPolicyTerms, flow_policy_loss, flow_policy_loss_and_grad
 from csrc_triton.flow_sde import FlowStep, flow_sde_step
 from csrc_triton.fork_attention import fork_attention
 from csrc_triton.kv_cache import CacheRows, CacheView, ForkableKVCache
@@ -15,6 +15,7 @@ __all__ = [
     "ForkableKVCache",
     "adaln",
     "flow_policy_loss",
+    "flow_policy_loss_and_grad",
     "flow_sde_step",
     "fork_attention",
     "gated_residual",
