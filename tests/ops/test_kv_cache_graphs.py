@@ -15,7 +15,6 @@ from csrc_triton.fork_attention import naive
 from csrc_triton.kv_cache import BoundTable, CacheRows
 
 HEADS, LAYERS = 2, 2
-CPU = torch.device("cpu")
 
 
 class Rolling:
@@ -95,9 +94,11 @@ def _pair(inputs: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return inputs[3].to(dtype), inputs[4].to(dtype)
 
 
-def test_bound_views_serve_while_the_cache_fills_and_rolls() -> None:
-    rolling = Rolling(CPU, torch.float32, tokens=5, head_dim=8)
-    rolling.check(rolling.roll(rolling.step, chunks=8))
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_bound_views_serve_while_the_cache_fills_and_rolls(device: torch.device, backend: str) -> None:
+    with runtime.backend(backend):
+        rolling = Rolling(device, torch.float32, tokens=5, head_dim=32)
+        rolling.check(rolling.roll(rolling.step, chunks=6))
 
 
 @contextmanager
