@@ -19,7 +19,7 @@ from torch import Tensor
 
 WARM_UP_S = 0.5  # for the group, after each implementation has run once
 FLUSH_BYTES = 256 * 2**20  # several times any L2
-FLUSHES = 4  # about 0.25 ms of device time, in which the host issues the launches that are timed next
+FLUSHES = 32  # about 2 ms of device time, in which the host issues the launches that are timed next
 COPY_BYTES = 2 * 2**30
 MATMUL_SIZE = 8192
 

@@ -27,11 +27,8 @@ ROUNDING = 1e-6
 
 
 def candidates(options: argparse.Namespace) -> Iterator[Tiling]:
-    lags = (False, True) if options.descriptors else (False,)
-    for queries, keys, warps, stages, lag in itertools.product(
-        options.queries, options.keys, options.warps, options.stages, lags
-    ):
-        yield Tiling(queries, keys, warps, stages, descriptors=options.descriptors, lag=lag)
+    for sizes in itertools.product(options.queries, options.keys, options.warps, options.stages):
+        yield Tiling(*sizes, descriptors=options.descriptors)
 
 
 class Trial:

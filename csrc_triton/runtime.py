@@ -18,6 +18,7 @@ BACKENDS = ("auto", "torch", "triton", "hopper")
 ENVIRONMENT_VARIABLE = "CSRC_TRITON_BACKEND"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_CAPABILITY = (8, 0)  # sm_80
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # torch.compile cannot trace the question
 
 _backend = "auto"
 
@@ -55,18 +56,13 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the `tl` kernels cannot serve tensors of this device and dtype; None if they can."""
-    if not triton_installed():
+    if not TRITON_INSTALLED:
         return "Triton is not installed"
     if dtype not in DTYPES:
         return f"{dtype} tensors; accepted: {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}"

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from csrc_triton.fork_attention.tiles import (
     FORWARD,
-    INTERPRETED,
     LOG2_E,
     Past,
     dot,
@@ -53,73 +52,19 @@ def _step(
 
 
 @triton.jit
-def _refreshed(tile, zero):
-    """The same tile in registers of its own.
-
-    A matrix product in flight reads its left operand from registers. The next step's tile must not be moved into them
-    at the end of the loop, or ptxas waits for every product; an exclusive or with a zero that it cannot see through
-    keeps the two apart. zero: int16.
-    """
-    if INTERPRETED:
-        return tile
-    else:
-        return tl.inline_asm_elementwise(
-            "xor.b32 $0, $1, $2;", "=r,r,r", [tile, zero], dtype=tile.dtype, is_pure=True, pack=2
-        )
-
-
-@triton.jit
-def _whole_lagging(
-    q, acc, top, total, k, v, index, head, first, full, scale, zero,
+def _whole(
+    q, acc, top, total, k, v, index, head, first, length, scale,
     k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head,
     KEYS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of [first, full), at least one, each one's product with the values issued in the next one's step,
-    beside whose exponentials it runs."""
-    decay = tl.full([acc.shape[0]], 1.0, tl.float32)
-    waiting = tl.zeros([acc.shape[0], KEYS], q.dtype)
-    for row in tl.range(first, full, KEYS):
-        keys = load_tile(k, index, head, row, full, k_by_index, k_by_row, k_by_head, KEYS, WIDTH, DESCRIPTORS, False)
-        scores = dot(q, keys.T)
-        before = tl.maximum(row - KEYS, first)
-        values = load_tile(
-            v, index, head, before, full, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, False
-        )
-        acc = dot(_refreshed(waiting, zero), values, acc * decay[:, None])
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-        weights = tl.exp2(scores * scale - new_top[:, None])
-        decay = tl.exp2(top - new_top)
-        total = total * decay + tl.sum(weights, 1)
-        waiting = narrow(weights, q.dtype)
-        top = new_top
-    values = load_tile(
-        v, index, head, full - KEYS, full, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, False
-    )
-    acc = dot(_refreshed(waiting, zero), values, acc * decay[:, None])
-    return acc, top, total
-
-
-@triton.jit
-def _whole(
-    q, acc, top, total, k, v, index, head, first, length, scale, zero,
-    k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head,
-    KEYS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr, LAG: tl.constexpr,
-):  # fmt: skip
     """The whole tiles of keys [first, first + length)."""
     full = first + length - length % KEYS
-    if LAG:
-        if first < full:
-            acc, top, total = _whole_lagging(
-                q, acc, top, total, k, v, index, head, first, full, scale, zero,
-                k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS,
-            )  # fmt: skip
-    else:
-        for row in tl.range(first, full, KEYS):
-            acc, top, total = _step(
-                q, acc, top, total, k, v, index, head, row, full, scale,
-                k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head,
-                KEYS, WIDTH, DESCRIPTORS, False, False,
-            )  # fmt: skip
+    for row in tl.range(first, full, KEYS):
+        acc, top, total = _step(
+            q, acc, top, total, k, v, index, head, row, full, scale,
+            k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head,
+            KEYS, WIDTH, DESCRIPTORS, False, False,
+        )  # fmt: skip
     return acc, top, total
 
 
@@ -142,17 +87,16 @@ def _rest(
 
 @triton.jit
 def _context(
-    q, acc, top, total, k, v, table, index, head, size, scale, zero,
+    q, acc, top, total, k, v, table, index, head, size, scale,
     k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, table_by_context, table_by_slot,
     PAST: tl.constexpr, SLOTS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    LAG: tl.constexpr,
 ):  # fmt: skip
     """Context `index` of a pair of tensors (PAST 1) or of a segment table (PAST 2), partial tiles last."""
     none = index * 0
     if PAST == 1:
         acc, top, total = _whole(
-            q, acc, top, total, k, v, index, head, none, size, scale, zero,
-            k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, LAG,
+            q, acc, top, total, k, v, index, head, none, size, scale,
+            k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS,
         )  # fmt: skip
         acc, top, total = _rest(
             q, acc, top, total, k, v, index, head, none, size, scale,
@@ -165,8 +109,8 @@ def _context(
             start = tl.load(segments + slot * table_by_slot)
             length = tl.load(segments + slot * table_by_slot + 1)
             acc, top, total = _whole(
-                q, acc, top, total, k, v, none, head, start, length, scale, zero,
-                k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, LAG,
+                q, acc, top, total, k, v, none, head, start, length, scale,
+                k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS,
             )  # fmt: skip
         for slot in range(0, slots):
             start = tl.load(segments + slot * table_by_slot)
@@ -185,7 +129,7 @@ def forward_kernel(
     past_k_by_index, past_k_by_row, past_k_by_head, past_v_by_index, past_v_by_row, past_v_by_head,
     table_by_context, table_by_slot,
     PAST: tl.constexpr, SLOTS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, LAG: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """out and lse of one tile of queries.
 
@@ -200,19 +144,18 @@ def forward_kernel(
     top = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     none = branch * 0
-    zero = tl.minimum(heads, 0).to(tl.int16)
     acc, top, total = _whole(
-        queries, acc, top, total, k, v, branch, head, none, length, scale, zero,
-        k_by_branch, k_by_row, k_by_head, v_by_branch, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, LAG,
+        queries, acc, top, total, k, v, branch, head, none, length, scale,
+        k_by_branch, k_by_row, k_by_head, v_by_branch, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS,
     )  # fmt: skip
     acc, top, total = _rest(
         queries, acc, top, total, k, v, branch, head, none, length, scale,
         k_by_branch, k_by_row, k_by_head, v_by_branch, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, DESCRIPTORS,
     )  # fmt: skip
     acc, top, total = _context(
-        queries, acc, top, total, past_k, past_v, table, branch // share, head, past_size, scale, zero,
+        queries, acc, top, total, past_k, past_v, table, branch // share, head, past_size, scale,
         past_k_by_index, past_k_by_row, past_k_by_head, past_v_by_index, past_v_by_row, past_v_by_head,
-        table_by_context, table_by_slot, PAST, SLOTS, KEYS, WIDTH, DESCRIPTORS, LAG,
+        table_by_context, table_by_slot, PAST, SLOTS, KEYS, WIDTH, DESCRIPTORS,
     )  # fmt: skip
     rows = first + tl.arange(0, QUERIES)
     inside = rows < length
@@ -249,6 +192,6 @@ def forward(
             *sources, past.table, out, lse, softmax_scale * LOG2_E, heads, length, branches, past.share, past.size,
             *strides, *past.table.stride()[:2],
             PAST=past.kind, SLOTS=past.slots, QUERIES=chosen.queries, KEYS=chosen.keys, WIDTH=head_dim,
-            DESCRIPTORS=chosen.descriptors, LAG=chosen.lag, num_warps=chosen.warps, num_stages=chosen.stages,
+            DESCRIPTORS=chosen.descriptors, num_warps=chosen.warps, num_stages=chosen.stages,
         )  # fmt: skip
     return out, lse

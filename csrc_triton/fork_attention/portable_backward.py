@@ -74,50 +74,17 @@ def _query_step(
 
 
 @triton.jit
-def _query_whole_lagging(
-    acc, q, grad, lse, delta, k, v, index, head, first, full, scale,
-    k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head,
-    KEYS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """The tiles of [first, full), at least one: a step issues the previous tile's product into acc and its own dP, and
-    computes its exponentials meanwhile. Keys are loaded twice for that."""
-    weights = tl.zeros([acc.shape[0], KEYS], tl.float32)
-    grad_weights = tl.zeros([acc.shape[0], KEYS], tl.float32)
-    for row in tl.range(first, full, KEYS):
-        keys = load_tile(k, index, head, row, full, k_by_index, k_by_row, k_by_head, KEYS, WIDTH, DESCRIPTORS, False)
-        scores = dot(q, keys.T)
-        grad_scores = weights * (grad_weights - delta[:, None])
-        before = tl.maximum(row - KEYS, first)
-        keys = load_tile(k, index, head, before, full, k_by_index, k_by_row, k_by_head, KEYS, WIDTH, DESCRIPTORS, False)
-        acc = dot(narrow(grad_scores, q.dtype), keys, acc)
-        values = load_tile(v, index, head, row, full, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, False)
-        grad_weights = dot(grad, values.T)
-        weights = tl.exp2(scores * scale - lse[:, None])
-    grad_scores = weights * (grad_weights - delta[:, None])
-    before = full - KEYS
-    keys = load_tile(k, index, head, before, full, k_by_index, k_by_row, k_by_head, KEYS, WIDTH, DESCRIPTORS, False)
-    return dot(narrow(grad_scores, q.dtype), keys, acc)
-
-
-@triton.jit
 def _query_whole(
     acc, q, grad, lse, delta, k, v, index, head, first, length, scale,
     k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head,
-    KEYS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr, LAG: tl.constexpr,
+    KEYS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     full = first + length - length % KEYS
-    if LAG:
-        if first < full:
-            acc = _query_whole_lagging(
-                acc, q, grad, lse, delta, k, v, index, head, first, full, scale,
-                k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS,
-            )  # fmt: skip
-    else:
-        for row in tl.range(first, full, KEYS):
-            acc = _query_step(
-                acc, q, grad, lse, delta, k, v, index, head, row, full, scale,
-                k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, False,
-            )  # fmt: skip
+    for row in tl.range(first, full, KEYS):
+        acc = _query_step(
+            acc, q, grad, lse, delta, k, v, index, head, row, full, scale,
+            k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, False,
+        )  # fmt: skip
     return acc
 
 
@@ -141,14 +108,13 @@ def _query_context(
     acc, q, grad, lse, delta, k, v, table, index, head, size, scale,
     k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, table_by_context, table_by_slot,
     PAST: tl.constexpr, SLOTS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    LAG: tl.constexpr,
 ):  # fmt: skip
     """As the forward's `_context`."""
     none = index * 0
     if PAST == 1:
         acc = _query_whole(
             acc, q, grad, lse, delta, k, v, index, head, none, size, scale,
-            k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, LAG,
+            k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS,
         )  # fmt: skip
         acc = _query_rest(
             acc, q, grad, lse, delta, k, v, index, head, none, size, scale,
@@ -162,7 +128,7 @@ def _query_context(
             length = tl.load(segments + slot * table_by_slot + 1)
             acc = _query_whole(
                 acc, q, grad, lse, delta, k, v, none, head, start, length, scale,
-                k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, LAG,
+                k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS,
             )  # fmt: skip
         for slot in range(0, slots):
             start = tl.load(segments + slot * table_by_slot)
@@ -183,7 +149,7 @@ def query_gradient_kernel(
     past_k_by_index, past_k_by_row, past_k_by_head, past_v_by_index, past_v_by_row, past_v_by_head,
     table_by_context, table_by_slot,
     PAST: tl.constexpr, SLOTS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, LAG: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """dQ over the segments of the context and the own chunk."""
     head, branch, first = place(heads, length, branches, QUERIES)
@@ -203,7 +169,7 @@ def query_gradient_kernel(
     none = branch * 0
     acc = _query_whole(
         acc, queries, grads, lses, deltas, k, v, branch, head, none, length, scale,
-        k_by_branch, k_by_row, k_by_head, v_by_branch, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, LAG,
+        k_by_branch, k_by_row, k_by_head, v_by_branch, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS,
     )  # fmt: skip
     acc = _query_rest(
         acc, queries, grads, lses, deltas, k, v, branch, head, none, length, scale,
@@ -212,7 +178,7 @@ def query_gradient_kernel(
     acc = _query_context(
         acc, queries, grads, lses, deltas, past_k, past_v, table, branch // share, head, past_size, scale,
         past_k_by_index, past_k_by_row, past_k_by_head, past_v_by_index, past_v_by_row, past_v_by_head,
-        table_by_context, table_by_slot, PAST, SLOTS, KEYS, WIDTH, DESCRIPTORS, LAG,
+        table_by_context, table_by_slot, PAST, SLOTS, KEYS, WIDTH, DESCRIPTORS,
     )  # fmt: skip
     pointers = grad_q + (branch.to(tl.int64) * length + first) * heads * WIDTH + head * WIDTH
     pointers += tl.arange(0, QUERIES)[:, None] * (heads * WIDTH) + tl.arange(0, WIDTH)[None, :]
@@ -278,6 +244,6 @@ def _query_gradient(
             softmax_scale * LOG2_E, softmax_scale, heads, length, branches, past.share, past.size,
             *strides, *past.table.stride()[:2],
             PAST=past.kind, SLOTS=past.slots, QUERIES=chosen.queries, KEYS=chosen.keys, WIDTH=head_dim,
-            DESCRIPTORS=chosen.descriptors, LAG=chosen.lag, num_warps=chosen.warps, num_stages=chosen.stages,
+            DESCRIPTORS=chosen.descriptors, num_warps=chosen.warps, num_stages=chosen.stages,
         )  # fmt: skip
     return grad_q

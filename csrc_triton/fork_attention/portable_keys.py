@@ -40,47 +40,12 @@ def _key_step(
     return acc_k, acc_v
 
 
-@triton.jit
-def _key_whole_lagging(
-    acc_k, acc_v, keys, values, q, grad, lse, delta, branch, head, full, scale,
-    q_by_branch, q_by_row, q_by_head, grad_by_branch, grad_by_row, grad_by_head,
-    QUERIES: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """The tiles of queries [0, full), at least one: a step issues the previous tile's product into acc_k, beside which
-    it computes its exponentials. Queries are loaded twice for that."""
-    grad_scores = tl.zeros([keys.shape[0], QUERIES], tl.float32)
-    for row in tl.range(0, full, QUERIES):
-        queries = load_tile(
-            q, branch, head, row, full, q_by_branch, q_by_row, q_by_head, QUERIES, WIDTH, DESCRIPTORS, False
-        )
-        scores = dot(keys, queries.T)
-        before = tl.maximum(row - QUERIES, 0)
-        queries = load_tile(
-            q, branch, head, before, full, q_by_branch, q_by_row, q_by_head, QUERIES, WIDTH, DESCRIPTORS, False
-        )
-        acc_k = dot(narrow(grad_scores, keys.dtype), queries, acc_k)
-        lses = tl.load(lse + row + tl.arange(0, QUERIES))
-        weights = tl.exp2(scores * scale - (lses * 1.4426950408889634)[None, :])
-        grads = load_tile(
-            grad, branch, head, row, full, grad_by_branch, grad_by_row, grad_by_head, QUERIES, WIDTH, DESCRIPTORS, False
-        )
-        acc_v = dot(narrow(weights, keys.dtype), grads, acc_v)
-        # as the product's first sum, delta is loaded while the product before it runs
-        less = tl.broadcast_to(-tl.load(delta + row + tl.arange(0, QUERIES))[None, :], grad_scores.shape)
-        grad_scores = weights * dot(values, grads.T, less)
-    before = full - QUERIES
-    queries = load_tile(
-        q, branch, head, before, full, q_by_branch, q_by_row, q_by_head, QUERIES, WIDTH, DESCRIPTORS, False
-    )
-    return dot(narrow(grad_scores, keys.dtype), queries, acc_k), acc_v
-
-
 @triton.jit(do_not_specialize=["heads", "length", "branches"])
 def key_gradient_kernel(
     k, v, q, grad, lse, delta, grad_k, grad_v, scale, softmax_scale, heads, length, branches,
     k_by_branch, k_by_row, k_by_head, v_by_branch, v_by_row, v_by_head,
     q_by_branch, q_by_row, q_by_head, grad_by_branch, grad_by_row, grad_by_head,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr, LAG: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of the own chunk, over its queries."""
     head, branch, first = place(heads, length, branches, KEYS)
@@ -96,20 +61,12 @@ def key_gradient_kernel(
     full = length - length % QUERIES
     lse += at
     delta += at
-    if LAG:
-        if full > 0:
-            acc_k, acc_v = _key_whole_lagging(
-                acc_k, acc_v, keys, values, q, grad, lse, delta, branch, head, full, scale,
-                q_by_branch, q_by_row, q_by_head, grad_by_branch, grad_by_row, grad_by_head,
-                QUERIES, WIDTH, DESCRIPTORS,
-            )  # fmt: skip
-    else:
-        for row in tl.range(0, full, QUERIES):
-            acc_k, acc_v = _key_step(
-                acc_k, acc_v, keys, values, q, grad, lse, delta, branch, head, row, length, scale,
-                q_by_branch, q_by_row, q_by_head, grad_by_branch, grad_by_row, grad_by_head,
-                QUERIES, WIDTH, DESCRIPTORS, False,
-            )  # fmt: skip
+    for row in tl.range(0, full, QUERIES):
+        acc_k, acc_v = _key_step(
+            acc_k, acc_v, keys, values, q, grad, lse, delta, branch, head, row, length, scale,
+            q_by_branch, q_by_row, q_by_head, grad_by_branch, grad_by_row, grad_by_head,
+            QUERIES, WIDTH, DESCRIPTORS, False,
+        )  # fmt: skip
     if full < length:
         acc_k, acc_v = _key_step(
             acc_k, acc_v, keys, values, q, grad, lse, delta, branch, head, full, length, scale,
@@ -139,6 +96,6 @@ def key_gradient(
         key_gradient_kernel[(heads * branches * triton.cdiv(length, chosen.keys),)](
             *sources, lse, delta, grad_k, grad_v, softmax_scale * LOG2_E, softmax_scale, heads, length, branches,
             *strides, QUERIES=chosen.queries, KEYS=chosen.keys, WIDTH=head_dim, DESCRIPTORS=chosen.descriptors,
-            LAG=chosen.lag, num_warps=chosen.warps, num_stages=chosen.stages,
+            num_warps=chosen.warps, num_stages=chosen.stages,
         )  # fmt: skip
     return grad_k, grad_v

@@ -24,8 +24,7 @@ class Tiling:
     """How a kernel cuts its work.
 
     queries, keys: rows of a tile. descriptors: tiles come through the tensor memory accelerator (sm_90 and newer),
-    else through plain pointers. lag: the last matrix products of a step are issued one step late, so that they run on
-    the tensor cores while the step's exponentials are computed (worth it where matrix products are asynchronous).
+    else through plain pointers.
     """
 
     queries: int
@@ -33,7 +32,6 @@ class Tiling:
     warps: int
     stages: int
     descriptors: bool = False
-    lag: bool = False
 
 
 # (major capability, head_dim, bytes of an element) -> Tiling. Major 0 is the interpreter, 9 is Hopper, and 8 serves all
@@ -54,7 +52,7 @@ FORWARD = _table(
     (8, (128,), 2, Tiling(128, 32, 8, 3)),
     (8, (32,), 4, Tiling(64, 32, 8, 2)),
     (8, (64, 128), 4, Tiling(32, 32, 8, 2)),
-    (9, (32, 64, 128), 2, Tiling(128, 128, 8, 3, descriptors=True, lag=True)),
+    (9, (32, 64, 128), 2, Tiling(128, 128, 8, 3, descriptors=True)),
 )
 QUERY_GRADIENT = _table(
     (0, (32, 64, 128), 2, Tiling(64, 64, 4, 1)),
@@ -63,7 +61,7 @@ QUERY_GRADIENT = _table(
     (8, (128,), 2, Tiling(128, 32, 8, 2)),
     (8, (32,), 4, Tiling(64, 32, 8, 2)),
     (8, (64, 128), 4, Tiling(32, 32, 8, 2)),
-    (9, (32, 64, 128), 2, Tiling(128, 64, 8, 3, descriptors=True, lag=True)),
+    (9, (32, 64, 128), 2, Tiling(128, 64, 8, 3, descriptors=True)),
 )
 KEY_GRADIENT = _table(
     (0, (32, 64, 128), 2, Tiling(64, 64, 4, 1)),
@@ -74,7 +72,7 @@ KEY_GRADIENT = _table(
     (8, (32,), 4, Tiling(32, 64, 8, 2)),
     (8, (64,), 4, Tiling(32, 32, 8, 2)),
     (8, (128,), 4, Tiling(16, 32, 8, 2)),
-    (9, (32, 64, 128), 2, Tiling(64, 128, 8, 3, descriptors=True, lag=True)),
+    (9, (32, 64, 128), 2, Tiling(64, 128, 8, 2, descriptors=True)),
 )
 
 

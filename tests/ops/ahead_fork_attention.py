@@ -45,7 +45,7 @@ def case(kernel: str, major: int, dtype: str, head_dim: int, past: int = 2) -> C
     tiling = tiles.tiling_of(TABLES[kernel], major, head_dim, SIZES[dtype])
     values: dict[str, Any] = {
         "PAST": past, "SLOTS": 16 if past == 2 else 1, "QUERIES": tiling.queries, "KEYS": tiling.keys,
-        "WIDTH": head_dim, "DESCRIPTORS": tiling.descriptors, "LAG": tiling.lag,
+        "WIDTH": head_dim, "DESCRIPTORS": tiling.descriptors,
     }  # fmt: skip
     names = KERNELS[kernel].arg_names
     signature = {}

@@ -22,7 +22,7 @@ from csrc_triton.fork_attention import naive, ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEAD_DIMS = [32, 64, 128]
-WAYS = {"pointers": (False, False), "descriptors": (True, False), "lagging": (True, True)}
+WAYS = ("pointers", "descriptors")
 Segments = Sequence[Sequence[tuple[int, int]]]
 ONE: Segments = [[(3, 40)]]
 MANY: Segments = [[(0, 70), (100, 0), (150, 64), (90, 5)], [(150, 64), (70, 20), (214, 55)]]
@@ -33,18 +33,18 @@ def way(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytes
     """Makes the kernels take their tiles this way; small tiles on the CPU, so that short chunks have several."""
     from csrc_triton.fork_attention import tiles
 
-    descriptors, lag = WAYS[request.param]
+    descriptors = request.param == "descriptors"
     hopper = device.type == "cuda" and torch.cuda.get_device_capability()[0] == tiles.HOPPER
     if descriptors and device.type == "cuda" and not hopper:
         pytest.skip("needs a GPU of capability 9.0")
     for table in (tiles.FORWARD, tiles.QUERY_GRADIENT, tiles.KEY_GRADIENT):
         for head_dim in HEAD_DIMS:
             if device.type == "cpu":
-                monkeypatch.setitem(table, (0, head_dim, 2), tiles.Tiling(64, 32, 4, 1, descriptors, lag))
+                monkeypatch.setitem(table, (0, head_dim, 2), tiles.Tiling(64, 32, 4, 1, descriptors))
                 monkeypatch.setitem(table, (0, head_dim, 4), tiles.Tiling(32, 64, 4, 1, descriptors))
             elif hopper:
                 tiling = tiles.tiling_of(table, tiles.HOPPER if descriptors else tiles.PLAIN, head_dim, 2)
-                monkeypatch.setitem(table, (tiles.HOPPER, head_dim, 2), replace(tiling, lag=lag and tiling.lag))
+                monkeypatch.setitem(table, (tiles.HOPPER, head_dim, 2), tiling)
     return request.param
 
 
@@ -236,8 +236,10 @@ def test_integers_come_out_exact(device: torch.device, way: str, length: int, dt
     for branch in range(2):
         own = [t[branch : branch + 1].double() for t in (case.q, case.k, case.v)]
         exact, _ = naive.fork_attention(*own, tuple(p.double() for p in case.past(branch)), log_2)
-        gap = (out[branch].double() - exact[0]).abs()
-        assert (gap <= exact[0].abs() * torch.finfo(dtype).eps + 1e-12).all()
+        # the division is good to 2 units in the last place of fp32, the result is rounded to nearest
+        step = exact[0].abs() * torch.finfo(dtype).eps + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        allowed = step / 2 + exact[0].abs() * 2 * torch.finfo(torch.float32).eps
+        assert ((out[branch].double() - exact[0]).abs() / allowed).max() <= 1
 
 
 def test_equal_inputs_give_equal_bits_and_only_wanted_gradients(device: torch.device) -> None:

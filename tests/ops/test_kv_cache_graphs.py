@@ -158,9 +158,10 @@ def test_nothing_waits_for_the_device(device: torch.device) -> None:
             own.replace(reservation, 3)
         own.drop(forks[0], 0, 2)
         found = own.views(forks, [(2, 5), (6, 8)])[0].gather()
+        last = own.reserve(forks, 4)  # before tables are bound, from when on the pools are fixed
         bound, places = own.bind(3, 4), own.bind_rows(3, 4)
         bound.update(forks, [(2, 8)])
-        places.update(own.reserve(forks, 4))
+        places.update(last)
         again = bound.views[0].gather()
         own.release(forks[0])
         own.memory(forks[1])
