@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.harness import OURS, Bench, Contender, Outputs, gradients
-from csrc_triton import flow_policy_loss
+from csrc_triton import flow_policy_loss, flow_policy_loss_and_grad
 from csrc_triton.flow_policy_loss import naive
 from csrc_triton.runtime import backend
 
@@ -83,6 +83,40 @@ def test_backward(bench: Bench) -> None:
     ]  # fmt: skip
     exact, same = reference(torch.float64), reference(torch.float32)
     bench.measure("flow_policy_loss", case("backward", v), contenders, exact, same)
+
+
+def test_loss_and_gradient(bench: Bench) -> None:
+    """Both in one call, on policy: the velocities are those of the rollout, as in the first update after it."""
+    v, _, *others = make_inputs(bench)
+    naive_call = torch.compile(_differentiated, dynamic=False)
+
+    def run(*given: Tensor) -> tuple[Any, Tensor]:
+        return flow_policy_loss_and_grad(given[0], given[0], *given[1:], clip=CLIP, kl_weight=KL_WEIGHT)
+
+    def plain(*given: Tensor) -> tuple[Any, Tensor]:
+        with backend("torch"):
+            return run(*given)
+
+    def named(found: tuple[Any, Tensor]) -> Outputs:
+        return outputs(found[0]) | {"dv": found[1]}
+
+    calls = {OURS: run, "torch eager": plain, "torch.compile": naive_call}
+    contenders = [
+        Contender(
+            name, lambda call=call: call(v, *others), named,
+            nbytes=4.0 * v.nbytes, compiled=name == "torch.compile",  # reads v, v_ref and noise, writes the gradient
+        )
+        for name, call in calls.items()
+    ]  # fmt: skip
+    exact, same = named(plain(*(t.double() for t in (v, *others)))), named(plain(v, *others))
+    bench.measure("flow_policy_loss", case("loss and gradient, on policy", v), contenders, exact, same)
+
+
+def _differentiated(v: Tensor, v_ref: Tensor, noise: Tensor, advantage: Tensor) -> tuple[Any, Tensor]:
+    leaf = v.detach().requires_grad_()
+    terms = naive.flow_policy_loss(leaf, v, v_ref, noise, advantage, CLIP)
+    (gradient,) = torch.autograd.grad((terms[0] + KL_WEIGHT * terms[1]).sum(), leaf)
+    return terms, gradient
 
 
 def case(what: str, v: Tensor) -> str:

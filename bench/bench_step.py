@@ -172,10 +172,9 @@ class Update:
         return new.detach(), {name: p.grad for name, p in trained.items() if p.grad is not None}
 
     def _velocity(self, attend: Attend) -> Tensor:
-        model, latents = self.executor.model, self.latents
-        # adapters are trained in fp32 and used in the precision of the model
-        with torch.autocast(latents.device.type, torch.bfloat16, enabled=latents.dtype == torch.bfloat16):
-            out = velocity(model, latents, model.project_text(self.text), self.frames, attend)
+        model = self.executor.model
+        with self.executor.precision():
+            out = velocity(model, self.latents, model.project_text(self.text), self.frames, attend)
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
     def in_precision(self, dtype: torch.dtype) -> Update:

@@ -33,9 +33,15 @@ def _step(
     k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head,
     KEYS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr, ZEROS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys. Values behind the end are zeroed too: they belong to others, and 0 x NaN is NaN."""
+    """One tile of keys. Values behind the end are zeroed too: they belong to others, and 0 x NaN is NaN.
+
+    Both loads come before the first product: with the second one between the products, an H200 is a seventh slower.
+    """
     keys = load_tile(
         k, index, head, row, end, k_by_index, k_by_row, k_by_head, KEYS, WIDTH, DESCRIPTORS, MASKED and not DESCRIPTORS
+    )
+    values = load_tile(
+        v, index, head, row, end, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, MASKED and not ZEROS
     )
     scores = dot(q, keys.T)
     if MASKED:
@@ -44,9 +50,6 @@ def _step(
     weights = tl.exp2(scores * scale - new_top[:, None])
     decay = tl.exp2(top - new_top)
     total = total * decay + tl.sum(weights, 1)
-    values = load_tile(
-        v, index, head, row, end, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, MASKED and not ZEROS
-    )
     acc = dot(narrow(weights, q.dtype), values, acc * decay[:, None])
     return acc, new_top, total
 

@@ -63,11 +63,11 @@ def _query_step(
     KEYS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     keys = load_tile(k, index, head, row, end, k_by_index, k_by_row, k_by_head, KEYS, WIDTH, DESCRIPTORS, MASKED)
+    values = load_tile(v, index, head, row, end, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, MASKED)
     scores = dot(q, keys.T)
     if MASKED:  # the rows are zeros, but exp2(0 - lse) may overflow
         scores = tl.where((row + tl.arange(0, KEYS) < end)[None, :], scores, float("-inf"))
     weights = tl.exp2(scores * scale - lse[:, None])
-    values = load_tile(v, index, head, row, end, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, MASKED)
     grad_weights = dot(grad, values.T)
     grad_scores = weights * (grad_weights - delta[:, None])
     return dot(narrow(grad_scores, q.dtype), keys, acc)

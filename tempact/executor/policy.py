@@ -8,9 +8,10 @@ clean latents.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from tempact.config import ExecutorConfig
 from tempact.errors import UserError
 from tempact.executor.context import AttendTo
+from tempact.executor.lora import LoraLinear
 from tempact.executor.rollout import (
     TEXT_SWITCHES,
     NoiseSource,
@@ -76,6 +78,7 @@ class Executor:
             r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=list(config.lora.targets),
             init_lora_weights="gaussian",
         )  # fmt: skip
+        lora._register_custom_module({nn.Linear: LoraLinear})  # PEFT's documented way to layers of one's own
         try:
             self.peft = get_peft_model(model.requires_grad_(False), lora)
         except ValueError as error:
@@ -115,7 +118,8 @@ class Executor:
 
     def rollout(self, plans: list[Plan], fork_frames: list[int], noise: NoiseSource) -> Rollout:
         """Videos of P plans x N continuations (N is the noise's); plan p forks at fork_frames[p]."""
-        latents, transition = roll_out(self.model, self.encode, plans, fork_frames, noise, self.settings)
+        with self.precision():
+            latents, transition = roll_out(self.model, self.encode, plans, fork_frames, noise, self.settings)
         frames = self.codec.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
         return Rollout(latents, frames, transition)
 
@@ -124,6 +128,11 @@ class Executor:
         """Inside, the model is the frozen starting policy."""
         with reference_active(self.peft):
             yield
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Inside, latents and adapters, which are fp32, are used in the precision of the model's weights."""
+        dtype = self.model.patch_embedding.weight.dtype
+        return torch.autocast(self.device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
     def velocities(self, transition: Transition, plans: list[int]) -> Tensor:
         """Velocities of the given plans' recorded transitions [plans, N, T, C, c, H, W], without gradient."""
@@ -186,7 +195,7 @@ class Executor:
         """Micro-batches of one group of plans that share the switch frame, with their velocities."""
         start = int(transition.start[group[0]])
         prompts = [transition.prompts[plan] for plan in group]
-        with torch.no_grad():
+        with torch.no_grad(), self.precision():
             everything = PromptBook(self.model, self.encode, [text for texts in prompts for text in texts])
             prefix = transition.prefix[group, :, :start].to(self.device)
             history = rebuild_context(self.model, everything, prefix, prompts, self.settings)
@@ -198,7 +207,7 @@ class Executor:
             attend = AttendTo(history.context([group.index(plan) for plan in entries.plans], start))
             chosen = sigmas[entries.transitions]
             sigma = chosen.repeat(states.shape[0] // len(chosen))[:, None].expand(-1, self.settings.chunk)
-            with torch.set_grad_enabled(grad):
+            with torch.set_grad_enabled(grad), self.precision():
                 text = PromptBook(self.model, self.encode, own)([prompt for prompt in own for _ in range(each)])
                 velocity = self.model(states.to(self.device), sigma, text, history.positions(start), attend)
             yield entries, velocity.float()

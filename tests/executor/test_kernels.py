@@ -20,7 +20,7 @@ WAN = WanConfig(
 )
 CONFIG = ExecutorConfig(
     weights="",
-    lora=LoraConfig(2, 2, ("self_attn.q", "self_attn.k", "self_attn.v", "cross_attn.q", "ffn.0")),
+    lora=LoraConfig(2, 2, ("self_attn.q", "self_attn.k", "self_attn.v", "cross_attn.q", "ffn.0", "ffn.2")),
     optim=OptimConfig(1e-3),
     frames=6,
     continuations=2,
@@ -28,9 +28,13 @@ CONFIG = ExecutorConfig(
 PLAN = Plan("i", (Step(0, 3, "one"), Step(3, 6, "two")))
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class Words(torch.nn.Module):
     def encode(self, prompts: list[str]) -> torch.Tensor:
-        return torch.stack([torch.randn(4, 8, generator=torch.Generator().manual_seed(len(p))) for p in prompts])
+        rows = [torch.randn(4, 8, generator=torch.Generator().manual_seed(len(prompt))) for prompt in prompts]
+        return torch.stack(rows).to(DEVICE)
 
 
 def made(backend: str, config: ExecutorConfig) -> tuple[Rollout, dict[str, float], dict[str, torch.Tensor]]:
@@ -39,12 +43,11 @@ def made(backend: str, config: ExecutorConfig) -> tuple[Rollout, dict[str, float
     model = WanTransformer(WAN)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    executor = Executor(model.to(device), Words(), PixelCodec(), config, (8, 8))
+    executor = Executor(model.to(DEVICE), Words(), PixelCodec(), config, (8, 8))
     for name, parameter in executor.parameters().items():  # past the start, where the reference is elsewhere
-        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator(device).manual_seed(len(name)))
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator(DEVICE).manual_seed(len(name)))
     with runtime.backend(backend):
-        rollout = executor.rollout([PLAN], [3], gaussian_noise(1, executor.noise_shape(1, 2), device))
+        rollout = executor.rollout([PLAN], [3], gaussian_noise(1, executor.noise_shape(1, 2), DEVICE))
         advantage, mask = torch.tensor([[1.0, -0.5]]), torch.ones(1, 2, dtype=torch.bool)
         batch = Batch(torch.zeros(1), torch.ones(1, dtype=torch.bool), advantage, mask, None, rollout.transition)
         metrics = executor.update(batch, [0])

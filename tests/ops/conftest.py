@@ -19,7 +19,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
             tensor = make(*args, **kwargs)
             if tensor.dtype == torch.bool:
                 return tensor
-            return tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
+            with torch.no_grad():
+                return tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
 
         return wrapped
 

@@ -167,6 +167,19 @@ class CrossAttention(SelfAttention):
         return self.o(out.transpose(1, 2).reshape(x.shape))
 
 
+class FeedForward(nn.Sequential):
+    """Two linears with a GELU between them."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__(nn.Linear(dim, hidden_dim), nn.GELU(approximate="tanh"), nn.Linear(hidden_dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, gelu, down = self
+        # adapters may take all of it over, so that the hidden rows need not be kept for the backward
+        fused = getattr(down, "feed_forward", None)
+        return down(gelu(up(x))) if fused is None else fused(up, x)
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention, FFN; six modulation vectors a latent frame."""
 
@@ -176,8 +189,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(config)
         self.norm3 = nn.LayerNorm(config.dim, config.eps)
         self.cross_attn = CrossAttention(config)
-        gelu = nn.GELU(approximate="tanh")
-        self.ffn = nn.Sequential(nn.Linear(config.dim, config.ffn_dim), gelu, nn.Linear(config.ffn_dim, config.dim))
+        self.ffn = FeedForward(config.dim, config.ffn_dim)
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
     def forward(

@@ -1,0 +1,109 @@
+"""PEFT's LoRA linear in as few passes as it takes, where the executor runs on kernels.
+
+PEFT computes W x + b, then casts x to the adapter's fp32, scales and adds in passes of their own, and autograd keeps
+the cast copy. Here the adapter is cast to the precision of the weights and its product is accumulated onto the output;
+what is kept for the backward is the input alone. Of a feed-forward part its input alone is kept, too: the hidden rows,
+six times as wide in Wan, are computed again. Same parameters, same formula: W x + b + (alpha / r) B A x (Hu et al.,
+LoRA, arXiv 2106.09685).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from csrc_triton import runtime
+
+
+class LoraLinear(Linear):
+    """PEFT's layer; on the torch path, and for all but one plain adapter, it computes as PEFT does."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        served = self._served(x)
+        if served is None or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        return _Linear.apply(_rows(x, served[0]), *served).unflatten(0, x.shape[:-1])
+
+    def feed_forward(self, up: nn.Module, x: Tensor) -> Tensor:
+        """self(gelu(up(x))), tanh approximation; `up` is the linear before."""
+        first, second = up._served(x) if isinstance(up, LoraLinear) else None, self._served(x)
+        if first is None or second is None:
+            return self(F.gelu(up(x), approximate="tanh"))
+        return _FeedForward.apply(_rows(x, first[0]), *first, *second).unflatten(0, x.shape[:-1])
+
+    def _served(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, float] | None:
+        """Weight, bias, A, B and alpha / r, if the kernels' path is in force and one plain adapter is active."""
+        if runtime.choose("lora_linear", x.device, torch.float32) == "torch":
+            return None
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or len(active) != 1 or active[0] in self.lora_variant:
+            return None
+        (name,) = active
+        base, a, b = self.get_base_layer(), self.lora_A[name], self.lora_B[name]
+        plain = isinstance(self.lora_dropout[name], nn.Identity) and base.bias is not None
+        if not plain or a.bias is not None or b.bias is not None:
+            return None
+        return base.weight, base.bias, a.weight, b.weight, self.scaling[name]
+
+
+def _rows(x: Tensor, weight: Tensor) -> Tensor:
+    return x.to(weight.dtype).flatten(0, -2)
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """The output, and A x."""
+    inner = x @ a.to(x.dtype).t()
+    return torch.addmm(bias, x, weight.t()).addmm_(inner, (b * scaling).to(x.dtype).t()), inner
+
+
+def _backward(
+    grad: Tensor, x: Tensor, inner: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, wants_x: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of x, A and B; the base weights are frozen."""
+    inner_grad = grad @ (b * scaling).to(grad.dtype)
+    dx = (grad @ weight).addmm_(inner_grad, a.to(grad.dtype)) if wants_x else None
+    return dx, (inner_grad.t() @ x).to(a.dtype), (grad.t() @ inner).to(b.dtype) * scaling
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        out, inner = _forward(x, weight, bias, a, b, scaling)
+        ctx.save_for_backward(x, inner, weight, a, b)
+        ctx.scaling = scaling
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx, da, db = _backward(grad, *ctx.saved_tensors, ctx.scaling, ctx.needs_input_grad[0])
+        return dx, None, None, da, db, None
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, scaling: float,
+        weight_2: Tensor, bias_2: Tensor, a_2: Tensor, b_2: Tensor, scaling_2: float,
+    ) -> Tensor:  # fmt: skip
+        hidden, _ = _forward(x, weight, bias, a, b, scaling)
+        out, inner_2 = _forward(F.gelu(hidden, approximate="tanh"), weight_2, bias_2, a_2, b_2, scaling_2)
+        ctx.save_for_backward(x, weight, bias, a, b, inner_2, weight_2, a_2, b_2)
+        ctx.scalings = scaling, scaling_2
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, a, b, *second = ctx.saved_tensors
+        hidden, inner = _forward(x, weight, bias, a, b, ctx.scalings[0])
+        grad, da_2, db_2 = _backward(grad, F.gelu(hidden, approximate="tanh"), *second, ctx.scalings[1], True)
+        grad = torch.ops.aten.gelu_backward(grad, hidden, approximate="tanh")
+        del hidden  # wide
+        dx, da, db = _backward(grad, x, inner, weight, a, b, ctx.scalings[0], ctx.needs_input_grad[0])
+        return dx, None, None, da, db, None, None, None, da_2, db_2, None
