@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,9 +16,10 @@ from bench.timing import memory_of
 from csrc_triton import CacheView, ForkableKVCache
 from csrc_triton.runtime import backend
 from tempact.config import ExecutorConfig, LoraConfig, OptimConfig
-from tempact.executor.context import AttendTo
+from tempact.executor.attend import Context
+from tempact.executor.graphs import Calls
 from tempact.executor.policy import Executor
-from tempact.models.wan.transformer import Attend, TextKV, WanConfig, WanTransformer
+from tempact.models.wan.transformer import Attend, WanConfig, WanTransformer
 from tempact.rl.flow_grpo import clip_epsilon, flow_grpo_loss
 
 CHUNK_FRAMES = 3
@@ -64,11 +66,10 @@ class Scene:
     def exact_context(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         return [(k.to(dtype), v.to(dtype)) for k, v in self.past]
 
-
-def velocity(model: WanTransformer, latents: Tensor, text: TextKV, frames: int, attend: Attend) -> Tensor:
-    sigma = torch.full(latents.shape[:1] + latents.shape[2:3], SIGMA, device=latents.device)
-    positions = torch.arange(frames, frames + CHUNK_FRAMES, device=latents.device)
-    return model(latents, sigma, text, positions, attend)
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, their noise levels, and the temporal positions of a chunk after the context."""
+        sigma = torch.full((self.branches, CHUNK_FRAMES), SIGMA, device=self.device)
+        return self.latents, sigma, torch.arange(self.frames, self.frames + CHUNK_FRAMES, device=self.device)
 
 
 def on_both(run: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
@@ -89,33 +90,44 @@ class NoAttention(Attend):
 
 
 @torch.no_grad()
-def test_chunk_forward(bench: Bench) -> None:
-    """One denoiser call with nine context frames, then the same with an attention that does nothing."""
-    scene = Scene(bench, BRANCHES, 9)
-    views = scene.views()
-    text = scene.model.project_text(scene.text)
-
-    def forward(attend: Attend) -> Callable[[], Tensor]:
-        return lambda: velocity(scene.model, scene.latents, text, scene.frames, attend)
-
+@pytest.mark.parametrize("branches", [1, BRANCHES])
+def test_chunk_forward(bench: Bench, branches: int) -> None:
+    """One denoiser call with nine context frames."""
+    scene = Scene(bench, branches, 9)
+    calls, text, views = Calls(scene.model, tuple), scene.model.project_text(scene.text), scene.views()
+    calls.warm_calls = 1
+    latents, sigma, positions = scene.inputs()
     dtype = torch.float32 if bench.real else torch.float64
     model = copy.deepcopy(scene.model).to(dtype)
-    cases = {
-        "a branch": (AttendTo(views), AttendTo(scene.exact_context(dtype))),
-        "a branch, all but self-attention": (NoAttention(), NoAttention()),
-    }
-    exact = {}
     with backend("torch"):
-        one = scene.latents[:1].to(dtype), model.project_text(scene.text[:1].to(dtype))
-        for name, (_, attend) in cases.items():
-            exact[name] = {"velocity": velocity(model, *one, scene.frames, attend)}
+        own = model.project_text(scene.text[:1].to(dtype))
+        context = scene.exact_context(dtype)
+        exact = Calls(model, tuple).velocity(latents[:1].to(dtype), sigma[:1], own, positions, context)
     del model
-    for name, (attend, _) in cases.items():
-        runs = on_both(forward(attend))
-        same = first_branch(runs[REFERENCE]())
-        contenders = [Contender(impl, run, first_branch) for impl, run in runs.items()]
-        case = f"chunk forward, {name}, B={BRANCHES}, {scene.frames} context frames"
-        bench.measure("step", case, contenders, exact[name], same, parts=BRANCHES)
+    runs = on_both(lambda: calls.velocity(latents, sigma, text, positions, views))
+    _measure_chunk(bench, scene, runs, exact, "a branch")
+
+
+@torch.no_grad()
+def test_chunk_forward_without_attention(bench: Bench) -> None:
+    """The same with a self-attention that does nothing."""
+    scene = Scene(bench, BRANCHES, 9)
+    text, (latents, sigma, positions) = scene.model.project_text(scene.text), scene.inputs()
+    dtype = torch.float32 if bench.real else torch.float64
+    model = copy.deepcopy(scene.model).to(dtype)
+    with backend("torch"):
+        own = model.project_text(scene.text[:1].to(dtype))
+        exact = model(latents[:1].to(dtype), sigma[:1], own, positions, NoAttention())
+    del model
+    runs = on_both(lambda: scene.model(latents, sigma, text, positions, NoAttention()))
+    _measure_chunk(bench, scene, runs, exact, "a branch, all but self-attention")
+
+
+def _measure_chunk(bench: Bench, scene: Scene, runs: dict[str, Callable[[], Any]], exact: Tensor, what: str) -> None:
+    same = first_branch(runs[REFERENCE]())
+    contenders = [Contender(impl, run, first_branch) for impl, run in runs.items()]
+    case = f"chunk forward, {what}, B={scene.branches}, {scene.frames} context frames"
+    bench.measure("step", case, contenders, {"velocity": exact}, same, parts=scene.branches)
 
 
 def first_branch(out: Tensor) -> Outputs:
@@ -150,18 +162,20 @@ class Update:
         for name, parameter in self.executor.peft.named_parameters():
             if ".lora_B." in name:  # zero at first, and with it every gradient of the other half
                 torch.nn.init.normal_(parameter, std=0.01)
-        self.latents, self.text, self.frames = scene.latents, scene.text, scene.frames
+        self.executor.calls.warm_calls = 1
+        self.text, (self.latents, self.sigma, self.positions) = scene.text, scene.inputs()
+        self.index = torch.zeros(1, dtype=torch.int64, device=scene.device)
         self.noise = torch.randn_like(scene.latents, dtype=torch.float32)
 
-    def run(self, attend: Attend) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(self, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """The policy's velocity, and the gradient of every trained parameter."""
         executor = self.executor
         trained = executor.parameters()
         for parameter in trained.values():
             parameter.grad = None
         with torch.no_grad(), executor.reference():
-            old = self._velocity(attend)
-        new = self._velocity(attend)
+            old = self._velocity(context)
+        new = self._velocity(context)
         loss, _ = flow_grpo_loss(
             new, new.detach(), old, self.noise.to(new.dtype), torch.ones(1, device=new.device),
             torch.ones(1, device=new.device, dtype=torch.bool),
@@ -171,15 +185,17 @@ class Update:
         loss.backward()
         return new.detach(), {name: p.grad for name, p in trained.items() if p.grad is not None}
 
-    def _velocity(self, attend: Attend) -> Tensor:
-        model = self.executor.model
+    def _velocity(self, context: Context) -> Tensor:
         with self.executor.precision():
-            out = velocity(model, self.latents, model.project_text(self.text), self.frames, attend)
+            out = self.executor.calls.policy_velocity(
+                self.latents, self.sigma, self.text, self.index, self.positions, context
+            )
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
     def in_precision(self, dtype: torch.dtype) -> Update:
         """A copy that computes in `dtype`."""
         other = copy.deepcopy(self)
+        other.executor.calls = Calls(other.executor.model, lambda: other.executor.parameters().values())
         other.executor.peft.to(dtype)
         other.latents, other.text = self.latents.to(dtype), self.text.to(dtype)
         return other
@@ -189,18 +205,19 @@ def update_outputs(found: tuple[Tensor, dict[str, Tensor]]) -> Outputs:
     """The velocity and two gradients that much of the model stands behind."""
     grads = {name: grad for name, grad in found[1].items() if ".lora_B." in name}
     first, last = min(grads), max(grads)
-    return {"velocity": found[0], first: grads[first], last: grads[last]}
+    # copies: the next run adds to the same gradients
+    return {"velocity": found[0], first: grads[first].clone(), last: grads[last].clone()}
 
 
 def test_executor_update(bench: Bench) -> None:
     scene = Scene(bench, 1, 6)
     update = Update(bench, scene)
-    attend = AttendTo(scene.views())
+    views = scene.views()
     dtype = torch.float32 if bench.real else torch.float64
     with backend("torch"):
-        exact = update_outputs(update.in_precision(dtype).run(AttendTo(scene.exact_context(dtype))))
-        same = update_outputs(update.run(attend))
-    runs = on_both(lambda: update.run(attend))
+        exact = update_outputs(update.in_precision(dtype).run(scene.exact_context(dtype)))
+        same = update_outputs(update.run(views))
+    runs = on_both(lambda: update.run(views))
     case = (
         f"executor update, 1 continuation x 1 transition, LoRA r={update.executor.config.lora.rank}, 6 context frames"
     )
@@ -208,5 +225,8 @@ def test_executor_update(bench: Bench) -> None:
     bench.measure("step", case, contenders, exact, same)
     if bench.timed and bench.real:
         scene.past.clear()  # the cache has its own copy
-        memory = {name: memory_of(run, bench.device)[1] / 2**20 for name, run in runs.items()}
+        memory = {}
+        for name, run in runs.items():
+            update.executor.calls.forget()  # each with its own recordings alone
+            memory[name] = memory_of(run, bench.device)[1] / 2**20
         bench.record([Row("step", f"{case}: peak memory", name, mib=mib) for name, mib in memory.items()])

@@ -119,6 +119,11 @@ class ForkableKVCache:
         return sum(pool.nbytes for pools in self._pools for pool in pools)
 
     @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the pools lie; captured CUDA graphs hold until they move, which is when they grow."""
+        return tuple(pool.data_ptr() for pools in self._pools for pool in pools)
+
+    @property
     def row_nbytes(self) -> int:
         """Bytes of one row's K and V over all layers."""
         return sum(pool[0].nbytes for pools in self._pools for pool in pools)

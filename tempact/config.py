@@ -82,6 +82,7 @@ class ExecutorConfig:
     advantage_clip: float = 2.0
     ema_decay: float = 0.99
     micro_batch: int = 64  # (continuation, transition) pairs a backward
+    cuda_graphs: bool = True  # where the kernels serve; a graph for each shape of a call
 
 
 @dataclass(frozen=True)

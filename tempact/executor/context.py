@@ -8,46 +8,58 @@ are rotated once a chunk.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from csrc_triton import CacheRows, CacheView, ForkableKVCache, fork_attention
 from csrc_triton.kv_cache import Reservation
 from csrc_triton.qk_norm_rope.naive import rotate
+from tempact.executor.attend import Context
+from tempact.executor.graphs import Calls
 from tempact.executor.window import WindowPolicy
-from tempact.models.wan.transformer import Attend, TextKV, WanTransformer
+from tempact.models.wan.transformer import TextKV
 
-Pair = tuple[Tensor, Tensor]
-Context = list[CacheView] | list[Pair] | None  # one entry a layer
-FIRST_FRAMES = 12  # latent frames that the cache holds before it grows
+FIRST_FRAMES = 12  # latent frames that the first cache holds before it grows
 
 
 class History:
-    """K/V of videos made with `model` under a window policy; latents [B, C, F, H, W].
+    """K/V of videos made by `calls` under a window policy; latents [B, C, F, H, W].
 
-    `size` is the latents' (H, W). Frames that no later chunk attends to are dropped.
+    `size` is the latents' (H, W). Frames that no later chunk attends to are dropped. As a context manager it gives
+    all of its branches back at the end.
     """
 
-    def __init__(self, model: WanTransformer, window: WindowPolicy, chunk: int, size: tuple[int, int]):
-        self.model, self.window, self.chunk = model, window, chunk
-        config = model.config
-        self.rows_columns = (size[0] // config.patch[1], size[1] // config.patch[2])
+    def __init__(self, calls: Calls, window: WindowPolicy, chunk: int, size: tuple[int, int]):
+        self.calls, self.window, self.chunk = calls, window, chunk
+        patch = calls.model.config.patch
+        self.rows_columns = (size[0] // patch[1], size[1] // patch[2])
         self.frame_tokens = self.rows_columns[0] * self.rows_columns[1]
-        weight = model.patch_embedding.weight
-        self.device = weight.device
-        self.cache = ForkableKVCache(
-            config.layers, config.heads, config.head_dim, rows=FIRST_FRAMES * self.frame_tokens, dtype=weight.dtype,
-            device=self.device,
-        )  # fmt: skip
+        self.device = calls.model.patch_embedding.weight.device
+        self.cache = calls.cache(FIRST_FRAMES * self.frame_tokens)
+        self.branches: list[int] = []  # in the order they were made
+
+    def __enter__(self) -> History:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives all branches back to the cache."""
+        while self.branches:
+            self.cache.release(self.branches.pop())
 
     def new_branch(self) -> int:
-        return self.cache.new_branch()
+        self.branches.append(self.cache.new_branch())
+        return self.branches[-1]
 
     def fork(self, branch: int, n: int) -> list[int]:
         """n branches that share all of `branch`'s history; `branch` ends."""
         forks = self.cache.fork(branch, n)
         self.cache.release(branch)
+        self.branches.remove(branch)
+        self.branches += forks
         return forks
 
     def frames(self, branch: int) -> int:
@@ -56,7 +68,8 @@ class History:
 
     def positions(self, start: int) -> Tensor:
         """Temporal positions of the own frames of the chunk at `start`."""
-        return torch.tensor(self.window.temporal_positions(start, self.chunk)[1], device=self.device)
+        first, *_, last = self.window.temporal_positions(start, self.chunk)[1]
+        return torch.arange(first, last + 1, device=self.device)
 
     def context(self, branches: Sequence[int], start: int) -> Context:
         """What the chunk at frame `start` attends to, per layer; None for the first chunk."""
@@ -72,7 +85,7 @@ class History:
         views = self.cache.views(branches, ranges)
         if self.window.positions == "absolute":
             return views
-        rope = self.model.rope(torch.tensor(positions, device=self.device), *self.rows_columns)
+        rope = self.calls.model.rope(torch.tensor(positions, device=self.device), *self.rows_columns)
         pairs = (view.gather() for view in views)
         return [(rotate(k, *rope), v) for k, v in pairs]
 
@@ -104,8 +117,9 @@ class History:
         self, reservation: Reservation, latents: Tensor, text: TextKV, positions: Tensor, context: Context
     ) -> None:
         sigma = torch.zeros(latents.shape[0], latents.shape[2], device=self.device)
-        attend = AttendAndStore(context, self.cache, reservation, self.window.positions == "absolute")
-        self.model.write_context(latents, sigma, text, positions, attend)
+        rows = [self.cache.rows_of(reservation, layer) for layer in range(self.cache.layers)]
+        roped = self.window.positions == "absolute"
+        self.calls.write_context(latents, sigma, text, positions, context, rows, roped=roped)
 
     def _forget(self, branches: Sequence[int], start: int) -> None:
         """Drops the frames that neither the chunk at `start` nor any later one attends to."""
@@ -115,27 +129,6 @@ class History:
         first = needed[self.window.sink] if len(needed) > self.window.sink else start
         for branch in branches:
             self.cache.drop(branch, self.window.sink * self.frame_tokens, first * self.frame_tokens)
-
-
-class AttendTo(Attend):
-    """Attention to a frozen context, one entry a layer, and to the own chunk."""
-
-    def __init__(self, context: Context):
-        self.context = context
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return fork_attention(q, k, v, None if self.context is None else self.context[layer])
-
-
-class AttendAndStore(AttendTo):
-    """The same, and the chunk's K and V go to the rows of a reservation."""
-
-    def __init__(self, context: Context, cache: ForkableKVCache, reservation: Reservation, roped: bool):
-        super().__init__(context)
-        self.cache, self.reservation, self.write_roped = cache, reservation, roped
-
-    def rows(self, layer: int) -> CacheRows:
-        return self.cache.rows_of(self.reservation, layer)
 
 
 def frame_ranges(frames: list[int]) -> list[tuple[int, int]]:

@@ -55,19 +55,23 @@ def _rows(x: Tensor, weight: Tensor) -> Tensor:
     return x.to(weight.dtype).flatten(0, -2)
 
 
+def _scaled(b: Tensor, scaling: float) -> Tensor:
+    return b if scaling == 1.0 else b * scaling
+
+
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """The output, and A x."""
     inner = x @ a.to(x.dtype).t()
-    return torch.addmm(bias, x, weight.t()).addmm_(inner, (b * scaling).to(x.dtype).t()), inner
+    return torch.addmm(bias, x, weight.t()).addmm_(inner, _scaled(b, scaling).to(x.dtype).t()), inner
 
 
 def _backward(
     grad: Tensor, x: Tensor, inner: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, wants_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of x, A and B; the base weights are frozen."""
-    inner_grad = grad @ (b * scaling).to(grad.dtype)
+    inner_grad = grad @ _scaled(b, scaling).to(grad.dtype)
     dx = (grad @ weight).addmm_(inner_grad, a.to(grad.dtype)) if wants_x else None
-    return dx, (inner_grad.t() @ x).to(a.dtype), (grad.t() @ inner).to(b.dtype) * scaling
+    return dx, (inner_grad.t() @ x).to(a.dtype), _scaled((grad.t() @ inner).to(b.dtype), scaling)
 
 
 class _Linear(torch.autograd.Function):
@@ -81,7 +85,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dx, da, db = _backward(grad, *ctx.saved_tensors, ctx.scaling, ctx.needs_input_grad[0])
+        x, inner, weight, a, b = ctx.saved_tensors
+        dx, da, db = _backward(grad, x, inner, weight, a, b, ctx.scaling, ctx.needs_input_grad[0])
         return dx, None, None, da, db, None
 
 
@@ -100,10 +105,11 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, a, b, *second = ctx.saved_tensors
+        x, weight, bias, a, b, inner_2, weight_2, a_2, b_2 = ctx.saved_tensors
         hidden, inner = _forward(x, weight, bias, a, b, ctx.scalings[0])
-        grad, da_2, db_2 = _backward(grad, F.gelu(hidden, approximate="tanh"), *second, ctx.scalings[1], True)
-        grad = torch.ops.aten.gelu_backward(grad, hidden, approximate="tanh")
-        del hidden  # wide
+        gelu = F.gelu(hidden, approximate="tanh")
+        inside, da_2, db_2 = _backward(grad, gelu, inner_2, weight_2, a_2, b_2, ctx.scalings[1], True)
+        grad = torch.ops.aten.gelu_backward(inside, hidden, approximate="tanh")
+        del hidden, gelu, inside  # wide
         dx, da, db = _backward(grad, x, inner, weight, a, b, ctx.scalings[0], ctx.needs_input_grad[0])
         return dx, None, None, da, db, None, None, None, da_2, db_2, None

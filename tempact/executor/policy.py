@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tempact.config import ExecutorConfig
 from tempact.errors import UserError
-from tempact.executor.context import AttendTo
+from tempact.executor.graphs import Calls
 from tempact.executor.lora import LoraLinear
 from tempact.executor.rollout import (
     TEXT_SWITCHES,
@@ -88,6 +88,7 @@ class Executor:
             ) from error
         self.model = model  # the same module, its linears now carrying adapters
         freeze_reference(self.peft, lora)
+        self.calls = Calls(model, lambda: self.parameters().values(), graphs=config.cuda_graphs)
         self._text: dict[str, Tensor] = {}
 
     @property
@@ -119,7 +120,7 @@ class Executor:
     def rollout(self, plans: list[Plan], fork_frames: list[int], noise: NoiseSource) -> Rollout:
         """Videos of P plans x N continuations (N is the noise's); plan p forks at fork_frames[p]."""
         with self.precision():
-            latents, transition = roll_out(self.model, self.encode, plans, fork_frames, noise, self.settings)
+            latents, transition = roll_out(self.calls, self.encode, plans, fork_frames, noise, self.settings)
         frames = self.codec.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
         return Rollout(latents, frames, transition)
 
@@ -132,7 +133,8 @@ class Executor:
     def precision(self) -> AbstractContextManager[Any]:
         """Inside, latents and adapters, which are fp32, are used in the precision of the model's weights."""
         dtype = self.model.patch_embedding.weight.dtype
-        return torch.autocast(self.device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
+        low = dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(self.device.type, dtype, enabled=low, cache_enabled=False)
 
     def velocities(self, transition: Transition, plans: list[int]) -> Tensor:
         """Velocities of the given plans' recorded transitions [plans, N, T, C, c, H, W], without gradient."""
@@ -198,19 +200,23 @@ class Executor:
         with torch.no_grad(), self.precision():
             everything = PromptBook(self.model, self.encode, [text for texts in prompts for text in texts])
             prefix = transition.prefix[group, :, :start].to(self.device)
-            history = rebuild_context(self.model, everything, prefix, prompts, self.settings)
-        sigmas = torch.tensor(self.settings.schedule.sigmas[:-2], device=self.device)
-        for entries in micro_batches(group, transition.noises.shape[1], len(sigmas), self.config.micro_batch):
-            states = transition.states[entries.plans][:, entries.continuations, entries.transitions].flatten(0, 2)
-            own = [transition.prompts[plan][-1] for plan in entries.plans]
-            each = states.shape[0] // len(own)
-            attend = AttendTo(history.context([group.index(plan) for plan in entries.plans], start))
-            chosen = sigmas[entries.transitions]
-            sigma = chosen.repeat(states.shape[0] // len(chosen))[:, None].expand(-1, self.settings.chunk)
-            with torch.set_grad_enabled(grad), self.precision():
-                text = PromptBook(self.model, self.encode, own)([prompt for prompt in own for _ in range(each)])
-                velocity = self.model(states.to(self.device), sigma, text, history.positions(start), attend)
-            yield entries, velocity.float()
+            history = rebuild_context(self.calls, everything, prefix, prompts, self.settings)
+        with history:
+            sigmas = torch.tensor(self.settings.schedule.sigmas[:-2], device=self.device)
+            for entries in micro_batches(group, transition.noises.shape[1], len(sigmas), self.config.micro_batch):
+                states = transition.states[entries.plans][:, entries.continuations, entries.transitions].flatten(0, 2)
+                own = [transition.prompts[plan][-1] for plan in entries.plans]
+                texts = list(dict.fromkeys(own))
+                each = states.shape[0] // len(own)
+                index = torch.tensor([texts.index(prompt) for prompt in own for _ in range(each)], device=self.device)
+                context = history.context([history.branches[group.index(plan)] for plan in entries.plans], start)
+                chosen = sigmas[entries.transitions]
+                sigma = chosen.repeat(states.shape[0] // len(chosen))[:, None].expand(-1, self.settings.chunk)
+                with torch.set_grad_enabled(grad), self.precision():
+                    velocity = self.calls.policy_velocity(
+                        states.to(self.device), sigma, self.encode(texts), index, history.positions(start), context
+                    )
+                yield entries, velocity.float()
 
 
 def _check(config: ExecutorConfig) -> None:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from csrc_triton.flow_sde import flow_sde_step
-from tempact.executor.context import AttendTo, History
+from tempact.executor.attend import Context
+from tempact.executor.context import History
+from tempact.executor.graphs import Calls
 from tempact.executor.prompts import smooth_prompts
 from tempact.executor.schedule import Schedule
 from tempact.executor.window import WindowPolicy
-from tempact.models.wan.transformer import Attend, TextKV, WanTransformer
+from tempact.models.wan.transformer import TextKV, WanTransformer
 from tempact.types import Plan, Transition
 
 TEXT_SWITCHES = ("cross_attention", "recache")  # what a new prompt changes: its own K/V, or the history's too
@@ -70,7 +72,7 @@ def gaussian_noise(seed: int, shape: tuple[int, ...], device: torch.device) -> N
 
 
 def denoise_chunk(
-    model: WanTransformer, noise: Tensor, text: TextKV, positions: Tensor, attend: Attend, settings: RolloutSettings
+    calls: Calls, noise: Tensor, text: TextKV, positions: Tensor, context: Context, settings: RolloutSettings
 ) -> tuple[Tensor, Tensor]:
     """K denoising steps of one chunk; noise [B, K, C, c, H, W], the first is where it starts.
 
@@ -81,7 +83,7 @@ def denoise_chunk(
     states = [x]
     for k in range(len(sigmas) - 1):
         sigma = torch.full((x.shape[0], x.shape[2]), sigmas[k], device=x.device)
-        velocity = model(x, sigma, text, positions, attend).float()
+        velocity = calls.velocity(x, sigma, text, positions, context).float()
         if sigmas[k + 1] == 0.0:
             x = x - sigmas[k] * velocity  # the last step is deterministic
         else:
@@ -106,7 +108,7 @@ class _Record:
 
 @torch.no_grad()
 def roll_out(
-    model: WanTransformer,
+    calls: Calls,
     encode: Callable[[list[str]], Tensor],
     plans: list[Plan],
     fork_frames: list[int],
@@ -120,34 +122,36 @@ def roll_out(
     Returns latents [P, N, C, F, H, W] and the recorded transition chunk (the first one after the fork).
     """
     prompts = [chunk_prompts(plan, settings) for plan in plans]
-    book = PromptBook(model, encode, [prompt for plan in prompts for prompt in plan])
+    book = PromptBook(calls.model, encode, [prompt for plan in prompts for prompt in plan])
     first = noise(0)
     count, size = first.shape[1], (first.shape[-2], first.shape[-1])
     latents = first.new_zeros(len(plans), count, first.shape[3], settings.frames, *size)
-    history = History(model, settings.window, settings.chunk, size)
-    branches = [_Branch(p, list(range(count)), history.new_branch()) for p in range(len(plans))]
-    record = _Record()
-    for chunk in range(settings.chunks):
-        start, end = chunk * settings.chunk, (chunk + 1) * settings.chunk
-        if settings.text_switch == "recache" and chunk:  # before the fork: continuations share what it rewrites
-            switched = [b for b in branches if prompts[b.plan][chunk - 1] != prompts[b.plan][chunk]]
-            if switched:
-                past = torch.stack([latents[b.plan, b.continuations[0], :, :start] for b in switched])
-                history.recache([b.branch for b in switched], past, book([prompts[b.plan][chunk] for b in switched]))
-        branches = _fork(branches, history, [p for p, frame in enumerate(fork_frames) if frame == start])
-        ids = [b.branch for b in branches]
-        text = book([prompts[b.plan][chunk] for b in branches])
-        drawn = first if chunk == 0 else noise(chunk)
-        batch = torch.stack([drawn[b.plan, b.continuations[0]] for b in branches])
-        attend = AttendTo(history.context(ids, start))
-        clean, states = denoise_chunk(model, batch, text, history.positions(start), attend, settings)
-        for i, b in enumerate(branches):
-            latents[b.plan, b.continuations, :, start:end] = clean[i]
-            if start == fork_frames[b.plan]:
-                record.states[b.plan, b.continuations[0]] = states[i]
-                record.noises[b.plan, b.continuations[0]] = batch[i, 1:]
-        if end < settings.frames:
-            history.commit(ids, clean, text)
+    with History(calls, settings.window, settings.chunk, size) as history:
+        branches = [_Branch(p, list(range(count)), history.new_branch()) for p in range(len(plans))]
+        record = _Record()
+        for chunk in range(settings.chunks):
+            start, end = chunk * settings.chunk, (chunk + 1) * settings.chunk
+            if settings.text_switch == "recache" and chunk:  # before the fork: continuations share what it rewrites
+                switched = [b for b in branches if prompts[b.plan][chunk - 1] != prompts[b.plan][chunk]]
+                if switched:
+                    past = torch.stack([latents[b.plan, b.continuations[0], :, :start] for b in switched])
+                    history.recache(
+                        [b.branch for b in switched], past, book([prompts[b.plan][chunk] for b in switched])
+                    )
+            branches = _fork(branches, history, [p for p, frame in enumerate(fork_frames) if frame == start])
+            ids = [b.branch for b in branches]
+            text = book([prompts[b.plan][chunk] for b in branches])
+            drawn = first if chunk == 0 else noise(chunk)
+            batch = torch.stack([drawn[b.plan, b.continuations[0]] for b in branches])
+            context = history.context(ids, start)
+            clean, states = denoise_chunk(calls, batch, text, history.positions(start), context, settings)
+            for i, b in enumerate(branches):
+                latents[b.plan, b.continuations, :, start:end] = clean[i]
+                if start == fork_frames[b.plan]:
+                    record.states[b.plan, b.continuations[0]] = states[i]
+                    record.noises[b.plan, b.continuations[0]] = batch[i, 1:]
+            if end < settings.frames:
+                history.commit(ids, clean, text)
     return latents, _transition(record, latents, fork_frames, prompts, settings)
 
 
@@ -179,22 +183,26 @@ def _transition(
 
 
 def rebuild_context(
-    model: WanTransformer, book: PromptBook, prefix: Tensor, prompts: list[list[str]], settings: RolloutSettings
+    calls: Calls, book: PromptBook, prefix: Tensor, prompts: list[list[str]], settings: RolloutSettings
 ) -> History:
     """The history after a shared context [P, C, S, H, W], under the current weights, without gradient.
 
-    prompts[p] holds the prompt of each of plan p's chunks up to and including the one at S. Branch p of
-    the returned history is plan p's.
+    prompts[p] holds the prompt of each of plan p's chunks up to and including the one at S. `branches` of the
+    returned history are the plans', in order; whoever asked for it ends it.
     """
-    history = History(model, settings.window, settings.chunk, (prefix.shape[-2], prefix.shape[-1]))
+    history = History(calls, settings.window, settings.chunk, (prefix.shape[-2], prefix.shape[-1]))
     branches = [history.new_branch() for _ in prompts]
-    for chunk in range(prefix.shape[2] // settings.chunk + 1):
-        start, end = chunk * settings.chunk, (chunk + 1) * settings.chunk
-        if settings.text_switch == "recache" and chunk:
-            switched = [p for p, texts in enumerate(prompts) if texts[chunk] != texts[chunk - 1]]
-            if switched:
-                text = book([prompts[p][chunk] for p in switched])
-                history.recache([branches[p] for p in switched], prefix[switched, :, :start], text)
-        if end <= prefix.shape[2]:
-            history.commit(branches, prefix[:, :, start:end], book([texts[chunk] for texts in prompts]))
+    try:
+        for chunk in range(prefix.shape[2] // settings.chunk + 1):
+            start, end = chunk * settings.chunk, (chunk + 1) * settings.chunk
+            if settings.text_switch == "recache" and chunk:
+                switched = [p for p, texts in enumerate(prompts) if texts[chunk] != texts[chunk - 1]]
+                if switched:
+                    text = book([prompts[p][chunk] for p in switched])
+                    history.recache([branches[p] for p in switched], prefix[switched, :, :start], text)
+            if end <= prefix.shape[2]:
+                history.commit(branches, prefix[:, :, start:end], book([texts[chunk] for texts in prompts]))
+    except BaseException:
+        history.close()
+        raise
     return history

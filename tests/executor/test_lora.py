@@ -13,7 +13,6 @@ from csrc_triton import runtime
 from tempact.executor.lora import LoraLinear
 from tempact.models.wan.transformer import FeedForward
 
-
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -111,11 +111,11 @@ def test_recache_rewrites_the_context_and_cross_attention_does_not(make_executor
         prompts = [["one", "one", "two"]]
         book = PromptBook(executor.model, executor.encode, ["one", "two"])
         prefix = torch.randn(1, 3, 6, 8, 8, generator=torch.Generator().manual_seed(0))
-        history = rebuild_context(executor.model, book, prefix, prompts, executor.settings)
-        caches[switch] = [pair.gather() for pair in history.context([0], 6)]
+        history = rebuild_context(executor.calls, book, prefix, prompts, executor.settings)
+        caches[switch] = [pair.gather() for pair in history.context(history.branches, 6)]
         if switch == "recache":
-            same = rebuild_context(executor.model, book, prefix, [["two", "two", "two"]], executor.settings)
-            unswitched = [pair.gather() for pair in same.context([0], 6)]
+            same = rebuild_context(executor.calls, book, prefix, [["two", "two", "two"]], executor.settings)
+            unswitched = [pair.gather() for pair in same.context(same.branches, 6)]
     first, second = caches["cross_attention"][1][0], caches["recache"][1][0]
     assert not torch.allclose(first, second)
     # rewritten bidirectionally under the new text: not what a causal pass under that text leaves either
@@ -128,8 +128,10 @@ def test_memory_stays_constant_once_the_window_is_full(make_executor: Make) -> N
     book = PromptBook(executor.model, executor.encode, ["one"])
     used = []
     for frames in (15, 24, 33):
-        history = rebuild_context(executor.model, book, torch.zeros(1, 3, frames, 8, 8), [["one"] * 12], settings)
-        used.append(history.cache.rows_used)
+        with rebuild_context(
+            executor.calls, book, torch.zeros(1, 3, frames, 8, 8), [["one"] * 12], settings
+        ) as history:
+            used.append(history.cache.rows_used)
     tokens = 9 * 4  # sink 3 and the 6 frames before the chunk, 4 tokens each
     assert used == [tokens] * 3
 
@@ -140,12 +142,13 @@ def test_a_context_pass_that_fails_leaves_the_history_as_it_was(
 ) -> None:
     executor = make_executor(window="longlive")
     book = PromptBook(executor.model, executor.encode, ["one"])
-    history = rebuild_context(executor.model, book, torch.zeros(1, 3, 6, 8, 8), [["one"] * 3], executor.settings)
-    held = history.cache.rows_used, history.frames(0)
+    history = rebuild_context(executor.calls, book, torch.zeros(1, 3, 6, 8, 8), [["one"] * 3], executor.settings)
+    (branch,) = history.branches
+    held = history.cache.rows_used, history.frames(branch)
     monkeypatch.setattr(executor.model, "write_context", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        getattr(history, act)([0], torch.zeros(1, 3, 6 if act == "recache" else 3, 8, 8), book(["one"]))
-    assert (history.cache.rows_used, history.frames(0), history.cache.rows_reserved) == (*held, 0)
+        getattr(history, act)([branch], torch.zeros(1, 3, 6 if act == "recache" else 3, 8, 8), book(["one"]))
+    assert (history.cache.rows_used, history.frames(branch), history.cache.rows_reserved) == (*held, 0)
 
 
 def test_chunk_prompts_follow_spans_and_smoothing(make_executor: Make) -> None:
