@@ -135,7 +135,7 @@ class RunConfig:
     output: str = "runs/shapeworld"
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda
-    kernels: str = "torch"  # torch (the reference path), triton, auto (Triton on a GPU)
+    kernels: str = "auto"  # auto (Triton on a GPU), torch (the reference path), triton
     wandb_project: str = ""  # Weights & Biases project, "" for none
     threads: int = 0  # CPU threads, 0 leaves torch's choice
     deterministic: bool = False

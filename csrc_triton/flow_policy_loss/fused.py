@@ -8,7 +8,6 @@ place of 6 and 1. Off policy no such pass exists: the gradient's scale needs all
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,16 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SUM_BLOCK = 256
-
-
-@dataclass(frozen=True)
-class Config:
-    """Elements of one program, and its warps."""
-
-    block: int
-    warps: int
-
+from csrc_triton._samples import SUM_BLOCK, Config, as_rows
 
 # The blocks of "forward" and "one_pass" are part of their results: they say how the sums are split.
 CONFIGS = {"forward": Config(2048, 4), "backward": Config(2048, 4), "one_pass": Config(2048, 4)}
@@ -109,18 +99,12 @@ def terms_kernel(
     tl.store(clipped + row, stopped.to(tl.int8))
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """[B, D], each row contiguous; a copy only where the elements of a transition are not laid out in order."""
-    flat = tensor.flatten(1)
-    return flat if flat.stride(1) == 1 else flat.contiguous()
-
-
 def _launch(
     tensors: tuple[Tensor | None, ...], partials: Tensor | None, dv: Tensor | None, scales: tuple[Tensor | None, ...],
     config: Config,
 ) -> None:  # fmt: skip
     """tensors: v, v_old, v_ref, noise; scales: slope, ratio and the upstream gradients [B] of the kernel."""
-    flat = [None if t is None else _rows(t) for t in tensors]
+    flat = [None if t is None else as_rows(t) for t in tensors]
     rows, elements = next(t.shape for t in flat if t is not None)
     blocks = triton.cdiv(elements, config.block)
     with torch.cuda.device_of(tensors[3] if tensors[0] is None else tensors[0]):

@@ -6,7 +6,6 @@ The pass leaves one partial sum of squared noise a block; the second launch adds
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,18 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from csrc_triton._samples import SUM_BLOCK, Config, as_rows
 from csrc_triton.flow_sde import naive
-
-SUM_BLOCK = 256
-
-
-@dataclass(frozen=True)
-class Config:
-    """Elements of one program, and its warps."""
-
-    block: int
-    warps: int
-
 
 # The block of "step" is part of its result: it says how the sum is split.
 CONFIGS = {"step": Config(2048, 4), "step_drawn": Config(2048, 4), "backward": Config(4096, 4)}
@@ -203,12 +192,6 @@ def backward_kernel(
         tl.store(dv + row * elements + at, (-kappa * gradient).to(dv.dtype.element_ty), mask=inside)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """[B, D], each row contiguous; a copy only where the elements of a sample are not laid out in order."""
-    flat = tensor.flatten(1)
-    return flat if flat.stride(1) == 1 else flat.contiguous()
-
-
 def _halves(number: int) -> tuple[int, int]:
     """The high and the low 32 bits, each as a signed number."""
     return number >> 32, ((number & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
@@ -226,7 +209,7 @@ def step(
     partials = torch.empty(rows * blocks, dtype=torch.float32, device=x.device)
     log_prob = torch.empty(rows, dtype=torch.float32, device=x.device)
     table = torch.empty(4, rows, dtype=torch.float32, device=x.device)
-    flat_x, flat_v, flat_noise = _rows(x), _rows(v), None if noise is None else _rows(noise)
+    flat_x, flat_v, flat_noise = as_rows(x), as_rows(v), None if noise is None else as_rows(noise)
     given, shares = ((0.0,) * 5, numbers) if sigma is not None else (numbers, (0.0,) * 2)
     aligned = noise is None and offset % 4 == 0 and elements % 4 == 0
     with torch.cuda.device_of(x):
@@ -258,7 +241,7 @@ def backward(
     rows, elements = noise.shape[0], math.prod(noise.shape[1:])
     blocks = triton.cdiv(elements, config.block)
     dx, dv = (_gradient(noise, dtype) for dtype in (x_dtype, v_dtype))
-    flat = _rows(noise)
+    flat = as_rows(noise)
     with torch.cuda.device_of(noise):
         backward_kernel[(rows * blocks,)](
             flat, table, None if grad_log_prob is None else grad_log_prob.contiguous(),

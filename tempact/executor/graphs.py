@@ -89,6 +89,7 @@ class Calls:
         self._grads: dict[nn.Parameter, Tensor] = {}
         self._pools: tuple[int, ...] = ()
         self._memory: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._adapted: nn.Module | None = None
         self._anchor = torch.zeros((), requires_grad=True)
 
@@ -162,7 +163,7 @@ class Calls:
         graph = self._graphs.setdefault(key, _Graph())
         graph.calls += 1
         if graph.forward is None and (graph.calls <= self.warm_calls or self._recorded() >= MOST_GRAPHS):
-            return call(*inputs)  # also compiles what must be compiled
+            return self._plain(call, inputs)  # also compiles what must be compiled
         if graph.forward is None:
             self._record(graph, call, inputs)
         else:
@@ -173,6 +174,23 @@ class Calls:
         graph.forward.replay()
         return graph.output.clone()
 
+    def _plain(self, call: Callable[..., Tensor], inputs: list[Tensor]) -> Tensor:
+        """The call as it is. With gradients it runs on the stream that recordings are made on: autograd adds to a
+        parameter's gradient on the stream where the parameter was first used, and that one must take part in them."""
+        if not torch.is_grad_enabled():
+            return call(*inputs)
+        stream, current = self._side_stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            out = call(*inputs)
+        current.wait_stream(stream)
+        return out
+
+    def _side_stream(self) -> torch.cuda.Stream:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        return self._stream
+
     def _record(self, graph: _Graph, call: Callable[..., Tensor], inputs: list[Tensor]) -> None:
         graph.inputs = [tensor.detach().clone() for tensor in inputs]
         graph.given = [(weakref.ref(tensor), tensor._version) for tensor in inputs]
@@ -180,13 +198,14 @@ class Calls:
             self._memory = torch.cuda.graph_pool_handle()
         # one pool of memory: no two graphs run at once, and outputs are copied before the next one
         graph.forward = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph.forward, pool=self._memory):
+        stream = self._side_stream()
+        with torch.cuda.graph(graph.forward, pool=self._memory, stream=stream):
             graph.output = call(*graph.inputs)
         if torch.is_grad_enabled():
             self._use_own_gradients()
             graph.output_grad = torch.empty_like(graph.output)
             graph.backward = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph.backward, pool=self._memory):
+            with torch.cuda.graph(graph.backward, pool=self._memory, stream=stream):
                 torch.autograd.backward(graph.output, graph.output_grad)
             graph.output = graph.output.detach()
         logger.debug("CUDA graph %d of at most %d recorded", self._recorded(), MOST_GRAPHS)
