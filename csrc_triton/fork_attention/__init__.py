@@ -67,7 +67,9 @@ def fork_attention(
 
     Raises:
         ValueError: for tensors that do not fit together, and where a forced backend cannot serve (the kernels: head
-            sizes 32, 64 and 128 in fp32, bf16 and fp16), naming the argument, what was found and what is accepted.
+            sizes 32, 64 and 128 in fp32, bf16 and fp16; the Hopper kernels: a GPU of capability 9.0, head sizes 64
+            and 128 in bf16 and fp16, and addresses and strides that are multiples of 16 bytes), naming the argument,
+            what was found and what is accepted.
     """
     _check_own(q, k, v)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale

@@ -2,14 +2,13 @@
 
 Persistent programs of two consumer warpgroups, each owning 64 queries, and two small producer partitions that stream
 keys and values through rings in shared memory. The scores of a tile are issued before the weighted values of the tile
-before it, so that one warpgroup's exponentials overlap its own matrix products (Shah et al., FlashAttention-3, arXiv
+before it, so that a warpgroup's exponentials overlap its own matrix products (Shah et al., FlashAttention-3, arXiv
 2407.08608). Scores are kept in units of log2. See _gluon.py for the order of the keys.
 """
 
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -22,130 +21,179 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from csrc_triton.fork_attention._gluon import (
-    barrier,
+    UNSPECIALIZED,
+    await_full,
     barriers,
-    count,
+    computed,
+    context_of,
+    count_tiles,
     descriptor,
+    first_keys,
+    first_work,
+    give_turn,
+    here,
+    is_work,
     matrix,
     next_partial,
-    place,
+    next_work,
+    numbers,
+    piece,
     put_all,
+    put_part,
+    put_tile,
+    release,
+    ring_of,
+    steps_of,
+    take_turn,
 )
+from csrc_triton.fork_attention.hopper_parts import merge, split_of
 from csrc_triton.fork_attention.tiles import LOG2_E, Past, on
 
 QUERIES = gl.constexpr(64)  # of one consumer
 KEYS = gl.constexpr(128)
 STAGES = gl.constexpr(2)
+TURNS = True  # the consumers take turns in issuing products, so that one computes exponentials while the other's run
+SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS.value, 16]))
+
+
+@gluon.jit
+def _scores(q, keys, done):
+    """Issues q k^T for tile `done`; also its slot."""
+    stage = await_full(keys, done)
+    zeros = gl.zeros([QUERIES, KEYS], gl.float32, SCORES)
+    return warpgroup_mma(q, matrix(keys[0], stage).permute([1, 0]), zeros, use_acc=False, is_async=True), stage
+
+
+@gluon.jit
+def _sums(x):
+    """Sums of rows over the columns that a thread holds, [rows, 4]: what threads hold is added at the end."""
+    parts = gl.sum(x.reshape([QUERIES, KEYS // 8, 4, 2]), 3)
+    return gl.sum(parts, 1)
 
 
 @gluon.jit
 def _step(
-    q, keys, values, k_full, k_free, v_full, v_free, done, weights, acc, top, total, scale, rest, MASKED: gl.constexpr
-):
-    """Scores of tile `done`, weighted values of the tile before it."""
-    STAGE_COUNT: gl.constexpr = keys.shape[0]
-    WEIGHTS: gl.constexpr = weights.type.layout
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    stage, before = done % STAGE_COUNT, (done - 1) % STAGE_COUNT
-    mbarrier.wait(k_full.index(stage), done // STAGE_COUNT & 1)
-    zeros = gl.zeros([QUERIES, KEYS], gl.float32, SCORES)
-    scores = warpgroup_mma(q, matrix(keys.index(stage)).permute([1, 0]), zeros, use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(before), (done - 1) // STAGE_COUNT & 1)
-    acc = warpgroup_mma(weights, matrix(values.index(before)), acc, is_async=True)
+    q, keys, values, columns, done, state, scale, rest, MASKED: gl.constexpr, WHO: gl.constexpr,
+    TURNS: gl.constexpr,
+):  # fmt: skip
+    """Scores and weights of tile `done`, weighted values of the tile before it.
+
+    state: exponentials of the scores, sum of weighted values, largest score so far, sums of exponentials. The
+    exponentials are rounded only when the next scores are under way, and not before the wait for them.
+    """
+    before_exponentials, acc, top, total = state
+    if TURNS:
+        take_turn(done, WHO)
+    scores, stage = _scores(q, keys, done)
+    weights = gl.convert_layout(before_exponentials.to(q.dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
+    before = await_full(values, done - 1)
+    acc = warpgroup_mma(weights, matrix(values[0], before), acc, is_async=True)
+    if TURNS:
+        give_turn(done, WHO)
     scores = warpgroup_mma_wait(1, [scores])
-    mbarrier.arrive(k_free.index(stage), count=1)
+    release(keys, stage)
     if MASKED:
-        inside = gl.arange(0, KEYS, gl.SliceLayout(0, SCORES)) < rest
-        scores = gl.where(inside[None, :], scores, float("-inf"))
+        scores = gl.where((columns.load(gl.SliceLayout(0, SCORES)) < rest)[None, :], scores, float("-inf"))
     new_top = gl.maximum(top, gl.max(scores, 1) * scale)
     decay = gl.exp2(top - new_top)
     exponentials = gl.exp2(scores * scale - new_top[:, None])
-    total = total * decay + gl.sum(exponentials, 1)
-    new_weights = gl.convert_layout(exponentials.to(q.dtype), WEIGHTS)
-    acc, weights = warpgroup_mma_wait(0, [acc, weights])
-    mbarrier.arrive(v_free.index(before), count=1)
+    total = total * gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout))[:, None] + _sums(exponentials)
+    total = computed(total)
+    acc = warpgroup_mma_wait(0, [acc])
+    release(values, before)
     acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout))[:, None]
-    return done + 1, new_weights, acc, new_top, total
+    return done + 1, (exponentials, acc, new_top, total)
 
 
 @gluon.jit
 def _consume(
-    out, queries, keys, values, outs, q_full, q_free, k_full, k_free, v_full, v_free, table, lse, scale,
-    heads, length, branches, share, size, by_context, by_slot, WHO: gl.constexpr, PAST: gl.constexpr,
+    out, shared, keys, values, lse, scale, sizes, context, split, WHO: gl.constexpr, PAST: gl.constexpr,
+    SPLIT: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Owns queries [64 WHO, 64 WHO + 64) of each tile of 128."""
+    queries, outs, columns, q_full, q_free = shared
     WIDTH: gl.constexpr = queries.shape[4]
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    STAGE_COUNT: gl.constexpr = keys.shape[0]
-    q = matrix(queries.index(WHO))
-    staged = outs.index(WHO)
-    tiles = gl.cdiv(length, 2 * QUERIES)
-    done = gl.program_id(0) * 0
+    q = matrix(queries, WHO)
+    work = first_work(sizes[1])
+    done = work * 0
     turn = done
-    for work in range(gl.program_id(0), heads * branches * tiles, gl.num_programs(0)):
-        head, branch, tile = place(work, tiles, branches)
-        context = branch // share
-        whole, partial = count(length, table, context, size, by_context, by_slot, PAST, KEYS)
+    if TURNS and WHO == 1:
+        give_turn(done, WHO)
+    while is_work(work, sizes, split, 2 * QUERIES, SPLIT):
+        _head, branch, _tile, part, parts = piece(work, sizes, split, 2 * QUERIES, SPLIT)
+        length = here(sizes[1])
+        its = context_of(branch, context)
+        whole, partial = count_tiles(length, its, PAST, KEYS)
+        first, last = steps_of(1 + whole + partial, part, parts, SPLIT)
+        rest, slot = first_keys(first, whole, length, its, PAST, KEYS, SPLIT)
         mbarrier.wait(q_full, turn & 1)
-        turn += 1
-        stage = done % STAGE_COUNT
-        mbarrier.wait(k_full.index(stage), done // STAGE_COUNT & 1)
-        zeros = gl.zeros([QUERIES, KEYS], gl.float32, SCORES)
-        scores = warpgroup_mma(q, matrix(keys.index(stage)).permute([1, 0]), zeros, use_acc=False, is_async=True)
+        scores, stage = _scores(q, keys, done)
         scores = warpgroup_mma_wait(0, [scores])
-        mbarrier.arrive(k_free.index(stage), count=1)
-        inside = gl.arange(0, KEYS, gl.SliceLayout(0, SCORES)) < (length - 1) % KEYS + 1
-        scores = gl.where(inside[None, :], scores, float("-inf"))
+        release(keys, stage)
+        scores = gl.where((columns.load(gl.SliceLayout(0, SCORES)) < rest)[None, :], scores, float("-inf"))
         top = gl.max(scores, 1) * scale
         exponentials = gl.exp2(scores * scale - top[:, None])
-        total = gl.sum(exponentials, 1)
-        weights = gl.convert_layout(exponentials.to(q.dtype), WEIGHTS)
-        acc = gl.zeros([QUERIES, WIDTH], gl.float32, ACC)
+        state = (exponentials, gl.zeros([QUERIES, WIDTH], gl.float32, ACC), top, _sums(exponentials))
         done += 1
-        for _ in range(whole):
-            done, weights, acc, top, total = _step(
-                q, keys, values, k_full, k_free, v_full, v_free, done, weights, acc, top, total, scale, 0, False
-            )
+        for _ in range(first, gl.minimum(whole, last - 1)):
+            done, state = _step(q, keys, values, columns, done, state, scale, 0, False, WHO, TURNS)
         if PAST > 0:
-            slot = done * 0
-            for _ in range(partial):
-                rest, slot = next_partial(slot, table, context, size, by_context, by_slot, PAST, KEYS)
-                done, weights, acc, top, total = _step(
-                    q, keys, values, k_full, k_free, v_full, v_free, done, weights, acc, top, total, scale, rest, True
-                )
+            for _ in range(gl.maximum(first, whole) + 1, last):
+                rest, slot = next_partial(slot, its, PAST, KEYS)
+                done, state = _step(q, keys, values, columns, done, state, scale, rest, True, WHO, TURNS)
         mbarrier.arrive(q_free, count=1)
-        before = (done - 1) % STAGE_COUNT
-        mbarrier.wait(v_full.index(before), (done - 1) // STAGE_COUNT & 1)
-        acc = warpgroup_mma(weights, matrix(values.index(before)), acc, is_async=True)
+        turn += 1
+        exponentials, acc, top, totals = state
+        total = gl.convert_layout(gl.sum(totals, 1), top.type.layout)
+        weights = gl.convert_layout(exponentials.to(q.dtype), WEIGHTS)
+        before = await_full(values, done - 1)
+        acc = warpgroup_mma(weights, matrix(values[0], before), acc, is_async=True)
         acc = warpgroup_mma_wait(0, [acc])
-        mbarrier.arrive(v_free.index(before), count=1)
-        first = tile * (2 * QUERIES) + WHO * QUERIES
-        rows = first + gl.arange(0, QUERIES, gl.SliceLayout(1, SCORES))
-        at = (branch.to(gl.int64) * heads + head) * length
-        gl.store(lse + at + rows, (top + gl.log2(total)) * 0.6931471805599453, mask=rows < length)
-        share_of = gl.convert_layout(1.0 / total, gl.SliceLayout(1, ACC))
-        tma.store_wait(0)
-        barrier()
-        matrix(staged).store((acc * share_of[:, None]).to(q.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out, [branch, head, first, 0], staged)
+        release(values, before)
+        _put_out(out, outs, lse, acc, top, total, work, sizes, split, WHO, SPLIT)
+        work = next_work(work)
     tma.store_wait(0)
+    if TURNS and WHO == 0:
+        take_turn(done, WHO)
+
+
+@gluon.jit
+def _put_out(out, outs, lse, acc, top, total, work, sizes, split, WHO: gl.constexpr, SPLIT: gl.constexpr):
+    """Stores output and log-sum-exp, or for a part the sums and largest scores that they come from."""
+    ACC: gl.constexpr = acc.type.layout
+    # anew: the loops over tiles have no registers for it
+    head, branch, tile, _part, parts = piece(work, sizes, split, 2 * QUERIES, SPLIT)
+    rows = gl.arange(0, QUERIES, gl.SliceLayout(1, SCORES))
+    if SPLIT:  # noqa: SIM102 - it is known when the kernel is compiled
+        if parts > 1:
+            number = work - here(split[0])
+            put_part(split[2], acc, number, WHO)
+            at = split[3] + 2 * ((2 * number + WHO) * QUERIES + rows)
+            gl.store(at, top)
+            gl.store(at + 1, total)
+    if parts == 1:
+        acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, ACC))[:, None]
+        put_tile(out, outs, acc, branch, head, tile, WHO)
+        length = here(sizes[1])
+        rows += (2 * tile + WHO) * QUERIES
+        at = (branch.to(gl.int64) * here(sizes[0]) + head) * length
+        gl.store(lse + at + rows, (top + gl.log2(total)) * 0.6931471805599453, mask=rows < length)
 
 
 @gluon.jit
 def _produce(
-    q, own, past, queries, ring, q_full, q_free, full, free, landed, table,
-    heads, length, branches, share, size, by_context, by_slot, PAST: gl.constexpr, VALUES: gl.constexpr,
+    q, own, past, ring, queries, q_full, q_free, landed, sizes, context, split, PAST: gl.constexpr,
+    VALUES: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """Streams values, or keys and the queries that they meet."""
-    tiles = gl.cdiv(length, 2 * QUERIES)
-    done = gl.program_id(0) * 0
+    work = first_work(sizes[1])
+    done = work * 0
     turn = done
     landings = done
-    for work in range(gl.program_id(0), heads * branches * tiles, gl.num_programs(0)):
-        head, branch, tile = place(work, tiles, branches)
+    while is_work(work, sizes, split, 2 * QUERIES, SPLIT):
+        head, branch, tile, part, parts = piece(work, sizes, split, 2 * QUERIES, SPLIT)
         if not VALUES:
             mbarrier.wait(q_free, turn + 1 & 1)
             turn += 1
@@ -153,50 +201,48 @@ def _produce(
             for who in gl.static_range(2):
                 row = (2 * tile + who) * QUERIES
                 tma.async_copy_global_to_shared(q, [branch, head, row, 0], q_full, queries.index(who))
+        its = context_of(branch, context)
         done, landings = put_all(
-            own, past, branch, head, length, table, branch // share, size, by_context, by_slot, ring, full, free, done,
-            landed, landings, PAST, KEYS, VALUES,
+            own, past, branch, head, here(sizes[1]), its, ring, done, landed, landings, part, parts,
+            PAST, KEYS, VALUES, SPLIT,
         )  # fmt: skip
+        work = next_work(work)
 
 
-@gluon.jit(do_not_specialize=["heads", "length", "branches", "share", "past_size"])
+@gluon.jit(do_not_specialize=UNSPECIALIZED)
 def forward_kernel(
     q, k, v, past_k, past_v, out, table, lse, scale, heads, length, branches, share, past_size,
-    table_by_context, table_by_slot, PAST: gl.constexpr, STAGES: gl.constexpr,
+    table_by_context, table_by_slot, whole, parts, sums, tops, PAST: gl.constexpr,
+    SPLIT: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
-    """out and lse of all tiles of queries; arguments as the portable kernel's."""
+    """out and lse of all tiles of queries; arguments as the portable kernel's, and see `split` in hopper_parts.py."""
     WIDTH: gl.constexpr = q.block_type.shape[3]
     queries = gl.allocate_shared_memory(q.dtype, [2, 1, 1, QUERIES, WIDTH], q.layout)
     outs = gl.allocate_shared_memory(q.dtype, [2, 1, 1, QUERIES, WIDTH], q.layout)
-    keys = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, KEYS, WIDTH], k.layout)
-    values = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, KEYS, WIDTH], v.layout)
-    q_full, landed = barriers(1, 1).index(0), barriers(1, 1).index(0)
-    q_free = barriers(1, 2).index(0)
-    k_full, v_full = barriers(STAGES, 1), barriers(STAGES, 1)
-    k_free, v_free = barriers(STAGES, 2), barriers(STAGES, 2)
+    keys, values = ring_of(k, STAGES, 2), ring_of(v, STAGES, 2)
+    columns = numbers(KEYS)
+    q_full, q_free, landed = (barriers(1, 1).index(0), barriers(1, 2).index(0), barriers(1, 1).index(0))
     fence_async_shared()
+    shared = (queries, outs, columns, q_full, q_free)
+    sizes = (heads, length, branches)
+    context = (table, past_size, share, table_by_context, table_by_slot)
+    split = (whole, parts, sums, tops)
     gl.warp_specialize(
         [
-            (_consume, (
-                out, queries, keys, values, outs, q_full, q_free, k_full, k_free, v_full, v_free, table, lse, scale,
-                heads, length, branches, share, past_size, table_by_context, table_by_slot, 0, PAST,
-            )),
-            (_consume, (
-                out, queries, keys, values, outs, q_full, q_free, k_full, k_free, v_full, v_free, table, lse, scale,
-                heads, length, branches, share, past_size, table_by_context, table_by_slot, 1, PAST,
-            )),
-            (_produce, (
-                q, k, past_k, queries, keys, q_full, q_free, k_full, k_free, landed, table,
-                heads, length, branches, share, past_size, table_by_context, table_by_slot, PAST, False,
-            )),
-            (_produce, (
-                q, v, past_v, queries, values, q_full, q_free, v_full, v_free, landed, table,
-                heads, length, branches, share, past_size, table_by_context, table_by_slot, PAST, True,
-            )),
+            (_consume, (out, shared, keys, values, lse, scale, sizes, context, split, 0, PAST, SPLIT, TURNS)),
+            (_consume, (out, shared, keys, values, lse, scale, sizes, context, split, 1, PAST, SPLIT, TURNS)),
+            (
+                _produce,
+                (q, k, past_k, keys, queries, q_full, q_free, landed, sizes, context, split, PAST, False, SPLIT),
+            ),
+            (
+                _produce,
+                (q, v, past_v, values, queries, q_full, q_free, landed, sizes, context, split, PAST, True, SPLIT),
+            ),
         ],
         [4, 2, 2],
-        [232, 40, 40],
-    )  # fmt: skip
+        [240, 24, 24],
+    )
 
 
 def forward(
@@ -213,4 +259,17 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(branches, heads, length, dtype=torch.float32, device=q.device)
     past = Past.of(k, v, context_k, context_v, table)
+    rows = QUERIES.value, KEYS.value
+    split = split_of(q, past, rows[1])
+    sums, tops = split.sums(head_dim, q.device), split.sums(2, q.device)
+    sources = [descriptor(t, rows[1]) for t in (k, v, past.k, past.v)]
+    strides = past.table.stride()[:2] if past.kind == 2 else (0, 0)
+    with on(q):
+        forward_kernel[(split.programs,)](
+            descriptor(q, rows[0]), *sources, descriptor(out, rows[0]), past.table, lse, softmax_scale * LOG2_E,
+            heads, length, branches, past.share, past.size, *strides, split.whole, split.parts, sums, tops,
+            PAST=past.kind, SPLIT=split.parts > 1, TURNS=TURNS, num_warps=4,
+        )  # fmt: skip
+    if split.parts > 1:
+        merge(split, sums, out, tops, lse)
     return out, lse

@@ -1,0 +1,71 @@
+"""Which kernels serve a call of fork attention on a GPU: those for Hopper (Gluon) or the portable ones."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+import triton
+from torch import Tensor
+
+from csrc_triton import runtime
+from csrc_triton.fork_attention.tiles import HOPPER, describable
+
+log = logging.getLogger(__name__)
+
+TESTED_TRITON = ((3, 6), (3, 7))  # Gluon changes between minor versions
+HEAD_DIMS = (64, 128)
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def hopper_serves(q: Tensor, *others: Tensor | None) -> bool:
+    """Do the Hopper kernels serve these queries, and keys and values [.., heads, head_dim]?
+
+    By the backend in force and what the tensors are. Says once in the log for each answer which kernels serve and why,
+    and warns once where only an untested version of Triton keeps the Hopper kernels from serving.
+
+    Raises:
+        ValueError: where the backend "hopper" is forced and they cannot serve, with the reason.
+    """
+    backend = runtime.get_backend()
+    if backend == "triton":
+        return False
+    reason = why_not_hopper(q.device, q.dtype, q.shape[-1])
+    if reason is None and not describable(q, *(t for t in others if t is not None)):
+        reason = "a tensor whose address or strides are not multiples of 16 bytes"
+    if reason is not None and backend == "hopper":
+        raise ValueError(f"fork_attention: backend 'hopper' is forced and cannot serve: {reason}")
+    _say(reason)
+    return reason is None
+
+
+@functools.cache
+def why_not_hopper(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the Hopper kernels cannot serve, whatever the tensors' strides are; None if they can."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"tensors on {device.type}; accepted: an NVIDIA GPU of capability 9.0"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != HOPPER:
+        return f"a GPU of capability {major}.{minor}; accepted: 9.0"
+    if dtype not in DTYPES:
+        return f"{dtype} tensors; accepted: bfloat16, float16"
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim {head_dim}; accepted: 64, 128"
+    return why_not_triton(triton.__version__)
+
+
+def why_not_triton(version: str) -> str | None:
+    """A reason against a version of Triton, if there is one."""
+    if tuple(int(part) for part in version.split(".")[:2]) in TESTED_TRITON:
+        return None
+    return f"Triton {version}; accepted: {', '.join('.'.join(map(str, v)) for v in TESTED_TRITON)}"
+
+
+@functools.cache
+def _say(reason: str | None) -> None:
+    if reason is None:
+        log.info("fork_attention: the Hopper kernels serve")
+    else:
+        level = logging.WARNING if reason == why_not_triton(triton.__version__) else logging.INFO
+        log.log(level, "fork_attention: the portable kernels serve: %s", reason)
