@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from torch import Tensor, nn
@@ -34,10 +35,13 @@ from tempact.executor.schedule import Schedule
 from tempact.executor.window import WINDOWS
 from tempact.infra.adapters import freeze_reference, load_adapter, reference_active, save_adapter
 from tempact.models.wan.codec import Codec
-from tempact.models.wan.text_encoder import TextEncoder
+from tempact.models.wan.text_encoder import PromptEncoder
+from tempact.models.wan.text_padding import cut_length
 from tempact.models.wan.transformer import WanTransformer
 from tempact.rl.flow_grpo import clip_epsilon, flow_grpo_loss
 from tempact.types import Batch, Plan, Rollout, Transition
+
+TEXTS_KEPT = 1024  # prompts whose text rows stay at hand: under a GB at full size
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Executor:
     def __init__(
         self,
         model: WanTransformer,
-        text_encoder: TextEncoder,
+        text_encoder: PromptEncoder,
         codec: Codec,
         config: ExecutorConfig,
         size: tuple[int, int],
@@ -89,7 +93,8 @@ class Executor:
         self.model = model  # the same module, its linears now carrying adapters
         freeze_reference(self.peft, lora)
         self.calls = Calls(model, lambda: self.parameters().values(), graphs=config.cuda_graphs)
-        self._text: dict[str, Tensor] = {}
+        self._text: dict[str, Tensor] = {}  # rows of the prompts asked for last, without padding
+        self._text_rows = 0
 
     @property
     def device(self) -> torch.device:
@@ -106,11 +111,29 @@ class Executor:
         load_adapter(self.peft, folder)
 
     def encode(self, prompts: list[str]) -> Tensor:
-        """Text rows [n, text_len, text_dim]; every prompt is encoded once in a run."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text]
+        """Text rows [n, rows, text_dim], zero past each prompt's end.
+
+        All rows, or as many as the longest prompt so far needs (WanConfig.text_multiple). Prompts that have not been
+        asked for in a long time are encoded again.
+        """
+        asked = list(dict.fromkeys(prompts))
+        new = [prompt for prompt in asked if prompt not in self._text]
         if new:
-            self._text.update(zip(new, self.text_encoder.encode(new), strict=True))
-        return torch.stack([self._text[prompt] for prompt in prompts])
+            weight = self.model.patch_embedding.weight
+            for prompt, rows in zip(new, self.text_encoder.encode(new).to(weight.device, weight.dtype), strict=True):
+                length = 1 + int(rows.any(dim=-1).nonzero().amax())
+                self._text[prompt] = rows[:length].clone()
+                self._text_rows = max(self._text_rows, self._rows_for(length))
+        for prompt in asked:  # those asked for last come last
+            self._text[prompt] = self._text.pop(prompt)
+        for prompt in list(self._text)[: max(0, len(self._text) - max(TEXTS_KEPT, len(asked)))]:
+            del self._text[prompt]
+        texts = (self._text[prompt] for prompt in prompts)
+        return torch.stack([F.pad(text, (0, 0, 0, self._text_rows - len(text))) for text in texts])
+
+    def _rows_for(self, length: int) -> int:
+        config = self.model.config
+        return cut_length(length, config.text_len, config.text_multiple) if config.text_multiple else config.text_len
 
     def noise_shape(self, plans: int, continuations: int) -> tuple[int, ...]:
         """Shape of one chunk's noise: [P, N, K, C, c, H, W]."""
@@ -121,8 +144,7 @@ class Executor:
         """Videos of P plans x N continuations (N is the noise's); plan p forks at fork_frames[p]."""
         with self.precision():
             latents, transition = roll_out(self.calls, self.encode, plans, fork_frames, noise, self.settings)
-        frames = self.codec.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
-        return Rollout(latents, frames, transition)
+        return Rollout(latents, self.codec.decode_forked(latents, fork_frames).wait(), transition)
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -42,6 +42,25 @@ def test_the_first_update_has_ratio_one_and_kl_zero(make_executor: Make) -> None
     assert any(grad.abs().sum() > 0 for grad in gradients(executor).values())
 
 
+def test_prompts_are_encoded_once_while_they_are_in_use(make_executor: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor, encoded = make_executor(), []
+
+    def encode(prompts: list[str]) -> torch.Tensor:
+        encoded.extend(prompts)
+        rows = torch.ones(len(prompts), 4, 8)
+        for row, prompt in zip(rows, prompts, strict=True):
+            row[int(prompt) :] = 0.0
+        return rows
+
+    monkeypatch.setattr(executor.text_encoder, "encode", encode)
+    monkeypatch.setattr("tempact.executor.policy.TEXTS_KEPT", 2)
+    assert executor.encode(["1", "3", "1"]).sum(dim=(1, 2)).tolist() == [8, 24, 8]
+    assert executor.encode(["2"]).shape == (1, 4, 8)  # "3", asked for longest ago, is given up
+    executor.encode(["1", "2"])
+    executor.encode(["3", "2", "1"])
+    assert encoded == ["1", "3", "2", "1", "3"]
+
+
 @pytest.mark.parametrize("size", [1, 2, 4, 9, 12])
 def test_micro_batching_changes_nothing(make_executor: Make, size: int) -> None:
     whole, parts = make_executor(micro_batch=64), make_executor(micro_batch=size)

@@ -6,6 +6,7 @@ import torch
 
 from csrc_triton.qk_norm_rope.naive import rotate
 from tempact.models.wan.codec import PixelCodec
+from tempact.models.wan.text_padding import cut_length
 from tempact.models.wan.transformer import Attend, WanConfig, WanTransformer, rope_tables
 
 SMALL = WanConfig(
@@ -109,9 +110,28 @@ def test_timesteps_are_per_frame() -> None:
     assert not torch.allclose(a[:, :, 1], b[:, :, 1])
 
 
+def test_texts_cut_behind_their_end_are_attended_as_whole_ones() -> None:
+    """Velocities and gradients, of a batch whose longest text has 9 of 40 rows."""
+    texts = torch.randn(2, 40, 16).double()
+    texts[0, 9:], texts[1, 3:] = 0.0, 0.0
+    x, sigma = torch.randn(2, 3, 1, 8, 8).double(), torch.full((2, 1), 0.6)
+    results = []
+    for rows in (40, cut_length(9, 40), cut_length(9, 40, 16)):
+        model = small(text_len=40, text_multiple=16)
+        velocity = model(x, sigma, model.project_text(texts[:, :rows]), torch.arange(1))
+        velocity.square().sum().backward()
+        results.append([velocity, *(parameter.grad for parameter in model.parameters())])
+    for cut in results[1:]:
+        for whole, other in zip(results[0], cut, strict=True):
+            assert torch.allclose(whole, other, rtol=1e-9, atol=1e-9)
+
+
 def test_pixels_survive_the_codec() -> None:
     frames = torch.randint(0, 256, (2, 4, 3, 8, 8), dtype=torch.uint8)
     codec = PixelCodec()
     latents = codec.encode(frames)
     assert latents.shape == (2, 3, 4, 8, 8) and latents.abs().max() <= 1
     assert torch.equal(codec.decode(latents), frames)
+    forked = codec.decode_forked(latents[:, None].expand(-1, 3, -1, -1, -1, -1), [2, 0]).wait()
+    assert torch.equal(forked, frames[:, None].expand(-1, 3, -1, -1, -1, -1))
+    assert codec.pixel_frames(4) == 4

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+
+class PromptEncoder(Protocol):
+    """What the executor needs of a text encoder."""
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        """[n, text_len, d_model], zero past each prompt's end."""
+        ...
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self: ...
 
 
 class TextEncoder(nn.Module):

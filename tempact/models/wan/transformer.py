@@ -24,6 +24,7 @@ from csrc_triton import (
     gated_residual_norm,
     qk_norm_rope,
 )
+from tempact.models.wan.text_padding import padding_mask
 
 TIMESTEP_SCALE = 1000.0  # the time embedding sees 1000 * sigma
 ROPE_THETA = 10_000.0
@@ -37,6 +38,7 @@ class WanConfig:
 
     prediction: what the head's output means. "velocity" for published checkpoints; "x0" for small
     models trained from nothing, where v = (x - x0) / sigma is formed after the head.
+    text_multiple: texts may come cut to a multiple of that many rows, see `text_padding`; 0: they come whole.
     """
 
     dim: int = 1536
@@ -51,6 +53,7 @@ class WanConfig:
     patch: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
     prediction: str = "velocity"
+    text_multiple: int = 0
 
     @property
     def head_dim(self) -> int:
@@ -150,7 +153,11 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(SelfAttention):
-    """Attention to text; every padded text row is attended too, as in Wan."""
+    """Attention to text; every padded text row is attended too, as in Wan, be it there or cut off."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__(config)
+        self.text_len = config.text_len
 
     def keys(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of text rows, [n, text_len, heads, head_dim]."""
@@ -163,8 +170,17 @@ class CrossAttention(SelfAttention):
         k, v = text
         groups = k.shape[0] // x.shape[0]  # texts a video: consecutive equal parts of its tokens
         q = self.norm(self.q(x), self.norm_q).unflatten(1, (groups, -1)).flatten(0, 1)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.padding(k))
         return self.o(out.transpose(1, 2).reshape(x.shape))
+
+    def padding(self, k: Tensor) -> Tensor | None:
+        """What stands for the text rows cut off; k [n, heads, rows, head_dim]."""
+        if k.shape[2] == self.text_len:
+            return None
+        kind = k.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else k.dtype
+        return padding_mask(k.shape[2], self.text_len, dtype, k.device)
 
 
 class FeedForward(nn.Sequential):
@@ -248,7 +264,8 @@ class WanTransformer(nn.Module):
         nn.init.zeros_(self.head.head.weight)
 
     def project_text(self, text: Tensor) -> TextKV:
-        """Cross-attention K and V of n texts; text [n, text_len, text_dim], zero past each text's end."""
+        """Cross-attention K and V of n texts; text [n, text_len, text_dim], zero past each text's end, or cut there
+        to `text_padding.cut_length` rows."""
         hidden = self.text_embedding(text)
         return TextKV([block.cross_attn.keys(hidden) for block in self.blocks])
 

@@ -1,0 +1,231 @@
+"""Prompts to text rows at full size: UMT5-XXL in its published layouts, embeddings kept on disk.
+
+Facts: BACKBONES.md section 6.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import ftfy
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from tempact.errors import UserError
+from tempact.models.wan.text_encoder import TextEncoder
+from tempact.models.wan.vae_weights import fill, fingerprint, read_weights
+
+log = logging.getLogger(__name__)
+
+TEXT_LEN = 512  # rows that Wan2.1's transformer attends to
+ORIGINAL_FILE = "models_t5_umt5-xxl-enc-bf16.pth"  # in the folder of Wan's own release, beside its tokenizer:
+ORIGINAL_TOKENIZER = "google/umt5-xxl"
+BATCH = 16  # prompts encoded together
+RENAMED = {  # parts of a name in Wan's own file, and in transformers
+    "norm1": "layer.0.layer_norm",
+    "attn": "layer.0.SelfAttention",
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "norm2": "layer.1.layer_norm",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+}
+
+
+def clean_prompt(text: str) -> str:
+    """The prompt as Wan's encoder was fed: encoding accidents mended, HTML unescaped twice, white space collapsed."""
+    unescaped = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", unescaped).strip()
+
+
+def load_text_encoder(path: Path, dtype: torch.dtype, device: torch.device, text_len: int = TEXT_LEN) -> TextEncoder:
+    """UMT5's encoder and tokenizer.
+
+    `path`: a diffusers folder (text_encoder/ and tokenizer/ in it), the folder of Wan's own release, or a folder that
+    holds a transformers encoder and its tokenizer. UserError names what is missing or does not fit.
+    """
+    files, tokenizer_folder = _layout(path)
+    tokenizer = _load_tokenizer(tokenizer_folder)
+    if files == [path / ORIGINAL_FILE]:
+        state = renamed(read_weights(files[0]))
+        config = _config_of(state, files[0])
+    else:
+        state = {name: tensor for file in files for name, tensor in read_weights(file).items()}
+        settings = UMT5Config.get_config_dict(files[0].parent, local_files_only=True)[0]
+        if settings.get("model_type") != UMT5Config.model_type:
+            found = settings.get("model_type")
+            raise UserError(f"{files[0].parent / 'config.json'}: found model_type {found!r}; accepted: umt5")
+        config = UMT5Config.from_dict(settings)
+    # one tensor under two names, of which a file may hold either
+    embedding = state.get("shared.weight", state.get("encoder.embed_tokens.weight"))
+    if embedding is not None:
+        state["shared.weight"] = state["encoder.embed_tokens.weight"] = embedding
+    with torch.device("meta"):
+        model = UMT5EncoderModel(config)
+    fill(model, state, files[0], dtype, device)
+    model.tie_weights()
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"{tokenizer_folder}: found {len(tokenizer)} tokens; accepted: at most the encoder's {config.vocab_size}"
+        )
+    return TextEncoder(model.eval().requires_grad_(False), tokenizer, text_len)
+
+
+def _layout(path: Path) -> tuple[list[Path], Path]:
+    """Weight files and tokenizer folder of an encoder at `path`."""
+    if (path / ORIGINAL_FILE).is_file():
+        return [path / ORIGINAL_FILE], path / ORIGINAL_TOKENIZER
+    split = (path / "text_encoder").is_dir()
+    weights, tokenizer = (path / "text_encoder", path / "tokenizer") if split else (path, path)
+    files = sorted(weights.glob("model*.safetensors")) if (weights / "config.json").is_file() else []
+    if not files:
+        accepted = f"config.json with model*.safetensors, here or in text_encoder/, or {ORIGINAL_FILE}"
+        raise UserError(f"{path}: found no text encoder; accepted: {accepted}")
+    return files, tokenizer
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder}: found no tokenizer.json; accepted: UMT5's tokenizer folder")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+        found = f"pad {tokenizer.pad_token!r}, end {tokenizer.eos_token!r}"
+        raise UserError(f"{folder}: found a tokenizer with {found}; accepted: one that has both")
+    return tokenizer
+
+
+def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Wan's own names of UMT5's encoder to those of transformers."""
+    out = {}
+    for name, tensor in state.items():
+        block = re.fullmatch(r"blocks\.(\d+)\.(.+?)\.((?:[qkvo]\.)?weight)", name)
+        if block and block[2] in RENAMED:
+            name = f"encoder.block.{block[1]}.{RENAMED[block[2]]}.{block[3]}"
+        elif name == "token_embedding.weight":
+            name = "shared.weight"
+        elif name == "norm.weight":
+            name = "encoder.final_layer_norm.weight"
+        out[name] = tensor
+    return out
+
+
+def _config_of(state: dict[str, Tensor], source: Path) -> UMT5Config:
+    """The sizes that the tensors have; the rest is UMT5-XXL's."""
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    try:
+        vocabulary, width = state["shared.weight"].shape
+        buckets, heads = state[f"{attention}.relative_attention_bias.weight"].shape
+        inner = state[f"{attention}.q.weight"].shape[0]
+        hidden = state["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"].shape[0]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{source}: found no {error}; accepted: the weights of UMT5's encoder") from error
+    layers = len({name.split(".")[2] for name in state if name.startswith("encoder.block.")})
+    return UMT5Config(
+        vocab_size=vocabulary, d_model=width, d_kv=inner // heads, d_ff=hidden, num_layers=layers, num_heads=heads,
+        relative_attention_num_buckets=buckets, relative_attention_max_distance=128, dropout_rate=0.0,
+        feed_forward_proj="gated-gelu", layer_norm_epsilon=1e-6, is_encoder_decoder=False, use_cache=False,
+    )  # fmt: skip
+
+
+class CachedTextEncoder(nn.Module):
+    """A text encoder that is loaded when a prompt is new; the rows of every prompt are kept on disk.
+
+    load: makes the encoder. source: tells its weights, tokenizer and precision apart, see `source_of`. folder: of the
+    cache, shared by any number of processes: a file appears whole or not at all. UserError if it cannot be made.
+    """
+
+    def __init__(self, load: Callable[[], TextEncoder], source: str, folder: Path, text_len: int = TEXT_LEN):
+        super().__init__()
+        self.load, self.source, self.folder, self.text_len = load, source, folder, text_len
+        self.loaded: TextEncoder | None = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            reason = error.strerror
+            raise UserError(f"text cache: cannot write to {folder} ({reason}); accepted: a writable folder") from error
+
+    def path_of(self, prompt: str) -> Path:
+        """Where the rows of a prompt are kept."""
+        key = "\0".join((self.source, str(self.text_len), clean_prompt(prompt)))
+        digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+        return self.folder / digest[:2] / f"{digest}.safetensors"
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Tensor:
+        """Text rows [n, text_len, text_dim], zero past each prompt's end, on the encoder's device once it is loaded."""
+        rows = {prompt: self._read(self.path_of(prompt)) for prompt in dict.fromkeys(prompts)}
+        new = [prompt for prompt, found in rows.items() if found is None]
+        for first in range(0, len(new), BATCH):
+            batch = new[first : first + BATCH]
+            encoder = self._encoder()
+            cleaned = [clean_prompt(prompt) for prompt in batch]
+            lengths = encoder.tokenize(cleaned)[1].sum(dim=1).tolist()
+            for prompt, hidden, length in zip(batch, encoder.encode(cleaned), lengths, strict=True):
+                kept = hidden[:length].cpu()
+                self._write(self.path_of(prompt), kept)
+                rows[prompt] = kept
+        device = None if self.loaded is None else self.loaded.model.device
+        return torch.stack([self._padded(rows[prompt]) for prompt in prompts]).to(device)
+
+    def release(self) -> None:
+        """Gives the encoder's memory back; a new prompt loads it again."""
+        self.loaded = None
+
+    def _encoder(self) -> TextEncoder:
+        if self.loaded is None:
+            self.loaded = self.load()
+            assert self.loaded.text_len == self.text_len, (self.loaded.text_len, self.text_len)
+        return self.loaded
+
+    def _padded(self, rows: Tensor | None) -> Tensor:
+        assert rows is not None
+        return torch.cat([rows, rows.new_zeros(self.text_len - len(rows), rows.shape[1])])
+
+    def _read(self, path: Path) -> Tensor | None:
+        """The rows kept; None if there are none, or the disk has damaged them."""
+        if not path.is_file():
+            return None
+        try:
+            return load_file(path)["rows"]
+        except (SafetensorError, KeyError, OSError, RuntimeError) as error:  # the last one from torch's own opening
+            log.warning("%s: cannot be read (%s); the prompt is encoded again", path, error)
+            return None
+
+    def _write(self, path: Path, rows: Tensor) -> None:
+        """Under a name of its own first: readers and other writers never see a part of a file."""
+        partial = path.with_name(f".{path.name}.{os.getpid()}.{id(rows)}.partial")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            save_file({"rows": rows.contiguous()}, partial)
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            # the rows are at hand: a full disk costs the next run time, not this one its result
+            log.warning("%s: cannot be written (%s); the prompt will be encoded again", path, error)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def source_of(path: Path, dtype: torch.dtype) -> str:
+    """What makes the rows of a prompt: the encoder's and tokenizer's files at `path`, and the precision."""
+    files, tokenizer = _layout(path)
+    return f"{fingerprint([*files, tokenizer / 'tokenizer.json'])}-{str(dtype).removeprefix('torch.')}"
+
+
+def load_cached_text_encoder(
+    path: Path, cache: Path, dtype: torch.dtype, device: torch.device, text_len: int = TEXT_LEN
+) -> CachedTextEncoder:
+    """The encoder at `path` behind a cache in the folder `cache`; loaded at the first new prompt, checked now."""
+    source = source_of(path, dtype)
+    return CachedTextEncoder(lambda: load_text_encoder(path, dtype, device, text_len), source, cache, text_len)
