@@ -146,7 +146,7 @@ def chart(path: Path, rows: Sequence[Row], title: str) -> None:
         panel.bar_label(bars, [f"{value:.3g}" for value in values], padding=2, fontsize=7)
         panel.margins(x=0.15)
         unit = "MiB" if ordered[0].ms is None else "ms"
-        panel.set_title(textwrap.fill(f"{op}: {case} [{unit}]", 75), fontsize=8)
+        panel.set_title(textwrap.fill(f"{op}: {case} [{unit}]", 62), fontsize=8)
         panel.tick_params(labelsize=7)
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10)
