@@ -42,7 +42,12 @@ def test_it_times_and_writes_what_it_found(tmp_path: Path) -> None:
     assert all(set(row) >= FIELDS for row in results["rows"])
     ours = {(row["op"], row["case"].split(",")[0]): row for row in results["rows"] if row["impl"] == "ours"}
     forked = ("kv_cache", "fork into 24 branches on the host")
-    assert set(ours) == {("flow_policy_loss", "forward"), ("flow_policy_loss", "backward"), forked}
+    assert set(ours) == {
+        ("flow_policy_loss", "forward"),
+        ("flow_policy_loss", "backward"),
+        ("flow_policy_loss", "loss and gradient"),
+        forked,
+    }
     assert all(row["ms"] > 0 and row["p20"] <= row["ms"] <= row["p80"] for row in ours.values())
     assert ours[forked]["ms"] < 50
 
