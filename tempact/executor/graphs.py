@@ -82,7 +82,9 @@ class Calls:
 
     def __init__(self, model: WanTransformer, parameters: Callable[[], Iterable[nn.Parameter]], *, graphs: bool = True):
         self.model, self.parameters = model, parameters
-        served = model.config.head_dim in HEAD_DIMS and model.patch_embedding.weight.dtype in runtime.DTYPES
+        weight = model.patch_embedding.weight
+        # the torch path waits for the device, which a recording must not
+        served = model.config.head_dim in HEAD_DIMS and runtime.why_not_triton(weight.device, weight.dtype) is None
         self.graphs = graphs and served
         self._cache: ForkableKVCache | None = None
         self._graphs: dict[Hashable, _Graph] = {}
