@@ -6,6 +6,7 @@ import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,10 @@ from tempact.config import RunConfig
 from tempact.errors import UserError
 from tempact.executor.policy import Executor
 from tempact.executor.rollout import gaussian_noise
-from tempact.models.wan.codec import PixelCodec
+from tempact.models.wan.checkpoint_loading import load_transformer
+from tempact.models.wan.codec import Codec, PixelCodec
+from tempact.models.wan.text_encoder import PromptEncoder
+from tempact.models.wan.transformer import WanTransformer
 from tempact.planner.policy import Planner
 from tempact.shapeworld.evaluation import ShapeWorldSuite
 from tempact.shapeworld.executor_training import load_executor
@@ -82,23 +86,82 @@ def build_policies(config: RunConfig) -> Policies:
     # PEFT reads an attribute that newer transformers have renamed; nobody here can act on it
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     device = device_of(config)
-    length = (config.executor.frames, config.executor.chunk_frames)
+    parts = wan_parts(config, device) if is_wan(config.executor.weights) else shapeworld_parts(config, device)
+    torch.manual_seed(config.seed)
+    executor = Executor(parts.transformer, parts.text_encoder, parts.codec, config.executor, parts.size)
+    folder = weights_folder("planner", config.planner.weights)
+    planner = Planner.load(folder, config.planner, config.executor.frames, config.executor.chunk_frames, device=device)
+    return Policies(planner, executor)
+
+
+class ExecutorParts(NamedTuple):
+    """What an executor is made of; size is the height and width of its videos, pixels."""
+
+    transformer: WanTransformer
+    text_encoder: PromptEncoder
+    codec: Codec
+    size: tuple[int, int]
+
+
+def is_wan(weights: str) -> bool:
+    """Is this a Wan checkpoint, rather than ShapeWorld's own kind of folder or one that holds nothing?"""
+    path = Path(weights)
+    if weights == SHAPEWORLD:
+        return False
+    return path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / "transformer.json").is_file())
+
+
+def shapeworld_parts(config: RunConfig, device: torch.device) -> ExecutorParts:
+    """The shipped executor, or another that ShapeWorld's pretraining has made."""
+    settings = config.executor
+    folder = weights_folder("executor", settings.weights)
+    length = (settings.frames, settings.chunk_frames)
     if length != (FRAMES, CHUNK):
         raise UserError(
             f"executor.frames, executor.chunk_frames: found {length}; accepted: {(FRAMES, CHUNK)}, as in ShapeWorld"
         )
-    transformer, text_encoder = load_executor(weights_folder("executor", config.executor.weights))
-    torch.manual_seed(config.seed)
-    executor = Executor(transformer.to(device), text_encoder.to(device), PixelCodec(), config.executor, (SIZE, SIZE))
-    folder = weights_folder("planner", config.planner.weights)
-    planner = Planner.load(folder, config.planner, config.executor.frames, config.executor.chunk_frames, device=device)
-    return Policies(planner, executor)
+    if settings.adapters or settings.precision != "fp32":
+        found = f"{len(settings.adapters)}, {settings.precision}"
+        raise UserError(f"executor.adapters, executor.precision: found {found}; accepted: none and fp32 in ShapeWorld")
+    transformer, text_encoder = load_executor(folder)
+    return ExecutorParts(transformer.to(device), text_encoder.to(device), PixelCodec(), (SIZE, SIZE))
+
+
+def wan_parts(config: RunConfig, device: torch.device) -> ExecutorParts:
+    """A published checkpoint with its adapters merged, and the text encoder and VAE of Wan's release."""
+    from tempact.models.wan.text import load_cached_text_encoder
+    from tempact.models.wan.vae import load_codec
+
+    settings = config.executor
+    folder = Path(settings.wan_folder or settings.weights)
+    if not folder.is_dir():
+        raise UserError(f"executor.wan_folder: {folder} is not a folder; accepted: Wan2.1-T2V-1.3B or its -Diffusers")
+    adapters = [Path(adapter) for adapter in settings.adapters]
+    weights = Path(settings.weights)
+    transformer = load_transformer(weights, device=device, precision=settings.precision, adapters=adapters)
+    dtype = transformer.patch_embedding.weight.dtype
+    codec = load_codec(folder, dtype, device)
+    sizes = transformer.config
+    if sizes.in_dim != codec.latent_channels:
+        raise UserError(
+            f"{weights}: found {sizes.in_dim} latent channels; accepted: {codec.latent_channels}, as the VAE"
+        )
+    if any(side % patch for side, patch in zip(codec.latent_size(*settings.video_size), sizes.patch[1:], strict=True)):
+        found, step = "x".join(map(str, settings.video_size)), "x".join(str(8 * side) for side in sizes.patch[1:])
+        raise UserError(f"executor.video_size: found {found}; accepted: multiples of {step}")
+    text_encoder = load_cached_text_encoder(folder, Path(settings.text_cache), dtype, device, sizes.text_len)
+    return ExecutorParts(transformer, text_encoder, codec, settings.video_size)
 
 
 def build_trainer(config: RunConfig, policies: Policies) -> Trainer:
     """The trainer with ShapeWorld's prompts and rewards."""
     if config.data.prompts != SHAPEWORLD:
         raise UserError(f"data.prompts: found {config.data.prompts!r}; accepted: {SHAPEWORLD}")
+    if not isinstance(policies.executor.codec, PixelCodec):
+        raise UserError(
+            "executor.weights: found a Wan checkpoint, for whose videos there are no rewards yet; accepted: "
+            f"{SHAPEWORLD} for training"
+        )
     rewards = shapeworld_rewards()
     return Trainer(config, policies.planner, policies.executor, rewards, ShapeWorldPrompts())
 
@@ -112,6 +175,9 @@ def build_suite(config: RunConfig, policies: Policies) -> ShapeWorldSuite:
 def weights_folder(part: str, weights: str) -> Path:
     """The folder that holds the weights of "planner", "executor" or "judge"; UserError if there is none."""
     folder = WEIGHTS / part if weights == SHAPEWORLD else Path(weights)
+    more = ", a Wan checkpoint" if part == "executor" else ""
     if not folder.is_dir():
-        raise UserError(f"{part}.weights: {folder} is not a folder; accepted: {SHAPEWORLD} or a folder with weights")
+        raise UserError(
+            f"{part}.weights: {folder} is not a folder; accepted: {SHAPEWORLD}, a folder with weights{more}"
+        )
     return folder

@@ -140,7 +140,8 @@ def _options(arguments: list[str]) -> dict[str, list[str]]:
 def _read_option(key: str, kind: Any, words: list[str]) -> Any:
     if kind is bool and not words:
         return True
-    raw: object = words if get_origin(kind) is tuple or len(words) != 1 else words[0]
+    # a file may give an empty list, but an option without a word is a mistake
+    raw: object = words[0] if len(words) == 1 and get_origin(kind) is not tuple else words or None
     try:
         return _read(kind, raw)
     except ValueError as error:
@@ -189,7 +190,7 @@ def _read(kind: Any, raw: object) -> Any:
         inner = get_args(kind)
         many = inner[-1] is Ellipsis
         try:
-            if not isinstance(raw, list) or not raw or (not many and len(raw) != len(inner)):
+            if not isinstance(raw, list) or (not many and len(raw) != len(inner)):
                 raise ValueError
             return tuple(_read(inner[0] if many else inner[i], value) for i, value in enumerate(raw))
         except ValueError:

@@ -64,9 +64,14 @@ class PlannerConfig:
 class ExecutorConfig:
     """The executor policy, its rollout and its Flow-GRPO update (ALGORITHM.md 2.1 - 2.3, 2.5)."""
 
-    weights: str  # "shapeworld" (shipped) or a checkpoint
+    weights: str  # "shapeworld" (shipped), a folder of that kind, or any published Wan checkpoint
     lora: LoraConfig
     optim: OptimConfig
+    adapters: tuple[str, ...] = ()  # LoRA files and PEFT folders that are merged into a Wan checkpoint, in this order
+    precision: str = "fp32"  # of a Wan checkpoint: fp32, bf16, or bf16-fp32-gates
+    wan_folder: str = ""  # Wan2.1-T2V-1.3B (its own or diffusers'), for text encoder and VAE; "": that of the weights
+    text_cache: str = "runs/text"  # folder of a Wan text encoder's embeddings, for all runs
+    video_size: tuple[int, int] = (480, 832)  # height and width of a Wan checkpoint's videos, pixels
     train: bool = True
     continuations: int = 8  # N
     frames: int = 24  # F, latent frames
@@ -174,6 +179,9 @@ def validate(config: RunConfig) -> None:
          "at least 2 (a planning group compares plans)"),
         (executor.continuations >= 2, "executor.continuations", executor.continuations,
          "at least 2 (an execution group compares continuations)"),
+        (bool(executor.timesteps), "executor.timesteps", executor.timesteps, "at least one"),
+        (bool(executor.lora.targets), "executor.lora.targets", executor.lora.targets, "at least one"),
+        (bool(planner.lora.targets), "planner.lora.targets", planner.lora.targets, "at least one"),
         (0 < executor.eta <= 1, "executor.eta", executor.eta, "above 0, at most 1 (0 leaves nothing to learn from)"),
         (executor.clip_velocity_rms > 0, "executor.clip_velocity_rms", executor.clip_velocity_rms, "above 0"),
     ]  # fmt: skip

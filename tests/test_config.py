@@ -160,6 +160,18 @@ def test_a_file_is_read_with_or_without_a_byte_order_mark(write) -> None:
         from_yaml(path)
 
 
+def test_a_list_may_be_empty_in_a_file_where_it_means_something(write) -> None:
+    config = get_preset(DEFAULT)
+    assert config.executor.adapters == () and from_yaml(write(to_yaml(config))) == config
+    given = ("--executor.adapters", "lora.pt", "runs/x/executor")
+    assert parse(*given).executor.adapters == ("lora.pt", "runs/x/executor")
+    assert "--executor.adapters: found nothing after it; accepted: one or more" in refusal("--executor.adapters")
+    for key in ("executor: {timesteps", "executor: {lora: {targets", "planner: {lora: {targets"):
+        path = write(f"{key}: []{'}' * key.count('{')}")
+        found = f"{key.replace(': {', '.')}: found (); accepted: at least one"
+        assert found in refusal("--config", str(path))
+
+
 def test_the_fingerprint_sees_every_value(write) -> None:
     base = get_preset(DEFAULT)
     seen = {fingerprint(base), fingerprint(get_preset("shapeworld-smoke"))}
@@ -170,7 +182,7 @@ def test_the_fingerprint_sees_every_value(write) -> None:
             section = section[name]
         value = section[last]
         if isinstance(value, list):
-            section[last] = [2 * item for item in value]
+            section[last] = [2 * item for item in value] or ["x"]
         else:
             section[last] = (not value) if isinstance(value, bool) else value * 2 if value else type(value)("1")
         seen.add(fingerprint(from_yaml(write(yaml.safe_dump(data)))))

@@ -2,13 +2,15 @@
 
 Module and parameter names, shapes and arithmetic are those of the published checkpoints (825 tensors
 at full size). One class serves every backbone: what a chunk attends to is the caller's `Attend`.
-Arithmetic: the residual stream, norms and gates stay in the dtype of the weights; RoPE angles are
+Arithmetic: the residual stream, norms and gates stay in the dtype of the weights; where some are kept in
+fp32 (`checkpoint_loading.PRECISIONS`), the time MLP and the gates are computed in it. RoPE angles are
 computed in fp64 and rounded once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -309,8 +311,11 @@ class WanTransformer(nn.Module):
         powers = torch.arange(half, device=x.device, dtype=torch.float64)
         rates = torch.exp(powers * -(torch.log(torch.tensor(1e4)) / half))
         angles = (sigma.double() * TIMESTEP_SCALE)[..., None] * rates
-        e = self.time_embedding(torch.cat([angles.cos(), angles.sin()], dim=-1).to(x.dtype))
-        e0 = self.time_projection(e).unflatten(-1, (6, -1))
+        dtype = next(self.time_embedding.parameters()).dtype
+        # as precise as its weights, also where the rest is autocast: gates multiply everything that follows
+        with _without_autocast(x.device):
+            e = self.time_embedding(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
+            e0 = self.time_projection(e).unflatten(-1, (6, -1))
         rope = self.rope(positions, patches.shape[3], patches.shape[4])
         # under autocast the stream stays as precise as the weights
         tokens = patches.flatten(2).transpose(1, 2).to(self.patch_embedding.weight.dtype).contiguous()
@@ -321,6 +326,11 @@ class WanTransformer(nn.Module):
         pt, ph, pw = self.config.patch
         grid = tokens.reshape(batch, frames // pt, height // ph, width // pw, pt, ph, pw, self.config.out_dim)
         return grid.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(batch, self.config.out_dim, frames, height, width)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    known = torch.amp.is_autocast_available(device.type)  # the meta device knows no autocast
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def rope_tables(head_dim: int, positions: Tensor, rows: int, columns: int) -> Rope:
