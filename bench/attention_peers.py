@@ -82,11 +82,13 @@ def peers(inputs: Inputs, *, backward: bool) -> Iterator[Peer]:
     if importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute"):
         from flash_attn.cute import flash_attn_func
 
-        def flash_attention_4() -> Tensor:
-            out = flash_attn_func(*free)
+        def flash_attention_4(*given: Tensor) -> Tensor:
+            out = flash_attn_func(*given)
             return out[0] if isinstance(out, tuple) else out
 
-        yield Peer("flash-attn-4", flash_attention_4, free)
+        yield Peer("flash-attn-4", lambda: flash_attention_4(*free), free)
+        if not backward:
+            yield Peer("flash-attn-4 + copies", lambda: flash_attention_4(*copied()), own)
 
 
 def served(q: Tensor, k: Tensor, v: Tensor) -> list[str]:

@@ -20,22 +20,22 @@ CHECKED_HEADS = 4  # (chunk, head) pairs whose rows are all compared: heads do n
 FULL_BACKWARD = 2.5  # work of a backward with all gradients, in forwards
 
 
-def make_inputs(bench: Bench, branches: int, *, requires_grad: bool = False) -> Inputs:
-    """Random q, k, v of `branches` chunks, and a context of three chunks that all of them share in a cache."""
+def make_inputs(bench: Bench, branches: int, chunks: int = 3, *, requires_grad: bool = False) -> Inputs:
+    """Random q, k, v of `branches` chunks, and a context of `chunks` chunks that all of them share in a cache."""
     own, heads, head_dim = bench.size(4680, 24), bench.size(12, 2), bench.size(128, 32)
     dtype = torch.bfloat16 if bench.real else torch.float32
 
     def draw(batch: int, length: int) -> Tensor:
         return torch.randn(batch, length, heads, head_dim, device=bench.device, dtype=dtype)
 
-    past_k, past_v = draw(1, 3 * own), draw(1, 3 * own)
-    cache = ForkableKVCache(1, heads, head_dim, rows=3 * own, dtype=dtype, device=bench.device)
+    past_k, past_v = draw(1, chunks * own), draw(1, chunks * own)
+    cache = ForkableKVCache(1, heads, head_dim, rows=chunks * own, dtype=dtype, device=bench.device)
     root = cache.new_branch()
     for k, v in zip(past_k.split(own, dim=1), past_v.split(own, dim=1), strict=True):
         reservation = cache.reserve([root], own)
         cache.write(reservation, 0, k, v)
         cache.commit(reservation)
-    view = cache.views(cache.fork(root, branches), [(0, 3 * own)])[0]
+    view = cache.views(cache.fork(root, branches), [(0, chunks * own)])[0]
     q, k, v = (draw(branches, own).requires_grad_(requires_grad) for _ in range(3))
     return Inputs(q, k, v, past_k, past_v, view)
 
@@ -97,9 +97,9 @@ def all_of(inputs: Inputs, *, backward: bool) -> Iterator[Peer]:
     yield from peers(inputs, backward=backward)
 
 
-@pytest.mark.parametrize("branches", [1, 8])
-def test_forward(bench: Bench, branches: int) -> None:
-    inputs = make_inputs(bench, branches)
+@pytest.mark.parametrize(("branches", "chunks"), [(1, 3), (8, 3), (8, 6)])
+def test_forward(bench: Bench, branches: int, chunks: int) -> None:
+    inputs = make_inputs(bench, branches, chunks)
     sample, flops = Sample(inputs), forward_flops(inputs)
     contenders = [
         Contender(p.name, p.forward, lambda out: {"out": sample(out)}, flops=flops, compiled=p.compiled)

@@ -47,7 +47,7 @@ from csrc_triton.fork_attention._gluon import (
     take_turn,
 )
 from csrc_triton.fork_attention.hopper_parts import merge, split_of
-from csrc_triton.fork_attention.tiles import LOG2_E, Past, on
+from csrc_triton.fork_attention.tiles import Call, on
 
 QUERIES = gl.constexpr(64)  # of one consumer
 KEYS = gl.constexpr(128)
@@ -245,20 +245,12 @@ def forward_kernel(
     )
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    context_k: Tensor | None,
-    context_v: Tensor | None,
-    table: Tensor | None,
-    softmax_scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The output [B, L, heads, head_dim] and the fp32 log-sum-exp [B, heads, L]; arguments as the custom op's."""
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """The output [B, L, heads, head_dim] and the fp32 log-sum-exp [B, heads, L]."""
+    q, k, v, past = call.q, call.k, call.v, call.past
     branches, length, heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(branches, heads, length, dtype=torch.float32, device=q.device)
-    past = Past.of(k, v, context_k, context_v, table)
     rows = QUERIES.value, KEYS.value
     split = split_of(q, past, rows[1])
     sums, tops = split.sums(head_dim, q.device), split.sums(2, q.device)
@@ -266,7 +258,7 @@ def forward(
     strides = past.table.stride()[:2] if past.kind == 2 else (0, 0)
     with on(q):
         forward_kernel[(split.programs,)](
-            descriptor(q, rows[0]), *sources, descriptor(out, rows[0]), past.table, lse, softmax_scale * LOG2_E,
+            descriptor(q, rows[0]), *sources, descriptor(out, rows[0]), past.table, lse, call.scale,
             heads, length, branches, past.share, past.size, *strides, split.whole, split.parts, sums, tops,
             PAST=past.kind, SPLIT=split.parts > 1, TURNS=TURNS, num_warps=4,
         )  # fmt: skip

@@ -44,7 +44,7 @@ from csrc_triton.fork_attention._gluon import (
 )
 from csrc_triton.fork_attention.hopper_keys import key_gradient
 from csrc_triton.fork_attention.hopper_parts import merge, split_of
-from csrc_triton.fork_attention.tiles import LOG2_E, Past, describable, load_tile, on
+from csrc_triton.fork_attention.tiles import Call, describable, load_tile, on
 
 QUERIES = gl.constexpr(64)  # of one consumer
 KEYS = gl.constexpr(64)
@@ -228,31 +228,18 @@ def query_gradient_kernel(
 
 
 def backward(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    context_k: Tensor | None,
-    context_v: Tensor | None,
-    table: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    softmax_scale: float,
-    wants_q: bool,
-    wants_kv: bool,
+    call: Call, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None, wants_q: bool, wants_kv: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v [B, L, heads, head_dim]; one that is not wanted comes empty."""
     if not describable(grad) or grad.stride(-1) != 1:
         grad = grad.contiguous()
     vectors = _vectors(out, grad, lse, grad_lse)
     # an op's results must be tensors of their own
-    grad_q, grad_k, grad_v = (q.new_empty(0) for _ in range(3))
+    grad_q, grad_k, grad_v = (out.new_empty(0) for _ in range(3))
     if wants_q:
-        past = Past.of(k, v, context_k, context_v, table)
-        grad_q = _query_gradient(grad, q, k, v, past, vectors, softmax_scale)
+        grad_q = _query_gradient(call, grad, vectors)
     if wants_kv:
-        grad_k, grad_v = key_gradient(grad, q, k, v, vectors, softmax_scale)
+        grad_k, grad_v = key_gradient(call, grad, vectors)
     return grad_q, grad_k, grad_v
 
 
@@ -269,9 +256,8 @@ def _vectors(out: Tensor, grad: Tensor, lse: Tensor, grad_lse: Tensor | None) ->
     return vectors
 
 
-def _query_gradient(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, past: Past, vectors: Tensor, softmax_scale: float
-) -> Tensor:
+def _query_gradient(call: Call, grad: Tensor, vectors: Tensor) -> Tensor:
+    q, k, v, past = call.q, call.k, call.v, call.past
     branches, length, heads, head_dim = q.shape
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     rows = QUERIES.value, KEYS.value
@@ -282,7 +268,7 @@ def _query_gradient(
     with on(q):
         query_gradient_kernel[(split.programs,)](
             descriptor(q, rows[0]), descriptor(grad, rows[0]), *sources, descriptor(grad_q, rows[0]), past.table,
-            vectors, softmax_scale * LOG2_E, softmax_scale, heads, length, branches, past.share, past.size, *strides,
+            vectors, call.scale, call.softmax_scale, heads, length, branches, past.share, past.size, *strides,
             split.whole, split.parts, sums, PAST=past.kind, SPLIT=split.parts > 1, num_warps=4,
         )  # fmt: skip
     if split.parts > 1:

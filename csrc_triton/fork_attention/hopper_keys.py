@@ -40,7 +40,7 @@ from csrc_triton.fork_attention._gluon import (
     steps_of,
 )
 from csrc_triton.fork_attention.hopper_parts import TILE, Split, merge
-from csrc_triton.fork_attention.tiles import LOG2_E, on
+from csrc_triton.fork_attention.tiles import Call, on
 
 KEYS = gl.constexpr(64)  # of one consumer
 QUERIES = gl.constexpr(64)
@@ -167,10 +167,9 @@ def key_gradient_kernel(
     )
 
 
-def key_gradient(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, vectors: Tensor, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
+def key_gradient(call: Call, grad: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of k and v [B, L, heads, head_dim]; vectors fp32 [B, heads, 2, padded]: see hopper_backward.py."""
+    q, k, v = call.q, call.k, call.v
     branches, length, heads, head_dim = q.shape
     grad_k, grad_v = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
     rows = KEYS.value, QUERIES.value
@@ -181,7 +180,7 @@ def key_gradient(
         key_gradient_kernel[(split.programs,)](
             descriptor(k, rows[0]), descriptor(v, rows[0]), descriptor(q, rows[1]), descriptor(grad, rows[1]),
             _parts(vectors, rows[1]), descriptor(grad_k, rows[0]), descriptor(grad_v, rows[0]),
-            softmax_scale * LOG2_E, softmax_scale, heads, length, branches, split.whole, split.parts, k_sums, v_sums,
+            call.scale, call.softmax_scale, heads, length, branches, split.whole, split.parts, k_sums, v_sums,
             SPLIT=split.parts > 1, num_warps=4,
         )  # fmt: skip
     if split.parts > 1:

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csrc_triton import runtime
-
 
 @torch.library.custom_op("csrc_triton::fork_attention", mutates_args=())
 def forward(
@@ -29,14 +27,16 @@ def forward(
     [P, Lp, heads, head_dim]. softmax_scale is positive.
     """
     from csrc_triton.fork_attention import selection
+    from csrc_triton.fork_attention.tiles import Call
 
+    call = Call.of(q, k, v, context_k, context_v, table, softmax_scale)
     if selection.hopper_serves(q, k, v, context_k, context_v):
         from csrc_triton.fork_attention import hopper
 
-        return hopper.forward(q, k, v, context_k, context_v, table, softmax_scale)
+        return hopper.forward(call)
     from csrc_triton.fork_attention import portable
 
-    return portable.forward(q, k, v, context_k, context_v, table, softmax_scale)
+    return portable.forward(call)
 
 
 @forward.register_fake
@@ -71,16 +71,16 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from those of the output and (None: zero) of the log-sum-exp; empty where not wanted."""
     from csrc_triton.fork_attention import selection
+    from csrc_triton.fork_attention.tiles import Call
 
-    given = grad, grad_lse, q, k, v, context_k, context_v, table, out, lse, softmax_scale, wants_q, wants_kv
-    # dQ of the Hopper kernel misses the error bound in a few of a thousand cases, so it serves only where it is forced
-    if runtime.get_backend() == "hopper" and selection.hopper_serves(q, k, v, context_k, context_v):
+    call = Call.of(q, k, v, context_k, context_v, table, softmax_scale)
+    if selection.hopper_serves(q, k, v, context_k, context_v):
         from csrc_triton.fork_attention import hopper_backward
 
-        return hopper_backward.backward(*given)
+        return hopper_backward.backward(call, out, lse, grad, grad_lse, wants_q, wants_kv)
     from csrc_triton.fork_attention import portable_backward
 
-    return portable_backward.backward(*given)
+    return portable_backward.backward(call, out, lse, grad, grad_lse, wants_q, wants_kv)
 
 
 @backward.register_fake

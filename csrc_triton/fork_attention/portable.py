@@ -14,8 +14,7 @@ from torch import Tensor
 
 from csrc_triton.fork_attention.tiles import (
     FORWARD,
-    LOG2_E,
-    Past,
+    Call,
     dot,
     load_tile,
     narrow,
@@ -169,20 +168,12 @@ def forward_kernel(
     tl.store(pointers, narrow(acc / total[:, None], out.dtype.element_ty), mask=inside[:, None])
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    context_k: Tensor | None,
-    context_v: Tensor | None,
-    table: Tensor | None,
-    softmax_scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The output [B, L, heads, head_dim] and the fp32 log-sum-exp [B, heads, L]; arguments as the custom op's."""
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """The output [B, L, heads, head_dim] and the fp32 log-sum-exp [B, heads, L]."""
+    q, k, v, past = call.q, call.k, call.v, call.past
     branches, length, heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(branches, heads, length, dtype=torch.float32, device=q.device)
-    past = Past.of(k, v, context_k, context_v, table)
     chosen = tiling(FORWARD, q, k, v, past.k, past.v)
     sources, strides = [], []
     for tensor, rows in ((q, chosen.queries), *((t, chosen.keys) for t in (k, v, past.k, past.v))):
@@ -192,7 +183,7 @@ def forward(
     grid = (heads * branches * triton.cdiv(length, chosen.queries),)
     with on(q):
         forward_kernel[grid](
-            *sources, past.table, out, lse, softmax_scale * LOG2_E, heads, length, branches, past.share, past.size,
+            *sources, past.table, out, lse, call.scale, heads, length, branches, past.share, past.size,
             *strides, *past.table.stride()[:2],
             PAST=past.kind, SLOTS=past.slots, QUERIES=chosen.queries, KEYS=chosen.keys, WIDTH=head_dim,
             DESCRIPTORS=chosen.descriptors, num_warps=chosen.warps, num_stages=chosen.stages,

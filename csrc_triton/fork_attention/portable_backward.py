@@ -15,9 +15,8 @@ from torch import Tensor
 
 from csrc_triton.fork_attention.portable_keys import key_gradient
 from csrc_triton.fork_attention.tiles import (
-    LOG2_E,
     QUERY_GRADIENT,
-    Past,
+    Call,
     describable,
     dot,
     load_tile,
@@ -186,31 +185,18 @@ def query_gradient_kernel(
 
 
 def backward(
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    context_k: Tensor | None,
-    context_v: Tensor | None,
-    table: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    softmax_scale: float,
-    wants_q: bool,
-    wants_kv: bool,
+    call: Call, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None, wants_q: bool, wants_kv: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v [B, L, heads, head_dim]; one that is not wanted comes empty."""
     if not describable(grad) or grad.stride(-1) != 1:
         grad = grad.contiguous()
     delta = _delta(out, grad, grad_lse)
-    past = Past.of(k, v, context_k, context_v, table)
     # an op's results must be tensors of their own
-    grad_q, grad_k, grad_v = (q.new_empty(0) for _ in range(3))
+    grad_q, grad_k, grad_v = (out.new_empty(0) for _ in range(3))
     if wants_q:
-        grad_q = _query_gradient(grad, q, k, v, past, lse, delta, softmax_scale)
+        grad_q = _query_gradient(call, grad, lse, delta)
     if wants_kv:
-        grad_k, grad_v = key_gradient(grad, q, k, v, lse, delta, softmax_scale)
+        grad_k, grad_v = key_gradient(call, grad, lse, delta)
     return grad_q, grad_k, grad_v
 
 
@@ -226,9 +212,8 @@ def _delta(out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Tensor:
     return delta
 
 
-def _query_gradient(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, past: Past, lse: Tensor, delta: Tensor, softmax_scale: float
-) -> Tensor:
+def _query_gradient(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    q, k, v, past = call.q, call.k, call.v, call.past
     branches, length, heads, head_dim = q.shape
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     chosen = tiling(QUERY_GRADIENT, q, grad, k, v, past.k, past.v)
@@ -241,7 +226,7 @@ def _query_gradient(
     with on(q):
         query_gradient_kernel[(heads * branches * triton.cdiv(length, chosen.queries),)](
             *sources, past.table, lse, delta, grad_q,
-            softmax_scale * LOG2_E, softmax_scale, heads, length, branches, past.share, past.size,
+            call.scale, call.softmax_scale, heads, length, branches, past.share, past.size,
             *strides, *past.table.stride()[:2],
             PAST=past.kind, SLOTS=past.slots, QUERIES=chosen.queries, KEYS=chosen.keys, WIDTH=head_dim,
             DESCRIPTORS=chosen.descriptors, num_warps=chosen.warps, num_stages=chosen.stages,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.fork_attention.tiles import KEY_GRADIENT, LOG2_E, dot, load_tile, narrow, on, operand, place, tiling
+from csrc_triton.fork_attention.tiles import KEY_GRADIENT, Call, dot, load_tile, narrow, on, operand, place, tiling
 
 
 @triton.jit
@@ -80,10 +80,9 @@ def key_gradient_kernel(
     tl.store(grad_v + offsets, narrow(acc_v, grad_v.dtype.element_ty), mask=inside)
 
 
-def key_gradient(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
+def key_gradient(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of k and v [B, L, heads, head_dim]; lse, delta fp32 [B, heads, L]."""
+    q, k, v = call.q, call.k, call.v
     branches, length, heads, head_dim = q.shape
     grad_k, grad_v = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
     chosen = tiling(KEY_GRADIENT, q, grad, k, v)
@@ -94,7 +93,7 @@ def key_gradient(
         strides.extend(by)
     with on(q):
         key_gradient_kernel[(heads * branches * triton.cdiv(length, chosen.keys),)](
-            *sources, lse, delta, grad_k, grad_v, softmax_scale * LOG2_E, softmax_scale, heads, length, branches,
+            *sources, lse, delta, grad_k, grad_v, call.scale, call.softmax_scale, heads, length, branches,
             *strides, QUERIES=chosen.queries, KEYS=chosen.keys, WIDTH=head_dim, DESCRIPTORS=chosen.descriptors,
             num_warps=chosen.warps, num_stages=chosen.stages,
         )  # fmt: skip

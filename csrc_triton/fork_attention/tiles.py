@@ -157,6 +157,36 @@ class Past:
         return cls(context_k[None], context_v[None], table, kind, source.shape[1], share)
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of fork attention: own q, k, v [B, L, heads, head_dim], the context, and a positive softmax scale."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    past: Past
+    softmax_scale: float
+
+    @property
+    def scale(self) -> float:
+        """What makes a product of a query and a key an exponent of 2."""
+        return self.softmax_scale * LOG2_E
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context_k: Tensor | None,
+        context_v: Tensor | None,
+        table: Tensor | None,
+        softmax_scale: float,
+    ) -> Call:
+        """Of the custom op's arguments."""
+        return cls(q, k, v, Past.of(k, v, context_k, context_v, table), softmax_scale)
+
+
 @triton.jit
 def load_tile(
     source, index, head, row, limit, by_index, by_row, by_head,

@@ -9,7 +9,7 @@ LoRA, arXiv 2106.09685).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from csrc_triton import runtime
+from tempact.models.wan.transformer import up_gelu
 
 
 class LoraLinear(Linear):
@@ -33,8 +34,12 @@ class LoraLinear(Linear):
         """self(gelu(up(x))), tanh approximation; `up` is the linear before."""
         first, second = up._served(x) if isinstance(up, LoraLinear) else None, self._served(x)
         if first is None or second is None:
-            return self(F.gelu(up(x), approximate="tanh"))
+            return self(up_gelu(up.get_base_layer() if self._idle(up) else up, x))
         return _FeedForward.apply(_rows(x, first[0]), *first, *second).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def _idle(layer: nn.Module) -> TypeGuard[LoraLinear]:
+        return isinstance(layer, LoraLinear) and (layer.disable_adapters or not layer.active_adapters)
 
     def _served(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, float] | None:
         """Weight, bias, A, B and alpha / r, if the kernels' path is in force and one plain adapter is active."""

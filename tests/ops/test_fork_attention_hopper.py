@@ -8,144 +8,62 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import attention_cases
 import pytest
 import torch
-import torch.nn.functional as F
-from kernel_checks import assert_as_good, error
+from attention_cases import NAMES, ONE, Case, Context, Segments, assert_exact, assert_right, equal, on_kernel
+from kernel_checks import error
 from torch import Tensor
 
 from csrc_triton import CacheView, fork_attention, runtime
-from csrc_triton.fork_attention import naive, selection
+from csrc_triton.fork_attention import selection
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-on_hopper = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a GPU of capability 9.0: run it on one")]
+needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of capability 9.0: run it on one")
 DTYPES = [torch.bfloat16, torch.float16]
 HEAD_DIMS = [64, 128]
-LOG_2 = 0.6931471805599453
-Segments = Sequence[Sequence[tuple[int, int]]]
-ONE: Segments = [[(3, 40)]]
 MANY: Segments = [[(0, 70), (100, 0), (150, 64), (90, 5)], [(150, 64), (70, 20), (214, 255)]]
 
 
-@dataclass
-class Case:
-    """Queries, keys and values of branches, and the pools and segments of their context; all else there is NaN."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    grad: Tensor
-    pools: tuple[Tensor, Tensor]
-    segments: Segments
-    scale: float
-
-    @property
-    def view(self) -> CacheView | None:
-        return CacheView.of(*self.pools, self.segments) if self.segments else None
-
-    def past(self, branch: int) -> tuple[Tensor, Tensor]:
-        """One branch's context written out, [1, Lc, heads, head_dim]."""
-        runs = self.segments[branch * len(self.segments) // len(self.q)] if self.segments else []
-        k, v = (torch.cat([p[:0], *(p[row : row + n] for row, n in runs)])[None] for p in self.pools)
-        return k, v
-
-
 def make(
-    branches: int,
-    length: int,
-    heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    segments: Segments,
-    integers: bool = False,
+    branches: int, length: int, heads: int, head_dim: int, dtype: torch.dtype, segments: Segments, **more: Any
 ) -> Case:
-    """integers: with a scale of log 2 all exponentials are powers of two, and sums of them are exact."""
-
-    def draw(*shape: int) -> Tensor:
-        if integers:
-            return (torch.randint(-1, 2, shape) * (torch.rand(shape) < 0.1)).to("cuda", dtype)
-        return torch.randn(shape, device="cuda").to(dtype)
-
-    q, k, v, grad = (draw(branches, length, heads, head_dim) for _ in range(4))
-    rows = 7 + max((row + n for runs in segments for row, n in runs), default=0)
-    pools = tuple(torch.full((rows, heads, head_dim), float("nan"), device="cuda", dtype=dtype) for _ in range(2))
-    for row, n in sorted({run for runs in segments for run in runs}):
-        for pool in pools:
-            pool[row : row + n] = draw(n, heads, head_dim)
-    return Case(q, k, v, grad, pools, segments, LOG_2 if integers else head_dim**-0.5)  # type: ignore[arg-type]
+    return attention_cases.make("cuda", branches, length, heads, head_dim, dtype, segments, **more)
 
 
-def on_torch(case: Case, branch: int, dtype: torch.dtype, grad_lse: Tensor | None = None) -> list[Tensor]:
-    """Output, log-sum-exp and gradients of q, k and v of one branch by plain attention over written-out keys."""
-    one = slice(branch, branch + 1)
-    leaves = [t[one].detach().to(dtype).requires_grad_() for t in (case.q, case.k, case.v)]
-    past = tuple(p.to(dtype) for p in case.past(branch))
-    working = torch.promote_types(dtype, torch.float32)
-    out, lse = naive.fork_attention(*(t.to(working) for t in leaves), past, case.scale)
-    if dtype in DTYPES and grad_lse is None:
-        q, k, v = (t.transpose(1, 2) for t in (leaves[0], *naive.concatenate(*leaves[1:], past)))
-        out = F.scaled_dot_product_attention(q, k, v, scale=case.scale).transpose(1, 2)
-    wanted = (out.to(dtype),) if grad_lse is None else (out.to(dtype), lse)
-    grads = (case.grad[one].to(dtype),) if grad_lse is None else (case.grad[one].to(dtype), grad_lse[one].to(lse.dtype))
-    return [out.detach().to(dtype), lse.detach(), *torch.autograd.grad(wanted, leaves, grads)]
+def on_hopper(case: Case, context: Context, grad_lse: Tensor | None = None) -> list[Tensor]:
+    return on_kernel(case, context, grad_lse, by="hopper")
 
 
-def on_kernel(
-    case: Case, context: CacheView | tuple[Tensor, Tensor] | None, grad_lse: Tensor | None = None, by: str = "hopper"
-) -> list[Tensor]:
-    leaves = [t.detach().requires_grad_() for t in (case.q, case.k, case.v)]
-    with runtime.backend(by):
-        out, lse = fork_attention(*leaves, context, softmax_scale=case.scale, return_lse=True)
-        wanted, grads = ((out,), (case.grad,)) if grad_lse is None else ((out, lse), (case.grad, grad_lse))
-        return [out.detach(), lse.detach(), *torch.autograd.grad(wanted, leaves, grads)]
-
-
-def assert_right(
-    case: Case, got: list[Tensor], branches: Sequence[int] | None = None, grad_lse: Tensor | None = None,
-    reference: torch.dtype = torch.float64,
-) -> None:  # fmt: skip
-    for branch in range(len(case.q)) if branches is None else branches:
-        same = on_torch(case, branch, case.q.dtype, grad_lse)
-        exact = on_torch(case, branch, reference, grad_lse)
-        for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), got, same, exact, strict=True):
-            # an fp32 reference is itself off by a few units in the last place of numbers around 10
-            atol = 4e-6 if name == "lse" and reference == torch.float32 else 1e-6
-            assert_as_good(f"{name} of branch {branch}", a[branch : branch + 1], b, c, atol)
-
-
-def equal(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
+@pytest.mark.gpu
+@needs_hopper
 class TestOnHopper:
-    pytestmark = on_hopper
-
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("head_dim", HEAD_DIMS)
     @pytest.mark.parametrize(("branches", "length"), [(1, 1), (1, 63), (2, 129), (3, 500), (1, 1560), (8, 64)])
     def test_every_precision_and_head_size(self, branches: int, length: int, head_dim: int, dtype: torch.dtype) -> None:
         for segments in (ONE, [[(0, 1560), (1600, 312), (2000, 77)]]):
             case = make(branches, length, 3, head_dim, dtype, segments)
-            assert_right(case, on_kernel(case, case.view), branches=[0, branches - 1])
+            assert_right(case, on_hopper(case, case.view), branches=[0, branches - 1])
 
     def test_many_segments_shared_by_several_branches(self) -> None:
         case = make(4, 133, 2, 128, torch.bfloat16, MANY)
-        assert_right(case, on_kernel(case, case.view))
+        assert_right(case, on_hopper(case, case.view))
 
     @pytest.mark.parametrize("length", [1, 64, 300])
     def test_without_context(self, length: int) -> None:
         case = make(2, length, 2, 128, torch.bfloat16, [])
-        got = on_kernel(case, None)
+        got = on_hopper(case, None)
         assert_right(case, got)
         empty = case.q[:1, :0]
         nothing = CacheView(case.k[0], case.v[0], torch.zeros(2, 3, 2, dtype=torch.int32, device="cuda"))
         for context in ((empty, empty), CacheView(nothing.k, nothing.v, nothing.table[:, :0].contiguous())):
-            assert equal(got, on_kernel(case, context))
-        assert_right(case, on_kernel(case, nothing))
+            assert equal(got, on_hopper(case, context))
+        assert_right(case, on_hopper(case, nothing))
 
     @pytest.mark.parametrize("rows", [1, 70, 128, 300])
     @pytest.mark.parametrize("contexts", [1, 2, 4])
@@ -153,30 +71,30 @@ class TestOnHopper:
         case = make(4, 200, 2, 128, torch.bfloat16, [[(rows * i, rows)] for i in range(contexts)])
         pair = tuple(pool[: contexts * rows].unflatten(0, (contexts, rows)) for pool in case.pools)
         heads_first = pair[1].transpose(1, 2).contiguous().transpose(1, 2)
-        got = on_kernel(case, pair)  # type: ignore[arg-type]
+        got = on_hopper(case, pair)  # type: ignore[arg-type]
         assert_right(case, got)
-        assert equal(got, on_kernel(case, (pair[0], heads_first)))
+        assert equal(got, on_hopper(case, (pair[0], heads_first)))
 
     def test_strides_are_free_but_for_the_last(self) -> None:
         case = make(2, 140, 2, 128, torch.bfloat16, [[(0, 140)]])
-        got = on_kernel(case, case.view)
+        got = on_hopper(case, case.view)
         packed = torch.stack([case.q, case.k, case.v, case.grad], 2).unbind(2)
         pools = tuple(torch.stack([p, p], 1)[:, 1] for p in case.pools)
         strided = Case(*packed, pools, case.segments, case.scale)  # type: ignore[arg-type]
-        assert equal(got, on_kernel(strided, strided.view))
+        assert equal(got, on_hopper(strided, strided.view))
 
     def test_a_tensor_that_the_accelerator_cannot_address(self) -> None:
         case = make(1, 40, 2, 128, torch.bfloat16, ONE)
         odd = torch.zeros(1, 41, 2, 130, device="cuda", dtype=torch.bfloat16)
         case.q = odd[:, 1:, :, 1:-1].copy_(case.q)
         with pytest.raises(ValueError, match="fork_attention: backend 'hopper' is forced .* multiples of 16 bytes"):
-            on_kernel(case, case.view)
+            on_hopper(case, case.view)
         assert_right(case, on_kernel(case, case.view, by="auto"))
 
     def test_gradient_of_the_log_sum_exp(self) -> None:
         case = make(2, 140, 1, 128, torch.bfloat16, MANY)
         grad_lse = torch.randn(2, 1, 140, device="cuda")
-        assert_right(case, on_kernel(case, case.view, grad_lse), grad_lse=grad_lse)
+        assert_right(case, on_hopper(case, case.view, grad_lse), grad_lse=grad_lse)
 
     def test_scores_far_below_zero(self) -> None:
         """exp(0 - lse) overflows, which rows behind a segment's end must not see."""
@@ -184,7 +102,7 @@ class TestOnHopper:
         case.q.abs_().add_(20)
         for keys in (case.k, case.pools[0]):
             keys.abs_().neg_().sub_(1)
-        got = on_kernel(case, case.view)
+        got = on_hopper(case, case.view)
         assert got[1].max() < -100
         assert_right(case, got)
 
@@ -197,69 +115,29 @@ class TestOnHopper:
         for segments in ([[(0, past), (past + 1, 37)]], [[(0, 128), (200, 640)], [(0, 128), (128, past)]]):
             case = make(2, length, 2, head_dim, dtype, segments, integers=True)
             case.v.copy_(torch.randint(-4, 5, case.v.shape))
-            out = on_kernel(case, case.view)[0]
-            for branch in range(2):
-                own = [t[branch : branch + 1].double() for t in (case.q, case.k, case.v)]
-                exact, _ = naive.fork_attention(*own, tuple(p.double() for p in case.past(branch)), LOG_2)
-                # the division is good to 2 units in the last place of fp32, the result is rounded to nearest; a zero
-                # of the kernel is exact and one of the reference is not
-                kept = torch.finfo(dtype)
-                step = exact[0].abs() * kept.eps + kept.smallest_normal * kept.eps
-                allowed = step / 2 + exact[0].abs() * 2 * torch.finfo(torch.float32).eps + 1e-12
-                assert ((out[branch].double() - exact[0]).abs() / allowed).max() <= 1
+            out = on_hopper(case, case.view)[0]
+            assert_exact(case, out)
 
     @pytest.mark.parametrize("head_dim", HEAD_DIMS)
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_gradients_of_integers_are_the_portable_kernels(self, head_dim: int, dtype: torch.dtype) -> None:
         """Their sums are of the same rounded numbers, and differ by the order of addition in fp32 alone."""
         case = make(2, 1560, 2, head_dim, dtype, [[(0, 783), (790, 37), (1800, 128)]], integers=True)
-        got, portable = on_kernel(case, case.view), on_kernel(case, case.view, by="triton")
-        for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, portable, strict=True):
+        got, portable = on_hopper(case, case.view), on_kernel(case, case.view, by="triton")
+        for name, a, b in zip(NAMES, got, portable, strict=True):
             assert error(a, b) <= torch.finfo(dtype).eps * b.abs().max().item() + 1e-6, name
 
     def test_equal_inputs_give_equal_bits_and_only_wanted_gradients(self) -> None:
         case = make(2, 1560, 12, 128, torch.bfloat16, [[(0, 1560), (1600, 3100)]])
-        got = on_kernel(case, case.view)
+        got = on_hopper(case, case.view)
         for _ in range(2):
-            assert equal(got, on_kernel(case, case.view))
+            assert equal(got, on_hopper(case, case.view))
         for wanted in ((0,), (1, 2), (2,)):
             leaves = [t.detach().requires_grad_(i in wanted) for i, t in enumerate((case.q, case.k, case.v))]
             with runtime.backend("hopper"):
                 out = fork_attention(*leaves, case.view)
                 grads = torch.autograd.grad(out, [leaves[i] for i in wanted], case.grad)
             assert equal(list(grads), [got[2 + i] for i in wanted])
-
-    @pytest.mark.parametrize("branches", [1, 8, 24])
-    def test_chunks_of_wan(self, branches: int) -> None:
-        case = make(branches, 4680, 2, 128, torch.bfloat16, [[(0, 14040)]])
-        assert_right(case, on_kernel(case, case.view), [branches - 1], reference=torch.float32)
-        own = [[(0, 1560), (9000 + b, 4680)] for b in range(branches)]
-        case = make(branches, 1560, 2, 128, torch.bfloat16, own)
-        assert_right(case, on_kernel(case, case.view), [branches // 2], reference=torch.float32)
-
-    def test_pools_of_more_than_two_to_the_31_elements(self) -> None:
-        rows = 2**31 // (4 * 128) + 1000
-        pools = tuple(torch.empty(rows, 4, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        case = make(2, 200, 4, 128, torch.bfloat16, [[(0, 300), (400, 140)]])
-        for big, small in zip(pools, case.pools, strict=True):
-            big[rows - 600 :] = float("nan")
-            big[rows - 600 : rows - 600 + len(small)] = small
-        moved = [[(rows - 600 + row, n) for row, n in runs] for runs in case.segments]
-        assert equal(on_kernel(case, CacheView.of(*pools, moved)), on_kernel(case, case.view))
-
-    def test_one_captured_graph_serves_another_table(self) -> None:
-        case = make(2, 200, 2, 128, torch.bfloat16, [[(0, 300), (400, 140)], [(0, 300), (600, 500)]])
-        view = case.view
-        assert view is not None
-        with runtime.backend("hopper"):
-            fork_attention(case.q, case.k, case.v, view)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                out = fork_attention(case.q, case.k, case.v, view)
-            view.table.copy_(view.table.flip(0))
-            expected = fork_attention(case.q, case.k, case.v, view)
-        graph.replay()
-        assert torch.equal(out, expected)
 
     @pytest.mark.timeout(1200)
     def test_a_thousand_random_combinations(self) -> None:
@@ -277,7 +155,7 @@ class TestOnHopper:
                 segments.append(runs)
             case = make(branches, length, draw.randint(1, 3), draw.choice(HEAD_DIMS), draw.choice(DTYPES), segments)
             try:
-                assert_right(case, on_kernel(case, case.view), [draw.randrange(branches)])
+                assert_right(case, on_hopper(case, case.view), [draw.randrange(branches)])
             except AssertionError as wrong:
                 raise AssertionError(f"combination {i}: {tuple(case.q.shape)}, {case.q.dtype}, {segments}") from wrong
 

@@ -6,14 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from kernel_checks import assert_as_good, compiled_kernels
+from attention_cases import ONE, Case, Segments, assert_exact, assert_right, equal, make, on_kernel
+from kernel_checks import compiled_kernels
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -23,8 +21,6 @@ from csrc_triton.fork_attention import naive, ops
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEAD_DIMS = [32, 64, 128]
 WAYS = ("pointers", "descriptors")
-Segments = Sequence[Sequence[tuple[int, int]]]
-ONE: Segments = [[(3, 40)]]
 MANY: Segments = [[(0, 70), (100, 0), (150, 64), (90, 5)], [(150, 64), (70, 20), (214, 55)]]
 
 
@@ -49,75 +45,6 @@ def way(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytes
 
 
 every_way = pytest.mark.parametrize("way", WAYS, indirect=True)
-
-
-@dataclass
-class Case:
-    """Queries, keys and values of branches, and the pools and segments of their context; all else there is NaN."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    grad: Tensor
-    pools: tuple[Tensor, Tensor]
-    segments: Segments
-
-    @property
-    def view(self) -> CacheView | None:
-        return CacheView.of(*self.pools, self.segments) if self.segments else None
-
-    def past(self, branch: int) -> tuple[Tensor, Tensor]:
-        """One branch's context written out, [1, Lc, heads, head_dim]."""
-        runs = self.segments[branch * len(self.segments) // len(self.q)] if self.segments else []
-        k, v = (torch.cat([p[:0], *(p[row : row + n] for row, n in runs)])[None] for p in self.pools)
-        return k, v
-
-
-def make(
-    device: torch.device, branches: int, length: int, heads: int, head_dim: int, dtype: torch.dtype, segments: Segments
-) -> Case:
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape).to(device, dtype)
-
-    q, k, v, grad = (draw(branches, length, heads, head_dim) for _ in range(4))
-    rows = 7 + max((row + n for runs in segments for row, n in runs), default=0)
-    pools = tuple(torch.full((rows, heads, head_dim), float("nan"), device=device, dtype=dtype) for _ in range(2))
-    for row, n in sorted({run for runs in segments for run in runs}):
-        for pool in pools:
-            pool[row : row + n] = draw(n, heads, head_dim)
-    return Case(q, k, v, grad, pools, segments)  # type: ignore[arg-type]
-
-
-def on_torch(case: Case, branch: int, dtype: torch.dtype, grad_lse: Tensor | None = None) -> list[Tensor]:
-    """Output, log-sum-exp and gradients of q, k and v of one branch by plain attention over written-out keys."""
-    one = slice(branch, branch + 1)
-    leaves = [t[one].detach().to(dtype).requires_grad_() for t in (case.q, case.k, case.v)]
-    past = tuple(p.to(dtype) for p in case.past(branch))
-    scale = case.q.shape[-1] ** -0.5
-    working = torch.promote_types(dtype, torch.float32)
-    out, lse = naive.fork_attention(*(t.to(working) for t in leaves), past, scale)
-    if dtype != torch.float64 and grad_lse is None:
-        q, k, v = (t.transpose(1, 2) for t in (leaves[0], *naive.concatenate(*leaves[1:], past)))
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-    wanted = (out.to(dtype),) if grad_lse is None else (out.to(dtype), lse)
-    grads = (case.grad[one].to(dtype),) if grad_lse is None else (case.grad[one].to(dtype), grad_lse[one].to(lse.dtype))
-    return [out.detach().to(dtype), lse.detach(), *torch.autograd.grad(wanted, leaves, grads)]
-
-
-def on_kernel(case: Case, context: CacheView | tuple[Tensor, Tensor] | None, grad_lse: Tensor | None = None):
-    leaves = [t.detach().requires_grad_() for t in (case.q, case.k, case.v)]
-    with runtime.backend("triton"):
-        out, lse = fork_attention(*leaves, context, return_lse=True)
-    wanted, grads = ((out,), (case.grad,)) if grad_lse is None else ((out, lse), (case.grad, grad_lse))
-    return [out.detach(), lse.detach(), *torch.autograd.grad(wanted, leaves, grads)]
-
-
-def assert_right(case: Case, got: list[Tensor], branches: Sequence[int] | None = None, grad_lse: Tensor | None = None):
-    for branch in range(len(case.q)) if branches is None else branches:
-        same = on_torch(case, branch, case.q.dtype, grad_lse)
-        exact = on_torch(case, branch, torch.float64, grad_lse)
-        for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), got, same, exact, strict=True):
-            assert_as_good(f"{name} of branch {branch}", a[branch : branch + 1], b, c)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -150,7 +77,7 @@ def test_without_context(device: torch.device, way: str, length: int) -> None:
     empty = case.q[:1, :0]
     nothing = CacheView(case.k[0], case.v[0], torch.zeros(2, 3, 2, dtype=torch.int32, device=device))
     for context in ((empty, empty), nothing, CacheView(nothing.k, nothing.v, nothing.table[:, :0].contiguous())):
-        assert all(torch.equal(a, b) for a, b in zip(got, on_kernel(case, context), strict=True))
+        assert equal(got, on_kernel(case, context))
 
 
 @every_way
@@ -163,7 +90,7 @@ def test_pairs_equal_views(device: torch.device, way: str, contexts: int) -> Non
     pair = tuple(torch.stack([pool[run[0][0] : run[0][0] + 70] for run in runs]) for pool in case.pools)
     heads_first = tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in pair)
     for context in (pair, (pair[0], heads_first[1])):
-        assert all(torch.equal(a, b) for a, b in zip(got, on_kernel(case, context), strict=True))
+        assert equal(got, on_kernel(case, context))
 
 
 @every_way
@@ -174,8 +101,8 @@ def test_strides_are_free_but_for_the_last(device: torch.device, way: str) -> No
     odd = torch.full((2, 2, 41, 35), float("nan"), device=device, dtype=torch.bfloat16)  # no 16-byte alignment
     unaligned = odd[:, :, 1:, 2:-1].transpose(1, 2).copy_(case.q)
     pools = tuple(torch.stack([p, p], 1)[:, 1] for p in case.pools)
-    strided = Case(*packed, pools, case.segments)
-    assert all(torch.equal(a, b) for a, b in zip(got, on_kernel(strided, strided.view), strict=True))
+    strided = Case(*packed, pools, case.segments, case.scale)
+    assert equal(got, on_kernel(strided, strided.view))
     strided.q = unaligned
     assert_right(case, on_kernel(strided, strided.view))
 
@@ -225,27 +152,15 @@ def test_integers_come_out_exact(device: torch.device, way: str, length: int, dt
     """Scores are integers and exponentials powers of two, so the sums are exact and only the division rounds."""
     head_dim = 128
     past = length // 2 + 3
-    case = make(device, 2, length, 2, head_dim, dtype, [[(0, past), (past + 1, 37)]])
-    for tensor in (case.q, case.k, *case.pools):
-        tensor.copy_(torch.randint(-1, 2, tensor.shape) * (torch.rand(tensor.shape) < 0.1))
+    case = make(device, 2, length, 2, head_dim, dtype, [[(0, past), (past + 1, 37)]], integers=True)
     case.v.copy_(torch.randint(-4, 5, case.v.shape))
-    case.pools[0][past], case.pools[1][past] = float("nan"), float("nan")
-    log_2 = 0.6931471805599453
-    with runtime.backend("triton"):
-        out = fork_attention(case.q, case.k, case.v, case.view, softmax_scale=log_2)
-    for branch in range(2):
-        own = [t[branch : branch + 1].double() for t in (case.q, case.k, case.v)]
-        exact, _ = naive.fork_attention(*own, tuple(p.double() for p in case.past(branch)), log_2)
-        # the division is good to 2 units in the last place of fp32, the result is rounded to nearest
-        step = exact[0].abs() * torch.finfo(dtype).eps + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-        allowed = step / 2 + exact[0].abs() * 2 * torch.finfo(torch.float32).eps + 1e-12  # the reference's own rounding
-        assert ((out[branch].double() - exact[0]).abs() / allowed).max() <= 1
+    assert_exact(case, on_kernel(case, case.view)[0])
 
 
 def test_equal_inputs_give_equal_bits_and_only_wanted_gradients(device: torch.device) -> None:
     case = make(device, 2, 70, 2, 32, torch.bfloat16, MANY)
     got = on_kernel(case, case.view)
-    assert all(torch.equal(a, b) for a, b in zip(got, on_kernel(case, case.view), strict=True))
+    assert equal(got, on_kernel(case, case.view))
     for wanted in ((0,), (1, 2), (2,)):
         leaves = [t.detach().requires_grad_(i in wanted) for i, t in enumerate((case.q, case.k, case.v))]
         with runtime.backend("triton"):
@@ -320,19 +235,26 @@ def test_lengths_of_frames(
     assert_right(case, on_kernel(case, case.view), branches=[0, branches - 1])
 
 
+@pytest.fixture(params=["triton", "hopper"])
+def by(request: pytest.FixtureRequest, device: torch.device) -> str:
+    """Both kinds of kernels, on the same cases."""
+    if request.param == "hopper" and (device.type == "cpu" or torch.cuda.get_device_capability()[0] != 9):
+        pytest.skip("needs a GPU of capability 9.0")
+    return request.param
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("branches", [1, 8, 24])
-def test_chunks_of_wan(device: torch.device, branches: int) -> None:
+def test_chunks_of_wan(device: torch.device, by: str, branches: int) -> None:
     case = make(device, branches, 4680, 2, 128, torch.bfloat16, [[(0, 14040)]])
-    assert_right(case, on_kernel(case, case.view), branches=[branches - 1])
-    case = make(
-        device, branches, 1560, 2, 128, torch.bfloat16, [[(0, 1560), (9000 + b, 4680)] for b in range(branches)]
-    )
-    assert_right(case, on_kernel(case, case.view), branches=[branches // 2])
+    assert_right(case, on_kernel(case, case.view, by=by), [branches - 1], reference=torch.float32)
+    own = [[(0, 1560), (9000 + b, 4680)] for b in range(branches)]
+    case = make(device, branches, 1560, 2, 128, torch.bfloat16, own)
+    assert_right(case, on_kernel(case, case.view, by=by), [branches // 2], reference=torch.float32)
 
 
 @pytest.mark.gpu
-def test_pools_of_more_than_two_to_the_31_elements(device: torch.device) -> None:
+def test_pools_of_more_than_two_to_the_31_elements(device: torch.device, by: str) -> None:
     rows = 2**31 // (4 * 128) + 1000
     pools = tuple(torch.empty(rows, 4, 128, device=device, dtype=torch.bfloat16) for _ in range(2))
     case = make(device, 2, 200, 4, 128, torch.bfloat16, [[(0, 300), (400, 140)]])
@@ -340,16 +262,15 @@ def test_pools_of_more_than_two_to_the_31_elements(device: torch.device) -> None
         big[rows - 600 :] = float("nan")
         big[rows - 600 : rows - 600 + len(small)] = small
     moved = [[(rows - 600 + row, n) for row, n in runs] for runs in case.segments]
-    got = on_kernel(case, CacheView.of(*pools, moved))
-    assert all(torch.equal(a, b) for a, b in zip(got, on_kernel(case, case.view), strict=True))
+    assert equal(on_kernel(case, CacheView.of(*pools, moved), by=by), on_kernel(case, case.view, by=by))
 
 
 @pytest.mark.gpu
-def test_one_captured_graph_serves_another_table(device: torch.device) -> None:
+def test_one_captured_graph_serves_another_table(device: torch.device, by: str) -> None:
     case = make(device, 2, 200, 2, 128, torch.bfloat16, [[(0, 300), (400, 140)], [(0, 300), (600, 500)]])
     view = case.view
     assert view is not None
-    with runtime.backend("triton"):
+    with runtime.backend(by):
         fork_attention(case.q, case.k, case.v, view)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

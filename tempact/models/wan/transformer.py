@@ -25,6 +25,7 @@ from csrc_triton import (
     gated_residual_adaln,
     gated_residual_norm,
     qk_norm_rope,
+    runtime,
 )
 from tempact.models.wan.text_padding import padding_mask
 
@@ -185,6 +186,25 @@ class CrossAttention(SelfAttention):
         return padding_mask(k.shape[2], self.text_len, dtype, k.device)
 
 
+def up_gelu(up: nn.Module, x: Tensor) -> Tensor:
+    """gelu(up(x)), tanh approximation.
+
+    Without gradients, where the kernels serve, the GELU comes out of the matrix product's own epilogue: the hidden
+    rows are written once.
+    """
+    if isinstance(up, nn.Linear) and _epilogues(up.weight):
+        rows = x.to(up.weight.dtype).flatten(0, -2)
+        out = torch._addmm_activation(up.bias, rows, up.weight.t(), use_gelu=True)
+        return out.unflatten(0, x.shape[:-1])
+    return F.gelu(up(x), approximate="tanh")
+
+
+def _epilogues(weight: Tensor) -> bool:
+    if not weight.is_cuda or weight.dtype == torch.float32 or torch.is_grad_enabled():
+        return False
+    return runtime.choose("feed_forward", weight.device, torch.float32) != "torch"
+
+
 class FeedForward(nn.Sequential):
     """Two linears with a GELU between them."""
 
@@ -192,10 +212,10 @@ class FeedForward(nn.Sequential):
         super().__init__(nn.Linear(dim, hidden_dim), nn.GELU(approximate="tanh"), nn.Linear(hidden_dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        up, gelu, down = self
+        up, _, down = self
         # adapters may take all of it over, so that the hidden rows need not be kept for the backward
         fused = getattr(down, "feed_forward", None)
-        return down(gelu(up(x))) if fused is None else fused(up, x)
+        return down(up_gelu(up, x)) if fused is None else fused(up, x)
 
 
 class Block(nn.Module):

@@ -1,0 +1,132 @@
+"""Cases of fork attention: what goes in, plain attention's results over written-out keys, and the error bound."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from kernel_checks import assert_as_good
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from csrc_triton import CacheView, fork_attention, runtime
+from csrc_triton.fork_attention import naive
+
+NAMES = ("out", "lse", "dq", "dk", "dv")
+LOG_2 = 0.6931471805599453
+Segments = Sequence[Sequence[tuple[int, int]]]
+Context = CacheView | tuple[Tensor, Tensor] | None
+ONE: Segments = [[(3, 40)]]
+
+
+@dataclass
+class Case:
+    """Queries, keys and values of branches, and the pools and segments of their context; all else there is NaN."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad: Tensor
+    pools: tuple[Tensor, Tensor]
+    segments: Segments
+    scale: float
+
+    @property
+    def view(self) -> CacheView | None:
+        return CacheView.of(*self.pools, self.segments) if self.segments else None
+
+    def past(self, branch: int) -> tuple[Tensor, Tensor]:
+        """One branch's context written out, [1, Lc, heads, head_dim]."""
+        runs = self.segments[branch * len(self.segments) // len(self.q)] if self.segments else []
+        k, v = (torch.cat([p[:0], *(p[row : row + n] for row, n in runs)])[None] for p in self.pools)
+        return k, v
+
+
+def make(
+    device: torch.device | str, branches: int, length: int, heads: int, head_dim: int, dtype: torch.dtype,
+    segments: Segments, integers: bool = False,
+) -> Case:  # fmt: skip
+    """integers: with a scale of log 2 all exponentials are powers of two, and sums of them are exact."""
+
+    def draw(*shape: int) -> Tensor:
+        if integers:
+            return (torch.randint(-1, 2, shape) * (torch.rand(shape) < 0.1)).to(device, dtype)
+        return torch.randn(*shape, device=device).to(dtype)
+
+    q, k, v, grad = (draw(branches, length, heads, head_dim) for _ in range(4))
+    rows = 7 + max((row + n for runs in segments for row, n in runs), default=0)
+    pools = tuple(torch.full((rows, heads, head_dim), float("nan"), device=device, dtype=dtype) for _ in range(2))
+    for row, n in sorted({run for runs in segments for run in runs}):
+        for pool in pools:
+            pool[row : row + n] = draw(n, heads, head_dim)
+    return Case(q, k, v, grad, pools, segments, LOG_2 if integers else head_dim**-0.5)  # type: ignore[arg-type]
+
+
+def on_torch(
+    case: Case, branch: int, dtype: torch.dtype, grad_lse: Tensor | None = None, exact: bool = False
+) -> list[Tensor]:
+    """Output, log-sum-exp and gradients of q, k and v of one branch by plain attention over written-out keys.
+
+    exact: all by naive.py. Otherwise output and gradients are SDPA's, in 16 bits its flash backend's, whose arithmetic
+    the kernels have (the maths of FlashAttention-2, weights and their gradients rounded to 16 bits): the largest error
+    of another backend is often that of another element. The log-sum-exp and its gradient, which SDPA lacks, come from
+    naive.py in fp32.
+    """
+    one = slice(branch, branch + 1)
+    leaves = [t[one].detach().to(dtype).requires_grad_() for t in (case.q, case.k, case.v)]
+    past = tuple(p.to(dtype) for p in case.past(branch))
+    working = torch.promote_types(dtype, torch.float32)
+    out, lse = naive.fork_attention(*(t.to(working) for t in leaves), past, case.scale)
+    if not exact:
+        q, k, v = (t.transpose(1, 2) for t in (leaves[0], *naive.concatenate(*leaves[1:], past)))
+        half = q.is_cuda and dtype != torch.float32
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION if half else list(SDPBackend.__members__.values())):
+            out = F.scaled_dot_product_attention(q, k, v, scale=case.scale).transpose(1, 2)
+    grads = torch.autograd.grad(out, leaves, case.grad[one].to(out.dtype), retain_graph=True)
+    if grad_lse is not None:
+        more = torch.autograd.grad(lse, leaves[:2], grad_lse[one].to(lse.dtype))
+        grads = grads[0] + more[0], grads[1] + more[1], grads[2]
+    return [out.detach().to(dtype), lse.detach(), *grads]
+
+
+def on_kernel(case: Case, context: Context, grad_lse: Tensor | None = None, by: str = "triton") -> list[Tensor]:
+    """The same of all branches from the kernels of backend `by`."""
+    leaves = [t.detach().requires_grad_() for t in (case.q, case.k, case.v)]
+    with runtime.backend(by):
+        out, lse = fork_attention(*leaves, context, softmax_scale=case.scale, return_lse=True)
+        wanted, grads = ((out,), (case.grad,)) if grad_lse is None else ((out, lse), (case.grad, grad_lse))
+        return [out.detach(), lse.detach(), *torch.autograd.grad(wanted, leaves, grads)]
+
+
+def assert_right(
+    case: Case, got: list[Tensor], branches: Sequence[int] | None = None, grad_lse: Tensor | None = None,
+    reference: torch.dtype = torch.float64,
+) -> None:  # fmt: skip
+    """Every result is within the error bound, for the given branches (None: all)."""
+    for branch in range(len(case.q)) if branches is None else branches:
+        same = on_torch(case, branch, case.q.dtype, grad_lse)
+        exact = on_torch(case, branch, reference, grad_lse, exact=True)
+        for name, a, b, c in zip(NAMES, got, same, exact, strict=True):
+            # an fp32 reference is itself off by a few units in the last place of numbers around 10
+            atol = 4e-6 if name == "lse" and reference == torch.float32 else 1e-6
+            assert_as_good(f"{name} of branch {branch}", a[branch : branch + 1], b, c, atol)
+
+
+def assert_exact(case: Case, out: Tensor) -> None:
+    """The output of an integer case: sums are exact, so only the division rounds."""
+    for branch in range(len(case.q)):
+        own = [t[branch : branch + 1].double() for t in (case.q, case.k, case.v)]
+        exact, _ = naive.fork_attention(*own, tuple(p.double() for p in case.past(branch)), case.scale)
+        # the division is good to 2 units in the last place of fp32, the result is rounded to nearest; a zero of the
+        # kernel is exact and one of the reference is not
+        kept = torch.finfo(out.dtype)
+        step = exact[0].abs() * kept.eps + kept.smallest_normal * kept.eps
+        allowed = step / 2 + exact[0].abs() * 2 * torch.finfo(torch.float32).eps + 1e-12
+        assert ((out[branch].double() - exact[0]).abs() / allowed).max() <= 1
+
+
+def equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
