@@ -76,7 +76,7 @@ def on_torch(
     naive.py in fp32.
     """
     one = slice(branch, branch + 1)
-    leaves = [t[one].detach().to(dtype).requires_grad_() for t in (case.q, case.k, case.v)]
+    leaves = [t[one].detach().clone().to(dtype).requires_grad_() for t in (case.q, case.k, case.v)]
     past = tuple(p.to(dtype) for p in case.past(branch))
     working = torch.promote_types(dtype, torch.float32)
     out, lse = naive.fork_attention(*(t.to(working) for t in leaves), past, case.scale)
