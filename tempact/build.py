@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from csrc_triton import runtime
@@ -17,7 +21,7 @@ from tempact.config import RunConfig
 from tempact.errors import UserError
 from tempact.executor.policy import Executor
 from tempact.executor.rollout import gaussian_noise
-from tempact.models.wan.checkpoint_loading import load_transformer
+from tempact.models.wan.checkpoint_loading import PRECISIONS, load_transformer
 from tempact.models.wan.codec import Codec, PixelCodec
 from tempact.models.wan.text_encoder import PromptEncoder
 from tempact.models.wan.transformer import WanTransformer
@@ -44,13 +48,15 @@ class Policies:
     planner: Planner
     executor: Executor
 
-    def make_video(self, instruction: str, seed: int) -> tuple[Plan, Tensor]:
-        """A plan for one instruction and its video, uint8 [F, 3, height, width]."""
-        plan = self.planner.sample([Prompt("0", instruction)], 1, seed).plans[0]
+    def make_video(self, instruction: str, seed: int, plan: Plan | None = None) -> tuple[Plan, Tensor]:
+        """A plan for one instruction, unless one is given, and its video, uint8 [F, 3, height, width]."""
+        plan = plan or self.planner.sample([Prompt("0", instruction)], 1, seed).plans[0]
         noise = gaussian_noise(seed, self.executor.noise_shape(1, 1), self.executor.device)
         return plan, self.executor.rollout([plan], [0], noise).frames[0, 0]
 
 
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt")
 KERNELS = ("torch", "triton", "auto")
 
 
@@ -86,12 +92,23 @@ def build_policies(config: RunConfig) -> Policies:
     # PEFT reads an attribute that newer transformers have renamed; nobody here can act on it
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     device = device_of(config)
-    parts = wan_parts(config, device) if is_wan(config.executor.weights) else shapeworld_parts(config, device)
+    parts = executor_parts(config, device)
     torch.manual_seed(config.seed)
     executor = Executor(parts.transformer, parts.text_encoder, parts.codec, config.executor, parts.size)
-    folder = weights_folder("planner", config.planner.weights)
-    planner = Planner.load(folder, config.planner, config.executor.frames, config.executor.chunk_frames, device=device)
-    return Policies(planner, executor)
+    return Policies(build_planner(config, device), executor)
+
+
+def build_planner(config: RunConfig, device: torch.device) -> Planner:
+    """The planner with a fresh adapter."""
+    lengths = config.executor.frames, config.executor.chunk_frames
+    if config.planner.weights != "random":
+        folder = weights_folder("planner", config.planner.weights)
+        return Planner.load(folder, config.planner, *lengths, device=device)
+    log.warning("planner.weights: random: its plans mean nothing")
+    small = weights_folder("planner", SHAPEWORLD)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(small, local_files_only=True))
+    tokenizer = AutoTokenizer.from_pretrained(small, local_files_only=True)
+    return Planner(model.to(device), tokenizer, config.planner, *lengths)
 
 
 class ExecutorParts(NamedTuple):
@@ -101,6 +118,24 @@ class ExecutorParts(NamedTuple):
     text_encoder: PromptEncoder
     codec: Codec
     size: tuple[int, int]
+
+
+def executor_parts(config: RunConfig, device: torch.device) -> ExecutorParts:
+    """By what `executor.weights` names."""
+    weights = config.executor.weights
+    if not weights:
+        raise UserError(
+            f"executor.weights: found nothing, and the preset {config.preset} has none of its own; accepted: the "
+            "backbone's checkpoint, or random or random-tiny to see everything but the pictures"
+        )
+    if is_random(weights):
+        return random_parts(config, device)
+    return wan_parts(config, device) if is_wan(weights) else shapeworld_parts(config, device)
+
+
+def is_random(weights: str) -> bool:
+    """Does this ask for random weights in the place of a checkpoint?"""
+    return weights in ("random", "random-tiny")
 
 
 def is_wan(weights: str) -> bool:
@@ -142,26 +177,48 @@ def wan_parts(config: RunConfig, device: torch.device) -> ExecutorParts:
     dtype = transformer.patch_embedding.weight.dtype
     codec = load_codec(folder, dtype, device)
     sizes = transformer.config
+    _check_video_size(config, sizes.patch, codec)
     if sizes.in_dim != codec.latent_channels:
         raise UserError(
             f"{weights}: found {sizes.in_dim} latent channels; accepted: {codec.latent_channels}, as the VAE"
         )
-    if any(side % patch for side, patch in zip(codec.latent_size(*settings.video_size), sizes.patch[1:], strict=True)):
-        found, step = "x".join(map(str, settings.video_size)), "x".join(str(8 * side) for side in sizes.patch[1:])
-        raise UserError(f"executor.video_size: found {found}; accepted: multiples of {step}")
     text_encoder = load_cached_text_encoder(folder, Path(settings.text_cache), dtype, device, sizes.text_len)
     return ExecutorParts(transformer, text_encoder, codec, settings.video_size)
 
 
+def random_parts(config: RunConfig, device: torch.device) -> ExecutorParts:
+    """Random weights of Wan's sizes or small ones, drawn from the run's seed."""
+    from tempact.models.wan.random_weights import RandomText, random_codec, random_transformer
+
+    settings = config.executor
+    if settings.adapters:
+        raise UserError(f"executor.adapters: found {len(settings.adapters)}; accepted: none on random weights")
+    if settings.precision not in PRECISIONS:
+        raise UserError(f"precision: found {settings.precision!r}; accepted: {', '.join(PRECISIONS)}")
+    log.warning("executor.weights: %s: videos are noise", settings.weights)
+    torch.manual_seed(config.seed)
+    transformer = random_transformer(settings.weights, settings.precision, device)
+    codec = random_codec(settings.weights, transformer.patch_embedding.weight.dtype, device)
+    _check_video_size(config, transformer.config.patch, codec)
+    return ExecutorParts(transformer, RandomText(settings.weights, device), codec, settings.video_size)
+
+
+def _check_video_size(config: RunConfig, patch: tuple[int, int, int], codec: Codec) -> None:
+    size = config.executor.video_size
+    if any(side % step for side, step in zip(codec.latent_size(*size), patch[1:], strict=True)):
+        found, steps = "x".join(map(str, size)), "x".join(str(8 * step) for step in patch[1:])
+        raise UserError(f"executor.video_size: found {found}; accepted: multiples of {steps}")
+
+
 def build_trainer(config: RunConfig, policies: Policies) -> Trainer:
     """The trainer with ShapeWorld's prompts and rewards."""
-    if config.data.prompts != SHAPEWORLD:
-        raise UserError(f"data.prompts: found {config.data.prompts!r}; accepted: {SHAPEWORLD}")
     if not isinstance(policies.executor.codec, PixelCodec):
         raise UserError(
             "executor.weights: found a Wan checkpoint, for whose videos there are no rewards yet; accepted: "
             f"{SHAPEWORLD} for training"
         )
+    if config.data.prompts != SHAPEWORLD:
+        raise UserError(f"data.prompts: found {config.data.prompts!r}; accepted: {SHAPEWORLD}")
     rewards = shapeworld_rewards()
     return Trainer(config, policies.planner, policies.executor, rewards, ShapeWorldPrompts())
 
@@ -175,9 +232,23 @@ def build_suite(config: RunConfig, policies: Policies) -> ShapeWorldSuite:
 def weights_folder(part: str, weights: str) -> Path:
     """The folder that holds the weights of "planner", "executor" or "judge"; UserError if there is none."""
     folder = WEIGHTS / part if weights == SHAPEWORLD else Path(weights)
-    more = ", a Wan checkpoint" if part == "executor" else ""
+    more = {"executor": ", a Wan checkpoint", "planner": ", a name on the Hugging Face hub"}.get(part, "")
+    if part == "planner" and not folder.exists() and HUB_NAME.fullmatch(weights):
+        return _fetched(weights)
     if not folder.is_dir():
         raise UserError(
             f"{part}.weights: {folder} is not a folder; accepted: {SHAPEWORLD}, a folder with weights{more}"
         )
     return folder
+
+
+def _fetched(name: str) -> Path:
+    """The folder of a language model of the Hugging Face hub, from its cache if it is there."""
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except (OSError, HFValidationError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0][:150]
+        raise UserError(
+            f"planner.weights: {name} is no folder here, and the Hugging Face hub gave none ({type(error).__name__}: "
+            f"{reason}); accepted: {SHAPEWORLD}, a folder with weights, a name on the hub"
+        ) from error

@@ -34,7 +34,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Prompts. `prompts` is "shapeworld": drawn from the grammar's training split."""
+    """Prompts. `prompts` is "shapeworld": drawn from the grammar's training split; "" where none are known yet."""
 
     prompts: str = "shapeworld"
     prompts_per_iteration: int = 2
@@ -44,7 +44,7 @@ class DataConfig:
 class PlannerConfig:
     """The planner policy and its GSPO update (ALGORITHM.md 2.4, 2.5)."""
 
-    weights: str  # "shapeworld" (shipped) or a Hugging Face folder
+    weights: str  # "shapeworld" (shipped), a Hugging Face folder or name, or "random" (small)
     lora: LoraConfig
     optim: OptimConfig
     train: bool = True
@@ -64,7 +64,8 @@ class PlannerConfig:
 class ExecutorConfig:
     """The executor policy, its rollout and its Flow-GRPO update (ALGORITHM.md 2.1 - 2.3, 2.5)."""
 
-    weights: str  # "shapeworld" (shipped), a folder of that kind, or any published Wan checkpoint
+    # "shapeworld" (shipped), a folder of that kind, any published Wan checkpoint, or "random" / "random-tiny"
+    weights: str
     lora: LoraConfig
     optim: OptimConfig
     adapters: tuple[str, ...] = ()  # LoRA files and PEFT folders that are merged into a Wan checkpoint, in this order

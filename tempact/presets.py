@@ -25,6 +25,7 @@ EXECUTOR_TARGETS = (
     "ffn.0",
     "ffn.2",
 )
+SELF_FORCING_TARGETS = tuple(name for name in EXECUTOR_TARGETS if not name.startswith("cross_attn."))
 PLANNER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -83,10 +84,55 @@ def shapeworld_smoke() -> RunConfig:
     )
 
 
+def self_forcing() -> RunConfig:
+    """Self-Forcing on Wan2.1-T2V-1.3B, 480x832 (weights are yours to give): window of 12 frames, raw keys."""
+    # ALGORITHM.md section 3; window and positions of BACKBONES.md section 2, "TA on SF"
+    return RunConfig(
+        preset="self-forcing",
+        planner=PlannerConfig(
+            weights="Qwen/Qwen3-1.7B",
+            lora=LoraConfig(rank=32, alpha=64, targets=PLANNER_TARGETS),
+            optim=OptimConfig(lr=1e-5),
+            max_new_tokens=2024,
+        ),
+        executor=ExecutorConfig(
+            weights="",
+            lora=LoraConfig(rank=256, alpha=256, targets=SELF_FORCING_TARGETS),
+            optim=OptimConfig(lr=1e-4),
+            precision="bf16-fp32-gates",
+            frames=30,
+            window="tempact-self-forcing",
+            micro_batch=4,
+        ),
+        data=DataConfig(prompts="", prompts_per_iteration=16),
+        output="runs/self-forcing",
+    )
+
+
+def causal_forcing() -> RunConfig:
+    """Causal-Forcing, chunk-wise, on Wan2.1-T2V-1.3B: sampled and attended as Self-Forcing."""
+    return replace(self_forcing(), preset="causal-forcing", output="runs/causal-forcing")
+
+
+def longlive() -> RunConfig:
+    """LongLive on Wan2.1-T2V-1.3B (base and lora.pt): sink of 3 in a window of 12, K/V recached at switches."""
+    base = self_forcing()
+    executor = replace(
+        base.executor,
+        lora=LoraConfig(rank=256, alpha=256, targets=EXECUTOR_TARGETS),
+        window="longlive",
+        text_switch="recache",
+    )
+    return replace(base, preset="longlive", executor=executor, output="runs/longlive")
+
+
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "shapeworld": shapeworld,
     "shapeworld-full": shapeworld_full,
     "shapeworld-smoke": shapeworld_smoke,
+    "self-forcing": self_forcing,
+    "causal-forcing": causal_forcing,
+    "longlive": longlive,
 }
 DEFAULT = "shapeworld"
 

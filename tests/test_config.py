@@ -94,7 +94,7 @@ def test_options_and_their_forms() -> None:
     ("arguments", "found"),
     [
         (["shapewrld-full"], "'shapewrld-full'; accepted: shapeworld, shapeworld-full, .*nearest: shapeworld-full"),
-        (["self-forcing"], "preset: found 'self-forcing'; accepted: shapeworld"),
+        (["self-force"], "preset: found 'self-force'; accepted: shapeworld.*nearest: self-forcing"),
         (["--preset", "shapeworld-full"], "accepted: program shapeworld-full"),
         (["--planner.plan_per_prompt", "4"], "unknown option; nearest: --planner.plans_per_prompt"),
         (["--lr", "1e-3"], r"unknown option; nearest: --\w+.optim.lr"),
