@@ -1,0 +1,264 @@
+"""Rolling out at the size of Wan2.1-T2V-1.3B with random weights, 480x832: warm chunks, decoding, and an iteration.
+
+A warm chunk is four denoising calls and the context pass with the window full; it is 12 output frames of a branch, so a
+row of t ms a branch means 12,000 / t output frames a second, summed over the branches. The reference path makes one
+continuation after another: cloned and concatenated caches, SDPA's flash backend, a context pass that computes all of
+the model, and stock diffusers for a whole clip's decode.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.bench_step import CHUNK_FRAMES, REFERENCE, TINY
+from bench.harness import OURS, Bench, Contender, Outputs
+from bench.report import Row
+from csrc_triton.runtime import backend
+from tempact.config import ExecutorConfig, LoraConfig, OptimConfig
+from tempact.executor.attend import Context
+from tempact.executor.context import History
+from tempact.executor.graphs import Calls
+from tempact.executor.policy import Executor
+from tempact.executor.rollout import RolloutSettings, denoise_chunk, gaussian_noise, roll_out
+from tempact.executor.schedule import Schedule
+from tempact.executor.window import WINDOWS, WindowPolicy
+from tempact.models.wan.random_weights import RandomText
+from tempact.models.wan.tiny_decoder import TinyDecoder, TinyNetwork
+from tempact.models.wan.transformer import TextKV, WanConfig, WanTransformer
+from tempact.models.wan.vae import WanCodec
+from tempact.models.wan.vae_decoder import DecodeOptions, WanDecoder
+from tempact.models.wan.vae_stream import DecoderState, HostFrames, StreamDecoder, decode_chunk, decode_whole
+from tempact.presets import SELF_FORCING_TARGETS
+from tempact.types import Batch, Plan, Step
+
+BRANCHES = 8
+SCHEDULE = Schedule.from_timesteps((1000, 750, 500, 250), 5.0)
+CLIP = 21  # latent frames: 81 frames of video
+CHUNK_OUTPUT = 12  # frames of video in a warm chunk
+
+
+def settings_of(window: WindowPolicy, chunks: int) -> RolloutSettings:
+    return RolloutSettings(chunks * CHUNK_FRAMES, CHUNK_FRAMES, window, "cross_attention", SCHEDULE, 1.0, True)
+
+
+class WarmChunk:
+    """Branches whose window is full, and one more chunk of each; a run leaves the history as it was."""
+
+    def __init__(self, bench: Bench, branches: int, key_frames: int):
+        config = WanConfig() if bench.real else TINY
+        self.device, self.branches = bench.device, branches
+        dtype = torch.bfloat16 if bench.real else torch.float32
+        with bench.device:
+            self.model = WanTransformer(config).to(dtype).requires_grad_(False)
+        self.size = (bench.size(60, 4), bench.size(104, 6))
+        window = replace(WINDOWS["longlive"], window=key_frames)
+        self.settings = settings_of(window, key_frames // CHUNK_FRAMES + 2)
+        self.calls = Calls(self.model, tuple)
+        self.calls.warm_calls = 1
+        self.noise = self._draw(branches, len(SCHEDULE.sigmas) - 1, dtype=torch.float32)
+        self.words = torch.randn(branches, config.text_len, config.text_dim, device=self.device, dtype=dtype)
+        self.start = key_frames  # one chunk more than the window holds has been made
+
+    def _draw(self, *leading: int, dtype: torch.dtype) -> Tensor:
+        shape = (*leading, self.model.config.in_dim, CHUNK_FRAMES, *self.size)
+        return torch.randn(shape, device=self.device, dtype=dtype)
+
+    def filled(self) -> tuple[History, list[int]]:
+        """The history after the window is full, each branch's of its own behind the first chunk."""
+        history = History(self.calls, self.settings.window, CHUNK_FRAMES, self.size)
+        ids = [history.new_branch()]
+        text = self.model.project_text(self.words)
+        for start in range(0, self.start, CHUNK_FRAMES):
+            own = text.select(torch.arange(len(ids), device=self.device))
+            history.commit(ids, self._draw(len(ids), dtype=torch.float32), own)
+            if start == 0 and self.branches > 1:
+                ids = history.fork(ids[0], self.branches)
+        return history, ids
+
+    def ours(self, history: History, ids: list[int], text: TextKV) -> Tensor:
+        with self._autocast():
+            context, positions = history.context(ids, self.start), history.positions(self.start)
+            clean, _ = denoise_chunk(self.calls, self.noise, text, positions, context, self.settings)
+            rows = CHUNK_FRAMES * history.frame_tokens
+            with history.cache.reserve(ids, rows) as reservation:  # given back uncommitted
+                history._write(reservation, clean, text, positions, context)
+        return clean
+
+    def reference(self, context: list[tuple[Tensor, Tensor]], model: WanTransformer, branch: int = 0) -> Tensor:
+        """One continuation."""
+        own: Context = [(k.clone(), v.clone()) for k, v in context]
+        calls = Calls(model, tuple, graphs=False)
+        positions = torch.arange(self.start, self.start + CHUNK_FRAMES, device=self.device)
+        half = model.patch_embedding.weight.dtype == torch.bfloat16
+        flash = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if half else nullcontext()
+        with backend("torch"), flash, self._autocast() if half else nullcontext():
+            text = model.project_text(self.words[branch : branch + 1].to(model.patch_embedding.weight.dtype))
+            noise = self.noise[branch : branch + 1].to(torch.promote_types(text.layers[0][0].dtype, torch.float32))
+            clean, _ = denoise_chunk(calls, noise, text, positions, own, self.settings)
+            calls.velocity(clean, torch.zeros(1, CHUNK_FRAMES, device=self.device), text, positions, own)
+        return clean
+
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        dtype = self.model.patch_embedding.weight.dtype
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
+            yield
+
+
+def first_branch(clean: Tensor) -> Outputs:
+    return {"latents": clean[:1]}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("branches", "key_frames"), [(1, 12), (1, 18), (BRANCHES, 12)])
+def test_warm_chunk(bench: Bench, branches: int, key_frames: int) -> None:
+    scene = WarmChunk(bench, branches, key_frames)
+    history, ids = scene.filled()
+    text = scene.model.project_text(scene.words)
+    with history:
+        views = history.context(ids, scene.start)
+        assert views is not None
+        gathered = [view.gather() if not isinstance(view, tuple) else view for view in views]
+        context = [(k[:1], v[:1]) for k, v in gathered]
+        del gathered
+        dtype = torch.float32 if bench.real else torch.float64
+        model = copy.deepcopy(scene.model).to(dtype)
+        exact = scene.reference([(k.to(dtype), v.to(dtype)) for k, v in context], model)
+        del model
+        same = scene.reference(context, scene.model)
+        contenders = [Contender(OURS, lambda: scene.ours(history, ids, text), first_branch)]
+        if branches == 1:
+            contenders.append(Contender(REFERENCE, lambda: scene.reference(context, scene.model), first_branch))
+        case = f"warm chunk (4 + 1 calls), a branch, B={branches}, {key_frames} key frames"
+        outputs = {"latents": exact}, {"latents": same}
+        bench.measure("rollout", case, contenders, *outputs, parts=branches, budget_s=4.0)
+
+
+def make_vae(bench: Bench, dtype: torch.dtype) -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    with bench.device:
+        return AutoencoderKLWan(base_dim=bench.size(96, 8)).to(dtype).eval().requires_grad_(False)
+
+
+def in_bytes(pixels: Tensor) -> Tensor:
+    """[B, 3, T, H, W] in [-1, 1] as [B, T, 3, H, W] in [0, 255]."""
+    return ((pixels.float() + 1) * 127.5).clamp(0, 255).transpose(1, 2)
+
+
+def latents_of(bench: Bench, videos: int, frames: int) -> Tensor:
+    return torch.randn(videos, 16, frames, bench.size(60, 4), bench.size(104, 6), device=bench.device)
+
+
+@torch.no_grad()
+def test_decode(bench: Bench) -> None:
+    """A clip of 21 latent frames to bytes."""
+    dtype = torch.bfloat16 if bench.real else torch.float32
+    vae, latents = make_vae(bench, dtype), latents_of(bench, 1, bench.size(CLIP, 5))
+    mean, std = (
+        torch.tensor(values, device=bench.device).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    scaled = latents * std + mean
+
+    def stock(model: AutoencoderKLWan) -> Tensor:
+        weight = model.post_quant_conv.weight
+        return in_bytes(model.decode(scaled.to(weight.dtype)).sample)
+
+    ours = WanDecoder(vae, DecodeOptions.of(bench.device))
+    exact = stock(copy.deepcopy(vae).float())
+    contenders = [
+        Contender(OURS, lambda: decode_whole(ours, latents), lambda frames: {"frames": frames.float()}),
+        Contender("stock diffusers", lambda: stock(vae), lambda frames: {"frames": frames}),
+    ]
+    same = stock(vae) + 0.26  # ours leaves as bytes, and is off by half a level for that
+    case = f"VAE decode, {latents.shape[2]} latent frames, {dtype}".replace("torch.", "")
+    bench.measure("rollout", case, contenders, {"frames": exact}, {"frames": same}, budget_s=4.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decoder", ["full VAE", "tiny decoder"])
+def test_warm_chunk_with_decoder(bench: Bench, decoder: str) -> None:
+    """Eight branches: the chunk, its decode and the copy to the host, without waiting in between."""
+    if not bench.timed:
+        pytest.skip("nothing but times; both parts are checked on their own")
+    scene = WarmChunk(bench, BRANCHES, 12)
+    dtype = torch.bfloat16 if bench.real else torch.float32
+    made: StreamDecoder
+    if decoder == "full VAE":
+        made = WanDecoder(make_vae(bench, dtype), DecodeOptions.of(bench.device))
+    else:
+        with bench.device:
+            made = TinyDecoder(TinyNetwork().to(dtype).eval(), scaled=False)
+    if scene.model.config.in_dim != 16:
+        pytest.skip("needs Wan's 16 latent channels")
+    history, ids = scene.filled()
+    text = scene.model.project_text(scene.words)
+    root = DecoderState()
+    decode_chunk(made, [root], latents_of(bench, 1, CHUNK_FRAMES))
+    states = root.fork(BRANCHES)
+    decode_chunk(made, states, latents_of(bench, BRANCHES, CHUNK_FRAMES))
+    shape = (BRANCHES, CHUNK_OUTPUT, 3, 8 * scene.size[0], 8 * scene.size[1])
+
+    def run() -> Tensor:
+        clean = scene.ours(history, ids, text)
+        own = [state.fork(1)[0] for state in states]
+        host = HostFrames(shape, bench.device)
+        host.put((slice(None),), decode_chunk(made, own, clean))
+        return host.wait()
+
+    with history:
+        case = f"warm chunk with {decoder}, a branch, B={BRANCHES}, 12 key frames"
+        bench.measure("rollout", case, [Contender(OURS, run)], {}, {}, parts=BRANCHES, budget_s=4.0)
+
+
+def test_iteration(bench: Bench) -> None:
+    """One prompt, M = 4, N = 8, 30 latent frames, forked at 6: seconds of each phase, once, and peak memory."""
+    if not bench.timed or not bench.real:
+        pytest.skip("takes minutes of a GPU: run `pytest bench/bench_rollout.py --benchmark` on one")
+    torch.manual_seed(0)
+    plans_, continuations, frames, fork = 4, BRANCHES, 30, 6
+    config = ExecutorConfig(
+        weights="", lora=LoraConfig(256, 256, SELF_FORCING_TARGETS), optim=OptimConfig(1e-4), frames=frames,
+        continuations=continuations, window="longlive", micro_batch=4,
+    )  # fmt: skip
+    with bench.device:
+        model = WanTransformer(WanConfig()).to(torch.bfloat16)
+    vae = make_vae(bench, torch.bfloat16)
+    codec = WanCodec(vae, WanDecoder(vae, DecodeOptions.of(bench.device)))
+    executor = Executor(model, RandomText("random", bench.device), codec, config, (480, 832))
+    steps = [Step(start, start + 6, f"step {start // 6}") for start in range(0, frames, 6)]
+    plans = [Plan("i", tuple(replace(s, prompt=f"{s.prompt} of plan {p}") for s in steps)) for p in range(plans_)]
+    noise = gaussian_noise(0, executor.noise_shape(plans_, continuations), bench.device)
+    decode_whole(codec.decoder, latents_of(bench, 1, 6))  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    times = {}
+    begun = time.perf_counter()
+    with executor.precision():
+        latents, transition = roll_out(
+            executor.calls, executor.encode, plans, [fork] * plans_, noise, executor.settings
+        )
+    torch.cuda.synchronize()
+    times["rollout"] = time.perf_counter() - begun
+    codec.decode_forked(latents, forks).wait()
+    times["decode"] = time.perf_counter() - begun - sum(times.values())
+    mask = torch.ones(plans_, continuations, dtype=torch.bool)
+    batch = Batch(torch.zeros(plans_), mask[:, 0], torch.randn(mask.shape), mask, None, transition)
+    metrics = executor.update(batch, list(range(plans_)))
+    torch.cuda.synchronize()
+    times["update"] = time.perf_counter() - begun - sum(times.values())
+    assert metrics["ratio_deviation"] == 0.0
+    case = f"iteration of one prompt, M={plans_}, N={continuations}, {frames} latent frames, fork at {fork}"
+    for phase, seconds in times.items():
+        bench.record([Row("rollout", f"{case}: {phase}", OURS, seconds * 1e3)])
+    bench.record([Row("rollout", f"{case}: peak memory", OURS, mib=torch.cuda.max_memory_allocated() / 2**20)])
