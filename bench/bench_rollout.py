@@ -80,7 +80,8 @@ class WarmChunk:
         text = self.model.project_text(self.words)
         for start in range(0, self.start, CHUNK_FRAMES):
             own = text.select(torch.arange(len(ids), device=self.device))
-            history.commit(ids, self._draw(len(ids), dtype=torch.float32), own)
+            with self._autocast():
+                history.commit(ids, self._draw(len(ids), dtype=torch.float32), own)
             if start == 0 and self.branches > 1:
                 ids = history.fork(ids[0], self.branches)
         return history, ids
@@ -239,15 +240,14 @@ def test_iteration(bench: Bench) -> None:
     steps = [Step(start, start + 6, f"step {start // 6}") for start in range(0, frames, 6)]
     plans = [Plan("i", tuple(replace(s, prompt=f"{s.prompt} of plan {p}") for s in steps)) for p in range(plans_)]
     noise = gaussian_noise(0, executor.noise_shape(plans_, continuations), bench.device)
+    forks = [fork] * plans_
     decode_whole(codec.decoder, latents_of(bench, 1, 6))  # compiles
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     times = {}
     begun = time.perf_counter()
     with executor.precision():
-        latents, transition = roll_out(
-            executor.calls, executor.encode, plans, [fork] * plans_, noise, executor.settings
-        )
+        latents, transition = roll_out(executor.calls, executor.encode, plans, forks, noise, executor.settings)
     torch.cuda.synchronize()
     times["rollout"] = time.perf_counter() - begun
     codec.decode_forked(latents, forks).wait()
