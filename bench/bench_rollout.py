@@ -29,7 +29,7 @@ from tempact.executor.attend import Context
 from tempact.executor.context import History
 from tempact.executor.graphs import Calls
 from tempact.executor.policy import Executor
-from tempact.executor.rollout import RolloutSettings, denoise_chunk, gaussian_noise, roll_out
+from tempact.executor.rollout import RolloutSettings, denoise_chunk, gaussian_noise
 from tempact.executor.schedule import Schedule
 from tempact.executor.window import WINDOWS, WindowPolicy
 from tempact.models.wan.random_weights import RandomText
@@ -219,7 +219,7 @@ def test_warm_chunk_with_decoder(bench: Bench, decoder: str) -> None:
 
     with history:
         case = f"warm chunk with {decoder}, a branch, B={BRANCHES}, 12 key frames"
-        bench.measure("rollout", case, [Contender(OURS, run)], {}, {}, parts=BRANCHES, budget_s=4.0)
+        bench.measure("rollout", case, [Contender(OURS, run, None)], {}, {}, parts=BRANCHES, budget_s=4.0)
 
 
 def test_iteration(bench: Bench) -> None:
@@ -230,7 +230,7 @@ def test_iteration(bench: Bench) -> None:
     plans_, continuations, frames, fork = 4, BRANCHES, 30, 6
     config = ExecutorConfig(
         weights="", lora=LoraConfig(256, 256, SELF_FORCING_TARGETS), optim=OptimConfig(1e-4), frames=frames,
-        continuations=continuations, window="longlive", micro_batch=4,
+        continuations=continuations, window="longlive", rollout_videos=BRANCHES, micro_batch=4,
     )  # fmt: skip
     with bench.device:
         model = WanTransformer(WanConfig()).to(torch.bfloat16)
@@ -246,8 +246,7 @@ def test_iteration(bench: Bench) -> None:
     torch.cuda.reset_peak_memory_stats()
     times = {}
     begun = time.perf_counter()
-    with executor.precision():
-        latents, transition = roll_out(executor.calls, executor.encode, plans, forks, noise, executor.settings)
+    latents, transition = executor.latents(plans, forks, noise)
     torch.cuda.synchronize()
     times["rollout"] = time.perf_counter() - begun
     codec.decode_forked(latents, forks).wait()

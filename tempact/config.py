@@ -88,6 +88,7 @@ class ExecutorConfig:
     advantage_clip: float = 2.0
     ema_decay: float = 0.99
     micro_batch: int = 64  # (continuation, transition) pairs a backward
+    rollout_videos: int = 0  # videos that advance together, by whole plans, which bounds the cache; 0: all
     cuda_graphs: bool = True  # where the kernels serve; a graph for each shape of a call
 
 
@@ -180,6 +181,7 @@ def validate(config: RunConfig) -> None:
          "at least 2 (a planning group compares plans)"),
         (executor.continuations >= 2, "executor.continuations", executor.continuations,
          "at least 2 (an execution group compares continuations)"),
+        (executor.rollout_videos >= 0, "executor.rollout_videos", executor.rollout_videos, "0 (all), or at least 1"),
         (bool(executor.timesteps), "executor.timesteps", executor.timesteps, "at least one"),
         (bool(executor.lora.targets), "executor.lora.targets", executor.lora.targets, "at least one"),
         (bool(planner.lora.targets), "planner.lora.targets", planner.lora.targets, "at least one"),

@@ -102,6 +102,7 @@ def self_forcing() -> RunConfig:
             precision="bf16-fp32-gates",
             frames=30,
             window="tempact-self-forcing",
+            rollout_videos=8,  # 8 windows of 12 frames are 26 GiB of K and V
             micro_batch=4,
         ),
         data=DataConfig(prompts="", prompts_per_iteration=16),

@@ -28,6 +28,7 @@ from tempact.executor.rollout import (
     NoiseSource,
     PromptBook,
     RolloutSettings,
+    joined,
     rebuild_context,
     roll_out,
 )
@@ -142,9 +143,24 @@ class Executor:
 
     def rollout(self, plans: list[Plan], fork_frames: list[int], noise: NoiseSource) -> Rollout:
         """Videos of P plans x N continuations (N is the noise's); plan p forks at fork_frames[p]."""
-        with self.precision():
-            latents, transition = roll_out(self.calls, self.encode, plans, fork_frames, noise, self.settings)
+        latents, transition = self.latents(plans, fork_frames, noise)
         return Rollout(latents, self.codec.decode_forked(latents, fork_frames).wait(), transition)
+
+    def latents(self, plans: list[Plan], fork_frames: list[int], noise: NoiseSource) -> tuple[Tensor, Transition]:
+        """The same before decoding: [P, N, C, F, H, W] and the recorded transitions, `rollout_videos` at a time."""
+        count = len(plans)
+        if self.config.rollout_videos:
+            count = max(1, self.config.rollout_videos // noise(0).shape[1])
+        parts = []
+        for first in range(0, len(plans), count):
+            own = slice(first, first + count)
+
+            def draw(chunk: int, own: slice = own) -> Tensor:
+                return noise(chunk)[own]
+
+            with self.precision():
+                parts.append(roll_out(self.calls, self.encode, plans[own], fork_frames[own], draw, self.settings))
+        return torch.cat([latents for latents, _ in parts]), joined([transition for _, transition in parts])
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from csrc_triton.flow_sde import flow_sde_step
@@ -180,6 +181,19 @@ def _transition(
         prefix[p, :, frame:] = 0.0
     seen = [prompts[p][: frame // settings.chunk + 1] for p, frame in enumerate(fork_frames)]
     return Transition(states, noises, start, prefix, seen)
+
+
+def joined(parts: list[Transition]) -> Transition:
+    """The recorded chunks of all plans of several roll-outs."""
+    longest = max(part.prefix.shape[2] for part in parts)
+    prefixes = [F.pad(part.prefix, (0, 0, 0, 0, 0, longest - part.prefix.shape[2])) for part in parts]
+    return Transition(
+        torch.cat([part.states for part in parts]),
+        torch.cat([part.noises for part in parts]),
+        torch.cat([part.start for part in parts]),
+        torch.cat(prefixes),
+        [prompts for part in parts for prompts in part.prompts],
+    )
 
 
 def rebuild_context(

@@ -56,6 +56,21 @@ def test_batched_continuations_equal_serial_ones(make_executor: Make, changes: d
             assert close(serial.transition.states[0, 0], together.transition.states[p, n])
 
 
+@pytest.mark.parametrize("limit", [1, 3, 5, 6])
+def test_plans_in_turn_give_what_they_give_together(make_executor: Make, limit: int) -> None:
+    """Also where their recorded chunks start at other frames; the cache holds one plan's branches at a time."""
+    changes = {"window": "longlive", "frames": 18}
+    one, two = make_executor(**changes), make_executor(**changes, rollout_videos=limit)
+    shape = one.noise_shape(2, 3)
+    together, turns = (each.rollout(PLANS, [3, 12], gaussian_noise(1, shape, CPU)) for each in (one, two))
+    assert close(together.latents, turns.latents)
+    a, b = together.transition, turns.transition
+    assert a.prompts == b.prompts and torch.equal(a.start, b.start) and torch.equal(a.noises, b.noises)
+    assert close(a.states, b.states) and close(a.prefix, b.prefix) and a.prefix.shape == b.prefix.shape
+    held = [each.calls.cache(0).nbytes for each in (one, two)]
+    assert held[1] == held[0] if limit >= 6 else held[1] < held[0]
+
+
 def test_continuations_share_the_context_and_differ_after_it(make_executor: Make) -> None:
     executor = make_executor()
     rollout = executor.rollout(PLANS, [3, 12], gaussian_noise(1, executor.noise_shape(2, 3), CPU))
