@@ -39,7 +39,9 @@ class LoraLinear(Linear):
 
     @staticmethod
     def _idle(layer: nn.Module) -> TypeGuard[LoraLinear]:
-        return isinstance(layer, LoraLinear) and (layer.disable_adapters or not layer.active_adapters)
+        return (
+            isinstance(layer, LoraLinear) and not layer.merged and (layer.disable_adapters or not layer.active_adapters)
+        )
 
     def _served(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, float] | None:
         """Weight, bias, A, B and alpha / r, if the kernels' path is in force and one plain adapter is active."""
