@@ -39,7 +39,7 @@ from tempact.models.wan.codec import Codec
 from tempact.models.wan.text_encoder import PromptEncoder
 from tempact.models.wan.text_padding import cut_length
 from tempact.models.wan.transformer import WanTransformer
-from tempact.rl.flow_grpo import clip_epsilon, flow_grpo_loss
+from tempact.rl.flow_grpo import clip_epsilon, flow_grpo_loss, rollout_gap
 from tempact.types import Batch, Plan, Rollout, Transition
 
 TEXTS_KEPT = 1024  # prompts whose text rows stay at hand: under a GB at full size
@@ -189,7 +189,8 @@ class Executor:
         """Accumulates the gradient of the Flow-GRPO loss over the transitions of `plans`.
 
         v_old as `velocities` returned it before the first step of the iteration; None means that this is
-        that first step, and v_old is the velocity itself without gradient. Returns metrics; the gradient
+        that first step, and v_old is the velocity itself without gradient. Returns metrics,
+        with the mean `rollout_gap` of every sigma in units of the clip (only without v_old); the gradient
         is the mean over the counted (plan, continuation, transition) terms.
         """
         transition = batch.transition
@@ -227,9 +228,31 @@ class Executor:
                     terms=terms,
                 )
                 loss.backward()
+                if v_old is None:
+                    metrics |= self._gaps(velocity.detach(), transition, entries, batch.execution_mask, clip)
                 for name, value in metrics.items():
                     totals[name] = totals.get(name, 0.0) + value
-        return totals
+        videos = terms // transition.noises.shape[2]
+        return {name: value / videos if name.startswith("rollout_gap/") else value for name, value in totals.items()}
+
+    def _gaps(
+        self, velocity: Tensor, transition: Transition, entries: _Entries, mask: Tensor, clip: float
+    ) -> dict[str, float]:
+        """This micro-batch's share in the mean `rollout_gap` of every sigma, in units of the clip."""
+        plans, count = len(entries.plans), transition.noises.shape[2]
+        chosen = range(count)[entries.transitions]
+        own = velocity.unflatten(0, (plans, -1, len(chosen)))
+        kept = mask[entries.plans][:, entries.continuations].flatten().to(velocity.device)
+        sigmas, found = self.settings.schedule.sigmas, {}
+        for i, t in enumerate(chosen):
+            before, after, noise = (
+                values[entries.plans][:, entries.continuations, step].flatten(0, 1).to(velocity.device)
+                for values, step in ((transition.states, t), (transition.states, t + 1), (transition.noises, t))
+            )
+            levels = sigmas[t], sigmas[t + 1]
+            gap = rollout_gap(own[:, :, i].flatten(0, 1), before, after, noise, *levels, self.settings.eta)
+            found[f"rollout_gap/{sigmas[t]:.3f}"] = torch.where(kept, gap, 0.0).sum().item() / clip
+        return found
 
     def _forward(self, transition: Transition, group: list[int], *, grad: bool) -> Iterator[tuple[_Entries, Tensor]]:
         """Micro-batches of one group of plans that share the switch frame, with their velocities."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton import flow_policy_loss
+from csrc_triton.flow_sde.naive import cps
 
 
 def flow_grpo_loss(
@@ -51,6 +52,23 @@ def flow_grpo_loss(
     # fp64, so that ratios of 1 have mean 1 after the micro-batches' shares are added
     values = torch.stack([share(value.detach().double()) for value in shares.values()]).tolist()
     return loss, dict(zip(shares, values, strict=True))
+
+
+def rollout_gap(
+    velocity: Tensor, states: Tensor, following: Tensor, noise: Tensor, sigma: float, next_sigma: float, eta: float
+) -> Tensor:
+    """How far training's log-probs are from the roll-out's: |z| with the roll-out's velocity as the old one, [B].
+
+    The velocity that the roll-out used is the one that took it from `states` to `following` with `noise`: the mean of
+    the step is linear in it (ALGORITHM.md 2.1). 0 where both compute alike, up to rounding.
+
+    Args:
+        velocity: of training, [B, C, c, H, W], at `states` [B, C, c, H, W], from noise level `sigma`.
+        following, noise: the state at `next_sigma` and what was drawn on the way there.
+    """
+    decay, kappa, std = cps(sigma, next_sigma, eta)
+    used = (decay * states + std * noise - following) / kappa
+    return (noise * (velocity - used)).flatten(1).mean(dim=1).abs()
 
 
 def clip_epsilon(clip_velocity_rms: float, elements: int) -> float:

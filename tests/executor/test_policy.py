@@ -10,6 +10,7 @@ import torch
 
 from tempact.executor.policy import Executor, micro_batches
 from tempact.executor.rollout import gaussian_noise
+from tempact.rl.flow_grpo import clip_epsilon
 from tempact.types import Batch, Plan, Step
 
 Make = Callable[..., Executor]
@@ -40,6 +41,30 @@ def test_the_first_update_has_ratio_one_and_kl_zero(make_executor: Make) -> None
     assert metrics["ratio_deviation"] == 0.0 and metrics["kl"] == 0.0
     assert metrics["clip_ratio/low"] == metrics["clip_ratio/high"] == 0.0
     assert any(grad.abs().sum() > 0 for grad in gradients(executor).values())
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.6])
+def test_the_gap_between_rollout_and_training_is_logged(make_executor: Make, eta: float) -> None:
+    """Rounding alone makes next to none; weights that have moved since the roll-out show at every sigma."""
+    for micro_batch in (64, 2):
+        executor = make_executor(eta=eta, micro_batch=micro_batch)
+        batch = batch_of(executor)
+        names = [f"rollout_gap/{sigma:.3f}" for sigma in executor.settings.schedule.sigmas[:-2]]
+        metrics = executor.update(batch, [0, 1, 2])
+        assert [name for name in metrics if name.startswith("rollout_gap/")] == names and len(names) == 3
+        assert all(0 <= metrics[name] < 1e-2 for name in names)
+        with torch.no_grad():
+            executor.model.head.head.bias.add_(0.3)
+        moved = executor.update(batch, [0, 1, 2])
+        noises = batch.transition.noises
+        # the head's bias moves every velocity by 0.3
+        clip = clip_epsilon(executor.config.clip_velocity_rms, noises[0, 0, 0].numel())
+        for t, name in enumerate(names):
+            expected = (0.3 * noises[:, :, t]).flatten(2).mean(dim=2).abs().mean().item() / clip
+            assert moved[name] == pytest.approx(expected, rel=0.02)
+    with torch.no_grad():
+        old = executor.velocities(batch.transition, [0, 1, 2])
+    assert not any(name.startswith("rollout_gap/") for name in executor.update(batch, [0, 1, 2], old))
 
 
 def test_prompts_are_encoded_once_while_they_are_in_use(make_executor: Make, monkeypatch: pytest.MonkeyPatch) -> None:
