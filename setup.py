@@ -17,6 +17,7 @@ setup(
                     "shapeworld/weights/**/*.jinja"],
     },
     install_requires=[
+        "huggingface-hub>=1.0",
         "imageio-ffmpeg>=0.5",
         "jinja2>=3.1",
         "matplotlib>=3.8",
@@ -36,7 +37,7 @@ setup(
     extras_require={
         "test": ["diffusers>=0.36", "ftfy>=6.2", "hypothesis>=6.100", "mypy>=2.0", "pytest>=8.2",
                  "pytest-benchmark>=5.0", "pytest-timeout>=2.3", "ruff>=0.12"],
-        "bench": ["liger-kernel>=0.6", "pytest>=8.2", "pytest-benchmark>=5.0"],
+        "bench": ["diffusers>=0.36", "liger-kernel>=0.6", "pytest>=8.2", "pytest-benchmark>=5.0"],
         "diffusers": ["diffusers>=0.36"],
         "judges": ["openai>=2.0"],
         "wan": ["diffusers>=0.36", "ftfy>=6.2"],

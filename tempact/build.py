@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import re
 import warnings
@@ -57,6 +58,7 @@ class Policies:
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt")
+WAN_PACKAGES = ("diffusers", "ftfy")  # of the extra "wan"
 KERNELS = ("torch", "triton", "auto")
 
 
@@ -128,9 +130,14 @@ def executor_parts(config: RunConfig, device: torch.device) -> ExecutorParts:
             f"executor.weights: found nothing, and the preset {config.preset} has none of its own; accepted: the "
             "backbone's checkpoint, or random or random-tiny to see everything but the pictures"
         )
-    if is_random(weights):
-        return random_parts(config, device)
-    return wan_parts(config, device) if is_wan(weights) else shapeworld_parts(config, device)
+    if not (is_random(weights) or is_wan(weights)):
+        return shapeworld_parts(config, device)
+    absent = [name for name in WAN_PACKAGES if importlib.util.find_spec(name) is None]
+    if absent:
+        raise UserError(
+            f"executor.weights: {weights} needs {', '.join(absent)}; accepted: with pip install -e '.[wan]'"
+        )
+    return random_parts(config, device) if is_random(weights) else wan_parts(config, device)
 
 
 def is_random(weights: str) -> bool:

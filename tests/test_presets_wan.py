@@ -112,6 +112,14 @@ def test_a_planner_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -
         build_policies(config)
 
 
+def test_without_the_packages_of_real_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempact.build.WAN_PACKAGES", ("diffusers", "no_such_package"))
+    with pytest.raises(
+        UserError, match="random-tiny needs no_such_package; accepted: pip install -e '.\\[wan\\]' first"
+    ):
+        build_policies(small("longlive"))
+
+
 def test_training_waits_for_rewards() -> None:
     config = small("longlive")
     with pytest.raises(UserError, match="there are no rewards yet"):
