@@ -134,9 +134,8 @@ def executor_parts(config: RunConfig, device: torch.device) -> ExecutorParts:
         return shapeworld_parts(config, device)
     absent = [name for name in WAN_PACKAGES if importlib.util.find_spec(name) is None]
     if absent:
-        raise UserError(
-            f"executor.weights: {weights} needs {', '.join(absent)}; accepted: with pip install -e '.[wan]'"
-        )
+        needed = ", ".join(absent)
+        raise UserError(f"executor.weights: {weights} needs {needed}; accepted: after pip install -e '.[wan]'")
     return random_parts(config, device) if is_random(weights) else wan_parts(config, device)
 
 
