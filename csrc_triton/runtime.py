@@ -21,6 +21,7 @@ OLDEST_CAPABILITY = (8, 0)  # sm_80
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # torch.compile cannot trace the question
 
 _backend = "auto"
+_shapes_only = False
 
 
 def set_backend(name: str) -> None:
@@ -50,6 +51,17 @@ def backend(name: str) -> Iterator[None]:
         set_backend(before)
 
 
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Inside, the kernels serve whatever the device: for fake tensors, with which no kernel runs."""
+    global _shapes_only
+    before, _shapes_only = _shapes_only, True
+    try:
+        yield
+    finally:
+        _shapes_only = before
+
+
 def interpreted() -> bool:
     """Do Triton's kernels run in its interpreter, on the CPU?"""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -66,6 +78,8 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return "Triton is not installed"
     if dtype not in DTYPES:
         return f"{dtype} tensors; accepted: {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}"
+    if _shapes_only:
+        return None
     if device.type == "cuda":
         if torch.version.hip is None and _capability(device) < OLDEST_CAPABILITY:
             return "a GPU older than sm_80"

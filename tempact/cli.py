@@ -26,7 +26,7 @@ from tempact.config import RunConfig, validate
 from tempact.errors import UserError
 from tempact.presets import DEFAULT, PRESETS, get_preset
 
-VERBS = ("train", "generate", "evaluate", "report")
+VERBS = ("train", "generate", "evaluate", "report", "doctor")
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 130
 SHOWN_CHARACTERS = 80  # of a wrong value in a message
@@ -38,7 +38,8 @@ class RunOptions:
     """What a command line says beside the configuration."""
 
     resume: str = "auto"  # auto (the newest checkpoint in the output folder), none, or a checkpoint or run folder
-    dry_run: bool = False  # print the whole configuration and stop
+    dry_run: bool = False  # print the whole configuration, what it takes and what is missing, and stop
+    gpu_gib: float = 0.0  # with --dry-run: memory of the GPU to plan for, GiB; 0: that at hand, else usual ones
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class _CommandLine(RunConfig):
     preset: tyro.conf.Suppress[str]
     config: str = ""  # YAML file with any of the keys below
     resume: str = RunOptions.resume  # auto (newest checkpoint in the output folder), none, or a folder
-    dry_run: bool = RunOptions.dry_run  # print the whole configuration and stop
+    dry_run: bool = RunOptions.dry_run  # print the whole configuration, what it takes and what is missing, and stop
+    gpu_gib: float = RunOptions.gpu_gib  # with --dry-run: memory of the GPU to plan for, GiB; 0: that at hand
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,7 +91,7 @@ class LineParser(argparse.ArgumentParser):
 
 
 def parse_run(argv: Sequence[str] | None, program: str) -> tuple[RunConfig, RunOptions]:
-    """[PRESET] [--config FILE] [--resume auto|none|PATH] [--dry-run] [--section.field value ...].
+    """[PRESET] [--config FILE] [--resume auto|none|PATH] [--dry-run] [--gpu-gib GIB] [--section.field value ...].
 
     The preset comes first, then the file, then single values. Raises UserError in one line.
     """

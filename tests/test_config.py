@@ -79,7 +79,7 @@ def test_a_file_may_name_its_preset_but_not_another_one(write) -> None:
 
 
 def test_options_and_their_forms() -> None:
-    assert parse_run([], "p") == (get_preset(DEFAULT), RunOptions(resume="auto", dry_run=False))
+    assert parse_run([], "p") == (get_preset(DEFAULT), RunOptions(resume="auto", dry_run=False, gpu_gib=0.0))
     config, options = parse_run(["--dry-run", "--resume", "runs/x", "--deterministic", "--executor.no-train"], "p")
     assert options == RunOptions(resume="runs/x", dry_run=True)
     assert config.deterministic and not config.executor.train and config.planner.train

@@ -22,7 +22,7 @@ MODELS = {"csrc_triton", "tempact.models"}
 LEARNING = MODELS | {"tempact.planner", "tempact.executor", "tempact.rl", "tempact.rewards", "tempact.infra"}
 BUILT = LEARNING | {"tempact.trainer", "tempact.shapeworld", "tempact.temporal_order", "tempact.build"}
 COMMAND_LINE = {"tempact.presets", "tempact.cli"}
-ENTRY = {"tempact.train", "tempact.generate", "tempact.evaluate", "tempact.report"}
+ENTRY = {"tempact.train", "tempact.generate", "tempact.evaluate", "tempact.report", "tempact.doctor"}
 MAY_IMPORT: dict[str, set[str]] = {
     "csrc_triton": set(),
     "tempact": set(),
@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tempact.presets": EVERYONE,
     "tempact.cli": EVERYONE | {"tempact.presets"},
     "tempact.temporal_order": EVERYONE | {"tempact.infra"},
-    "tempact.infra": EVERYONE | {"tempact.temporal_order"},
+    "tempact.infra": EVERYONE | {"csrc_triton", "tempact.temporal_order"},
     "tempact.models": EVERYONE | {"csrc_triton"},
     "tempact.rl": EVERYONE | {"csrc_triton"},
     "tempact.rewards": EVERYONE,
@@ -41,8 +41,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tempact.trainer": EVERYONE | LEARNING,
     "tempact.shapeworld": EVERYONE | LEARNING | {"tempact.temporal_order"},
     "tempact.build": EVERYONE | BUILT,
+    "tempact.preflight": EVERYONE | BUILT,
     "tempact.run": EVERYONE | BUILT | COMMAND_LINE,
-    **dict.fromkeys(ENTRY, EVERYONE | BUILT | COMMAND_LINE | {"tempact.run"}),
+    **dict.fromkeys(ENTRY, EVERYONE | BUILT | COMMAND_LINE | {"tempact.run", "tempact.preflight"}),
 }
 POLICIES = ("tempact.planner*", "tempact.executor*", "tempact.trainer", "tempact.build")
 MODEL_CODE = ("tempact.models*", "transformers*", "peft*", *POLICIES)

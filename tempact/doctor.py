@@ -1,0 +1,45 @@
+"""`python -m tempact.doctor [--json]`: does this machine have what a run needs?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from tempact.cli import EXIT_USER_ERROR, LineParser, guarded
+from tempact.infra.check_versions import FAULT, NOTHING, versions
+from tempact.presets import DEFAULT, get_preset
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 everything needed is there, 2 something is not, or bad input."""
+    return guarded(lambda: _doctor(parser().parse_args(argv)))
+
+
+def parser() -> argparse.ArgumentParser:
+    made = LineParser(prog="python -m tempact.doctor", description=__doc__)
+    made.add_argument("--output", type=Path, default=Path(get_preset(DEFAULT).output), help="folder of runs")
+    made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="cuda: a GPU must be there")
+    made.add_argument("--json", action="store_true", help="print a JSON object in the place of lines")
+    return made
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    findings = list(versions())
+    if all(finding.found != NOTHING for finding in findings):  # the other checks need the packages
+        from tempact.infra.checks import device_of, machine_findings
+
+        findings += machine_findings(device_of(arguments.device), arguments.output)
+    healthy = all(finding.status != FAULT for finding in findings)
+    if arguments.json:
+        report = {"healthy": healthy, "findings": [asdict(finding) for finding in findings]}
+        sys.stdout.write(json.dumps(report, indent=1) + "\n")
+    else:
+        sys.stdout.write("".join(f"{finding.line()}\n" for finding in findings))
+    return 0 if healthy else EXIT_USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

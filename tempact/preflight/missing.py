@@ -1,0 +1,97 @@
+"""Every path that a configuration names and that is not what a run needs there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from tempact.build import SHAPEWORLD, is_random
+from tempact.config import RunConfig
+from tempact.errors import UserError
+from tempact.infra.checks import why_not_writable
+from tempact.models.wan.checkpoint_adapters import open_adapter
+from tempact.models.wan.checkpoint_files import find_weights
+from tempact.models.wan.text import source_of
+from tempact.models.wan.transformer import WanConfig
+from tempact.models.wan.vae import DIFFUSERS_FILE, ORIGINAL_FILE
+from tempact.preflight.models import planner_folder, shapeworld_folder
+
+
+def missing_paths(config: RunConfig, sizes: WanConfig) -> list[str]:
+    """One line each: the key, what was found, what is accepted. Large files are not read through."""
+    return [
+        *_executor(config, sizes),
+        *_planner(config.planner.weights),
+        *_data(config.data.prompts),
+        *_folders(config),
+    ]
+
+
+def _executor(config: RunConfig, sizes: WanConfig) -> Iterator[str]:
+    settings = config.executor
+    weights = settings.weights
+    if is_random(weights):
+        return
+    own = shapeworld_folder("executor", weights)
+    if own is not None:
+        for name in ("transformer.safetensors", "text_encoder/model.safetensors"):
+            if not (own / name).is_file():
+                yield f"executor.weights: {own / name} not found; accepted: a folder with an executor's weights"
+        return
+    if not weights:
+        yield "executor.weights: found nothing; accepted: the backbone's checkpoint, or random or random-tiny"
+    else:
+        yield from _tried("executor.weights", lambda: [file.stat() for file in find_weights(Path(weights))])
+    for adapter in settings.adapters:
+        yield from _tried("executor.adapters", partial(open_adapter, Path(adapter), sizes))
+    release = settings.wan_folder or weights
+    if not Path(release or "-").is_dir():
+        found = release or "nothing"
+        yield f"executor.wan_folder: found {found}; accepted: the folder of Wan2.1-T2V-1.3B or its -Diffusers"
+        return
+    yield from _tried("executor.wan_folder", lambda: source_of(Path(release), torch.bfloat16))
+    folder = Path(release)
+    vae = folder / "vae" if (folder / "vae").is_dir() else folder
+    if not (folder / ORIGINAL_FILE).is_file() and not all(
+        (vae / name).is_file() for name in ("config.json", DIFFUSERS_FILE)
+    ):
+        accepted = f"vae/ with config.json and {DIFFUSERS_FILE}, or {ORIGINAL_FILE}"
+        yield f"executor.wan_folder: {folder}: found no VAE; accepted: {accepted}"
+
+
+def _planner(weights: str) -> Iterator[str]:
+    folder = planner_folder(weights)
+    if folder is None:
+        found = f"{weights}, which is no folder with a config.json and not in the Hugging Face hub's cache"
+        yield f"planner.weights: found {found}; accepted: {SHAPEWORLD}, random, a folder, a name that the hub serves"
+        return
+    if weights != "random" and not [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]:
+        yield f"planner.weights: {folder}: found no weights; accepted: a Hugging Face folder with safetensors"
+    if not (folder / "tokenizer_config.json").is_file():
+        yield f"planner.weights: {folder}: found no tokenizer; accepted: a chat model with its tokenizer"
+
+
+def _data(prompts: str) -> Iterator[str]:
+    if not prompts:
+        yield f"data.prompts: found nothing; accepted: {SHAPEWORLD}, or a file of prompts"
+    elif prompts != SHAPEWORLD and not Path(prompts).is_file():
+        yield f"data.prompts: {prompts}: found no file; accepted: {SHAPEWORLD}, or a file of prompts"
+
+
+def _folders(config: RunConfig) -> Iterator[str]:
+    wan = shapeworld_folder("executor", config.executor.weights) is None and not is_random(config.executor.weights)
+    folders = {"output": config.output} | ({"executor.text_cache": config.executor.text_cache} if wan else {})
+    for key, folder in folders.items():
+        reason = why_not_writable(Path(folder))
+        if reason is not None:
+            yield f"{key}: cannot write to {folder} ({reason}); accepted: a writable folder"
+
+
+def _tried(key: str, read: Callable[[], object]) -> Iterator[str]:
+    try:
+        read()
+    except (UserError, OSError) as error:
+        yield f"{key}: {' '.join(str(error).split())}"

@@ -1,0 +1,256 @@
+"""Bytes and operations of an iteration, from the traces of its parts.
+
+Plans and switches are not known beforehand. Memory is that of the worst case: every plan forks after its first chunk,
+from where its continuations share nothing. A plan is taken to have a prompt every other chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from tempact.config import RunConfig
+from tempact.executor import footprint
+from tempact.executor.policy import TEXTS_KEPT
+from tempact.executor.rollout import RolloutSettings
+from tempact.executor.schedule import Schedule
+from tempact.executor.window import WINDOWS
+from tempact.infra.memory_plan import ESTIMATED, EXACT, TRACED, Item, Needs, Phase
+from tempact.planner.footprint import PlannerSizes
+from tempact.preflight.models import Decoder, decoder_of, text_encoder_bytes, video_bytes
+
+FP32 = 4  # bytes of a number
+CHUNKS_A_PROMPT = 2
+PROMPT_ROWS = 128  # text rows of a prompt of a step, without padding
+ADAPTER_COPIES = 2  # trained and reference
+ADAM_STATES = 2
+PLANNING = ("plan", "planner update")  # phases of the planner
+
+
+@dataclass(frozen=True)
+class Run:
+    """A configuration with all that its numbers follow from; planner None: a model of unknown size."""
+
+    config: RunConfig
+    sizes: footprint.Sizes
+    planner: PlannerSizes | None
+    wan: bool
+    on_gpu: bool
+
+    @property
+    def plans(self) -> int:
+        return self.config.data.prompts_per_iteration * self.config.planner.plans_per_prompt
+
+    @property
+    def branches(self) -> int:
+        return self.plans * self.config.executor.continuations
+
+    @property
+    def together(self) -> int:
+        """Branches that are rolled out in one batch: those of as many plans as `executor.rollout_videos` lets in."""
+        n, most = self.config.executor.continuations, self.config.executor.rollout_videos
+        return (min(self.plans, max(1, most // n)) if most else self.plans) * n
+
+    @property
+    def settings(self) -> RolloutSettings:
+        c = self.config.executor
+        schedule = Schedule.from_timesteps(c.timesteps, c.shift)
+        window = WINDOWS[c.window]
+        return RolloutSettings(c.frames, c.chunk_frames, window, c.text_switch, schedule, c.eta, c.smooth_prompts)
+
+    @property
+    def fork(self) -> int:
+        """Latent frame of the earliest switch."""
+        return min(self.config.executor.chunk_frames, self.config.executor.frames - self.config.executor.chunk_frames)
+
+    @property
+    def graphs(self) -> bool:
+        return self.on_gpu and self.sizes.kernels and self.config.executor.cuda_graphs
+
+    @property
+    def attended(self) -> dict[int, int]:
+        """Latent frames that the chunk at each frame attends to."""
+        s = self.settings
+        return {start: len(s.window.attended(start, s.chunk)) for start in range(0, s.frames, s.chunk)}
+
+    @property
+    def update_rows(self) -> int:
+        """(continuation, transition) pairs of the largest micro-batch."""
+        steps = self.settings.schedule.transitions
+        each, most = self.config.executor.continuations * steps, self.config.executor.micro_batch
+        if most >= each:
+            return min(most // each, self.plans) * each
+        return min(most // steps, each // steps) * steps if most >= steps else min(most, steps)
+
+    def changed(self, *, continuations: int | None = None, prompts: int | None = None) -> Run:
+        """The same with another N or another number of prompts."""
+        config = self.config
+        executor = replace(config.executor, continuations=continuations or config.executor.continuations)
+        data = replace(config.data, prompts_per_iteration=prompts or config.data.prompts_per_iteration)
+        return replace(self, config=replace(config, executor=executor, data=data))
+
+
+def needs_of(run: Run, *, planning: bool = True) -> Needs:
+    """The memory of a training run; planning: with the planner's phases."""
+    decoder = decoder_of(run.sizes, run.on_gpu) if run.wan else None
+    activations = _rollout_activations(run)
+    training = footprint.update(run.sizes, run.update_rows, max(run.attended.values())).bytes
+    held = max(activations, training) if run.graphs else 0
+    kept = [*_weights(run, decoder), *_kept_of_a_rollout(run)]
+    if held:
+        kept.append(Item("activations of rollout and update, held by CUDA graphs", held, TRACED))
+    rollout = [*_rollout(run)]
+    update = [Item("velocities of the reference", _transitions(run, run.settings.schedule.transitions), EXACT)]
+    if not held:
+        rollout.append(Item(f"activations, {run.together} branches", activations, TRACED))
+        update.append(Item(f"activations, {run.update_rows} transitions", training, TRACED))
+    phases = [*(_planner_phases(run) if planning else []), Phase("rollout", tuple(rollout))]
+    if decoder is not None:
+        phases.append(_decoding(run, decoder))
+    if run.config.executor.train:
+        phases.append(Phase("executor update", tuple(update)))
+    videos = run.branches * video_bytes(run.sizes, run.settings.frames, wan=run.wan)
+    return Needs(tuple(kept), tuple(phases), (Item(f"{run.branches} videos, uint8", videos, EXACT),))
+
+
+def _weights(run: Run, decoder: Decoder | None) -> list[Item]:
+    """What is loaded, and what belongs to the adapters."""
+    parameters = footprint.parameters_of(run.sizes)
+    items = [Item("executor's weights", parameters.weight_bytes, EXACT)]
+    items += _adapter("executor", parameters.trained * FP32, ema=True)
+    if run.planner is not None:
+        items.append(Item("planner's weights", run.planner.weights, EXACT))
+        items += _adapter("planner", run.planner.trained * FP32)
+    text = text_encoder_bytes(run.config.executor, run.sizes.dtype)
+    items.append(Item("text encoder", text, EXACT))
+    if decoder is not None:
+        items.append(Item("VAE", decoder.weights, EXACT))
+    return items
+
+
+def _adapter(who: str, trained: int, *, ema: bool = False) -> list[Item]:
+    average = " and average" if ema else ""
+    states = 1 + ADAM_STATES + ema  # gradients, too
+    return [
+        Item(f"{who}'s adapter and its frozen start", ADAPTER_COPIES * trained, EXACT),
+        Item(f"{who}'s gradients, Adam's moments{average}", states * trained, EXACT),
+    ]
+
+
+def _kept_of_a_rollout(run: Run) -> list[Item]:
+    """The cache keeps its size; text rows, latents and recorded transitions stay until the next iteration."""
+    sizes, settings, n = run.sizes, run.settings, run.config.executor.continuations
+    frames = footprint.cache_rows(settings, run.together // n, n, run.fork)
+    texts = min(TEXTS_KEPT, run.plans * _texts(run)) * PROMPT_ROWS * sizes.model.text_dim * sizes.dtype.itemsize
+    transitions = settings.schedule.transitions
+    recorded = run.branches * sizes.latent_bytes(settings.frames) + _transitions(run, 2 * transitions + 1)
+    return [
+        Item(f"K/V cache, {frames} latent frames", frames * sizes.frame_bytes, EXACT),
+        Item("text rows of prompts seen", texts, ESTIMATED),
+        Item("latents and recorded transitions", recorded, EXACT),
+    ]
+
+
+def _transitions(run: Run, each: int) -> int:
+    """fp32 chunks, so many of them for every continuation."""
+    return run.branches * each * run.sizes.latent_bytes(run.settings.chunk)
+
+
+def _texts(run: Run) -> int:
+    """Prompts of a plan."""
+    return math.ceil(run.settings.chunks / CHUNKS_A_PROMPT)
+
+
+def _rollout_activations(run: Run) -> int:
+    """Of the widest call: a chunk of all branches, or the pass that rewrites their window under a new text."""
+    settings = run.settings
+    calls = [(max(run.attended.values()), settings.chunk)]
+    if settings.text_switch == "recache":
+        rewritten = max((len(settings.window.recached(start)), start) for start in run.attended)
+        calls.append((min(settings.window.sink, rewritten[1] - rewritten[0]), rewritten[0]))
+    return max(footprint.denoise(run.sizes, run.together, *call).bytes for call in calls if call[1])
+
+
+def _rollout(run: Run) -> list[Item]:
+    """Beside the cache and the activations."""
+    sizes, settings = run.sizes, run.settings
+    steps = len(settings.schedule.sigmas) - 1
+    prompts = run.plans * _texts(run)
+    # a graph reads copies of its own; there are two of each batch, for denoiser calls and for context passes
+    copies = run.together + (2 * (run.together + run.plans) if run.graphs else 0)
+    items = [
+        Item("K/V of the prompts, and copies a branch", (prompts + copies) * sizes.text_bytes, ESTIMATED),
+        Item("noise of the first and of this chunk", _transitions(run, 2 * steps), EXACT),
+        Item("states of this chunk, and the record's copy", _transitions(run, steps + 2 * steps), ESTIMATED),
+    ]
+    window = settings.window
+    if window.positions == "relative" and window.window is not None and settings.frames > window.window:
+        rotated = run.together * (window.window - settings.chunk) * sizes.frame_bytes
+        items.append(Item("window's keys turned to their places, with their values", rotated, EXACT))
+    return items
+
+
+def _decoding(run: Run, decoder: Decoder) -> Phase:
+    videos = min(decoder.videos, run.config.executor.continuations)
+    frames = videos * video_bytes(run.sizes, decoder.latents + 1, wan=True)
+    return Phase(
+        "decode",
+        (
+            Item(f"decoder's state of {videos} videos and their beginning", (videos + 1) * decoder.state, TRACED),
+            Item(f"a call of {videos} x {decoder.latents} latent frames, at most", videos * decoder.call, TRACED),
+            Item("frames on their way to the host", frames, EXACT),
+        ),
+    )
+
+
+def _planner_phases(run: Run) -> list[Phase]:
+    if run.planner is None:
+        return []
+    sizes, tokens = run.planner, run.planner.tokens
+    cached = run.plans * tokens * sizes.cached
+    phases = [Phase(PLANNING[0], (Item(f"K/V of {run.plans} plans, {tokens} tokens each", cached, ESTIMATED),))]
+    if run.config.planner.train:
+        rows = math.ceil(run.plans / run.config.trainer.updates_per_iteration)
+        logits = sizes.logits_bytes(rows, run.config.planner.max_new_tokens)
+        items = (
+            Item(f"activations, {rows} plans of {tokens} tokens", rows * sizes.row_bytes, TRACED),
+            Item("their logits", logits, ESTIMATED),
+        )
+        phases.append(Phase(PLANNING[1], items))
+    return phases
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations: a denoiser call without adapters by frames attended to (own ones included); phases of an
+    iteration."""
+
+    calls: dict[int, int]
+    phases: dict[str, int]
+
+
+def work_of(run: Run) -> Work:
+    """The executor's operations; a plan that switches after its first chunk has the most."""
+    s, sizes = run.settings, run.sizes
+    bare = _affine(run, adapters=False)
+    adapted = _affine(run, adapters=True)
+    calls = len(s.schedule.sigmas)  # one for each noise level, and the context pass
+    chunks = [(run.branches if start >= run.fork else run.plans) * adapted(a) for start, a in run.attended.items()]
+    phases = {"rollout": calls * sum(chunks) - chunks[-1]}  # the last chunk leaves no context
+    if run.wan:
+        decoder = decoder_of(sizes, run.on_gpu)
+        shared, whole = decoder.flops(run.fork), decoder.flops(s.frames)
+        phases["decode"] = run.plans * shared + run.branches * (whole - shared)
+    if run.config.executor.train:
+        own = footprint.update(sizes, run.update_rows, max(run.attended.values()))
+        phases["executor update"] = own.flops * run.branches * s.schedule.transitions // run.update_rows
+    return Work({a + s.chunk: bare(a) for a in sorted(set(run.attended.values()))}, phases)
+
+
+def _affine(run: Run, *, adapters: bool) -> Callable[[int], int]:
+    """Operations of one video's call by the frames of its context: they grow by the same amount with each."""
+    most = max(run.attended.values())
+    chunk = run.settings.chunk
+    none, all_ = (footprint.denoise(run.sizes, 1, a, chunk, adapters=adapters).flops for a in (0, most))
+    return lambda frames: none + (all_ - none) * frames // max(1, most)

@@ -1,0 +1,152 @@
+"""The lines of a dry run: operations, bytes by phase, what fits into which GPU, missing paths."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from tempact.build import is_random, is_wan
+from tempact.config import RunConfig
+from tempact.errors import UserError
+from tempact.executor import footprint
+from tempact.infra.memory_plan import GIB, USUAL_GPUS, Budget, Needs, largest, size, table, tera
+from tempact.preflight.missing import missing_paths
+from tempact.preflight.models import INSTRUCTION_TOKENS, executor_sizes, planner_sizes, shapeworld_folder
+from tempact.preflight.needs import PLANNING, Run, needs_of, work_of
+
+LEAST_CONTINUATIONS = 2  # of an execution group
+MOST_BRANCHES = 256  # asked for: the cache's bookkeeping takes its time
+
+
+def dry_run(config: RunConfig, gpu_gib: float) -> list[str]:
+    """What the run would take. gpu_gib: memory of the GPU to plan for; 0: that at hand, else usual ones.
+
+    UserError for settings that cannot work and files that are not what they should be.
+    """
+    if gpu_gib < 0:
+        raise UserError(f"--gpu_gib: found {gpu_gib}; accepted: GiB of the GPU to plan for, 0 for the one at hand")
+    budgets = budgets_of(config, gpu_gib)
+    run = run_of(config, on_gpu=budgets[0].on_gpu)
+    return [*_models(run), *_work(run), *_memory(run, budgets), *_missing(run)]
+
+
+def budgets_of(config: RunConfig, gpu_gib: float) -> list[Budget]:
+    """The devices to plan for."""
+    if gpu_gib:
+        return [Budget(f"a GPU of {gpu_gib:g} GiB", int(gpu_gib * GIB))]
+    if config.device != "cpu" and torch.cuda.is_available():
+        return [Budget(torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory)]
+    small = shapeworld_folder("executor", config.executor.weights) is not None
+    if config.device == "cpu" or (small and config.device == "auto"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return [Budget("this machine's memory", memory, on_gpu=False)]
+    return list(USUAL_GPUS)
+
+
+def run_of(config: RunConfig, *, on_gpu: bool) -> Run:
+    """A configuration with the sizes of its models."""
+    sizes = executor_sizes(config.executor, kernels=on_gpu and config.kernels != "torch")
+    wan = shapeworld_folder("executor", config.executor.weights) is None
+    return Run(config, sizes, planner_sizes(config.planner), wan, on_gpu)
+
+
+def _models(run: Run) -> Iterator[str]:
+    model, settings = run.sizes.model, run.config.executor
+    parameters = footprint.parameters_of(run.sizes)
+    published = run.wan and not is_random(settings.weights) and not is_wan(settings.weights)
+    of = ", sizes as published" if published else ""
+    yield (
+        f"executor: {model.layers} blocks, {model.dim} channels, {parameters.weights:,} parameters, "
+        f"{settings.precision}{of}; {settings.frames} latent frames of {run.sizes.frame_tokens} tokens; "
+        f"LoRA r={settings.lora.rank}, {parameters.trained:,} trained parameters"
+    )
+    kernels = "csrc_triton's kernels" if run.sizes.kernels else "the torch path"
+    graphs = ", CUDA graphs" if run.graphs else ""
+    yield f"planned for {kernels}{graphs}; K and V of a latent frame: {size(run.sizes.frame_bytes)}"
+    if run.planner is None:
+        yield f"planner: {run.config.planner.weights}: its sizes are not known here and left out below"
+
+
+def _work(run: Run) -> Iterator[str]:
+    work = work_of(run)
+    calls = ", ".join(f"{frames}: {tera(flops)}" for frames, flops in work.calls.items())
+    yield f"a denoiser call by latent frames attended to, own ones included, without adapters: {calls}"
+    phases = ", ".join(f"{name} {tera(flops)}" for name, flops in work.phases.items())
+    yield f"an iteration: {phases}"
+
+
+def _memory(run: Run, budgets: list[Budget]) -> Iterator[str]:
+    needs = needs_of(run)
+    yield ""
+    yield (
+        f"memory of {run.config.data.prompts_per_iteration} prompts x {run.config.planner.plans_per_prompt} plans x "
+        f"{run.config.executor.continuations} continuations, instructions of {INSTRUCTION_TOKENS} tokens, the earliest "
+        "switch:"
+    )
+    yield from table(needs)
+    if run.config.executor.train:
+        yield from _update_choices(run)
+    yield ""
+    for budget in budgets:
+        yield from _fit(run, needs, budget)
+
+
+def _update_choices(run: Run) -> Iterator[str]:
+    """The update's activations on either path; recomputation is told although no option asks for it."""
+    most = max(run.attended.values())
+    yield f"activations of the executor's update, {run.update_rows} transitions behind {most} latent frames:"
+    for kernels in (True, False):
+        if kernels and not run.sizes.kernels:
+            continue
+        sizes = replace(run.sizes, kernels=kernels)
+        kept, again = (footprint.update(sizes, run.update_rows, most, checkpointing=c).bytes for c in (False, True))
+        name = "csrc_triton's kernels" if kernels else "the torch path"
+        yield f"  {size(kept):>12}  {name}; {size(again)} if every block were computed again in the backward"
+
+
+def _fit(run: Run, needs: Needs, budget: Budget) -> Iterator[str]:
+    fits = "fits" if budget.fits(needs) else "does not fit"
+    yield (
+        f"{budget.name}, {size(budget.usable)} of {size(budget.bytes)} for tensors: {size(needs.peak)} at the worst, "
+        f"in {needs.worst.name}: {fits}"
+    )
+    prompts, plans = run.config.data.prompts_per_iteration, run.config.planner.plans_per_prompt
+    n = run.config.executor.continuations
+
+    def taken(own: Run) -> int:
+        return budget.taken(needs_of(own, planning=False))
+
+    def most(own: Run) -> int:
+        return largest(lambda n: taken(own.changed(continuations=n)), budget.usable, LEAST_CONTINUATIONS, _most(own))
+
+    found = most(run)
+    if found:
+        yield f"  largest N at {prompts} x {plans} plans: {_count(found, run)}"
+    else:
+        yield f"  largest N at {prompts} x {plans} plans: none, not even {LEAST_CONTINUATIONS} continuations fit"
+        fewer = largest(lambda count: taken(run.changed(prompts=count)), budget.usable, 1, prompts)
+        single = most(run.changed(prompts=1))
+        yield f"  most prompts an iteration at {plans} plans x {n} continuations: {fewer or 'none, not even 1 fits'}"
+        yield f"  largest N at 1 x {plans} plans: {_count(single, run.changed(prompts=1)) if single else 'none'}"
+    beyond = [phase for phase in needs.phases if phase.name in PLANNING and phase.bytes > budget.usable]
+    for phase in beyond:
+        yield f"  with any N the {phase.name} phase does not fit: {size(phase.bytes)} for {prompts} x {plans} plans"
+
+
+def _most(run: Run) -> int:
+    """The most continuations that are asked for."""
+    return max(LEAST_CONTINUATIONS, MOST_BRANCHES // run.plans)
+
+
+def _count(found: int, run: Run) -> str:
+    return f"{found} or more" if found == _most(run) else str(found)
+
+
+def _missing(run: Run) -> Iterator[str]:
+    lines = missing_paths(run.config, run.sizes.model)
+    yield ""
+    yield f"missing: {len(lines)}" if lines else "missing: nothing"
+    yield from (f"  {line}" for line in lines)
