@@ -132,11 +132,16 @@ def executor_parts(config: RunConfig, device: torch.device) -> ExecutorParts:
         )
     if not (is_random(weights) or is_wan(weights)):
         return shapeworld_parts(config, device)
+    require_wan_packages(weights)
+    return random_parts(config, device) if is_random(weights) else wan_parts(config, device)
+
+
+def require_wan_packages(weights: str) -> None:
+    """UserError if a package that real backbones need is not installed; weights: what was asked for."""
     absent = [name for name in WAN_PACKAGES if importlib.util.find_spec(name) is None]
     if absent:
-        needed = ", ".join(absent)
-        raise UserError(f"executor.weights: {weights} needs {needed}; accepted: after pip install -e '.[wan]'")
-    return random_parts(config, device) if is_random(weights) else wan_parts(config, device)
+        found = f"executor.weights: {weights or 'a backbone'} needs {', '.join(absent)}"
+        raise UserError(f"{found}; accepted: after pip install -e '.[wan]'")
 
 
 def is_random(weights: str) -> bool:

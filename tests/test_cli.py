@@ -102,3 +102,19 @@ def test_only_a_users_mistake_is_made_short(capsys: pytest.CaptureFixture[str]) 
 def test_every_verb_has_a_module_with_help(verb: str) -> None:
     done = command("-m", f"tempact.{verb}", "--help")
     assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("verb", "options"), [("train", ["--dry-run"]), ("doctor", [])])
+def test_a_plain_install_is_enough_for_shapeworld(tmp_path: Path, verb: str, options: list[str]) -> None:
+    """Without the packages of the extra "wan", and with one line where a backbone asks for them."""
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('diffusers', 'ftfy', 'openai'))\n"  # None: not to be found
+        f"from tempact import {verb}; sys.exit({verb}.main(sys.argv[1:]))"
+    )
+    done = command("-c", code, *options, "--output", str(tmp_path / "run"), "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    if verb == "train":
+        assert "# missing: nothing" in done.stdout
+        refused = command("-c", code, "longlive", *options)
+        assert refused.returncode == EXIT_USER_ERROR and refused.stderr.count("\n") == 1
+        assert "a backbone needs diffusers, ftfy; accepted: after pip install -e '.[wan]'" in refused.stderr

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tempact import generate
-from tempact.build import build_policies, build_trainer
+from tempact.build import build_policies, build_trainer, is_random
 from tempact.errors import UserError
 from tempact.executor.rollout import gaussian_noise
 from tempact.executor.window import WINDOWS
-from tempact.models.wan.random_weights import RandomText
+from tempact.models.wan.random_weights import RANDOM, RandomText
 from tempact.presets import get_preset
 from tempact.types import Batch, Plan, Step
 
@@ -105,11 +105,15 @@ def test_what_does_not_fit_is_refused(changes: dict, words: str) -> None:
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_planner_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = small("longlive")
-    config = replace(config, planner=replace(config.planner, weights="Qwen/Qwen3-1.7B"))
-    with pytest.raises(UserError, match="planner.weights: Qwen/Qwen3-1.7B is no folder here, and the Hugging Face hub"):
+def test_a_planner_that_the_hub_does_not_give() -> None:
+    config, name = small("longlive"), "tempact-tests/no-such-planner"
+    config = replace(config, planner=replace(config.planner, weights=name))
+    with pytest.raises(UserError, match=f"planner.weights: {name} is no folder here, and the Hugging Face hub"):
         build_policies(config)
+
+
+def test_names_of_random_weights_are_those_that_can_be_made() -> None:
+    assert all(is_random(name) for name in RANDOM) and not is_random("shapeworld")
 
 
 def test_without_the_packages_of_real_backbones(monkeypatch: pytest.MonkeyPatch) -> None:

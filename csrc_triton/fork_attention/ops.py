@@ -27,9 +27,9 @@ def forward(
     [P, Lp, heads, head_dim]. softmax_scale is positive.
     """
     from csrc_triton.fork_attention import selection
-    from csrc_triton.fork_attention.tiles import Call
+    from csrc_triton.fork_attention.tiles import Call, Past
 
-    call = Call.of(q, k, v, context_k, context_v, table, softmax_scale)
+    call = Call(q, k, v, Past.of(k, v, context_k, context_v, table), softmax_scale)
     if selection.hopper_serves(q, k, v, context_k, context_v):
         from csrc_triton.fork_attention import hopper
 
@@ -71,9 +71,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from those of the output and (None: zero) of the log-sum-exp; empty where not wanted."""
     from csrc_triton.fork_attention import selection
-    from csrc_triton.fork_attention.tiles import Call
+    from csrc_triton.fork_attention.tiles import Call, Past
 
-    call = Call.of(q, k, v, context_k, context_v, table, softmax_scale)
+    call = Call(q, k, v, Past.of(k, v, context_k, context_v, table), softmax_scale)
     if selection.hopper_serves(q, k, v, context_k, context_v):
         from csrc_triton.fork_attention import hopper_backward
 

@@ -172,20 +172,6 @@ class Call:
         """What makes a product of a query and a key an exponent of 2."""
         return self.softmax_scale * LOG2_E
 
-    @classmethod
-    def of(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        context_k: Tensor | None,
-        context_v: Tensor | None,
-        table: Tensor | None,
-        softmax_scale: float,
-    ) -> Call:
-        """Of the custom op's arguments."""
-        return cls(q, k, v, Past.of(k, v, context_k, context_v, table), softmax_scale)
-
 
 @triton.jit
 def load_tile(

@@ -55,7 +55,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Budget:
-    """A device's memory. reserved: the part that tensors cannot have."""
+    """A device's memory; on_gpu: tensors cannot have all of it, and what is on the host is elsewhere."""
 
     name: str
     bytes: int

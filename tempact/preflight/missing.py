@@ -14,9 +14,7 @@ from tempact.errors import UserError
 from tempact.infra.checks import why_not_writable
 from tempact.models.wan.checkpoint_adapters import open_adapter
 from tempact.models.wan.checkpoint_files import find_weights
-from tempact.models.wan.text import source_of
 from tempact.models.wan.transformer import WanConfig
-from tempact.models.wan.vae import DIFFUSERS_FILE, ORIGINAL_FILE
 from tempact.preflight.models import planner_folder, shapeworld_folder
 
 
@@ -25,7 +23,7 @@ def missing_paths(config: RunConfig, sizes: WanConfig) -> list[str]:
     return [
         *_executor(config, sizes),
         *_planner(config.planner.weights),
-        *_data(config.data.prompts),
+        *_data(config),
         *_folders(config),
     ]
 
@@ -41,6 +39,9 @@ def _executor(config: RunConfig, sizes: WanConfig) -> Iterator[str]:
             if not (own / name).is_file():
                 yield f"executor.weights: {own / name} not found; accepted: a folder with an executor's weights"
         return
+    from tempact.models.wan.text import source_of
+    from tempact.models.wan.vae import DIFFUSERS_FILE, ORIGINAL_FILE
+
     if not weights:
         yield "executor.weights: found nothing; accepted: the backbone's checkpoint, or random or random-tiny"
     else:
@@ -74,11 +75,12 @@ def _planner(weights: str) -> Iterator[str]:
         yield f"planner.weights: {folder}: found no tokenizer; accepted: a chat model with its tokenizer"
 
 
-def _data(prompts: str) -> Iterator[str]:
-    if not prompts:
-        yield f"data.prompts: found nothing; accepted: {SHAPEWORLD}, or a file of prompts"
-    elif prompts != SHAPEWORLD and not Path(prompts).is_file():
-        yield f"data.prompts: {prompts}: found no file; accepted: {SHAPEWORLD}, or a file of prompts"
+def _data(config: RunConfig) -> Iterator[str]:
+    prompts, weights = config.data.prompts, config.executor.weights
+    if shapeworld_folder("executor", weights) is None:
+        yield "rewards: found none for real video, so training is refused; accepted: an executor of ShapeWorld"
+    elif prompts != SHAPEWORLD:
+        yield f"data.prompts: found {prompts or 'nothing'}; accepted: {SHAPEWORLD}"
 
 
 def _folders(config: RunConfig) -> Iterator[str]:

@@ -13,14 +13,13 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, UMT5Config, UMT5EncoderModel
 
 from csrc_triton.fork_attention import HEAD_DIMS
-from tempact.build import SHAPEWORLD, WEIGHTS, is_random
+from tempact.build import SHAPEWORLD, WEIGHTS, is_random, require_wan_packages
 from tempact.config import ExecutorConfig, PlannerConfig
 from tempact.errors import UserError
 from tempact.executor.footprint import Sizes
 from tempact.infra.memory_trace import FAKE, fake, on_meta, traced
 from tempact.models.wan.checkpoint_files import PICKLES, find_weights
 from tempact.models.wan.checkpoint_names import read_config
-from tempact.models.wan.random_weights import RANDOM
 from tempact.models.wan.transformer import WanConfig
 from tempact.models.wan.vae_stream import DecoderState, call_size, pixel_frames
 from tempact.planner.footprint import PUBLISHED, PlannerSizes, measure
@@ -48,6 +47,7 @@ def executor_sizes(settings: ExecutorConfig, *, kernels: bool) -> Sizes:
         read = json.loads((own / "transformer.json").read_text())
         model, latent = WanConfig(**{**read, "patch": tuple(read["patch"])}), (SIZE, SIZE)
     else:
+        require_wan_packages(settings.weights)
         model = _wan_sizes(settings.weights)
         height, width = settings.video_size
         steps = VAE_STRIDE * model.patch[1], VAE_STRIDE * model.patch[2]
@@ -60,6 +60,8 @@ def executor_sizes(settings: ExecutorConfig, *, kernels: bool) -> Sizes:
 
 def _wan_sizes(weights: str) -> WanConfig:
     if is_random(weights):
+        from tempact.models.wan.random_weights import RANDOM
+
         return RANDOM[weights][0]
     if weights and Path(weights).exists():
         first = find_weights(Path(weights))[0]
@@ -125,6 +127,7 @@ class Decoder:
     def __init__(self, sizes: Sizes, *, on_gpu: bool):
         from diffusers import AutoencoderKLWan
 
+        from tempact.models.wan.random_weights import RANDOM
         from tempact.models.wan.vae_decoder import DecodeOptions, WanDecoder
 
         settings = sizes.settings

@@ -336,7 +336,7 @@ def test_every_missing_path_is_told(tmp_path: Path) -> None:
     keys = [line.split(":")[0] for line in lines]
     assert keys == [
         "executor.weights", "executor.adapters", "executor.wan_folder", "executor.wan_folder", "planner.weights",
-        "data.prompts", "output", "executor.text_cache",
+        "rewards", "output", "executor.text_cache",
     ]  # fmt: skip
     assert all("accepted: " in line for line in lines if "gone.pt" not in line), lines
     nothing = missing_paths(replace(base, output=str(tmp_path)), WanConfig())
@@ -346,7 +346,7 @@ def test_every_missing_path_is_told(tmp_path: Path) -> None:
 def test_small_random_weights_are_planned_on_the_torch_path() -> None:
     lines = dry_run(tiny(), 80)
     assert any(line.startswith("planned for the torch path") for line in lines)  # heads of 24 channels
-    assert [line for line in lines if line.startswith("  data.prompts")] and "missing: 1" in lines
+    assert [line for line in lines if line.startswith("  rewards")] and "missing: 1" in lines
 
 
 @pytest.mark.parametrize(
