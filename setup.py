@@ -20,6 +20,7 @@ setup(
         "huggingface-hub>=1.0",
         "imageio-ffmpeg>=0.5",
         "jinja2>=3.1",
+        "liger-kernel>=0.8.5; platform_system == 'Linux'",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "peft>=0.18",

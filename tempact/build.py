@@ -101,7 +101,7 @@ def build_policies(config: RunConfig) -> Policies:
 
 
 def build_planner(config: RunConfig, device: torch.device) -> Planner:
-    """The planner with a fresh adapter."""
+    """The planner with the adapter it starts from."""
     lengths = config.executor.frames, config.executor.chunk_frames
     if config.planner.weights != "random":
         folder = weights_folder("planner", config.planner.weights)
@@ -110,7 +110,8 @@ def build_planner(config: RunConfig, device: torch.device) -> Planner:
     small = weights_folder("planner", SHAPEWORLD)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(small, local_files_only=True))
     tokenizer = AutoTokenizer.from_pretrained(small, local_files_only=True)
-    return Planner(model.to(device), tokenizer, config.planner, *lengths)
+    adapter = Path(config.planner.adapter) if config.planner.adapter else None
+    return Planner(model.to(device), tokenizer, config.planner, *lengths, adapter)
 
 
 class ExecutorParts(NamedTuple):

@@ -47,6 +47,9 @@ class PlannerConfig:
     weights: str  # "shapeworld" (shipped), a Hugging Face folder or name, or "random" (small)
     lora: LoraConfig
     optim: OptimConfig
+    adapter: str = ""  # PEFT folder to start from; the reference is a frozen copy of it. "": a fresh one
+    precision: str = "fp32"  # of the frozen weights: fp32 or bf16
+    thinking: bool = True  # where the chat template can switch it
     train: bool = True
     plans_per_prompt: int = 4  # M
     max_new_tokens: int = 192
@@ -58,6 +61,9 @@ class PlannerConfig:
     kl_weight: float = 5e-4
     advantage_clip: float = 1.0
     loss_tokens: str = "all"  # "all" counts the whole response, "json" only what follows </think>
+    micro_batch: int = 0  # plans a backward; 0: all of an update
+    checkpoint_activations: bool = False  # layers are recomputed in the backward pass
+    liger: str = "off"  # Liger kernels: off, auto (all on a GPU), model (in the layers), all (also the fused loss)
 
 
 @dataclass(frozen=True)
@@ -181,6 +187,7 @@ def validate(config: RunConfig) -> None:
          "at least 2 (a planning group compares plans)"),
         (executor.continuations >= 2, "executor.continuations", executor.continuations,
          "at least 2 (an execution group compares continuations)"),
+        (planner.micro_batch >= 0, "planner.micro_batch", planner.micro_batch, "0 (all), or at least 1"),
         (executor.rollout_videos >= 0, "executor.rollout_videos", executor.rollout_videos, "0 (all), or at least 1"),
         (bool(executor.timesteps), "executor.timesteps", executor.timesteps, "at least one"),
         (bool(executor.lora.targets), "executor.lora.targets", executor.lora.targets, "at least one"),

@@ -27,6 +27,7 @@ EXECUTOR_TARGETS = (
 )
 SELF_FORCING_TARGETS = tuple(name for name in EXECUTOR_TARGETS if not name.startswith("cross_attn."))
 PLANNER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+QWEN3_MICRO_BATCH = {"1.7B": 8, "4B": 4, "8B": 4}  # plans of up to 2,024 new tokens a backward
 
 
 def shapeworld() -> RunConfig:
@@ -84,17 +85,26 @@ def shapeworld_smoke() -> RunConfig:
     )
 
 
+def qwen3_planner(size: str) -> PlannerConfig:
+    """Qwen3-1.7B, -4B or -8B, which think before they plan (ALGORITHM.md section 3)."""
+    return PlannerConfig(
+        weights=f"Qwen/Qwen3-{size}",
+        lora=LoraConfig(rank=32, alpha=64, targets=PLANNER_TARGETS),
+        optim=OptimConfig(lr=1e-5),
+        precision="bf16",
+        max_new_tokens=2024,
+        micro_batch=QWEN3_MICRO_BATCH[size],
+        checkpoint_activations=True,
+        liger="auto",
+    )
+
+
 def self_forcing() -> RunConfig:
     """Self-Forcing on Wan2.1-T2V-1.3B, 480x832 (weights are yours to give): window of 12 frames, raw keys."""
     # ALGORITHM.md section 3; window and positions of BACKBONES.md section 2, "TA on SF"
     return RunConfig(
         preset="self-forcing",
-        planner=PlannerConfig(
-            weights="Qwen/Qwen3-1.7B",
-            lora=LoraConfig(rank=32, alpha=64, targets=PLANNER_TARGETS),
-            optim=OptimConfig(lr=1e-5),
-            max_new_tokens=2024,
-        ),
+        planner=qwen3_planner("1.7B"),
         executor=ExecutorConfig(
             weights="",
             lora=LoraConfig(rank=256, alpha=256, targets=SELF_FORCING_TARGETS),
@@ -127,11 +137,25 @@ def longlive() -> RunConfig:
     return replace(base, preset="longlive", executor=executor, output="runs/longlive")
 
 
+def self_forcing_4b() -> RunConfig:
+    """As self-forcing, planned by Qwen3-4B."""
+    planner = qwen3_planner("4B")
+    return replace(self_forcing(), preset="self-forcing-4b", planner=planner, output="runs/self-forcing-4b")
+
+
+def self_forcing_8b() -> RunConfig:
+    """As self-forcing, planned by Qwen3-8B."""
+    planner = qwen3_planner("8B")
+    return replace(self_forcing(), preset="self-forcing-8b", planner=planner, output="runs/self-forcing-8b")
+
+
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "shapeworld": shapeworld,
     "shapeworld-full": shapeworld_full,
     "shapeworld-smoke": shapeworld_smoke,
     "self-forcing": self_forcing,
+    "self-forcing-4b": self_forcing_4b,
+    "self-forcing-8b": self_forcing_8b,
     "causal-forcing": causal_forcing,
     "longlive": longlive,
 }

@@ -33,7 +33,6 @@ from tempact.rl.advantages import (
     plan_rewards,
     shuffled,
 )
-from tempact.rl.gspo import gspo_loss
 from tempact.types import Batch, PlanBatch, Prompt, Rollout, Scored, missing_mask
 
 log = logging.getLogger(__name__)
@@ -223,26 +222,10 @@ class Trainer:
         return metrics
 
     def _update_planner(self, batch: Batch, plans: list[int], old: Tensor | None) -> dict[str, float]:
-        assert batch.tokens is not None
-        if not batch.plan_mask[plans].any():
+        metrics = self.planner.update(batch, plans, old)
+        if not metrics:
             log.warning("iteration %d: no plan could be scored; planner update left out", self.done + 1)
             return {}
-        config, tokens = self.config.planner, batch.tokens.select(plans)
-        with torch.no_grad():
-            reference = self.planner.log_probs(tokens, reference=True)
-        log_probs = self.planner.log_probs(tokens)
-        loss, metrics = gspo_loss(
-            log_probs,
-            log_probs.detach() if old is None else old,
-            reference,
-            tokens.response_mask,
-            batch.plan_advantage[plans],
-            batch.plan_mask[plans],
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            kl_weight=config.kl_weight,
-        )
-        loss.backward()
         return metrics | self._step(self.planner_policy, "planner")
 
     def _update_executor(self, batch: Batch, plans: list[int], old: Tensor | None) -> dict[str, float]:

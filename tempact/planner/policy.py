@@ -2,11 +2,15 @@
 
 Plans are sampled from the very distribution that log-probs are computed under (ALGORITHM.md decision 8):
 temperature 1, top-p 1, no top-k; a planner that is trained refuses anything else.
+
+Sequences are sampled with padding on the left and trained with padding on the right. The update goes through
+them a micro-batch at a time and never holds the logits of whole sequences.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import logging
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -15,15 +19,21 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tempact.config import PlannerConfig
 from tempact.errors import UserError
 from tempact.infra.adapters import freeze_reference, load_adapter, reference_active, save_adapter
-from tempact.planner.parsing import THINK_END, parse_plan
+from tempact.planner import liger
+from tempact.planner.head import check_head, chosen_log_probs
+from tempact.planner.loading import load_chat_model, opens_thought, thought_length
+from tempact.planner.parsing import THINK_START, parse_plan
 from tempact.planner.prompting import plan_messages
-from tempact.types import PlanBatch, PlanTokens, Prompt
+from tempact.rl.gspo import gspo_loss
+from tempact.types import Batch, PlanBatch, PlanTokens, Prompt
+
+log = logging.getLogger(__name__)
 
 LOSS_TOKENS = ("all", "json")
 
@@ -53,6 +63,10 @@ class Planner:
             task_type="CAUSAL_LM",
         )  # fmt: skip
         self.generation = _generation(model, tokenizer, config)
+        serves = liger.choose(config.liger, model.get_output_embeddings(), model.device)
+        if serves != "off":
+            kernels = liger.use_kernels(model)
+            log.info("planner: Liger's kernels: %s, its fused loss: %s", kernels, serves == "all")
         try:
             self.peft = get_peft_model(model.requires_grad_(False), lora)
         except ValueError as error:
@@ -62,21 +76,22 @@ class Planner:
             load_adapter(self.peft, adapter)
         freeze_reference(self.peft, lora)
         self.peft.eval()  # no dropout: the policy that samples is the one that is trained
+        check_head(model)
+        self.head = model.get_output_embeddings()
+        self.fused_loss = serves == "all" and type(self.head) is nn.Linear
+        if config.checkpoint_activations:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
 
     @classmethod
     def load(
         cls, folder: Path, config: PlannerConfig, frames: int, chunk: int, *, device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32, adapter: Path | None = None,
     ) -> Planner:  # fmt: skip
-        """Reads model and tokenizer from a Hugging Face folder. Raises UserError if that cannot be read."""
-        if not (Path(folder) / "config.json").is_file():
-            raise UserError(f"{folder}: no config.json there; accepted: a Hugging Face folder with a causal LM")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: not readable ({str(error).splitlines()[0]}); accepted: a causal LM") from error
-        return cls(model.to(device), tokenizer, config, frames, chunk, adapter)
+        """Model and tokenizer from a Hugging Face folder, `config.adapter` on top.
+
+        Raises UserError as `load_chat_model` and the constructor do.
+        """
+        model, tokenizer = load_chat_model(folder, config.precision, device)
+        return cls(model, tokenizer, config, frames, chunk, Path(config.adapter) if config.adapter else None)
 
     @property
     def device(self) -> torch.device:
@@ -97,7 +112,9 @@ class Planner:
     def prompt_text(self, instruction: str) -> str:
         """What the model reads before it answers."""
         messages = plan_messages(instruction, self.frames, self.chunk)
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=self.config.thinking
+        )
 
     @torch.no_grad()
     def sample(self, prompts: list[Prompt], plans_per_prompt: int, seed: int, *, reference: bool = False) -> PlanBatch:
@@ -105,7 +122,9 @@ class Planner:
 
         Leaves the global random state as it was. `reference` samples from the frozen start.
         """
-        ids = self.tokenizer([self.prompt_text(p.text) for p in prompts], add_special_tokens=False)["input_ids"]
+        asking = [self.prompt_text(p.text) for p in prompts]
+        opening = THINK_START if opens_thought(asking[0]) else ""
+        ids = self.tokenizer(asking, add_special_tokens=False)["input_ids"]
         ids = [row for row in ids for _ in range(plans_per_prompt)]
         longest = max(map(len, ids))
         inputs = torch.full((len(ids), longest), self.generation.pad_token_id)
@@ -120,7 +139,7 @@ class Planner:
         responses = [self._until_end(row) for row in out[:, longest:].tolist()]
         ends = self.generation.eos_token_id
         bare = [response[:-1] if response[-1] in ends else response for response in responses]
-        texts = [self.tokenizer.decode(response, clean_up_tokenization_spaces=False) for response in bare]
+        texts = [opening + self.tokenizer.decode(response, clean_up_tokenization_spaces=False) for response in bare]
         asked = [prompt.text for prompt in prompts for _ in range(plans_per_prompt)]
         plans = [parse_plan(text, own, self.frames, self.chunk) for text, own in zip(texts, asked, strict=True)]
         return PlanBatch(prompts, plans, plans_per_prompt, self.tokens(ids, responses))
@@ -128,27 +147,123 @@ class Planner:
     def log_probs(self, tokens: PlanTokens, *, reference: bool = False) -> Tensor:
         """Log-softmax (temperature 1) of every counted token given what precedes it: [P, L] fp32.
 
-        Zero where `tokens.response_mask` is False. `reference` computes the frozen start's.
-        Logits are made from the first counted token on only, and their fp32 copies are made row by row
-        and again in the backward pass, because [P, L, vocabulary] in fp32 would be most of the memory.
+        Zero where `tokens.response_mask` is False. `reference` computes the frozen start's. Without gradients
+        this goes by micro-batches; what needs gradients is split by its caller.
         """
+        size = self.config.micro_batch or len(tokens.input_ids)
+        if not torch.is_grad_enabled() and size < len(tokens.input_ids):
+            parts = torch.arange(len(tokens.input_ids)).split(size)
+            return torch.cat([self.log_probs(tokens.select(part.tolist()), reference=reference) for part in parts])
+        return self._head_log_probs(self._hidden(tokens, reference), tokens)
+
+    def _head_log_probs(self, hidden: Tensor, tokens: PlanTokens) -> Tensor:
+        """Of the counted tokens, from hidden [P, L, width]; zero elsewhere."""
+        rows, columns = _counted(tokens, self.device)
+        ids = tokens.input_ids.to(self.device)[rows, columns]
+        with self._autocast():
+            found = chosen_log_probs(self.head, hidden[rows, columns - 1], ids)
+        return torch.zeros(tokens.input_ids.shape, device=self.device).index_put((rows, columns), found)
+
+    def update(self, batch: Batch, plans: list[int], old: Tensor | None) -> dict[str, float]:
+        """Adds the gradient of the GSPO loss over `plans` (rows of the batch) to the trained adapter's.
+
+        `old` [len(plans), L] are log-probs before the first of several updates; None says that this is the first,
+        and the ratio is exactly 1. Returns the metrics of `gspo_loss`, or none where no plan could be scored.
+        """
+        assert batch.tokens is not None
+        config, scored = self.config, [i for i, plan in enumerate(plans) if batch.plan_mask[plan]]
+        if not scored:
+            return {}
+        size = config.micro_batch or len(scored)
+        if size < len(scored):  # plans of like length, so that little is padding
+            lengths = batch.tokens.attention_mask.sum(1).tolist()
+            scored.sort(key=lambda i: lengths[plans[i]])
+        shares: list[dict[str, float]] = []
+        for first in range(0, len(scored), size):
+            rows = scored[first : first + size]
+            tokens = trimmed(batch.tokens.select([plans[i] for i in rows]))
+            advantage = batch.plan_advantage[[plans[i] for i in rows]]
+            before = None if old is None else old[rows, : tokens.input_ids.shape[1]]
+            loss, metrics = (self._fused if self.fused_loss else self._eager)(tokens, advantage, before, len(scored))
+            loss.backward()
+            shares.append(metrics)
+        return {name: math.fsum(share[name] for share in shares) for share in shares[:1] for name in share}
+
+    def _eager(
+        self, tokens: PlanTokens, advantage: Tensor, old: Tensor | None, terms: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The share of a micro-batch in the update's loss and metrics."""
+        with torch.no_grad():
+            reference = self.log_probs(tokens, reference=True)
+        log_probs = self.log_probs(tokens)
+        return self._gspo(log_probs, log_probs.detach() if old is None else old, reference, tokens, advantage, terms)
+
+    def _fused(
+        self, tokens: PlanTokens, advantage: Tensor, old: Tensor | None, terms: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The same with Liger's fused loss, whose ratios and divergences the metrics are not taken from.
+
+        It averages them over tokens, and has no ratio to show.
+        """
+        with torch.no_grad():
+            start = self._hidden(tokens, reference=True)
+        hidden = self._hidden(tokens, reference=False)
+        rows, columns = _counted(tokens, self.device)
+        ids = tokens.input_ids.to(self.device)
+        settings = {key: getattr(self.config, key) for key in ("clip_low", "clip_high", "kl_weight")}
+        losses = []
+        with self._autocast():
+            for row, worth in enumerate(advantage.tolist()):
+                own = columns[rows == row]
+                states, first = (x[row, own - 1] for x in (hidden, start))
+                was = None if old is None else old[row, own].float()
+                losses.append(liger.fused_gspo_loss(states, self.head, ids[row, own], worth, was, first, **settings))
+        loss = torch.stack(losses).sum() / terms
+        with torch.no_grad():
+            new, reference = (self._head_log_probs(states, tokens) for states in (hidden, start))
+            _, metrics = self._gspo(new, new if old is None else old, reference, tokens, advantage, terms)
+        return loss, metrics | {"loss": loss.item()}
+
+    def _gspo(
+        self, log_probs: Tensor, old: Tensor, reference: Tensor, tokens: PlanTokens, advantage: Tensor, terms: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        config, every = self.config, torch.ones(len(advantage), dtype=torch.bool)
+        return gspo_loss(
+            log_probs, old, reference, tokens.response_mask, advantage, every, clip_low=config.clip_low,
+            clip_high=config.clip_high, kl_weight=config.kl_weight, terms=terms,
+        )  # fmt: skip
+
+    def _hidden(self, tokens: PlanTokens, reference: bool) -> Tensor:
+        """States before the head, [P, L, width]."""
         ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
-        counted = tokens.response_mask.to(self.device)
-        length = ids.shape[1]
-        used = counted.any(0).nonzero()
-        first = max(1, int(used[0])) if len(used) else length - 1
-        positions = (mask.long().cumsum(1) - 1).clamp_min(0)  # a shift by left padding changes nothing
-        with self._policy(reference):
-            logits = self.peft(
-                input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False,
-                logits_to_keep=length - first + 1,
-            ).logits[:, -(length - first + 1) : -1]  # fmt: skip
-        rows = [
-            checkpoint(_chosen_log_probs, *pair, use_reentrant=False, preserve_rng_state=False)
-            for pair in zip(logits, ids[:, first:], strict=True)
-        ]
-        log_probs = torch.cat([logits.new_zeros(len(ids), first, dtype=torch.float32), torch.stack(rows)], dim=1)
-        return log_probs.masked_fill(~counted, 0.0)
+        body = self.peft.get_base_model().base_model
+        where: dict[str, Tensor] = {}
+        # what is causal never sees padding to its right, and flash attention takes no mask
+        if body.dtype == torch.float32 or not bool(mask[:, 0].all()):
+            positions = (mask.long().cumsum(1) - 1).clamp_min(0)  # a shift by left padding changes nothing
+            where = {"attention_mask": mask.long(), "position_ids": positions}
+        with self._policy(reference), self._autocast(), self._checkpointing():
+            return body(input_ids=ids, use_cache=False, **where).last_hidden_state
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        """The adapter's fp32 weights are used in the precision of the model's."""
+        if self.peft.get_base_model().dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """Inside, decoder layers are recomputed in the backward pass, if so configured."""
+        # transformers does so in training mode only, but all that lies inside the layers stays without dropout
+        layers = [m for m in self.peft.modules() if isinstance(m, GradientCheckpointingLayer)]
+        active = self.config.checkpoint_activations and torch.is_grad_enabled()
+        for layer in layers:
+            layer.training = active
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
 
     def _policy(self, reference: bool) -> AbstractContextManager[None]:
         return reference_active(self.peft) if reference else nullcontext()
@@ -159,6 +274,10 @@ class Planner:
         stop = next((i for i, token in enumerate(response) if token in ends), len(response) - 1)
         return response[: stop + 1]
 
+    def _thought(self, prompt: list[int], response: list[int]) -> int:
+        opened = opens_thought(self.tokenizer.decode(prompt[-8:]))
+        return thought_length(self.tokenizer, response, opened=opened)
+
     def tokens(self, prompts: list[list[int]], responses: list[list[int]]) -> PlanTokens:
         """Token ids of prompts and their responses as a right-padded batch; `config.loss_tokens` says what counts."""
         shape = len(prompts), max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
@@ -168,29 +287,21 @@ class Planner:
             end = len(prompt) + len(response)
             ids[row, :end] = torch.tensor([*prompt, *response])
             attention[row, :end] = True
-            thought = thought_length(self.tokenizer, response) if self.config.loss_tokens == "json" else 0
+            thought = self._thought(prompt, response) if self.config.loss_tokens == "json" else 0
             counted[row, len(prompt) + thought : end] = True
         return PlanTokens(*(x.to(self.device) for x in (ids, attention, counted)))
 
 
-def thought_length(tokenizer: PreTrainedTokenizerBase, response: list[int]) -> int:
-    """Tokens of a response through its last `</think>`; 0 without that tag: then there is nothing to leave out.
-
-    Found in the decoded text, so it holds for tokenizers that write the tag in several tokens; a token that
-    holds the tag's end and more counts as thought.
-    """
-
-    def tags(length: int) -> int:
-        return tokenizer.decode(response[:length]).count(THINK_END)
-
-    total = tags(len(response))
-    return bisect_left(range(len(response) + 1), total, key=tags)
+def trimmed(tokens: PlanTokens) -> PlanTokens:
+    """The same sequences without columns that are padding in all of them, at the right."""
+    length = int(tokens.attention_mask.any(0).nonzero()[-1]) + 1
+    return PlanTokens(tokens.input_ids[:, :length], tokens.attention_mask[:, :length], tokens.response_mask[:, :length])
 
 
-def _chosen_log_probs(logits: Tensor, ids: Tensor) -> Tensor:
-    """logits [L, vocabulary], ids [L]; fp32 [L]."""
-    logits = logits.float()
-    return logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
+def _counted(tokens: PlanTokens, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the counted tokens; the first token of a sequence has nothing before it to predict it."""
+    rows, columns = tokens.response_mask[:, 1:].nonzero(as_tuple=True)
+    return rows.to(device), columns.to(device) + 1
 
 
 @contextmanager
@@ -209,6 +320,10 @@ def _generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conf
         raise UserError("planner.weights: no end token is named; accepted: a chat model that has one")
     ends = [ends] if isinstance(ends, int) else list(ends)
     pad = tokenizer.pad_token_id
+    shipped = model.generation_config.to_diff_dict() if model.generation_config else {}
+    ignored = {key: shipped[key] for key in ("temperature", "top_p", "top_k", "repetition_penalty") if key in shipped}
+    if ignored:
+        log.info("planner: shipped sampling settings are not used: %s", ignored)
     own = GenerationConfig(
         do_sample=True, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
         max_new_tokens=config.max_new_tokens, eos_token_id=ends, pad_token_id=ends[0] if pad is None else pad,

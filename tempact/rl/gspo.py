@@ -17,6 +17,7 @@ def gspo_loss(
     clip_low: float,
     clip_high: float,
     kl_weight: float,
+    terms: int | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Mean over sequences of the clipped loss plus the mean k3 divergence from the reference policy.
 
@@ -27,9 +28,11 @@ def gspo_loss(
         advantage, mask: [P]; sequences whose mask is False count for nothing.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         kl_weight: beta of k3 = exp(d) - d - 1, d = reference - log_probs, which is never negative.
+        terms: counted sequences of the whole update, where these are a micro-batch of it: losses, gradients and
+            metrics of micro-batches then add up to those of the whole. None: these are all.
 
     Returns:
-        Scalar loss (0 with gradient 0 if nothing counts) and metrics kl, ratio, ratio_deviation,
+        Scalar loss (0 with gradient 0 if nothing counts) and metrics loss, kl, ratio, ratio_deviation,
         clip_ratio/low, clip_ratio/high.
     """
     token_mask, mask, advantage = (t.to(log_probs.device) for t in (token_mask, mask, advantage))
@@ -41,13 +44,13 @@ def gspo_loss(
     distance = torch.where(token_mask, reference.detach() - log_probs, 0.0)
     # exp(d) - 1 loses all of a small d's k3 to rounding, expm1 does not
     k3 = (torch.expm1(distance) - distance).sum(1) / tokens
-    terms = policy + kl_weight * k3
+    each = policy + kl_weight * k3
 
     def mean(values: Tensor) -> Tensor:
-        return torch.where(mask, values, 0.0).sum() / mask.sum().clamp_min(1)
+        return torch.where(mask, values, 0.0).sum() / (mask.sum().clamp_min(1) if terms is None else terms)
 
     metrics = {
-        "loss": terms,
+        "loss": each,
         "kl": k3,
         "ratio": ratio,
         "ratio_deviation": (ratio - 1).abs(),
@@ -55,4 +58,4 @@ def gspo_loss(
         "clip_ratio/high": (ratio > 1 + clip_high) & (advantage > 0),
     }
     values = torch.stack([mean(value.detach().double()) for value in metrics.values()]).tolist()
-    return mean(terms), dict(zip(metrics, values, strict=True))
+    return mean(each), dict(zip(metrics, values, strict=True))

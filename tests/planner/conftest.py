@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,11 +18,34 @@ def tokenizer():
     return fit_tokenizer(["user\n", "assistant\n", "The red circle moves."] * 2)
 
 
+# what Qwen3's template does at its end: a thought is switched off by an empty one that the prompt holds already
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}\n{{ m.content }}\n{% endfor %}assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def thinking_tokenizer(tokenizer):
+    """As Qwen3's: a token of its own for each tag, which is not special."""
+    own = copy.deepcopy(tokenizer)
+    own.add_tokens(["<think>", "</think>"])
+    own.chat_template = TEMPLATE
+    return own
+
+
 @pytest.fixture
 def make_planner(tokenizer) -> Callable[..., Planner]:
     """A random little Qwen3 (or GPT-2) that ships a greedy-like generation config; the weights are always the same."""
 
-    def make(adapter: Path | None = None, rank: int = 4, absolute_positions: bool = False, **settings) -> Planner:
+    def make(
+        adapter: Path | None = None,
+        rank: int = 4,
+        absolute_positions: bool = False,
+        dtype: torch.dtype = torch.float32,
+        tokenizer=tokenizer,
+        **settings,
+    ) -> Planner:
         torch.manual_seed(0)
         if absolute_positions:
             size = GPT2Config(
@@ -40,7 +64,7 @@ def make_planner(tokenizer) -> Callable[..., Planner]:
         )
         settings = {"max_new_tokens": 24, **settings}
         config = PlannerConfig("tiny", LoraConfig(rank, 8, targets), OptimConfig(lr=1e-2), **settings)
-        return Planner(model, tokenizer, config, 24, 3, adapter)
+        return Planner(model.to(dtype), tokenizer, config, 24, 3, adapter)
 
     return make
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tempact.errors import UserError
-from tempact.planner.policy import Planner, thought_length
+from tempact.planner.policy import Planner
 from tempact.types import PlanTokens, Prompt
 
 PROMPTS = [Prompt("a", "A red circle jumps."), Prompt("b", "The square grows, and then the red circle turns blue.")]
@@ -217,15 +217,6 @@ def test_a_model_that_cannot_plan_is_refused(make_planner, tokenizer, tmp_path):
             make_planner()
     finally:
         tokenizer.chat_template = template
-
-
-def test_thought_ends_with_the_last_tag(tokenizer):
-    """The tag is several tokens here; one added token elsewhere."""
-    ids = tokenizer("a b</think> c </think>\n[1]", add_special_tokens=False)["input_ids"]
-    cut = thought_length(tokenizer, ids)
-    assert tokenizer.decode(ids[:cut]) == "a b</think> c </think>" and tokenizer.decode(ids[cut:]) == "\n[1]"
-    assert thought_length(tokenizer, tokenizer("[1] <think> never closed")["input_ids"]) == 0
-    assert thought_length(tokenizer, []) == 0
 
 
 @pytest.mark.parametrize("thought", ["", "red </think>", "red</think> circle </think>"])

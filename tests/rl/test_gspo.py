@@ -91,6 +91,25 @@ def test_batch_of_four_equals_four_batches_of_one():
         assert value == pytest.approx(sum(found[name] for found in ones) / 4, rel=1e-4, abs=1e-9), name
 
 
+def test_micro_batches_of_known_terms_add_up_whatever_they_leave_out():
+    log_probs, old, reference, mask = sequences()
+    counted = torch.tensor([True, True, False, True])
+    whole = log_probs.clone().requires_grad_()
+    loss, metrics = gspo_loss(whole, old, reference, mask, ADVANTAGE, counted, **CLIP, kl_weight=0.1)
+    loss.backward()
+    parts, losses, found = log_probs.clone().requires_grad_(), [], []
+    for rows in (slice(0, 1), slice(1, 4)):
+        each = [x[rows] for x in (parts, old, reference, mask, ADVANTAGE, counted)]
+        share, own = gspo_loss(*each, **CLIP, kl_weight=0.1, terms=3)
+        share.backward()
+        losses.append(share.item())
+        found.append(own)
+    assert sum(losses) == pytest.approx(loss.item(), rel=1e-6)
+    torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-6, atol=0)
+    for name, value in metrics.items():
+        assert value == pytest.approx(sum(own[name] for own in found), rel=1e-6, abs=1e-12), name
+
+
 def test_padding_and_prompt_tokens_have_no_effect():
     log_probs, old, reference, mask = sequences()
     clean = [t.masked_fill(~mask, 0.0) for t in (log_probs, old, reference)]
