@@ -21,19 +21,21 @@ from csrc_triton import runtime
 from tempact.config import RunConfig
 from tempact.errors import UserError
 from tempact.executor.policy import Executor
-from tempact.executor.rollout import gaussian_noise
+from tempact.executor.rollout import RolloutSettings, gaussian_noise
+from tempact.infra.prompt_file import FilePrompts
 from tempact.models.wan.checkpoint_loading import PRECISIONS, load_transformer
 from tempact.models.wan.codec import Codec, PixelCodec
 from tempact.models.wan.text_encoder import PromptEncoder
 from tempact.models.wan.transformer import WanTransformer
 from tempact.planner.policy import Planner
+from tempact.rewards.combine import RewardSet
 from tempact.shapeworld.evaluation import ShapeWorldSuite
 from tempact.shapeworld.executor_training import load_executor
 from tempact.shapeworld.judge import ShapeWorldJudge
 from tempact.shapeworld.prompts import ShapeWorldPrompts
 from tempact.shapeworld.rewards import shapeworld_rewards
 from tempact.shapeworld.story import CHUNK, FRAMES, SIZE
-from tempact.trainer import Trainer
+from tempact.trainer import PromptSource, Trainer
 from tempact.types import Plan, Prompt
 
 log = logging.getLogger(__name__)
@@ -88,8 +90,19 @@ def choose_kernels(name: str, device: torch.device) -> None:
     runtime.set_backend(name)
 
 
+def check_executor(config: RunConfig) -> None:
+    """UserError for what can be seen to be wrong with the executor before anything is loaded."""
+    if not config.executor.weights:
+        raise UserError(
+            f"executor.weights: found nothing, and the preset {config.preset} has none of its own; accepted: the "
+            "backbone's checkpoint, or random or random-tiny to see everything but the pictures"
+        )
+    RolloutSettings.of(config.executor)
+
+
 def build_policies(config: RunConfig) -> Policies:
     """Planner and executor with fresh adapters, drawn from the run's seed."""
+    check_executor(config)
     transformers_logging.disable_progress_bar()
     # PEFT reads an attribute that newer transformers have renamed; nobody here can act on it
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
@@ -126,12 +139,7 @@ class ExecutorParts(NamedTuple):
 def executor_parts(config: RunConfig, device: torch.device) -> ExecutorParts:
     """By what `executor.weights` names."""
     weights = config.executor.weights
-    if not weights:
-        raise UserError(
-            f"executor.weights: found nothing, and the preset {config.preset} has none of its own; accepted: the "
-            "backbone's checkpoint, or random or random-tiny to see everything but the pictures"
-        )
-    if not (is_random(weights) or is_wan(weights)):
+    if is_shapeworld(weights):
         return shapeworld_parts(config, device)
     require_wan_packages(weights)
     return random_parts(config, device) if is_random(weights) else wan_parts(config, device)
@@ -148,6 +156,11 @@ def require_wan_packages(weights: str) -> None:
 def is_random(weights: str) -> bool:
     """Does this ask for random weights in the place of a checkpoint?"""
     return weights in ("random", "random-tiny")
+
+
+def is_shapeworld(weights: str) -> bool:
+    """Are these ShapeWorld's weights, or of its kind?"""
+    return not (is_random(weights) or is_wan(weights))
 
 
 def is_wan(weights: str) -> bool:
@@ -222,21 +235,51 @@ def _check_video_size(config: RunConfig, patch: tuple[int, int, int], codec: Cod
         raise UserError(f"executor.video_size: found {found}; accepted: multiples of {steps}")
 
 
-def build_trainer(config: RunConfig, policies: Policies) -> Trainer:
-    """The trainer with ShapeWorld's prompts and rewards."""
-    if not isinstance(policies.executor.codec, PixelCodec):
+def build_prompts(config: RunConfig) -> PromptSource:
+    """Where training prompts come from: ShapeWorld's grammar for its executor, a file for every other one."""
+    source = config.data.prompts
+    if is_shapeworld(config.executor.weights):
+        if source != SHAPEWORLD:
+            raise UserError(f"data.prompts: found {source!r}; accepted: {SHAPEWORLD}, as the executor knows no others")
+        return ShapeWorldPrompts()
+    if source in ("", SHAPEWORLD):
+        found = repr(source) if source else "nothing"
         raise UserError(
-            "executor.weights: found a Wan checkpoint, for whose videos there are no rewards yet; accepted: "
-            f"{SHAPEWORLD} for training"
+            f"data.prompts: found {found}, which does not serve executor.weights "
+            f"{config.executor.weights}; accepted: a CSV, JSONL or parquet file with a column prompt"
         )
-    if config.data.prompts != SHAPEWORLD:
-        raise UserError(f"data.prompts: found {config.data.prompts!r}; accepted: {SHAPEWORLD}")
-    rewards = shapeworld_rewards()
-    return Trainer(config, policies.planner, policies.executor, rewards, ShapeWorldPrompts())
+    return FilePrompts(Path(source), config.data.prompts_per_iteration)
+
+
+def build_rewards(config: RunConfig) -> RewardSet:
+    """The four rewards of a run's videos: ShapeWorld's own, judges for everything else.
+
+    Raises UserError where no judges are configured.
+    """
+    if is_shapeworld(config.executor.weights):
+        return shapeworld_rewards()
+    raise UserError(
+        "rewards: found no judges, without which videos of executor.weights "
+        f"{config.executor.weights} have no rewards yet; accepted: executor.weights {SHAPEWORLD} for training"
+    )
+
+
+def build_trainer(
+    config: RunConfig, policies: Policies, prompts: PromptSource | None = None, rewards: RewardSet | None = None
+) -> Trainer:
+    """The trainer; prompts and rewards are those of the configuration unless others are given."""
+    prompts = prompts or build_prompts(config)
+    rewards = rewards or build_rewards(config)
+    return Trainer(config, policies.planner, policies.executor, rewards, prompts)
 
 
 def build_suite(config: RunConfig, policies: Policies) -> ShapeWorldSuite:
-    """The held-out evaluation, with the learned judge."""
+    """The held-out evaluation of ShapeWorld, with the learned judge; UserError for another executor's videos."""
+    if not is_shapeworld(config.executor.weights):
+        raise UserError(
+            f"executor.weights: found {config.executor.weights}, whose videos ShapeWorld's evaluation cannot score; "
+            f"accepted: {SHAPEWORLD}"
+        )
     judge = ShapeWorldJudge.load(weights_folder("judge", SHAPEWORLD), policies.executor.device)
     return ShapeWorldSuite(config.evaluation, policies.planner, policies.executor, judge)
 

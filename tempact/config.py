@@ -34,7 +34,8 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Prompts. `prompts` is "shapeworld": drawn from the grammar's training split; "" where none are known yet."""
+    """Prompts. `prompts` is "shapeworld": drawn from the grammar's training split; or a CSV, JSONL or parquet file
+    with a column `prompt` (infra.prompt_file); "" where none are known yet."""
 
     prompts: str = "shapeworld"
     prompts_per_iteration: int = 2
@@ -92,6 +93,7 @@ class ExecutorConfig:
     clip_velocity_rms: float = 0.0055
     kl_weight: float = 5e-4
     advantage_clip: float = 2.0
+    max_rollout_gap: float = 1.0  # between log-probs of roll-out and training, in clips; the run stops beyond it
     ema_decay: float = 0.99
     micro_batch: int = 64  # (continuation, transition) pairs a backward
     rollout_videos: int = 0  # videos that advance together, by whole plans, which bounds the cache; 0: all
@@ -193,6 +195,7 @@ def validate(config: RunConfig) -> None:
         (bool(executor.lora.targets), "executor.lora.targets", executor.lora.targets, "at least one"),
         (bool(planner.lora.targets), "planner.lora.targets", planner.lora.targets, "at least one"),
         (0 < executor.eta <= 1, "executor.eta", executor.eta, "above 0, at most 1 (0 leaves nothing to learn from)"),
+        (executor.max_rollout_gap > 0, "executor.max_rollout_gap", executor.max_rollout_gap, "above 0"),
         (executor.clip_velocity_rms > 0, "executor.clip_velocity_rms", executor.clip_velocity_rms, "above 0"),
     ]  # fmt: skip
     for good, key, found, accepted in checks:

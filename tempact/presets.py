@@ -125,6 +125,15 @@ def causal_forcing() -> RunConfig:
     return replace(self_forcing(), preset="causal-forcing", output="runs/causal-forcing")
 
 
+def causal_forcing_framewise() -> RunConfig:
+    """Causal-Forcing, frame-wise: chunks of one latent frame, otherwise as causal-forcing."""
+    # published with a buffer of 21 frames: --executor.window self-forcing --executor.frames 21
+    base = causal_forcing()
+    executor = replace(base.executor, chunk_frames=1)
+    name = "causal-forcing-framewise"
+    return replace(base, preset=name, executor=executor, output=f"runs/{name}")
+
+
 def longlive() -> RunConfig:
     """LongLive on Wan2.1-T2V-1.3B (base and lora.pt): sink of 3 in a window of 12, K/V recached at switches."""
     base = self_forcing()
@@ -157,6 +166,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "self-forcing-4b": self_forcing_4b,
     "self-forcing-8b": self_forcing_8b,
     "causal-forcing": causal_forcing,
+    "causal-forcing-framewise": causal_forcing_framewise,
     "longlive": longlive,
 }
 DEFAULT = "shapeworld"

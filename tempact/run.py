@@ -10,7 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from tempact.build import Policies, build_policies, build_suite, build_trainer
+from tempact.build import (
+    Policies,
+    build_policies,
+    build_prompts,
+    build_rewards,
+    build_suite,
+    build_trainer,
+    check_executor,
+    is_shapeworld,
+)
 from tempact.cli import EXIT_STOPPED, fingerprint, to_yaml
 from tempact.config import RunConfig
 from tempact.errors import UserError
@@ -24,12 +33,12 @@ from tempact.infra.showcase import write_extremes, write_showcase
 from tempact.shapeworld.evaluation import BOTH, SINGLE, STEP
 from tempact.temporal_order.protocol import write_evaluation
 from tempact.temporal_order.table import markdown_table
-from tempact.trainer import Iteration, TooManySkippedUpdates, Trainer
+from tempact.trainer import Aborted, Iteration, Trainer
 
 log = logging.getLogger(__name__)
 
 SHOWN = {SINGLE: "single prompt", STEP: "before: step prompts", BOTH: "after: + TempAct"}  # rows of the film strips
-EXIT_ABORTED = 3  # updates kept failing
+EXIT_ABORTED = 3  # the run could not go on
 
 
 class StopRequest:
@@ -62,11 +71,13 @@ class StopRequest:
 
 def train(config: RunConfig, resume: str) -> int:
     """Trains, evaluates and reports; returns the exit code: 0, EXIT_STOPPED when asked to stop, EXIT_ABORTED when
-    updates kept failing. Either way the state is saved."""
+    the run cannot go on (`trainer.Aborted`). Either way the state is saved."""
     with claim_run_folder(config.output) as folder:
         checkpoint = resolve_resume(resume, folder)
+        check_executor(config)
+        prompts, rewards = build_prompts(config), build_rewards(config)  # what is missing is said before weights load
         policies = build_policies(config)
-        trainer = build_trainer(config, policies)
+        trainer = build_trainer(config, policies, prompts, rewards)
         if checkpoint is not None:
             restore(checkpoint, config, policies, trainer)
         log.info("run folder %s, seed %d, configuration %s", folder, config.seed, fingerprint(config))
@@ -74,13 +85,16 @@ def train(config: RunConfig, resume: str) -> int:
         try:
             with StopRequest().listening() as stop:
                 finished = loop(config, folder, policies, trainer, stop)
-        except TooManySkippedUpdates as error:
+        except Aborted as error:
             store(config, folder, policies, trainer)
             log.error("%s; saved after iteration %d", error, trainer.done)
             return EXIT_ABORTED
         if not finished:
             log.warning("stopped after iteration %d; `--resume auto` goes on from there", trainer.done)
             return EXIT_STOPPED
+        if not is_shapeworld(config.executor.weights):
+            log.info("%s\nno held-out evaluation: ShapeWorld's is for its own executor", write_report(folder))
+            return 0
         with trainer.ema.applied(policies.executor.parameters()):
             evaluate(config, folder, policies)
     return 0

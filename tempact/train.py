@@ -8,7 +8,7 @@ from tempact.cli import guarded, parse_run, to_yaml
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad input, 3 updates kept failing (saved), 130 stopped early (saved)."""
+    """Exit codes: 0 done, 2 bad input, 3 the run could not go on (saved), 130 stopped early (saved)."""
     return guarded(lambda: _train(argv))
 
 

@@ -44,8 +44,16 @@ class PromptSource(Protocol):
         ...
 
 
-class TooManySkippedUpdates(RuntimeError):
+class Aborted(RuntimeError):
+    """The run cannot go on; raised between iterations, so that what is saved then is whole."""
+
+
+class TooManySkippedUpdates(Aborted):
     """Gradients stayed non-finite for `trainer.max_skipped_updates` updates in a row."""
+
+
+class RolloutGapTooWide(Aborted):
+    """Roll-out and training do not compute the same log-probs (`executor.max_rollout_gap`)."""
 
 
 def switch_frames(batch: PlanBatch, chunk: int, rng: random.Random) -> list[int]:
@@ -118,6 +126,7 @@ class Trainer:
         self.config, self.rewards, self.prompts = config, rewards, prompts
         self.planner, self.executor = planner, executor
         self.done = 0
+        self.wide_gap = ""  # why the last executor update was refused, if it was for that
         self.planner_policy = Policy(dict(planner.parameters()), config.planner.optim)
         self.executor_policy = Policy(executor.parameters(), config.executor.optim)
         self.ema = EMA(executor.parameters(), config.executor.ema_decay)
@@ -125,11 +134,13 @@ class Trainer:
     def iterations(self, phase: Callable[[str], None]) -> Iterator[Iteration]:
         """Runs the iterations that are left; `phase` is told the name of each phase as it begins.
 
-        Raises TooManySkippedUpdates after an iteration, never inside one: what is saved then is whole.
+        Raises Aborted after an iteration, never inside one: what is saved then is whole.
         """
         while self.done < self.config.trainer.iterations:
             yield self.iterate(phase)
             self._check_skipped()
+            if self.wide_gap:
+                raise RolloutGapTooWide(self.wide_gap)
 
     def iterate(self, phase: Callable[[str], None]) -> Iteration:
         """One iteration of the method."""
@@ -212,6 +223,7 @@ class Trainer:
                 old_log_probs = self.planner.log_probs(batch.tokens)
                 old_velocities = self.executor.velocities(batch.transition, later)
         metrics: dict[str, float] = {}
+        self.wide_gap = ""
         for i, part in enumerate(parts):
             if self.config.planner.train:
                 old = old_log_probs[part] if i else None
@@ -233,6 +245,10 @@ class Trainer:
         if not metrics:
             log.warning("iteration %d: no transition could be scored; executor update left out", self.done + 1)
             return {}
+        self.wide_gap = self.wide_gap or too_wide(metrics, self.config.executor.max_rollout_gap)
+        if self.wide_gap:  # the videos are those of another policy than the one that would be trained on them
+            self.executor_policy.optimiser.zero_grad(set_to_none=True)
+            return metrics
         metrics |= self._step(self.executor_policy, "executor")
         if not self.executor_policy.skipped:
             self.ema.update(self.executor.parameters())
@@ -248,6 +264,15 @@ class Trainer:
         for name, policy in (("planner", self.planner_policy), ("executor", self.executor_policy)):
             if policy.skipped > self.config.trainer.max_skipped_updates:
                 raise TooManySkippedUpdates(f"{name}: {policy.skipped} updates in a row had non-finite gradients")
+
+
+def too_wide(metrics: dict[str, float], limit: float) -> str:
+    """Which `rollout_gap/<sigma>` is wider than `limit` clips, in words; "" if none is. NaN is not a gap."""
+    found = {name.partition("/")[2]: gap for name, gap in metrics.items() if name.startswith("rollout_gap/")}
+    wide = ", ".join(f"{gap:.3g} clips at sigma {sigma}" for sigma, gap in found.items() if gap > limit)
+    return wide and (
+        f"executor.max_rollout_gap: log-probs of roll-out and training differ by {wide}; accepted: at most {limit:g}"
+    )
 
 
 def split(count: int, parts: int) -> list[list[int]]:

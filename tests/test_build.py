@@ -8,11 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from models import synthesise
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from tempact.build import build_policies, build_trainer, is_wan
+from tempact.build import build_policies, build_rewards, is_wan
 from tempact.config import RunConfig
 from tempact.errors import UserError
 from tempact.executor.rollout import gaussian_noise
@@ -29,21 +26,9 @@ PLAN = Plan("i", (Step(0, 3, "a circle"), Step(3, 6, "a square")))
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline's folder of diffusers, of small widths."""
-    diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install -e '.[test]'")
+    pytest.importorskip("diffusers", reason="needs diffusers: pip install -e '.[test]'")
     torch.manual_seed(0)
-    folder = synthesise.diffusers_folder(
-        tmp_path_factory.mktemp("release") / "wan", synthesise.random_state(SMALL), SMALL
-    )
-    diffusers.AutoencoderKLWan(base_dim=8).save_pretrained(folder / "vae")
-    words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "a", "circle", "square"])}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder / "tokenizer")
-    sizes = UMT5Config(vocab_size=8, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=2, dropout_rate=0.0)
-    UMT5EncoderModel(sizes).save_pretrained(folder / "text_encoder")
-    return folder
+    return synthesise.pipeline_folder(tmp_path_factory.mktemp("release") / "wan", synthesise.random_state(SMALL), SMALL)
 
 
 def configured(folder: Path, cache: Path, **changes: object) -> RunConfig:
@@ -112,12 +97,9 @@ def test_another_models_latents_are_refused(release: Path, tmp_path: Path) -> No
         build_policies(configured(folder, tmp_path, wan_folder=str(release)))
 
 
-def test_training_on_real_video_is_refused_until_it_has_rewards(release: Path, tmp_path: Path) -> None:
-    config = configured(release, tmp_path)
-    with pytest.raises(
-        UserError, match="executor.weights: found a Wan checkpoint, for whose videos there are no rewards"
-    ):
-        build_trainer(config, build_policies(config))
+def test_training_on_real_video_is_refused_without_judges(release: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="rewards: found no judges, without which videos of executor.weights"):
+        build_rewards(configured(release, tmp_path))
 
 
 def test_what_is_wan_and_what_is_shapeworlds(release: Path, tmp_path: Path) -> None:

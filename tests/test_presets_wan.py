@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tempact import generate
-from tempact.build import build_policies, build_trainer, is_random
+from tempact.build import build_policies, is_random
 from tempact.errors import UserError
 from tempact.executor.rollout import gaussian_noise
 from tempact.executor.window import WINDOWS
@@ -18,7 +18,7 @@ from tempact.models.wan.random_weights import RANDOM, RandomText
 from tempact.presets import get_preset
 from tempact.types import Batch, Plan, Step
 
-WAN = ("self-forcing", "causal-forcing", "longlive")
+WAN = ("self-forcing", "causal-forcing", "causal-forcing-framewise", "longlive")
 TINY = ["--executor.weights", "random-tiny", "--planner.weights", "random", "--executor.lora.rank", "4"]
 SHAPE = ["--executor.video_size", "32", "48", "--executor.frames", "18", "--device", "cpu"]
 
@@ -37,8 +37,9 @@ def test_values_of_the_method() -> None:
         config = get_preset(name)
         executor, planner = config.executor, config.planner
         assert (config.data.prompts_per_iteration, planner.plans_per_prompt, executor.continuations) == (16, 4, 8)
+        chunk = 1 if name.endswith("framewise") else 3
         assert (executor.frames, executor.chunk_frames, executor.timesteps, executor.shift) == (
-            30, 3, (1000, 750, 500, 250), 5.0,
+            30, chunk, (1000, 750, 500, 250), 5.0,
         )  # fmt: skip
         assert (executor.lora.rank, executor.lora.alpha, executor.optim.lr) == (256, 256, 1e-4)
         assert (planner.lora.rank, planner.lora.alpha, planner.optim.lr) == (32, 64, 1e-5)
@@ -120,12 +121,6 @@ def test_without_the_packages_of_real_backbones(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("tempact.build.WAN_PACKAGES", ("diffusers", "no_such_package"))
     with pytest.raises(UserError, match="random-tiny needs no_such_package; accepted: after pip install -e"):
         build_policies(small("longlive"))
-
-
-def test_training_waits_for_rewards() -> None:
-    config = small("longlive")
-    with pytest.raises(UserError, match="there are no rewards yet"):
-        build_trainer(config, build_policies(config))
 
 
 def test_generate_says_on_every_output_that_weights_are_random(

@@ -68,8 +68,8 @@ class History:
 
     def positions(self, start: int) -> Tensor:
         """Temporal positions of the own frames of the chunk at `start`."""
-        first, *_, last = self.window.temporal_positions(start, self.chunk)[1]
-        return torch.arange(first, last + 1, device=self.device)
+        own = self.window.temporal_positions(start, self.chunk)[1]
+        return torch.arange(own[0], own[-1] + 1, device=self.device)
 
     def context(self, branches: Sequence[int], start: int) -> Context:
         """What the chunk at frame `start` attends to, per layer; None for the first chunk."""
@@ -107,10 +107,12 @@ class History:
         """
         total = latents.shape[2]
         frames = self.window.recached(total)
-        kept = list(range(min(self.window.sink, frames[0])))
-        positions = torch.tensor(frames, device=self.device)
+        kept_positions, own_positions = self.window.recache_positions(total)
+        kept = list(range(len(kept_positions)))
+        positions = torch.arange(own_positions[0], own_positions[-1] + 1, device=self.device)
         with self.cache.reserve(branches, len(frames) * self.frame_tokens) as reservation:
-            self._write(reservation, latents[:, :, frames[0] :], text, positions, self._context(branches, kept, kept))
+            context = self._context(branches, kept, kept_positions)
+            self._write(reservation, latents[:, :, frames[0] :], text, positions, context)
             self.cache.replace(reservation, frames[0] * self.frame_tokens)
 
     def _write(

@@ -24,7 +24,6 @@ from tempact.errors import UserError
 from tempact.executor.graphs import Calls
 from tempact.executor.lora import LoraLinear
 from tempact.executor.rollout import (
-    TEXT_SWITCHES,
     NoiseSource,
     PromptBook,
     RolloutSettings,
@@ -32,8 +31,6 @@ from tempact.executor.rollout import (
     rebuild_context,
     roll_out,
 )
-from tempact.executor.schedule import Schedule
-from tempact.executor.window import WINDOWS
 from tempact.infra.adapters import freeze_reference, load_adapter, reference_active, save_adapter
 from tempact.models.wan.codec import Codec
 from tempact.models.wan.text_encoder import PromptEncoder
@@ -65,20 +62,9 @@ class Executor:
         config: ExecutorConfig,
         size: tuple[int, int],
     ):
-        _check(config)
-        window = WINDOWS[config.window]
-        window.check(config.frames, config.chunk_frames)
+        self.settings = RolloutSettings.of(config)
         self.config, self.codec, self.text_encoder = config, codec, text_encoder.requires_grad_(False)
         self.latent_size = codec.latent_size(*size)
-        self.settings = RolloutSettings(
-            frames=config.frames,
-            chunk=config.chunk_frames,
-            window=window,
-            text_switch=config.text_switch,
-            schedule=Schedule.from_timesteps(config.timesteps, config.shift),
-            eta=config.eta,
-            smooth=config.smooth_prompts,
-        )
         lora = PeftLoraConfig(
             r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=list(config.lora.targets),
             init_lora_weights="gaussian",
@@ -278,13 +264,6 @@ class Executor:
                         states.to(self.device), sigma, self.encode(texts), index, history.positions(start), context
                     )
                 yield entries, velocity.float()
-
-
-def _check(config: ExecutorConfig) -> None:
-    """UserError for a name that is none."""
-    for key, names in {"window": tuple(WINDOWS), "text_switch": TEXT_SWITCHES}.items():
-        if getattr(config, key) not in names:
-            raise UserError(f"executor.{key}: found {getattr(config, key)!r}; accepted: {', '.join(names)}")
 
 
 def groups_by_start(transition: Transition, plans: list[int]) -> list[list[int]]:

@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csrc_triton.flow_sde import flow_sde_step
+from tempact.config import ExecutorConfig
+from tempact.errors import UserError
 from tempact.executor.attend import Context
 from tempact.executor.context import History
 from tempact.executor.graphs import Calls
 from tempact.executor.prompts import smooth_prompts
 from tempact.executor.schedule import Schedule
-from tempact.executor.window import WindowPolicy
+from tempact.executor.window import WINDOWS, WindowPolicy
 from tempact.models.wan.transformer import TextKV, WanTransformer
 from tempact.types import Plan, Transition
 
@@ -34,6 +36,24 @@ class RolloutSettings:
     schedule: Schedule
     eta: float
     smooth: bool
+
+    @classmethod
+    def of(cls, config: ExecutorConfig) -> RolloutSettings:
+        """Raises UserError for a name that is none, and for a video that window or schedule cannot make."""
+        for key, names in {"window": tuple(WINDOWS), "text_switch": TEXT_SWITCHES}.items():
+            if getattr(config, key) not in names:
+                raise UserError(f"executor.{key}: found {getattr(config, key)!r}; accepted: {', '.join(names)}")
+        window = WINDOWS[config.window]
+        window.check(config.frames, config.chunk_frames)
+        return cls(
+            frames=config.frames,
+            chunk=config.chunk_frames,
+            window=window,
+            text_switch=config.text_switch,
+            schedule=Schedule.from_timesteps(config.timesteps, config.shift),
+            eta=config.eta,
+            smooth=config.smooth_prompts,
+        )
 
     @property
     def chunks(self) -> int:

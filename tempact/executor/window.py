@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from tempact.errors import UserError
 
+ROPE_POSITIONS = 1024  # that Wan's models know; a reference implementation's table ends there
+
 
 @dataclass(frozen=True)
 class WindowPolicy:
@@ -18,18 +20,17 @@ class WindowPolicy:
 
     sink: first frames that are always attended. positions: "absolute", or "relative": beyond the window
     the attended frames are renumbered from 0, which needs keys stored without RoPE. max_frames: longest
-    video, None for no limit. rewrite_sink: whether a text recache beyond the window also rewrites the sink.
+    video, None where only the positions end.
     """
 
     window: int | None = None
     sink: int = 0
     positions: str = "absolute"
     max_frames: int | None = None
-    rewrite_sink: bool = False
 
     def attended(self, start: int, chunk: int) -> list[int]:
         """History frames (before `start`) that the chunk [start, start + chunk) attends to, in order."""
-        if self.window is None or start + chunk <= self.window:
+        if self.window is None or self._fits(start + chunk):
             return list(range(start))
         recent = self.window - chunk - self.sink
         return [*range(self.sink), *range(start - recent, start)]
@@ -37,28 +38,52 @@ class WindowPolicy:
     def temporal_positions(self, start: int, chunk: int) -> tuple[list[int], list[int]]:
         """RoPE positions of `attended(start, chunk)` and of the chunk's own frames."""
         history = self.attended(start, chunk)
-        if self.positions == "absolute" or self.window is None or start + chunk <= self.window:
-            return history, list(range(start, start + chunk))
-        return list(range(len(history))), list(range(len(history), len(history) + chunk))
+        return self._numbered(history, [*range(start, start + chunk)], beyond=not self._fits(start + chunk))
 
     def recached(self, start: int) -> list[int]:
-        """Frames whose K/V a text switch at frame `start` recomputes under the "recache" policy."""
-        if self.window is None or start <= self.window:
+        """Frames whose K/V a text switch at frame `start` recomputes under the "recache" policy.
+
+        The newest ones of a window, all of them if there are no more; else the sink keeps the old text.
+        """
+        if self.window is None or self._fits(start):
             return list(range(start))
-        kept = 0 if self.rewrite_sink else self.sink
-        return list(range(start - self.window + kept, start))
+        return list(range(start - self.window + self.sink, start))
+
+    def recache_positions(self, start: int) -> tuple[list[int], list[int]]:
+        """RoPE positions, during that pass, of the sink frames that stay and of `recached(start)`."""
+        frames = self.recached(start)
+        return self._numbered(list(range(min(self.sink, frames[0]))), frames, beyond=not self._fits(start))
+
+    def _fits(self, frames: int) -> bool:
+        return self.window is None or frames <= self.window
+
+    def _numbered(self, history: list[int], own: list[int], *, beyond: bool) -> tuple[list[int], list[int]]:
+        if self.positions == "absolute" or not beyond:
+            return history, own
+        return list(range(len(history))), list(range(len(history), len(history) + len(own)))
 
     def check(self, frames: int, chunk: int) -> None:
         """Raises UserError if a video of `frames` latent frames cannot be made in chunks of `chunk`."""
+        if self.window is not None and not 1 <= chunk <= self.window - self.sink:
+            accepted = (
+                f"1 to {self.window - self.sink} with this window ({self.window} frames, {self.sink} of them sink)"
+            )
+            raise UserError(f"executor.chunk_frames: found {chunk}; accepted: {accepted}")
         if frames < 1 or frames % chunk:
             raise UserError(f"executor.frames: found {frames}; accepted: a positive multiple of the chunk ({chunk})")
         if self.max_frames is not None and frames > self.max_frames:
             raise UserError(f"executor.frames: found {frames}; accepted: at most {self.max_frames} with this window")
+        if self.positions == "absolute" and frames > ROPE_POSITIONS:
+            accepted = f"at most {ROPE_POSITIONS} (RoPE positions) with this window, or a window of relative positions"
+            raise UserError(f"executor.frames: found {frames}; accepted: {accepted}")
 
 
+# BACKBONES.md section 2
 WINDOWS: dict[str, WindowPolicy] = {
     "full": WindowPolicy(),
-    "self-forcing": WindowPolicy(max_frames=21),
+    "self-forcing": WindowPolicy(max_frames=21),  # Causal-Forcing's too
     "longlive": WindowPolicy(window=12, sink=3),
+    "longlive-infinite": WindowPolicy(window=12, sink=3, positions="relative"),
     "tempact-self-forcing": WindowPolicy(window=12, sink=1, positions="relative"),
+    "infinity-rope": WindowPolicy(window=6, sink=1, positions="relative"),
 }

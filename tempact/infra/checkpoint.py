@@ -38,7 +38,7 @@ SAVING, REPLACED = ".saving", ".replaced"  # suffixes of folders that a killed s
 # keys that a resumed run may change: they do not touch what an iteration computes
 FREE_KEYS = (
     "preset", "output", "device", "wandb_project", "threads", "trainer.iterations", "trainer.checkpoint_every",
-    "trainer.keep_checkpoints", "trainer.samples_every", "evaluation.",
+    "trainer.keep_checkpoints", "trainer.samples_every", "executor.max_rollout_gap", "evaluation.",
 )  # fmt: skip
 
 

@@ -35,6 +35,8 @@ from tempact.temporal_order.protocol import (
 from tempact.temporal_order.table import build_table, percent
 
 REPORT, CONFIG = "report.html", "config.yaml"
+# keys of weights, and values in whose place random weights stand
+WEIGHTS, RANDOM = ("planner.weights", "executor.weights"), ("random", "random-tiny")
 MIME = {".png": "image/png", ".gif": "image/gif", ".svg": "image/svg+xml"}
 # config keys worth a place in the header, with what they are called there
 SUMMARY = {
@@ -94,6 +96,7 @@ def write_report(run_folder: Path | str) -> Path:
         missing_rewards=_missing_rewards(metrics),
         timings=_timings(metrics),
         samples=_samples(run),
+        random=[f"{key}: {config[key]}" for key in WEIGHTS if config.get(key) in RANDOM],
         summary=[(label, config[key]) for key, label in SUMMARY.items() if key in config],
         config=config,
         sessions=[(session, _hardware(session)) for session in read_environment(run)],

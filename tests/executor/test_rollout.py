@@ -31,6 +31,8 @@ POLICIES = [
     {"window": "longlive"},
     {"window": "longlive", "text_switch": "recache"},
     {"window": "tempact-self-forcing"},
+    {"window": "longlive-infinite", "text_switch": "recache"},
+    {"window": "infinity-rope"},
 ]
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tempact.errors import UserError
-from tempact.executor.window import WINDOWS, WindowPolicy
+from tempact.executor.window import ROPE_POSITIONS, WINDOWS
 
 C = 3
-INFINITY_ROPE = WindowPolicy(window=6, sink=1, positions="relative")
+INFINITY_ROPE = WINDOWS["infinity-rope"]
 # first recent frame that a chunk attends to behind the sink, by chunk index from 4 on
 LONGLIVE = {4: 6, 5: 9, 6: 12, 7: 15}
 TEMPACT = {4: 4, 5: 7, 6: 10, 7: 13}
@@ -43,7 +43,12 @@ def test_recached_frames_keep_the_sink_only_beyond_the_window() -> None:
     assert longlive.recached(6) == list(range(6))
     assert longlive.recached(12) == list(range(12))
     assert longlive.recached(15) == list(range(6, 15))
-    assert WindowPolicy(window=12, sink=3, rewrite_sink=True).recached(15) == list(range(3, 15))
+    for start in (3, 12, 15, 60):  # absolute: every frame keeps its own
+        assert longlive.recache_positions(start) == ([0, 1, 2] if start > 12 else [], longlive.recached(start))
+    infinite = WINDOWS["longlive-infinite"]
+    assert infinite.recached(60) == list(range(51, 60)) and infinite.recached(12) == list(range(12))
+    assert infinite.recache_positions(60) == ([0, 1, 2], list(range(3, 12)))
+    assert infinite.recache_positions(12) == ([], list(range(12)))
 
 
 def test_lengths_that_cannot_be_made_are_refused() -> None:
@@ -52,3 +57,27 @@ def test_lengths_that_cannot_be_made_are_refused() -> None:
     with pytest.raises(UserError, match="found 24; accepted: at most 21"):
         WINDOWS["self-forcing"].check(24, C)
     WINDOWS["longlive"].check(240, C)
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_absolute_positions_end_and_relative_ones_do_not(name: str) -> None:
+    window = WINDOWS[name]
+    last = ROPE_POSITIONS // C * C
+    if window.positions == "relative":
+        window.check(100 * last, C)
+        assert max(window.temporal_positions(99 * last, C)[1]) == window.window - 1
+    elif window.max_frames is None:
+        window.check(last, C)
+        with pytest.raises(UserError, match=f"found {last + C}; accepted: at most {ROPE_POSITIONS} .*relative"):
+            window.check(last + C, C)
+    else:
+        with pytest.raises(UserError, match=f"found {last}; accepted: at most {window.max_frames} with"):
+            window.check(last, C)
+
+
+@pytest.mark.parametrize("chunk", [0, 10, 12])
+def test_a_chunk_fits_into_the_window_beside_the_sink(chunk: int) -> None:
+    with pytest.raises(UserError, match=f"executor.chunk_frames: found {chunk}; accepted: 1 to 9 with this window"):
+        WINDOWS["longlive"].check(120, chunk)
+    WINDOWS["longlive"].check(117, 9)
+    assert WINDOWS["longlive"].attended(18, 9) == [0, 1, 2]

@@ -96,6 +96,28 @@ def diffusers_folder(folder: Path, state: Mapping[str, Tensor], config: WanConfi
     return folder
 
 
+def pipeline_folder(folder: Path, state: Mapping[str, Tensor], config: WanConfig) -> Path:
+    """A whole pipeline's folder of diffusers: transformer, and VAE, text encoder and tokenizer of small widths."""
+    from diffusers import AutoencoderKLWan
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+    diffusers_folder(folder, state, config)
+    AutoencoderKLWan(base_dim=8).save_pretrained(folder / "vae")
+    words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "a", "circle", "square"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder / "tokenizer")
+    sizes = UMT5Config(
+        vocab_size=8, d_model=config.text_dim, d_kv=4, d_ff=24, num_layers=1, num_heads=2, dropout_rate=0.0
+    )
+    UMT5EncoderModel(sizes).save_pretrained(folder / "text_encoder")
+    return folder
+
+
 def self_forcing(file: Path, state: Mapping[str, Tensor]) -> Path:
     """self_forcing_dmd.pt: averaged weights whose names the wrapper and FSDP have lengthened."""
     parts = ("model._fsdp_wrapped_module", "_fsdp_wrapped_module")

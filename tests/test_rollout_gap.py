@@ -1,0 +1,99 @@
+"""Roll-out and training must compute the same log-probs: nothing is learned, and the run stops, where they do not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tempact import run as run_module
+from tempact import train
+from tempact.build import build_policies, build_trainer
+from tempact.executor.policy import Executor
+from tempact.infra.checkpoint import load
+from tempact.infra.metrics import read_metrics
+from tempact.presets import get_preset
+from tempact.run import EXIT_ABORTED
+from tempact.trainer import RolloutGapTooWide, Trainer, too_wide
+
+SIGMAS = ("1.000", "0.938", "0.833")
+SMOKE = ["shapeworld-smoke", "--device", "cpu", "--trainer.iterations", "2", "--trainer.checkpoint_every", "50"]
+
+
+@pytest.fixture(autouse=True)
+def log_handlers() -> Iterator[None]:
+    """The commands put their own handlers on the root logger."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.fixture
+def another_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Videos are made by other weights than those that are trained."""
+    rollout = Executor.rollout
+
+    def moved(self: Executor, *given):
+        made = rollout(self, *given)
+        with torch.no_grad():
+            self.model.head.head.bias.add_(0.3)
+        return made
+
+    monkeypatch.setattr(Executor, "rollout", moved)
+
+
+def trainer() -> Trainer:
+    """Of two updates an iteration: the second one has no gap of its own."""
+    base = get_preset("shapeworld-smoke")
+    config = replace(base, device="cpu", trainer=replace(base.trainer, updates_per_iteration=2))
+    return build_trainer(config, build_policies(config))
+
+
+def gaps(metrics: dict[str, float]) -> list[float]:
+    return [metrics[f"executor/rollout_gap/{sigma}"] for sigma in SIGMAS]
+
+
+def test_the_gap_of_a_sound_run_is_rounding() -> None:
+    own = trainer()
+    (one, _) = own.iterations(lambda phase: None)
+    assert max(gaps(one.metrics)) < 2e-3 and one.metrics["executor/ratio_deviation"] < 1e-3 and own.wide_gap == ""
+
+
+def test_a_wide_gap_leaves_the_executor_as_it_was(another_policy: None) -> None:
+    own = trainer()
+    before = {name: p.detach().clone() for name, p in own.executor_policy.parameters.items()}
+    iterations = own.iterations(lambda phase: None)
+    assert min(gaps(next(iterations).metrics)) > 1.0
+    assert all(torch.equal(before[name], p) for name, p in own.executor_policy.parameters.items())
+    assert all(p.grad is None for p in own.executor_policy.parameters.values()) and own.ema.updates == 0
+    with pytest.raises(RolloutGapTooWide, match="executor.max_rollout_gap: .* clips at sigma 1.000, .*at most 1$"):
+        next(iterations)
+
+
+def test_the_run_is_saved_and_ends_with_its_own_exit_code(
+    tmp_path: Path, another_policy: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_module, "evaluate", lambda *given: None)
+    folder = tmp_path / "run"
+    assert train.main([*SMOKE, "--output", str(folder)]) == EXIT_ABORTED == 3
+    told = " ".join(capsys.readouterr().err.split())
+    assert "executor.max_rollout_gap: log-probs of roll-out and training differ by" in told
+    assert "saved after iteration 1" in told
+    (row,) = read_metrics(folder)
+    assert min(gaps(row)) > 1.0
+    state = load(folder / "checkpoints" / "step-000001").state
+    assert state["done"] == 1 and state["ema"]["updates"] == 0
+    # what was wrong is set right, or allowed: the run goes on
+    assert train.main([*SMOKE, "--output", str(folder), "--executor.max_rollout_gap", "1e6"]) == 0
+    assert [row["step"] for row in read_metrics(folder)] == [1, 2]
+
+
+def test_a_missing_number_is_no_gap() -> None:
+    assert too_wide({"rollout_gap/1.000": float("nan"), "rollout_gap/0.938": 1.0, "kl": 9.0}, 1.0) == ""
+    assert too_wide({"rollout_gap/1.000": 2.0, "rollout_gap/0.938": 0.5}, 1.0).count("sigma") == 1
