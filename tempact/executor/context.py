@@ -102,15 +102,14 @@ class History:
     def recache(self, branches: Sequence[int], latents: Tensor, text: TextKV) -> None:
         """Rewrites the window's K/V under a new text, in one bidirectional pass.
 
-        latents [B, C, S, H, W] holds all S committed frames. A sink beyond the rewritten frames keeps the
-        old text and is attended to (BACKBONES.md section 2, "LL re-cache").
+        latents [B, C, S, H, W] are the last S committed frames, or all; a window's length is enough. A sink beyond
+        the rewritten frames keeps the old text and is attended to (BACKBONES.md section 2, "LL re-cache").
         """
-        total = latents.shape[2]
-        frames = self.window.recached(total)
-        kept = list(range(min(self.window.sink, frames[0])))
+        frames = self.window.recached(self.frames(branches[0]))
+        own, kept = latents[:, :, -len(frames) :], list(range(min(self.window.sink, frames[0])))
         positions = torch.tensor(frames, device=self.device)
         with self.cache.reserve(branches, len(frames) * self.frame_tokens) as reservation:
-            self._write(reservation, latents[:, :, frames[0] :], text, positions, self._context(branches, kept, kept))
+            self._write(reservation, own, text, positions, self._context(branches, kept, kept))
             self.cache.replace(reservation, frames[0] * self.frame_tokens)
 
     def _write(
