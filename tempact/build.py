@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -21,7 +20,7 @@ from csrc_triton import runtime
 from tempact.config import RunConfig
 from tempact.errors import UserError
 from tempact.executor.policy import Executor
-from tempact.executor.rollout import RolloutSettings, gaussian_noise
+from tempact.executor.rollout import RolloutSettings
 from tempact.infra.prompt_file import FilePrompts
 from tempact.models.wan.checkpoint_loading import PRECISIONS, load_transformer
 from tempact.models.wan.codec import Codec, PixelCodec
@@ -36,7 +35,6 @@ from tempact.shapeworld.prompts import ShapeWorldPrompts
 from tempact.shapeworld.rewards import shapeworld_rewards
 from tempact.shapeworld.story import CHUNK, FRAMES, SIZE
 from tempact.trainer import PromptSource, Trainer
-from tempact.types import Plan, Prompt
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +48,6 @@ class Policies:
 
     planner: Planner
     executor: Executor
-
-    def make_video(self, instruction: str, seed: int, plan: Plan | None = None) -> tuple[Plan, Tensor]:
-        """A plan for one instruction, unless one is given, and its video, uint8 [F, 3, height, width]."""
-        plan = plan or self.planner.sample([Prompt("0", instruction)], 1, seed).plans[0]
-        noise = gaussian_noise(seed, self.executor.noise_shape(1, 1), self.executor.device)
-        return plan, self.executor.rollout([plan], [0], noise).frames[0, 0]
 
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -102,15 +94,20 @@ def check_executor(config: RunConfig) -> None:
 
 def build_policies(config: RunConfig) -> Policies:
     """Planner and executor with fresh adapters, drawn from the run's seed."""
+    device = device_of(config)
+    executor = build_executor(config, device)
+    return Policies(build_planner(config, device), executor)
+
+
+def build_executor(config: RunConfig, device: torch.device) -> Executor:
+    """The executor with a fresh adapter, drawn from the run's seed."""
     check_executor(config)
     transformers_logging.disable_progress_bar()
     # PEFT reads an attribute that newer transformers have renamed; nobody here can act on it
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    device = device_of(config)
     parts = executor_parts(config, device)
     torch.manual_seed(config.seed)
-    executor = Executor(parts.transformer, parts.text_encoder, parts.codec, config.executor, parts.size)
-    return Policies(build_planner(config, device), executor)
+    return Executor(parts.transformer, parts.text_encoder, parts.codec, config.executor, parts.size)
 
 
 def build_planner(config: RunConfig, device: torch.device) -> Planner:

@@ -43,7 +43,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tempact.build": EVERYONE | BUILT,
     "tempact.preflight": EVERYONE | BUILT,
     "tempact.run": EVERYONE | BUILT | COMMAND_LINE,
-    **dict.fromkeys(ENTRY, EVERYONE | BUILT | COMMAND_LINE | {"tempact.run", "tempact.preflight"}),
+    "tempact.generation": EVERYONE | BUILT,
+    **dict.fromkeys(
+        ENTRY, EVERYONE | BUILT | COMMAND_LINE | {"tempact.run", "tempact.generation", "tempact.preflight"}
+    ),
 }
 POLICIES = ("tempact.planner*", "tempact.executor*", "tempact.trainer", "tempact.build")
 MODEL_CODE = ("tempact.models*", "transformers*", "peft*", *POLICIES)

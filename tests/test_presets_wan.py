@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from tempact import generate
 from tempact.build import build_policies, is_random
 from tempact.errors import UserError
 from tempact.executor.rollout import gaussian_noise
@@ -19,8 +16,6 @@ from tempact.presets import get_preset
 from tempact.types import Batch, Plan, Step
 
 WAN = ("self-forcing", "causal-forcing", "causal-forcing-framewise", "longlive")
-TINY = ["--executor.weights", "random-tiny", "--planner.weights", "random", "--executor.lora.rank", "4"]
-SHAPE = ["--executor.video_size", "32", "48", "--executor.frames", "18", "--device", "cpu"]
 
 
 def small(name: str, **changes: object):
@@ -121,34 +116,3 @@ def test_without_the_packages_of_real_backbones(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("tempact.build.WAN_PACKAGES", ("diffusers", "no_such_package"))
     with pytest.raises(UserError, match="random-tiny needs no_such_package; accepted: after pip install -e"):
         build_policies(small("longlive"))
-
-
-def test_generate_says_on_every_output_that_weights_are_random(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    plan = tmp_path / "plan.json"
-    plan.write_text(
-        json.dumps({"steps": [{"start": 0, "end": 6, "prompt": "a"}, {"start": 6, "end": 18, "prompt": "b"}]})
-    )
-    arguments = ["--preset", "longlive", "--prompt", "A cat sits, then jumps.", "--plan", str(plan), "--count", "2"]
-    assert generate.main([*arguments, "--output", str(tmp_path / "out"), *TINY, *SHAPE]) == 0
-    paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(paths) == 8 and all(path.name.startswith("random-weights-") and path.is_file() for path in paths)
-    told = json.loads(paths[3].read_text())
-    assert told["note"] == "random weights" and [step["prompt"] for step in told["steps"]] == ["a", "b"]
-    assert paths[0].read_bytes() != paths[4].read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [(None, "cannot be read"), ("nothing here", "found no steps; accepted: a JSON file with steps")],
-)
-def test_a_plan_file_that_holds_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, words: str
-) -> None:
-    plan = tmp_path / "plan.json"
-    if text is not None:
-        plan.write_text(text)
-    arguments = ["--preset", "longlive", "--prompt", "x", "--plan", str(plan), "--output", str(tmp_path / "out")]
-    assert generate.main([*arguments, *TINY, *SHAPE]) == 2
-    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -102,17 +102,17 @@ class History:
     def recache(self, branches: Sequence[int], latents: Tensor, text: TextKV) -> None:
         """Rewrites the window's K/V under a new text, in one bidirectional pass.
 
-        latents [B, C, S, H, W] holds all S committed frames. A sink beyond the rewritten frames keeps the
-        old text and is attended to (BACKBONES.md section 2, "LL re-cache").
+        latents [B, C, S, H, W] are the last S committed frames, or all; a window's length is enough. A sink beyond
+        the rewritten frames keeps the old text and is attended to (BACKBONES.md section 2, "LL re-cache").
         """
-        total = latents.shape[2]
+        total = self.frames(branches[0])
         frames = self.window.recached(total)
         kept_positions, own_positions = self.window.recache_positions(total)
         kept = list(range(len(kept_positions)))
         positions = torch.arange(own_positions[0], own_positions[-1] + 1, device=self.device)
         with self.cache.reserve(branches, len(frames) * self.frame_tokens) as reservation:
             context = self._context(branches, kept, kept_positions)
-            self._write(reservation, latents[:, :, frames[0] :], text, positions, context)
+            self._write(reservation, latents[:, :, -len(frames) :], text, positions, context)
             self.cache.replace(reservation, frames[0] * self.frame_tokens)
 
     def _write(

@@ -1,8 +1,8 @@
 """Prompts from a CSV, JSONL or parquet file.
 
-One row a prompt: `prompt`, and where they are wanted `category` and `prompt_id`; other columns are left alone. Rows
-in which nothing stands are passed over; of a prompt that stands there twice the first row counts. Everything else that
-does not fit is a UserError that names the row, counted from 1 after the header.
+One row a prompt: `prompt`, and where they are wanted `category`, `prompt_id` and what the reader asks for besides;
+other columns are left alone. Rows in which nothing stands are passed over. Everything else that does not fit is a
+UserError that names the row, counted from 1 after the header.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,22 @@ COLUMNS = ("prompt", "category", "prompt_id")
 LONGEST = 10_000  # characters of a prompt; a longer one is a file that was cut wrongly
 SHOWN = 80  # characters of a wrong value in a message
 
-Row = Mapping[str, Any]
+Cells = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A row. prompt_id is "" if it has none; cells: all that was read of it."""
+
+    path: Path
+    number: int
+    prompt: Prompt
+    cells: Cells
+
+    @property
+    def where(self) -> str:
+        """What messages call it."""
+        return f"{self.path}: row {self.number}"
 
 
 class FilePrompts:
@@ -45,50 +61,68 @@ class FilePrompts:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file in its order, each once; a prompt without an id gets the name `row-<number>`.
+    """The prompts of a file in its order; of one that stands there twice the first row counts, and a prompt without an
+    id gets the name `row-<number>`. Raises UserError as `read_rows` does."""
+    rows = read_rows(path)
+    first: dict[str, PromptRow] = {}
+    for row in rows:
+        first.setdefault(row.prompt.text, row)
+    if len(first) < len(rows):
+        log.warning("%s: %d repeated prompts are left out", path, len(rows) - len(first))
+    check_ids(first.values())
+    named = ((row, row.prompt.prompt_id or f"row-{row.number}") for row in first.values())
+    return [Prompt(name, row.prompt.text, row.prompt.category) for row, name in named]
+
+
+def read_rows(path: Path, columns: tuple[str, ...] = ()) -> list[PromptRow]:
+    """The rows of a file in its order, with the cells of `columns` too.
 
     Raises UserError for a file that cannot be read, one without prompts or without that column, and for a row whose
-    prompt is empty, no text, or has the id of another one.
+    prompt is empty or no text.
     """
     readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: found the ending {path.suffix!r}; accepted: {', '.join(readers)}")
     try:
-        return _prompts(path, readers[path.suffix.lower()](path))
+        return _checked(path, readers[path.suffix.lower()](path, COLUMNS + columns), COLUMNS + columns)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); accepted: a file of prompts") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: found bytes that are no UTF-8 (at {error.start}); accepted: UTF-8") from error
 
 
-def _prompts(path: Path, rows: Iterable[tuple[int, Row]]) -> list[Prompt]:
-    prompts: dict[str, Prompt] = {}  # by text
+def check_ids(rows: Iterable[PromptRow]) -> None:
+    """UserError for an id that an earlier row has."""
     ids: dict[str, int] = {}
-    empty = repeated = 0
-    for number, row in rows:
-        text, category, name = (_text(path, number, key, row.get(key)) for key in COLUMNS)
-        if not any(value not in (None, "") and str(value).strip() for value in row.values()):
+    for row in rows:
+        name = row.prompt.prompt_id
+        if name and ids.setdefault(name, row.number) != row.number:
+            raise UserError(
+                f"{row.where}: prompt_id: found {name[:SHOWN]!r}, which row {ids[name]} has; accepted: an id for each "
+                "prompt"
+            )
+
+
+def _checked(path: Path, rows: Iterable[tuple[int, Cells]], columns: tuple[str, ...]) -> list[PromptRow]:
+    found: list[PromptRow] = []
+    empty, unread = 0, set()
+    for number, cells in rows:
+        unread |= cells.keys() - set(columns)
+        if not any(value not in (None, "") and str(value).strip() for value in cells.values()):
             empty += 1
             continue
+        text, category, name = (_text(path, number, key, cells.get(key)) for key in COLUMNS)
         if not text or len(text) > LONGEST:
-            found = f"{len(text)} characters" if text else "no prompt"
-            raise UserError(f"{path}: row {number}: found {found}; accepted: a text of 1 to {LONGEST} characters")
-        if text in prompts:
-            repeated += 1
-            continue
-        name = name or f"row-{number}"
-        if name in ids:
-            raise UserError(
-                f"{path}: row {number}: prompt_id: found {name[:SHOWN]!r}, which row {ids[name]} has; accepted: an id "
-                "for each prompt"
-            )
-        ids[name] = number
-        prompts[text] = Prompt(name, text, category)
-    if not prompts:
+            short = f"{len(text)} characters" if text else "no prompt"
+            raise UserError(f"{path}: row {number}: found {short}; accepted: a text of 1 to {LONGEST} characters")
+        found.append(PromptRow(path, number, Prompt(name, text, category), cells))
+    if not found:
         raise UserError(f"{path}: found no prompts; accepted: at least one row")
-    if empty or repeated:
-        log.warning("%s: %d empty rows and %d repeated prompts are left out", path, empty, repeated)
-    return list(prompts.values())
+    if empty:
+        log.warning("%s: %d empty rows are left out", path, empty)
+    if unread:
+        log.info("%s: not read: %s; read: %s", path, ", ".join(sorted(unread)), ", ".join(columns))
+    return found
 
 
 def _text(path: Path, number: int, key: str, value: object) -> str:
@@ -116,7 +150,7 @@ def _check_columns(path: Path, found: Iterable[object], where: str = "") -> None
         raise UserError(f"{path}: {where}found the columns {shown}; accepted: a column called prompt{hint}")
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def _csv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Cells]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
@@ -135,7 +169,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
             raise UserError(f"{path}: line {reader.line_num}: cannot be read ({error}); accepted: CSV") from error
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def _jsonl_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Cells]]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -151,7 +185,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
             yield number, row
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def _parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Cells]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -161,7 +195,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:
         try:
             names = pyarrow.parquet.read_schema(file).names
             _check_columns(path, names)
-            table = pyarrow.parquet.read_table(file, columns=[name for name in COLUMNS if name in names])
+            table = pyarrow.parquet.read_table(file, columns=[name for name in columns if name in names])
         except pyarrow.ArrowException as error:
             reason = str(error).splitlines()[0][:SHOWN]
             raise UserError(f"{path}: cannot be read ({reason}); accepted: a parquet file") from error

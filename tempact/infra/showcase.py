@@ -73,26 +73,6 @@ def write_showcase(run_folder: Path, videos: Sequence[HeldOutVideo], titles: Map
     return folder / INDEX
 
 
-def write_video(folder: Path, plan: Plan, frames: Tensor, note: str = "", number: int | None = None) -> list[Path]:
-    """mp4, GIF, film strip and plan (JSON) of one video; returns their paths.
-
-    note: stands in every name, on the strip and beside the plan. number: tells videos of one instruction apart.
-    """
-    stem = safe_name(plan.instruction) if number is None else f"{safe_name(plan.instruction)}-{number:02d}"
-    if note:
-        stem = f"{safe_name(note.replace(' ', '-'))}-{stem}"
-    paths = [folder / f"{stem}{ending}" for ending in (".mp4", ".gif", ".png", ".json")]
-    save_mp4(frames, paths[0])
-    save_gif(frames, paths[1])
-    title = f"({note}) {plan.instruction}" if note else plan.instruction
-    save_strip(film_strip([StripRow(note, frames, plan.steps)], title), paths[2])
-    told = {"instruction": plan.instruction, "steps": [asdict(step) for step in plan.steps], "repairs": plan.repairs}
-    if note:
-        told["note"] = note
-    write_atomic(paths[3], json.dumps(told, indent=1))
-    return paths
-
-
 def write_extremes(run_folder: Path, step: int, plans: PlanBatch, rollout: Rollout, scored: Scored) -> list[Path]:
     """samples/step-000040-worst.png and -best.png: the continuations with the least and the most temporal
     following. Missing scores are neither; nothing is written when all are missing."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import TracebackType
 
 import imageio_ffmpeg
 import matplotlib
@@ -14,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from tempact.errors import UserError
 from tempact.types import Step
 
 FPS = 8.0
@@ -29,11 +31,16 @@ STEP_COLOURS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (2
 
 @dataclass(frozen=True)
 class StripRow:
-    """A video of a strip: frames uint8 [F, 3, height, width], and the steps it was made from."""
+    """A video of a strip: frames uint8 [T, 3, height, width], and the steps it was made from.
+
+    latents: the latent frame that each of `frames` belongs to; None where the frames are a whole video whose latent
+    frames are as long as each other.
+    """
 
     title: str
     frames: Tensor
     steps: tuple[Step, ...]
+    latents: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,19 +68,81 @@ def enlarge(frames: Tensor, side: int = VIDEO_SIDE) -> np.ndarray:
 
 def save_mp4(frames: Tensor, path: Path, fps: float = FPS) -> None:
     """H.264 that every browser plays. `frames` uint8 [F, 3, h, w]; the file appears whole or not at all."""
-    pictures = enlarge(frames)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial.mp4")
-    size = (pictures.shape[2], pictures.shape[1])
-    writer = imageio_ffmpeg.write_frames(str(partial), size, fps=fps, quality=8, macro_block_size=2)
-    try:
-        writer.send(None)
-        for picture in pictures:
-            writer.send(picture)
-        writer.close()
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with Mp4Writer(path, fps) as writer:
+        writer.write(frames)
+
+
+class Mp4Writer:
+    """H.264 that every browser plays, a few frames at a time.
+
+    The file appears when the `with` block ends, whole; not at all when that ends with an error. caption: a line at
+    the foot of every frame. Raises UserError where ffmpeg cannot write.
+    """
+
+    def __init__(self, path: Path, fps: float = FPS, caption: str = ""):
+        self.path, self.fps, self.caption = path, fps, caption
+        self.frames = 0  # written so far
+        self._partial = path.with_name(f".{path.stem}.partial.mp4")
+        self._ffmpeg: Generator[None, np.ndarray | None, None] | None = None
+        self._line: np.ndarray | None = None  # the caption as pixels [height, width, 3]
+
+    def __enter__(self) -> Mp4Writer:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def write(self, frames: Tensor) -> None:
+        """Appends uint8 [n, 3, h, w], of the size of the first ones."""
+        pictures = enlarge(frames)
+        if self._ffmpeg is None:
+            size = (pictures.shape[2], pictures.shape[1])
+            self._ffmpeg = imageio_ffmpeg.write_frames(
+                str(self._partial), size, fps=self.fps, quality=8, macro_block_size=2
+            )
+            self._ffmpeg.send(None)
+            self._line = _caption(self.caption, size[0]) if self.caption else None
+        if self._line is not None:
+            height, width = (min(a, b) for a, b in zip(self._line.shape, pictures.shape[1:3], strict=False))
+            pictures[:, -height:, :width] = self._line[:height, :width]
+        try:
+            for picture in pictures:
+                self._ffmpeg.send(picture)
+        except OSError as error:
+            raise self._unwritten() from error
+        self.frames += len(pictures)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self._ffmpeg is not None:
+                self._ffmpeg.close()
+            if kind is None:
+                self._check()
+                self._partial.replace(self.path)
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+    def _check(self) -> None:
+        """A disk may have filled up after the last frame was taken, of which ffmpeg's end says nothing."""
+        assert self.frames, f"{self.path}: no frames"
+        try:
+            found = imageio_ffmpeg.count_frames_and_secs(str(self._partial))[0]
+        except RuntimeError as error:
+            raise self._unwritten() from error
+        if found != self.frames:
+            raise self._unwritten()
+
+    def _unwritten(self) -> UserError:
+        return UserError(f"{self.path}: found that ffmpeg cannot write it; accepted: a disk with space left")
+
+
+def _caption(text: str, width: int) -> np.ndarray:
+    """`text` in white on black, uint8 [height, at most width, 3]."""
+    font = _font(max(9, width // 40), bold=True)
+    text = _cut(text, font, width - 2 * GAP)
+    line = Image.new("RGB", (round(font.getlength(text)) + 2 * GAP, round(1.5 * font.size)))
+    ImageDraw.Draw(line).text((GAP, line.height // 2), text, "white", font, anchor="lm")
+    return np.asarray(line)
 
 
 def save_gif(frames: Tensor, path: Path, fps: float = FPS) -> None:
@@ -154,7 +223,8 @@ def _cells(row: StripRow, columns: int) -> list[Image.Image]:
 def _labels(row: StripRow, columns: int, cell_width: int) -> list[_Label]:
     """Labels of the steps that have a column."""
     length = len(row.frames)
-    latent = [frame * row.steps[-1].end // length for frame in shown_frames(length, columns)]
+    of_all = row.latents or [frame * row.steps[-1].end // length for frame in range(length)]
+    latent = [of_all[frame] for frame in shown_frames(length, columns)]
     labels = []
     for i, step in enumerate(row.steps):
         held = [column for column, frame in enumerate(latent) if step.start <= frame < step.end]

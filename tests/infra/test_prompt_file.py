@@ -56,7 +56,7 @@ def test_empty_rows_and_repeated_prompts_are_left_out_and_counted(
     path = write(tmp_path, "a.csv", "prompt,category\n\nA cat,x\n ,\n,\nA dog,\n A cat ,y\n")
     with caplog.at_level(logging.WARNING):
         assert read_prompts(path) == [Prompt("row-2", "A cat", "x"), Prompt("row-5", "A dog")]
-    assert "3 empty rows and 1 repeated prompts are left out" in caplog.text
+    assert caplog.messages == [f"{path}: 3 empty rows are left out", f"{path}: 1 repeated prompts are left out"]
     lines = '\n{"prompt": "A cat"}\n{"prompt": "", "category": null}\n'
     assert read_prompts(write(tmp_path, "a.jsonl", lines)) == [Prompt("row-2", "A cat")]
 

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tempact.models.wan.vae_stream import DecoderState
+
 
 class Arriving(Protocol):
     """Frames that a device may still be working on."""
@@ -29,9 +31,10 @@ class Arrived:
 
 
 class Codec(Protocol):
-    """Frames are uint8 [B, T, 3, height, width]; latents fp32 [B, C, F, H, W]."""
+    """Frames are uint8 [B, T, 3, height, width], `fps` of them a second; latents fp32 [B, C, F, H, W]."""
 
     latent_channels: int
+    fps: float
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """(H, W) of the latents of a height x width video."""
@@ -52,11 +55,20 @@ class Codec(Protocol):
         """
         ...
 
+    def start(self) -> DecoderState:
+        """The state of a video that `decode_chunk` has not seen yet."""
+        ...
+
+    def decode_chunk(self, states: Sequence[DecoderState], latents: Tensor) -> Tensor:
+        """The next frames of B videos, from their next latents; the states move on."""
+        ...
+
 
 class PixelCodec:
     """Latents are the pixels themselves, scaled to [-1, 1]; one latent frame is one pixel frame."""
 
     latent_channels = 3
+    fps = 8.0
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         return height, width
@@ -73,3 +85,11 @@ class PixelCodec:
 
     def decode_forked(self, latents: Tensor, fork_frames: Sequence[int]) -> Arrived:
         return Arrived(self.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2]))
+
+    def start(self) -> DecoderState:
+        return DecoderState()
+
+    def decode_chunk(self, states: Sequence[DecoderState], latents: Tensor) -> Tensor:
+        for state in states:
+            state.latents += latents.shape[2]
+        return self.decode(latents)

@@ -35,6 +35,7 @@ class WanCodec:
     """Frames to latents and back; see `Codec` for shapes. `decoder` may be a tiny one; only `encode` needs `vae`."""
 
     latent_channels = 16
+    fps = 16.0
 
     def __init__(self, vae: AutoencoderKLWan | None, decoder: StreamDecoder | None = None):
         if decoder is None:

@@ -1,0 +1,92 @@
+"""Requests from files: a row's own plan and seed, and one line for what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from tempact.errors import UserError
+from tempact.planner.requests import LARGEST_SEED, read_requests
+from tempact.types import Prompt, Step
+
+STEPS = [{"start": 0, "end": 6, "prompt": "a"}, {"start": 6, "end": 18, "prompt": "b"}]
+READ = (Step(0, 6, "a"), Step(6, 18, "b"))
+PLAN = json.dumps(STEPS).replace('"', '""')
+
+
+def written(folder: Path, text: str, name: str = "prompts.csv") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_a_csv_file_with_everything(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = (
+        "prompt_id, prompt,category,plan,seed,source\n"
+        f'one,"A cat, ""Tom"", sits.",hard,"{PLAN}",7,web\n'
+        ",,,,,\n"
+        "two,A dog\n"
+        ",A dog,,, ,\n"
+    )
+    with caplog.at_level(logging.INFO):
+        first, second, third = read_requests(written(tmp_path, text), 18, 3)
+    assert first.prompt == Prompt("one", 'A cat, "Tom", sits.', "hard") and first.seed == 7
+    assert first.plan is not None and first.plan.steps == READ and first.plan.instruction == first.prompt.text
+    assert second.prompt == Prompt("two", "A dog", "") and second.plan is None and second.seed is None
+    assert third.prompt == Prompt("", "A dog", "") and third.seed is None  # as often as it is asked for
+    assert [r.where.rpartition(": row ")[2] for r in (first, second, third)] == ["1", "3", "4"]
+    assert caplog.messages[-1].endswith("not read: source; read: prompt, category, prompt_id, plan, seed")
+
+
+def test_a_jsonl_file_with_everything(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": " A cat. ", "prompt_id": 17, "plan": STEPS, "seed": 0},
+        {"prompt": "A\u2028dog.", "plan": {"steps": STEPS}, "category": None},
+        {"prompt": "A cat.", "plan": json.dumps(STEPS), "seed": "12"},
+    ]
+    text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    first, second, third = read_requests(written(tmp_path, text, "p.JSONL"), 18, 3)
+    assert first.prompt == Prompt("17", "A cat.", "") and first.seed == 0 and third.seed == 12
+    assert second.prompt.text == "A\u2028dog." and second.where.endswith("row 3")
+    assert {tuple(r.plan.steps) for r in (first, second, third) if r.plan} == {READ}
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow: pip install -e '.[parquet]'")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"prompt": ["x", "y"], "plan": [STEPS, None], "seed": [3, None]}), path)
+    first, second = read_requests(path, 18, 3)
+    assert first.plan is not None and first.plan.steps == READ and first.seed == 3
+    assert second.plan is None and second.seed is None
+
+
+def test_a_plan_is_fitted_to_the_video_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = json.dumps({"prompt": "x", "plan": STEPS})
+    (request,) = read_requests(written(tmp_path, text, "p.jsonl"), 24, 6)
+    assert request.plan is not None and request.plan.steps[-1] == Step(6, 24, "b")
+    assert "p.jsonl: row 1: plan: ends at F" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("p.csv", "text\na\n", "p.csv: found the columns text; accepted: a column called prompt"),
+        ("p.csv", "prompt,seed\na,b\n", "p.csv: row 1: seed: found 'b'; accepted: a whole number from 0 to"),
+        ("p.csv", "prompt,seed\na,-1\n", "p.csv: row 1: seed: found '-1'"),
+        ("p.csv", f"prompt,seed\na,{LARGEST_SEED + 1}\n", "p.csv: row 1: seed: found"),
+        ("p.csv", "prompt,prompt_id\na,1\na,1\n", "p.csv: row 2: prompt_id: found '1', which row 1 has"),
+        ("p.csv", "prompt,plan\na,nothing\n", "p.csv: row 1: plan: found no steps; accepted: a JSON file with steps"),
+        ("p.jsonl", '{"prompt": "a", "plan": true}', "p.jsonl: row 1: plan: found True; accepted: steps, as in a plan"),
+        ("p.jsonl", '{"prompt": "a", "seed": 1.5}', "p.jsonl: row 1: seed: found 1.5; accepted: a whole number"),
+        ("p.jsonl", '{"prompt": "a", "seed": true}', "p.jsonl: row 1: seed: found True; accepted: a whole number"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, name: str, text: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_requests(written(tmp_path, text, name), 18, 3)
+    assert words in str(caught.value) and "\n" not in str(caught.value)

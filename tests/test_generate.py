@@ -1,0 +1,316 @@
+"""Generating videos from the command line: ShapeWorld's, and those of real backbones with small random weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from models import synthesise
+from test_build import SMALL, file_of
+from test_build import release as release  # a fixture: a pipeline's folder with small random weights
+
+from tempact import generate, generation
+from tempact.build import Policies, build_policies
+from tempact.cli import to_yaml
+from tempact.config import LoraConfig, RunConfig
+from tempact.executor.rollout import gaussian_noise
+from tempact.executor.stream import stream_frames
+from tempact.infra.checkpoint import save
+from tempact.infra.video import enlarge
+from tempact.models.wan.codec import PixelCodec
+from tempact.planner.policy import Planner
+from tempact.presets import get_preset
+from tempact.types import Plan, Step
+
+STEPS = [{"start": 0, "end": 3, "prompt": "a cat"}, {"start": 3, "end": 9, "prompt": "a dog"}]
+TINY = ["--executor.weights", "random-tiny", "--executor.lora.rank", "4", "--executor.lora.alpha", "4"]
+SHAPE = ["--executor.video_size", "32", "48", "--frames", "9", "--device", "cpu"]
+LONGLIVE = ["--preset", "longlive", *TINY, *SHAPE, "--planner.weights", "random", "--planner.max_new_tokens", "4"]
+# of whom nothing is known: fails if it is loaded
+NO_PLANNER = ["--preset", "longlive", *TINY, *SHAPE, "--planner.weights", "/nowhere"]
+INSTRUCTION = "A red circle is at the top left and a blue square is at the bottom right. Then the square vanishes."
+
+
+def small(**changes: object) -> RunConfig:
+    """What LONGLIVE says."""
+    base = get_preset("longlive")
+    lora = replace(base.executor.lora, rank=4, alpha=4)
+    settings = {"weights": "random-tiny", "video_size": (32, 48), "frames": 9, "lora": lora} | changes
+    planner = replace(base.planner, weights="random", max_new_tokens=4)
+    return replace(base, device="cpu", planner=planner, executor=replace(base.executor, **settings))
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[Path]:
+    """The files that a command has written, in order."""
+    code = generate.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    paths = [Path(line) for line in captured.out.splitlines()]
+    assert all(path.is_file() for path in paths)
+    return paths
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What a command says on standard error when it is refused."""
+    code = generate.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert code == 2 and captured.out == ""
+    errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+def played(path: Path) -> tuple[dict, np.ndarray]:
+    reader = imageio_ffmpeg.read_frames(str(path))
+    meta = next(reader)
+    width, height = meta["size"]
+    return meta, np.stack([np.frombuffer(raw, np.uint8).reshape(height, width, 3) for raw in reader])
+
+
+def plan_file(folder: Path, steps: Sequence[dict] = STEPS) -> Path:
+    path = folder / "plan.json"
+    path.write_text(json.dumps(list(steps)))
+    return path
+
+
+def steps_of(path: Path) -> tuple[Step, ...]:
+    return tuple(Step(**step) for step in json.loads(path.read_text())["steps"])
+
+
+def rolled_out(policies: Policies, steps: tuple[Step, ...], seed: int) -> torch.Tensor:
+    """uint8 [T, 3, height, width] of one video."""
+    executor = policies.executor
+    noise = gaussian_noise(seed, executor.noise_shape(1, 1), executor.device)
+    return executor.rollout([Plan("i", steps)], [0], noise).frames[0, 0]
+
+
+def test_a_shapeworld_video_is_the_rollout_of_its_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("--prompt", INSTRUCTION, "--seed", 3, "--output", tmp_path / "out", "--device", "cpu")
+    mp4, _, told = run(capsys, *command)
+    assert sorted(path.suffix for path in (tmp_path / "out").iterdir() if path.suffix) == [".json", ".mp4", ".png"]
+    policies = build_policies(replace(get_preset("shapeworld"), device="cpu"))
+    facts, steps = json.loads(told.read_text()), steps_of(told)
+    assert facts["instruction"] == INSTRUCTION and facts["seed"] == 3 and "note" not in facts
+    assert (steps[0].start, steps[-1].end) == (0, 24) and facts["frames"] == 24
+    wanted = enlarge(rolled_out(policies, steps, 3))
+    meta, frames = played(mp4)
+    assert meta["fps"] == 8 and frames.shape == wanted.shape
+    assert np.abs(frames.astype(int) - wanted).mean() < 6  # of H.264
+    again = run(capsys, *command, "--plan", told, "--output", tmp_path / "again")
+    assert again[0].read_bytes() == mp4.read_bytes()  # what is told is enough to make it again
+
+
+def test_random_weights_are_named_on_every_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = run(
+        capsys, "--prompt", "A cat.", "--plan", plan_file(tmp_path), "--count", 2, "--output", tmp_path / "out",
+        *NO_PLANNER,
+    )  # fmt: skip
+    assert [path.name.rpartition("-")[2] for path in paths] == [
+        *("00.mp4", "00.png", "00.json"), *("01.mp4", "01.png", "01.json"),
+    ]  # fmt: skip
+    assert all(path.name.startswith("random-weights-a-cat-") for path in paths)
+    first, second = (json.loads(paths[i].read_text()) for i in (2, 5))
+    assert first["note"] == "random weights" and (first["seed"], second["seed"]) == (0, 1)
+    assert first["executor"]["weights"] == "random-tiny" and first["planner"] == "a plan given"
+    assert steps_of(paths[2]) == (Step(0, 3, "a cat"), Step(3, 9, "a dog"))
+    assert paths[0].read_bytes() != paths[3].read_bytes()
+    meta, frames = played(paths[0])
+    assert meta["fps"] == 16 and frames.shape == (33, 160, 240, 3)
+    policies = build_policies(small())
+    wanted = enlarge(rolled_out(policies, steps_of(paths[2]), 0))
+    caption = slice(-9, None)
+    assert np.abs(frames.astype(int) - wanted)[:, :140].mean() < 12  # noise, which H.264 does badly at
+    assert (frames[:, caption, :60].reshape(33, -1).min(1) < 60).all()
+    assert (frames[:, caption, :60].reshape(33, -1).max(1) > 190).all()
+
+
+def test_a_published_checkpoint_makes_videos_without_a_note(
+    release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """LongLive's base and lora.pt, text encoder and VAE of Wan's release, none of them random by name."""
+    base = file_of(release, tmp_path)
+    lora = synthesise.longlive_lora(tmp_path / "lora.pt", SMALL, 3)
+    mp4, strip, told = run(
+        capsys, "--prompt", "A cat.", "--plan", plan_file(tmp_path), "--output", tmp_path / "out", *NO_PLANNER,
+        "--executor.weights", base, "--executor.adapters", lora, "--executor.wan_folder", release,
+        "--executor.text_cache", tmp_path / "text",
+    )  # fmt: skip
+    facts = json.loads(told.read_text())
+    assert "note" not in facts and {path.stem[:6] for path in (mp4, strip, told)} == {"a-cat-"}
+    assert facts["executor"] == {"weights": str(base), "adapters": [str(lora)], "precision": "bf16-fp32-gates"}
+    assert played(mp4)[1].shape == (33, 160, 240, 3)
+
+
+def test_what_is_said_of_a_random_planner() -> None:
+    config = small(weights="longlive_base.pt")
+    assert generation.note_of(config, planned=True) == "random planner"
+    assert generation.note_of(config, planned=False) == ""
+    assert generation.note_of(small(), planned=False) == "random weights"
+    assert generation.note_of(small(weights="random"), planned=True) == "random weights"
+    assert generation.note_of(get_preset("shapeworld"), planned=True) == ""
+
+
+@pytest.mark.parametrize("name", ["longlive", "self-forcing"])
+def test_frames_from_a_streamed_decoder_are_the_rollouts(name: str) -> None:
+    """Bit for bit, through the VAE's state; beyond the window, with a switch after it."""
+    window = get_preset(name).executor
+    executor = build_policies(small(window=window.window, text_switch=window.text_switch, frames=18)).executor
+    plan = Plan("i", (Step(0, 6, "a cat"), Step(6, 15, "a dog"), Step(15, 18, "a cat")))
+    noise = gaussian_noise(5, executor.noise_shape(1, 1), executor.device)
+    pieces = list(stream_frames(executor, plan, noise))
+    assert [len(piece) for piece in pieces] == [9, 12, 12, 12, 12, 12]
+    assert torch.equal(torch.cat(pieces), executor.rollout([plan], [0], noise).frames[0, 0])
+
+
+def test_latent_frames_of_pixel_frames() -> None:
+    codec = build_policies(small()).executor.codec
+    assert generation.latent_of_frames(codec, 3) == [0, 1, 1, 1, 1, 2, 2, 2, 2]
+    assert generation.latent_of_frames(PixelCodec(), 3) == [0, 1, 2]
+
+
+def test_a_file_of_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"prompt": "A cat.", "prompt_id": "one", "plan": STEPS, "seed": 7},
+        {"prompt": "A cat.", "category": "simple", "plan": STEPS[:1]},
+        {"prompt": "A dog."},
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    paths = run(capsys, "--prompts", file, "--output", tmp_path / "out", "--seed", 4, *LONGLIVE)
+    assert [path.stem.removeprefix("random-weights-")[:5] for path in paths[::3]] == ["one", "001-a", "002-a"]
+    told = [json.loads(path.read_text()) for path in paths[2::3]]
+    assert [each["seed"] for each in told] == [7, 4, 4]
+    assert [each.get("prompt_id") for each in told] == ["one", None, None] and told[1]["category"] == "simple"
+    assert steps_of(paths[5]) == (Step(0, 9, "a cat"),)
+    assert steps_of(paths[8])[-1].end == 9 and told[2]["planner"] == "random"
+    alone = run(
+        capsys, "--prompt", "A cat.", "--plan", plan_file(tmp_path), "--seed", 7, "--output", tmp_path / "alone",
+        *NO_PLANNER,
+    )  # fmt: skip
+    assert alone[0].read_bytes() == paths[0].read_bytes()  # whatever else the file holds
+
+
+def trained(policies: Policies) -> None:
+    with torch.no_grad():
+        for parameter in (*policies.executor.parameters().values(), *policies.planner.peft.parameters()):
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+
+
+def a_run(folder: Path, config: RunConfig, policies: Policies) -> Path:
+    """The folder that a training run leaves after two iterations."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(config))
+    writers = {"planner": policies.planner.save_adapter, "executor": policies.executor.save_adapter}
+    save(folder, 2, writers, {}, config, 1)
+    return folder
+
+
+def test_adapters_of_a_run_and_of_a_peft_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A PEFT folder brings its rank, alpha and targets, here others than the preset's."""
+    lora = LoraConfig(2, 6, ("self_attn.v", "ffn.0", "ffn.2"))
+    config = small(lora=lora)
+    policies = build_policies(config)
+    steps = tuple(Step(**step) for step in STEPS)
+    untrained = rolled_out(policies, steps, 1)
+    trained(policies)
+    wanted = rolled_out(policies, steps, 1)
+    folder = a_run(tmp_path / "run", config, policies)
+    common = ("--prompt", "A cat.", "--plan", plan_file(tmp_path), "--seed", 1)
+    first = run(capsys, *common, "--run", folder, "--output", tmp_path / "a")
+    adapter = folder / "checkpoints" / "step-000002" / "executor"
+    sizes = ["--preset", "longlive", "--executor.weights", "random-tiny", "--planner.weights", "/nowhere", *SHAPE]
+    second = run(capsys, *common, "--adapter", adapter, "--output", tmp_path / "b", *sizes)
+    assert first[0].read_bytes() == second[0].read_bytes()
+    assert {json.loads(paths[2].read_text())["adapter"] for paths in (first, second)} == {str(adapter)}
+    frames = played(first[0])[1][:, :140].astype(int)  # above the caption
+    near, far = (np.abs(frames - enlarge(video)[:, :140]).mean() for video in (wanted, untrained))
+    assert near < 0.5 * far
+
+
+def test_the_planner_of_a_run_plans(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small()
+    folder = a_run(tmp_path / "run", config, build_policies(config))
+    loaded: list[Path] = []
+    monkeypatch.setattr(Planner, "load_adapter", lambda self, path: loaded.append(path))
+    paths = run(capsys, "--prompt", "A cat.", "--adapter", folder, "--output", tmp_path / "out")
+    assert loaded == [folder / "checkpoints" / "step-000002" / "planner"]
+    assert json.loads(paths[2].read_text())["planner"] == "random"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "one of the arguments --prompt --prompts is required"),
+        (["--prompt", "x", "--prompts", "p.csv"], "not allowed with argument"),
+        (["--prompt", " "], "--prompt: found an empty text; accepted: an instruction"),
+        (["--prompts", "p.csv", "--plan", "plan.json"], "--plan: found beside --prompts; accepted: a column `plan`"),
+        (["--prompts", "gone.csv"], "gone.csv: cannot be read"),
+        (["--prompt", "x", "--count", "0"], "--count: found 0; accepted: at least 1"),
+        (["--prompt", "x", "--seed", "-1"], "--seed: found -1; accepted: 0 to"),
+        (["--prompt", "x", "--frames", "10"], "executor.frames: found 10; accepted: a positive multiple"),
+        (["--prompt", "x", "--plan", "gone.json"], "gone.json: cannot be read"),
+        (["--prompt", "x", "--adapter", "gone"], "--adapter: found no config.yaml or adapter_config.json in gone"),
+        (["--prompt", "x", "--executor.weights", "gone.pt"], "gone.pt is not a folder"),
+        (["--prompt", "x", "--executor.weights", ""], "the preset longlive has none of its own; accepted"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    said = refused(capsys, *LONGLIVE, *arguments, "--output", tmp_path / "out")
+    assert words in said and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", [None, "nothing here", "[]", '{"steps": [{"start": 0, "end": 9}]}'])
+def test_a_plan_file_that_holds_none(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None) -> None:
+    plan = tmp_path / "plan.json"
+    if text is not None:
+        plan.write_text(text)
+    said = refused(capsys, "--prompt", "x", "--plan", plan, "--output", tmp_path / "out", *NO_PLANNER)
+    words = "cannot be read" if text is None else "found no steps; accepted: a JSON file with steps"
+    assert words in said and not (tmp_path / "out").exists()
+
+
+def test_an_instruction_of_a_file_that_shapeworld_does_not_know(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts.csv"
+    file.write_text(f'prompt\n"{INSTRUCTION}"\nA cat sings.\n')
+    said = refused(capsys, "--prompts", file, "--output", tmp_path / "out", "--device", "cpu")
+    assert f"{file}: row 2: instruction: not understood" in said and not (tmp_path / "out").exists()
+
+
+def test_runs_and_adapters_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--prompt", "x", "--plan", plan_file(tmp_path), "--output", tmp_path / "out", *NO_PLANNER)
+    peft = tmp_path / "peft"
+    peft.mkdir()
+    told = peft / "adapter_config.json"
+    for text, words in (
+        ("{", f"{told}: not readable ("),
+        ("[]", f"{told}: found no "),
+        ('{"r": 2}', f"{told}: found no 'lora_alpha'; accepted: r, lora_alpha and target_modules of a LoRA"),
+        ('{"r": "x", "lora_alpha": 2, "target_modules": []}', "--executor.lora.rank: found 'x'; accepted: a whole"),
+        ('{"r": 2, "lora_alpha": 2, "target_modules": ["nothing"]}', "found ['nothing']; accepted: module names"),
+        ('{"r": 2, "lora_alpha": 2.0, "target_modules": "all"}', "adapter_model.safetensors: not found"),
+    ):
+        told.write_text(text)
+        options = [word for word in common if word not in ("--executor.lora.rank", "--executor.lora.alpha", "4")]
+        assert words in refused(capsys, "--adapter", peft, *options)
+    empty = tmp_path / "run"
+    empty.mkdir()
+    (empty / "config.yaml").write_text(to_yaml(small()))
+    rest = common[:6]
+    assert "holds no intact checkpoint" in refused(capsys, "--run", empty, *rest)
+    assert "preset: found 'longlive'; accepted: self-forcing, as on the command line" in refused(
+        capsys, "--run", empty, *rest, "--preset", "self-forcing"
+    )
+    assert not (tmp_path / "out").exists()
