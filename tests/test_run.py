@@ -307,7 +307,7 @@ def test_a_finished_run_is_not_begun_anew(finished: Path, capsys: pytest.Capture
 
 def test_commands_that_need_a_trained_run_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--prompt", PROMPT, "--output", str(tmp_path / "videos")]
-    assert "holds no config.yaml" in refusal(capsys, generate.main([*asked, "--run", str(tmp_path)]))
+    assert "found no config.yaml" in refusal(capsys, generate.main([*asked, "--run", str(tmp_path)]))
     assert "holds no config.yaml" in refusal(capsys, evaluate.main([str(tmp_path)]))
     assert train.main([*SMOKE, "--dry-run"]) == 0
     (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
