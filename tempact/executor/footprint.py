@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from csrc_triton import CacheView
 from csrc_triton.kv_cache import Reservation
@@ -24,7 +23,7 @@ from tempact.executor.context import History
 from tempact.executor.graphs import Calls
 from tempact.executor.policy import Executor
 from tempact.executor.rollout import RolloutSettings
-from tempact.infra.memory_trace import FAKE, AsOnGpu, fake, on_meta, traced
+from tempact.infra.memory_trace import FAKE, fake, on_meta, recomputed, traced
 from tempact.models.wan.checkpoint_loading import set_precision
 from tempact.models.wan.transformer import TextKV, WanConfig, WanTransformer
 
@@ -217,7 +216,7 @@ def trace_update(sizes: Sizes, context_frames: int, checkpointing: bool, rows: i
     executor = make_executor(sizes)
     if checkpointing:
         for block in executor.model.blocks:
-            cast(Any, block).forward = _checkpointed(block.forward)
+            cast(Any, block).forward = recomputed(block.forward)
     with traced(kernels=sizes.kernels) as trace:
         fake(executor.peft)
         for parameter in executor.parameters().values():  # CUDA graphs keep them; without, the second micro-batch adds
@@ -237,14 +236,6 @@ def trace_update(sizes: Sizes, context_frames: int, checkpointing: bool, rows: i
             reference = velocity()
         (velocity() - reference).square().mean().backward()
         return Cost(trace.peak - before, trace.flops)
-
-
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        with AsOnGpu():
-            return forward(*args)
-
-    return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
 
 
 def _empty(sizes: Sizes, *shape: int) -> Tensor:

@@ -7,8 +7,9 @@ context and holes between tensors come on top.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from csrc_triton import runtime
@@ -126,6 +128,16 @@ def traced(*, kernels: bool) -> Iterator[Trace]:
             stack.enter_context(runtime.shapes_only())
         stack.enter_context(runtime.backend("triton" if kernels else "torch"))
         yield trace
+
+
+def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` keeping its inputs alone, and computed again in the backward."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with AsOnGpu():
+            return forward(*args, **kwargs)
+
+    return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
 
 
 def on_meta() -> AbstractContextManager[Any]:

@@ -1,7 +1,7 @@
 """What a planner of given sizes holds and computes, from traces of its model on fake tensors.
 
 As in `executor.footprint`, two and three layers are traced and the rest is extrapolated. The output layer is left out
-of the traces: what its logits take is said by `PlannerSizes.logits_bytes`.
+of the traces: what its logits take is said by `PlannerSizes.logits_bytes`. With Liger's kernels it is less.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
 from tempact.config import PlannerConfig
 from tempact.infra.adapters import freeze_reference
-from tempact.infra.memory_trace import FAKE, fake, on_meta, traced
+from tempact.infra.memory_trace import FAKE, fake, on_meta, recomputed, traced
+from tempact.planner.head import LOGITS_AT_ONCE
+from tempact.planner.loading import dtype_of
 
 FEW_LAYERS, MORE_LAYERS = 2, 3
 SHORT, LONG = 128, 192  # tokens traced instead of all: with flash attention bytes grow by the same amount with each
@@ -42,7 +44,8 @@ PUBLISHED = {
 @dataclass(frozen=True)
 class PlannerSizes:
     """weights: bytes. trained: numbers of the adapter. cached: bytes of one token's K and V. tokens: of a plan with its
-    instruction. row_bytes: what the update keeps of one plan, beside its logits. vocabulary, dtype: of these."""
+    instruction. row_bytes: what the update keeps of one plan of a micro-batch, beside its logits. vocabulary, dtype: of
+    these."""
 
     weights: int
     trained: int
@@ -53,13 +56,15 @@ class PlannerSizes:
     dtype: torch.dtype
 
     def logits_bytes(self, rows: int, tokens: int) -> int:
-        """Logits of `rows` plans with `tokens` counted each, in the model's dtype; of one of them also in fp32, with
-        their gradient (`Planner.log_probs`)."""
-        return tokens * self.vocabulary * (rows * self.dtype.itemsize + 2 * torch.float32.itemsize)
+        """Logits that exist at a time (`planner.head`) of `rows` plans with `tokens` counted each: in the model's dtype
+        and in fp32, and the gradients of both."""
+        most = max(1, LOGITS_AT_ONCE // self.vocabulary) * self.vocabulary
+        return min(most, rows * tokens * self.vocabulary) * 2 * (self.dtype.itemsize + torch.float32.itemsize)
 
 
-def measure(model: PretrainedConfig, config: PlannerConfig, tokens: int, dtype: torch.dtype) -> PlannerSizes:
+def measure(model: PretrainedConfig, config: PlannerConfig, tokens: int) -> PlannerSizes:
     """A planner of these sizes; a plan and its instruction have `tokens`, or as many as the model takes."""
+    dtype = dtype_of(config.precision)
     tokens = min(tokens, getattr(model, "max_position_embeddings", tokens))
     peft = _make(model, config, dtype)
     parameters = dict(peft.named_parameters())
@@ -112,6 +117,9 @@ def _traced_row(model: PretrainedConfig, config: PlannerConfig, length: int, dty
         ids = torch.zeros(1, length, dtype=torch.int64, device=FAKE)
         inner: Any = peft.get_base_model()
         # without a mask: the row is whole
+        if config.checkpoint_activations:
+            for layer in inner.model.layers:
+                layer.forward = recomputed(layer.forward)
         hidden = inner.model(input_ids=ids, use_cache=False).last_hidden_state
         hidden.float().square().mean().backward()
         return trace.peak - before

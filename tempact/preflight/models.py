@@ -25,7 +25,6 @@ from tempact.models.wan.vae_stream import DecoderState, call_size, pixel_frames
 from tempact.planner.footprint import PUBLISHED, PlannerSizes, measure
 from tempact.shapeworld.story import SIZE
 
-PLANNER_DTYPE = torch.float32  # as `build.build_planner` loads it
 INSTRUCTION_TOKENS = 900  # what a planner is told, in Qwen3's tokens (ALGORITHM.md 4.2 counts a prompt of that size)
 VAE_STRIDE = 8  # pixels of a latent's side, of Wan's VAE
 UMT5_XXL = UMT5Config(
@@ -74,7 +73,7 @@ def _wan_sizes(weights: str) -> WanConfig:
 def planner_sizes(settings: PlannerConfig) -> PlannerSizes | None:
     """What the planner holds; None for a model whose config is not at hand and which is not one of PUBLISHED."""
     model = planner_config(settings.weights)
-    return model and measure(model, settings, INSTRUCTION_TOKENS + settings.max_new_tokens, PLANNER_DTYPE)
+    return model and measure(model, settings, INSTRUCTION_TOKENS + settings.max_new_tokens)
 
 
 def planner_config(weights: str) -> PretrainedConfig | None:

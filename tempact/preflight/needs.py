@@ -176,9 +176,10 @@ def _rollout(run: Run) -> list[Item]:
     """Beside the cache and the activations."""
     sizes, settings = run.sizes, run.settings
     steps = len(settings.schedule.sigmas) - 1
-    prompts = run.plans * _texts(run)
+    plans = run.together // run.config.executor.continuations
+    prompts = plans * _texts(run)
     # a graph reads copies of its own; there are two of each batch, for denoiser calls and for context passes
-    copies = run.together + (2 * (run.together + run.plans) if run.graphs else 0)
+    copies = run.together + (2 * (run.together + plans) if run.graphs else 0)
     items = [
         Item("K/V of the prompts, and copies a branch", (prompts + copies) * sizes.text_bytes, ESTIMATED),
         Item("noise of the first and of this chunk", _transitions(run, 2 * steps), EXACT),
@@ -212,6 +213,7 @@ def _planner_phases(run: Run) -> list[Phase]:
     phases = [Phase(PLANNING[0], (Item(f"K/V of {run.plans} plans, {tokens} tokens each", cached, ESTIMATED),))]
     if run.config.planner.train:
         rows = math.ceil(run.plans / run.config.trainer.updates_per_iteration)
+        rows = min(rows, run.config.planner.micro_batch or rows)
         logits = sizes.logits_bytes(rows, run.config.planner.max_new_tokens)
         items = (
             Item(f"activations, {rows} plans of {tokens} tokens", rows * sizes.row_bytes, TRACED),

@@ -26,12 +26,13 @@ from tempact.infra.memory_plan import EXACT, GIB, Budget, Item, Needs, Phase, la
 from tempact.infra.memory_trace import Trace, Watch, fake, traced
 from tempact.models.wan.transformer import WanConfig
 from tempact.planner.footprint import PUBLISHED, _qwen3, _row_bytes, _traced_row, measure
+from tempact.planner.head import LOGITS_AT_ONCE
 from tempact.preflight import report
 from tempact.preflight.missing import missing_paths
 from tempact.preflight.models import Decoder
 from tempact.preflight.needs import Run, needs_of, work_of
 from tempact.preflight.report import _fit, dry_run, run_of
-from tempact.presets import EXECUTOR_TARGETS, PLANNER_TARGETS, SELF_FORCING_TARGETS, get_preset
+from tempact.presets import EXECUTOR_TARGETS, SELF_FORCING_TARGETS, get_preset
 from tempact.types import Plan, Step
 
 LORA = LoraConfig(256, 256, SELF_FORCING_TARGETS)
@@ -121,11 +122,13 @@ def test_the_decoder_takes_what_backbones_section_5_says() -> None:
     [("Qwen/Qwen3-1.7B", 1_720_574_976), ("Qwen/Qwen3-4B", 4_022_468_096), ("Qwen/Qwen3-8B", 8_190_735_360)],
 )
 def test_published_planners_have_their_sizes(name: str, count: int) -> None:
-    config = replace(get_preset("shapeworld").planner, lora=LoraConfig(32, 64, PLANNER_TARGETS))
-    sizes = measure(PUBLISHED[name], config, 256, torch.bfloat16)
+    sizes = measure(PUBLISHED[name], get_preset("self-forcing").planner, 256)
     layers = PUBLISHED[name].num_hidden_layers
     assert (sizes.weights, sizes.cached) == (2 * count, 2 * layers * 8 * 128 * 2)
-    assert sizes.logits_bytes(2, 10) == 10 * 151_936 * (2 * 2 + 8)
+    assert sizes.logits_bytes(2, 10) == 20 * 151_936 * 2 * (2 + 4)
+    assert sizes.logits_bytes(64, 2024) <= LOGITS_AT_ONCE * 2 * (2 + 4)  # however many plans there are
+    whole = measure(PUBLISHED[name], get_preset("shapeworld").planner, 256)
+    assert whole.weights == 2 * sizes.weights and whole.row_bytes > 4 * sizes.row_bytes  # fp32, nothing recomputed
 
 
 # the traces
@@ -202,9 +205,10 @@ def test_blocks_and_rows_are_extrapolated_to_the_bytes_of_the_whole() -> None:
 
 def test_a_planners_layers_and_tokens_are_extrapolated() -> None:
     sizes = _qwen3(2048, 6144, 5, 16, True)
-    config = replace(get_preset("shapeworld").planner, lora=LoraConfig(32, 64, PLANNER_TARGETS))
-    planned = _row_bytes(sizes, config, 1024, torch.bfloat16)
-    assert planned == pytest.approx(_traced_row(sizes, config, 1024, torch.bfloat16), rel=0.01)
+    for again in (False, True):
+        config = replace(get_preset("self-forcing").planner, checkpoint_activations=again)
+        planned = _row_bytes(sizes, config, 1024, torch.bfloat16)
+        assert planned == pytest.approx(_traced_row(sizes, config, 1024, torch.bfloat16), rel=0.01)
 
 
 @pytest.mark.parametrize(("plans", "continuations"), [(1, 3), (2, 2)])
