@@ -20,7 +20,7 @@ from torch import Tensor
 from csrc_triton._rows import RowCounts, Run, Segment, Segments, cut_out, join, locate
 from csrc_triton._tables import BoundRows, BoundTable, CacheRows, CacheView, Reservation, SegmentTable, staged
 
-__all__ = ["BoundRows", "BoundTable", "BranchMemory", "CacheRows", "CacheView", "ForkableKVCache", "Reservation"]
+__all__ = ["BoundRows", "BoundTable", "BranchMemory", "CacheRows", "CacheView", "ForkableKVCache", "Reservation", "Run"]
 
 MAX_ROWS = 2**31 - 1  # segment tables are int32
 
@@ -43,8 +43,8 @@ class ForkableKVCache:
     Args:
         rows: first size of the pools.
         max_rows: size that they never exceed; None for no limit.
-        grow: whether they grow at all. When a reservation does not fit they grow by half, or by what it needs if that
-            is more, up to max_rows. Growth copies them and moves them to new addresses: views made before keep the
+        grow: whether they grow at all. When a reservation does not fit they grow by an eighth, or by what it needs if
+            that is more, up to max_rows. Growth copies them and moves them to new addresses: views made before keep the
             old pools alive, and a captured CUDA graph would read those. `bind` therefore ends growth.
 
     A block takes consecutive rows: those after its branch's last if they are free, else the first run of free rows
@@ -266,8 +266,13 @@ class ForkableKVCache:
 
     def views(self, branches: Sequence[int], ranges: Sequence[tuple[int, int]]) -> list[CacheView]:
         """One view a layer of the same token ranges [start, stop) of several branches, one a batch row."""
-        _check_branches(branches)
-        found = [self.segments(branch, ranges) for branch in branches]
+        return self.joined_views([[(branch, ranges)] for branch in branches])
+
+    def joined_views(self, batch: Sequence[Sequence[tuple[int, Sequence[tuple[int, int]]]]]) -> list[CacheView]:
+        """One view a layer; batch row b reads the pieces batch[b] in their order, each of them token ranges
+        [start, stop) of a branch."""
+        _check_branches(batch)
+        found = [[run for branch, ranges in pieces for run in self.segments(branch, ranges)] for pieces in batch]
         table = SegmentTable(len(found), max([1, *map(len, found)]), self._pools[0][0].device)
         table.set(found)
         return [CacheView(k, v, table.table, table) for k, v in self._pools]
@@ -329,7 +334,7 @@ class ForkableKVCache:
                 longest = max((free for _, free in self._counts.free()), default=0)
                 found = f"found {length} rows asked, {self.rows_used} used, the longest free run {longest}"
                 raise ValueError(f"branch {branch}: {found}; accepted: up to a limit of {limit} rows ({why})")
-            self._counts.resize(min(max(needed, total + total // 2), limit))
+            self._counts.resize(min(max(needed, total + total // 8), limit))
             row = self._counts.find(length, near)
             assert row is not None
         self._counts.add(row, length, 1)
@@ -343,7 +348,7 @@ class ForkableKVCache:
                 self._pools[layer] = k, v
 
 
-def _check_branches(branches: Sequence[int]) -> None:
+def _check_branches(branches: Sequence[object]) -> None:
     if not len(branches):
         raise ValueError("branches: found none; accepted: at least one")
 

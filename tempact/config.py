@@ -62,6 +62,7 @@ class PlannerConfig:
     kl_weight: float = 5e-4
     advantage_clip: float = 1.0
     loss_tokens: str = "all"  # "all" counts the whole response, "json" only what follows </think>
+    sampled_together: int = 0  # plans sampled in one batch, which bounds their K and V; 0: all of an iteration
     micro_batch: int = 0  # plans a backward; 0: all of an update
     checkpoint_activations: bool = False  # layers are recomputed in the backward pass
     liger: str = "off"  # Liger kernels: off, auto (all on a GPU), model (in the layers), all (also the fused loss)
@@ -96,6 +97,7 @@ class ExecutorConfig:
     max_rollout_gap: float = 1.0  # between log-probs of roll-out and training, in clips; the run stops beyond it
     ema_decay: float = 0.99
     micro_batch: int = 64  # (continuation, transition) pairs a backward
+    checkpoint_activations: bool = False  # blocks are recomputed in the backward pass
     rollout_videos: int = 0  # videos that advance together, by whole plans, which bounds the cache; 0: all
     cuda_graphs: bool = True  # where the kernels serve; a graph for each shape of a call
 
@@ -190,6 +192,7 @@ def validate(config: RunConfig) -> None:
         (executor.continuations >= 2, "executor.continuations", executor.continuations,
          "at least 2 (an execution group compares continuations)"),
         (planner.micro_batch >= 0, "planner.micro_batch", planner.micro_batch, "0 (all), or at least 1"),
+        (planner.sampled_together >= 0, "planner.sampled_together", planner.sampled_together, "0 (all), or at least 1"),
         (executor.rollout_videos >= 0, "executor.rollout_videos", executor.rollout_videos, "0 (all), or at least 1"),
         (bool(executor.timesteps), "executor.timesteps", executor.timesteps, "at least one"),
         (bool(executor.lora.targets), "executor.lora.targets", executor.lora.targets, "at least one"),

@@ -22,11 +22,11 @@ class AttendTo(Attend):
 
 
 class AttendAndStore(AttendTo):
-    """The same, and the chunk's K and V go to `places`, one entry a layer; roped: are keys stored with RoPE?"""
+    """The same, and the chunk's K and V go to `places`, one entry a layer."""
 
-    def __init__(self, context: Context, places: list[CacheRows], roped: bool):
+    def __init__(self, context: Context, places: list[CacheRows]):
         super().__init__(context)
-        self.places, self.write_roped = places, roped
+        self.places = places
 
     def rows(self, layer: int) -> CacheRows:
         return self.places[layer]

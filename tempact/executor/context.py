@@ -1,8 +1,8 @@
 """The K/V history of a batch of videos: what each chunk attends to and what it leaves behind.
 
 Rollout and training both go through `History`, so that a context rebuilt for training is the context of
-the rollout. Keys are stored with RoPE for absolute windows and without it for relative ones, where they
-are rotated once a chunk.
+the rollout. Keys are stored with RoPE at their frames' absolute positions. Relative windows move the sink along
+(`executor.window`): its turned keys are copies of their own, one for all branches that share the sink.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from csrc_triton.kv_cache import Reservation
+from csrc_triton.kv_cache import CacheView, Reservation, Run
 from csrc_triton.qk_norm_rope.naive import rotate
 from tempact.executor.attend import Context
 from tempact.executor.graphs import Calls
@@ -38,6 +38,7 @@ class History:
         self.device = calls.model.patch_embedding.weight.device
         self.cache = calls.cache(FIRST_FRAMES * self.frame_tokens)
         self.branches: list[int] = []  # in the order they were made
+        self._sinks: dict[tuple[int, tuple[Run, ...]], int] = {}  # (shift, rows of the sink) -> branch of turned keys
 
     def __enter__(self) -> History:
         return self
@@ -49,6 +50,8 @@ class History:
         """Gives all branches back to the cache."""
         while self.branches:
             self.cache.release(self.branches.pop())
+        while self._sinks:
+            self.cache.release(self._sinks.popitem()[1])
 
     def new_branch(self) -> int:
         self.branches.append(self.cache.new_branch())
@@ -81,13 +84,37 @@ class History:
     def _context(self, branches: Sequence[int], frames: list[int], positions: list[int]) -> Context:
         if not frames:
             return None
-        ranges = [(first * self.frame_tokens, last * self.frame_tokens) for first, last in frame_ranges(frames)]
-        views = self.cache.views(branches, ranges)
-        if self.window.positions == "absolute":
-            return views
-        rope = self.calls.model.rope(torch.tensor(positions, device=self.device), *self.rows_columns)
-        pairs = (view.gather() for view in views)
-        return [(rotate(k, *rope), v) for k, v in pairs]
+        moved = sum(position != frame for position, frame in zip(positions, frames, strict=True))  # all of the sink
+        if not moved:
+            return self.cache.views(branches, self._tokens(frames))
+        shift, sink = positions[0] - frames[0], self._tokens(frames[:moved])
+        for key in [key for key in self._sinks if key[0] != shift]:
+            self.cache.release(self._sinks.pop(key))
+        turned = [self._turned_sink(branch, sink, shift) for branch in branches]
+        rest = self._tokens(frames[moved:])
+        whole = [(0, self.cache.length(turned[0]))]
+        return self.cache.joined_views([[(own, whole), (b, rest)] for own, b in zip(turned, branches, strict=True)])
+
+    def _tokens(self, frames: list[int]) -> list[tuple[int, int]]:
+        return [(first * self.frame_tokens, last * self.frame_tokens) for first, last in frame_ranges(frames)]
+
+    def _turned_sink(self, branch: int, sink: list[tuple[int, int]], shift: int) -> int:
+        """A branch of the cache that holds these tokens of `branch`, `shift` positions later."""
+        rows = tuple(self.cache.segments(branch, sink))
+        if (shift, rows) not in self._sinks:
+            own = self.cache.new_branch()
+            with self.cache.reserve([own], sum(stop - start for start, stop in sink)) as reservation:
+                self._turn(reservation, self.cache.views([branch], sink), shift)
+                self.cache.commit(reservation)
+            self._sinks[shift, rows] = own
+        return self._sinks[shift, rows]
+
+    def _turn(self, reservation: Reservation, views: list[CacheView], shift: int) -> None:
+        # row and column 0: their channels are not turned
+        rope = self.calls.model.rope(torch.arange(shift, shift + 1, device=self.device), 1, 1)
+        for layer, view in enumerate(views):
+            k, v = view.gather()
+            self.cache.write(reservation, layer, rotate(k, *rope), v)
 
     @torch.no_grad()
     def commit(self, branches: Sequence[int], latents: Tensor, text: TextKV) -> None:
@@ -120,8 +147,7 @@ class History:
     ) -> None:
         sigma = torch.zeros(latents.shape[0], latents.shape[2], device=self.device)
         rows = [self.cache.rows_of(reservation, layer) for layer in range(self.cache.layers)]
-        roped = self.window.positions == "absolute"
-        self.calls.write_context(latents, sigma, text, positions, context, rows, roped=roped)
+        self.calls.write_context(latents, sigma, text, positions, context, rows)
 
     def _forget(self, branches: Sequence[int], start: int) -> None:
         """Drops the frames that neither the chunk at `start` nor any later one attends to."""

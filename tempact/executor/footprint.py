@@ -6,7 +6,8 @@ same amount with each. They do so with the rows of a batch, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -134,7 +135,7 @@ def update(sizes: Sizes, rows: int, context_frames: int, *, checkpointing: bool 
 def cache_rows(settings: RolloutSettings, plans: int, continuations: int, fork: int) -> int:
     """Rows of the cache's pools, in latent frames, after a rollout whose plans all fork at frame `fork`.
 
-    The cache's own bookkeeping is run, with one row a latent frame.
+    The cache's own bookkeeping is run, with few rows a latent frame.
     """
     with _Bookkeeping(settings) as history:
         branches = [history.new_branch() for _ in range(plans)]
@@ -144,20 +145,20 @@ def cache_rows(settings: RolloutSettings, plans: int, continuations: int, fork: 
             if start and settings.text_switch == "recache":  # a switch at every chunk is the most there can be
                 history.recache(branches, torch.empty(len(branches), 1, start, 1, 1), cast(TextKV, None))
             history.commit(branches, torch.empty(0), cast(TextKV, None))
-        return history.cache.rows_total
+        return math.ceil(history.cache.rows_total / history.frame_tokens)
 
 
 class _Bookkeeping(History):
-    """A history of frames of one token, of which nothing is ever computed."""
+    """A history of frames of 16 tokens, of which nothing is ever computed."""
 
     def __init__(self, settings: RolloutSettings):
         with torch.device("cpu"):
             model = WanTransformer(WanConfig(dim=4, ffn_dim=4, freq_dim=4, text_dim=4, heads=1, layers=1, in_dim=1,
                                              out_dim=1, patch=(1, 1, 1)))  # fmt: skip
-        super().__init__(Calls(model, tuple), settings.window, settings.chunk, (1, 1))
+        super().__init__(Calls(model, tuple), settings.window, settings.chunk, (4, 4))
 
-    def _context(self, branches: Sequence[int], frames: list[int], positions: list[int]) -> Context:
-        return None
+    def _turn(self, reservation: Reservation, *_: object) -> None:
+        pass
 
     def _write(self, reservation: Reservation, *_: object) -> None:
         pass
@@ -214,6 +215,7 @@ def trace_denoise(sizes: Sizes, context_frames: int, frames: int, adapters: bool
 def trace_update(sizes: Sizes, context_frames: int, checkpointing: bool, rows: int) -> Cost:
     """As `update`, all blocks and rows traced."""
     executor = make_executor(sizes)
+    executor.model.checkpoint_activations = False  # a backward on fake tensors needs another way
     if checkpointing:
         for block in executor.model.blocks:
             cast(Any, block).forward = recomputed(block.forward)

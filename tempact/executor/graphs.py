@@ -123,8 +123,6 @@ class Calls:
         positions: Tensor,
         context: Context,
         rows: list[CacheRows],
-        *,
-        roped: bool,
     ) -> None:
         """`WanTransformer.write_context` into `rows`, one entry a layer."""
         past, rebuild = _unpacked(context)
@@ -133,12 +131,12 @@ class Calls:
 
         def call(x: Tensor, sigma: Tensor, positions: Tensor, first: Tensor, *rest: Tensor) -> Tensor:
             places = [CacheRows(row.k, row.v, first, length) for row in rows]
-            attend = AttendAndStore(rebuild(rest[len(words) :]), places, roped)
+            attend = AttendAndStore(rebuild(rest[len(words) :]), places)
             self.model.write_context(x, sigma, _text(rest[: len(words)]), positions, attend)
             return first
 
         inputs = [x, sigma, positions, rows[0].first_rows, *words, *past]
-        self._run(("write", length, roped), call, inputs, context)
+        self._run(("write", length), call, inputs, context)
 
     def policy_velocity(
         self, x: Tensor, sigma: Tensor, words: Tensor, index: Tensor, positions: Tensor, context: Context

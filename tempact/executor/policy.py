@@ -78,6 +78,7 @@ class Executor:
                 f"executor.lora.targets: found {targets}; accepted: module names of the executor"
             ) from error
         self.model = model  # the same module, its linears now carrying adapters
+        model.checkpoint_activations = config.checkpoint_activations
         freeze_reference(self.peft, lora)
         self.calls = Calls(model, lambda: self.parameters().values(), graphs=config.cuda_graphs)
         self._text: dict[str, Tensor] = {}  # rows of the prompts asked for last, without padding

@@ -3,6 +3,9 @@
 The tables of BACKBONES.md section 2 follow from three numbers. While all history and the own chunk fit
 into the window, everything is attended at absolute positions; beyond it, the sink frames and the most
 recent ones are.
+
+RoPE makes scores of differences of positions alone. Where a window renumbers its frames from 0, positions here are
+those numbers plus what lets the newest frames keep their absolute ones: only the sink moves, and it alone is turned.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ class WindowPolicy:
     """`window` counts attended frames including the sink and the own chunk; None attends to everything.
 
     sink: first frames that are always attended. positions: "absolute", or "relative": beyond the window
-    the attended frames are renumbered from 0, which needs keys stored without RoPE. max_frames: longest
-    video, None where only the positions end.
+    the attended frames are numbered without the gap behind the sink. max_frames: longest video, None where only the
+    positions end.
     """
 
     window: int | None = None
@@ -60,7 +63,7 @@ class WindowPolicy:
     def _numbered(self, history: list[int], own: list[int], *, beyond: bool) -> tuple[list[int], list[int]]:
         if self.positions == "absolute" or not beyond:
             return history, own
-        return list(range(len(history))), list(range(len(history), len(history) + len(own)))
+        return list(range(own[0] - len(history), own[0])), own
 
     def check(self, frames: int, chunk: int) -> None:
         """Raises UserError if a video of `frames` latent frames cannot be made in chunks of `chunk`."""

@@ -118,7 +118,7 @@ class Planner:
 
     @torch.no_grad()
     def sample(self, prompts: list[Prompt], plans_per_prompt: int, seed: int, *, reference: bool = False) -> PlanBatch:
-        """`plans_per_prompt` plans for every prompt, all in one batch, the same for the same seed.
+        """`plans_per_prompt` plans for every prompt, the same for the same seed and `sampled_together`.
 
         Leaves the global random state as it was. `reference` samples from the frozen start.
         """
@@ -132,11 +132,12 @@ class Planner:
         for row, own in enumerate(ids):
             inputs[row, longest - len(own) :] = torch.tensor(own)
             mask[row, longest - len(own) :] = 1
+        size = self.config.sampled_together or len(ids)
+        responses: list[list[int]] = []
         with _seeded(seed, self.device), self._policy(reference):
-            out = self.peft.generate(
-                input_ids=inputs.to(self.device), attention_mask=mask.to(self.device), generation_config=self.generation
-            )
-        responses = [self._until_end(row) for row in out[:, longest:].tolist()]
+            for own, seen in zip(inputs.to(self.device).split(size), mask.to(self.device).split(size), strict=True):
+                out = self.peft.generate(input_ids=own, attention_mask=seen, generation_config=self.generation)
+                responses += [self._until_end(row) for row in out[:, longest:].tolist()]
         ends = self.generation.eos_token_id
         bare = [response[:-1] if response[-1] in ends else response for response in responses]
         texts = [opening + self.tokenizer.decode(response, clean_up_tokenization_spaces=False) for response in bare]

@@ -95,7 +95,7 @@ def needs_of(run: Run, *, planning: bool = True) -> Needs:
     """The memory of a training run; planning: with the planner's phases."""
     decoder = decoder_of(run.sizes, run.on_gpu) if run.wan else None
     activations = _rollout_activations(run)
-    training = footprint.update(run.sizes, run.update_rows, max(run.attended.values())).bytes
+    training = update_cost(run).bytes
     held = max(activations, training) if run.graphs else 0
     kept = [*_weights(run, decoder), *_kept_of_a_rollout(run)]
     if held:
@@ -112,6 +112,12 @@ def needs_of(run: Run, *, planning: bool = True) -> Needs:
         phases.append(Phase("executor update", tuple(update)))
     videos = run.branches * video_bytes(run.sizes, run.settings.frames, wan=run.wan)
     return Needs(tuple(kept), tuple(phases), (Item(f"{run.branches} videos, uint8", videos, EXACT),))
+
+
+def update_cost(run: Run) -> footprint.Cost:
+    """Of the largest micro-batch of the executor's update."""
+    again = run.config.executor.checkpoint_activations
+    return footprint.update(run.sizes, run.update_rows, max(run.attended.values()), checkpointing=again)
 
 
 def _weights(run: Run, decoder: Decoder | None) -> list[Item]:
@@ -180,16 +186,11 @@ def _rollout(run: Run) -> list[Item]:
     prompts = plans * _texts(run)
     # a graph reads copies of its own; there are two of each batch, for denoiser calls and for context passes
     copies = run.together + (2 * (run.together + plans) if run.graphs else 0)
-    items = [
+    return [
         Item("K/V of the prompts, and copies a branch", (prompts + copies) * sizes.text_bytes, ESTIMATED),
         Item("noise of the first and of this chunk", _transitions(run, 2 * steps), EXACT),
         Item("states of this chunk, and the record's copy", _transitions(run, steps + 2 * steps), ESTIMATED),
     ]
-    window = settings.window
-    if window.positions == "relative" and window.window is not None and settings.frames > window.window:
-        rotated = run.together * (window.window - settings.chunk) * sizes.frame_bytes
-        items.append(Item("window's keys turned to their places, with their values", rotated, EXACT))
-    return items
 
 
 def _decoding(run: Run, decoder: Decoder) -> Phase:
@@ -209,8 +210,9 @@ def _planner_phases(run: Run) -> list[Phase]:
     if run.planner is None:
         return []
     sizes, tokens = run.planner, run.planner.tokens
-    cached = run.plans * tokens * sizes.cached
-    phases = [Phase(PLANNING[0], (Item(f"K/V of {run.plans} plans, {tokens} tokens each", cached, ESTIMATED),))]
+    together = min(run.plans, run.config.planner.sampled_together or run.plans)
+    cached = together * tokens * sizes.cached
+    phases = [Phase(PLANNING[0], (Item(f"K/V of {together} plans, {tokens} tokens each", cached, ESTIMATED),))]
     if run.config.planner.train:
         rows = math.ceil(run.plans / run.config.trainer.updates_per_iteration)
         rows = min(rows, run.config.planner.micro_batch or rows)
@@ -245,7 +247,7 @@ def work_of(run: Run) -> Work:
         shared, whole = decoder.flops(run.fork), decoder.flops(s.frames)
         phases["decode"] = run.plans * shared + run.branches * (whole - shared)
     if run.config.executor.train:
-        own = footprint.update(sizes, run.update_rows, max(run.attended.values()))
+        own = update_cost(run)
         phases["executor update"] = own.flops * run.branches * s.schedule.transitions // run.update_rows
     return Work({a + s.chunk: bare(a) for a in sorted(set(run.attended.values()))}, phases)
 

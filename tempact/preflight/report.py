@@ -95,7 +95,7 @@ def _memory(run: Run, budgets: list[Budget]) -> Iterator[str]:
 
 
 def _update_choices(run: Run) -> Iterator[str]:
-    """The update's activations on either path; recomputation is told although no option asks for it."""
+    """The update's activations on either path, with and without `executor.checkpoint_activations`."""
     most = max(run.attended.values())
     yield f"activations of the executor's update, {run.update_rows} transitions behind {most} latent frames:"
     for kernels in (True, False):
@@ -104,7 +104,7 @@ def _update_choices(run: Run) -> Iterator[str]:
         sizes = replace(run.sizes, kernels=kernels)
         kept, again = (footprint.update(sizes, run.update_rows, most, checkpointing=c).bytes for c in (False, True))
         name = "csrc_triton's kernels" if kernels else "the torch path"
-        yield f"  {size(kept):>12}  {name}; {size(again)} if every block were computed again in the backward"
+        yield f"  {size(kept):>12}  {name}; {size(again)} with --executor.checkpoint_activations"
 
 
 def _fit(run: Run, needs: Needs, budget: Budget) -> Iterator[str]:

@@ -70,11 +70,13 @@ def trained(config: ExecutorConfig, iterations: int) -> tuple[list[Tensor], Exec
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("window", ["full", "longlive", "tempact-self-forcing"])
-def test_graphs_give_the_bits_of_plain_calls(window: str) -> None:
+def test_graphs_give_the_bits_of_plain_calls(window: str, again: bool) -> None:
+    config = replace(CONFIG, window=window)
     with runtime.backend("triton"):
-        plain, _ = trained(replace(CONFIG, window=window, cuda_graphs=False), 3)
-        recorded, executor = trained(replace(CONFIG, window=window), 3)
+        plain, _ = trained(replace(config, cuda_graphs=False), 3)
+        recorded, executor = trained(replace(config, checkpoint_activations=again), 3)
     graphs = executor.calls._graphs.values()
     assert sum(graph.forward is not None for graph in graphs) > 4
     assert any(graph.backward is not None for graph in graphs)

@@ -96,6 +96,28 @@ def test_micro_batching_changes_nothing(make_executor: Make, size: int) -> None:
         assert torch.allclose(grad, own[name], atol=1e-7, rtol=1e-3), name
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_recomputed_activations_change_nothing_but_memory(make_executor: Make, precision: torch.dtype) -> None:
+    found, kept = [], []
+    for again in (False, True):
+        executor = make_executor(checkpoint_activations=again)
+        executor.model.to(precision)
+        batch, held = batch_of(executor), [0]
+
+        def pack(tensor: torch.Tensor, held: list[int] = held) -> torch.Tensor:
+            held[0] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            executor.update(batch, [0, 1, 2])
+        found.append(gradients(executor))
+        kept.append(held[0])
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 5
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert any(gradient.any() for gradient in found[0].values())
+    assert kept[1] < 0.7 * kept[0]
+
+
 def test_every_pair_is_in_exactly_one_micro_batch() -> None:
     for size in range(1, 30):
         seen = [

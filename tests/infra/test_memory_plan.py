@@ -107,6 +107,16 @@ def test_recomputation_keeps_a_few_tensors_a_block() -> None:
     assert again.flops > footprint.update(FULL, 1, 6).flops
 
 
+def test_a_run_that_recomputes_is_planned_so() -> None:
+    run = run_of(get_preset("longlive"), on_gpu=True)
+    again = replace(run.config, executor=replace(run.config.executor, checkpoint_activations=True))
+    held = [
+        next(item.bytes for item in needs_of(own, planning=False).kept if "held by CUDA graphs" in item.what)
+        for own in (run, run_of(again, on_gpu=True))
+    ]
+    assert held[1] < 0.4 * held[0]
+
+
 def test_the_decoder_takes_what_backbones_section_5_says() -> None:
     pytest.importorskip("diffusers", reason="needs diffusers: pip install -e '.[test]'")
     decoder = Decoder(FULL, on_gpu=True)

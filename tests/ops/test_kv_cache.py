@@ -233,12 +233,15 @@ def test_a_write_does_not_disturb_a_backward_that_waits() -> None:
     assert q.grad is not None and q.grad.eq(3.0).all()
 
 
-def test_pools_grow_by_half_or_as_needed_up_to_their_limit() -> None:
-    own = cache(rows=4, max_rows=12)
+def test_pools_grow_by_an_eighth_or_as_needed_up_to_their_limit() -> None:
+    large = cache(rows=40)
+    fill(large, [large.new_branch()], 41, 1.0)
+    assert large.rows_total == 45
+    own = cache(rows=8, max_rows=12)
     branch = own.new_branch()
     fill(own, [branch], 4, 1.0)
     fill(own, [branch], 1, 2.0)
-    assert own.rows_total == 6
+    assert own.rows_total == 8
     fill(own, [branch], 5, 3.0)
     assert own.rows_total == 10
     fill(own, [branch], 2, 4.0)

@@ -46,6 +46,23 @@ def test_sampling_repeats_for_a_seed_and_leaves_global_randomness_alone(make_pla
     assert [p.response for p in first.plans] != [p.response for p in other.plans]
 
 
+def test_plans_sampled_in_parts_differ_and_belong_to_their_prompts(make_planner, monkeypatch):
+    planner = make_planner(sampled_together=2)
+    generate, rows = planner.peft.generate, []
+
+    def noted(**given):
+        rows.append(len(given["input_ids"]))
+        return generate(**given)
+
+    monkeypatch.setattr(planner.peft, "generate", noted)
+    batch = planner.sample(PROMPTS, 3, seed=11)
+    count = 3 * len(PROMPTS)
+    assert rows == [2] * (count // 2) + [1] * (count % 2)
+    assert len({p.response for p in batch.plans}) == len(batch.plans) == count  # no part repeats another's draws
+    assert [p.instruction for p in batch.plans] == [prompt.text for prompt in PROMPTS for _ in range(3)]
+    assert planner.sample(PROMPTS, 3, seed=11).plans == batch.plans
+
+
 def test_plans_belong_to_their_prompts_and_tokens_to_their_plans(make_planner, tokenizer):
     planner = make_planner(max_new_tokens=40)
     batch = planner.sample(PROMPTS, 4, seed=3)

@@ -17,6 +17,7 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from csrc_triton import (
     CacheRows,
@@ -77,8 +78,6 @@ class TextKV:
 
 class Attend:
     """Whom the tokens of a chunk attend to, and what they leave behind: here the own frames, and nothing."""
-
-    write_roped = True  # are keys stored with RoPE?
 
     def rows(self, layer: int) -> CacheRows | None:
         """Where K and V of this layer are stored; None: nowhere."""
@@ -147,10 +146,10 @@ class SelfAttention(nn.Module):
     def norm_rope(
         self, q: Tensor | None, x: Tensor, rope: Rope, attend: Attend, layer: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k with RoPE and v by heads, k and v stored where `attend` says; without q, k stands in for it."""
+        """q, k with RoPE and v by heads, both k and v stored where `attend` says; without q, k stands in for it."""
         k, v, rows = self.k(x), self.v(x), attend.rows(layer)
         q_weight, q = (self.norm_k.weight, k) if q is None else (self.norm_q.weight, q)
-        kept = {"v": v, "write": rows, "write_roped": attend.write_roped} if rows is not None else {}
+        kept = {"v": v, "write": rows} if rows is not None else {}
         q, k = qk_norm_rope(q, k, q_weight, self.norm_k.weight, rope, heads=self.heads, eps=self.eps, **kept)
         return q, k, self.split(v)
 
@@ -263,6 +262,7 @@ class WanTransformer(nn.Module):
     def __init__(self, config: WanConfig):
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False  # for a backward, every block keeps its inputs alone and is computed again
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch, config.patch)
         gelu = nn.GELU(approximate="tanh")
@@ -306,8 +306,13 @@ class WanTransformer(nn.Module):
         positions. Returns [B, C, F, H, W] with v = noise - x0.
         """
         stream, e, e0, rope = self._embed(x, sigma, positions)
+        again = self.checkpoint_activations and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            stream = block(stream, e0, rope, text.layers[layer], attend, layer)
+            inputs = stream, e0, rope, text.layers[layer], attend, layer
+            if again:  # nothing in a block is random
+                stream = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                stream = block(*inputs)
         out = self._unpatchify(self.head(stream, e), x.shape)
         if self.config.prediction == "velocity":
             return out
