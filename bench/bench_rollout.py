@@ -24,22 +24,22 @@ from bench.bench_step import CHUNK_FRAMES, REFERENCE, TINY
 from bench.harness import OURS, Bench, Contender, Outputs
 from bench.report import Row
 from csrc_triton.runtime import backend
-from tempact.config import ExecutorConfig, LoraConfig, OptimConfig
 from tempact.executor.attend import Context
 from tempact.executor.context import History
 from tempact.executor.graphs import Calls
 from tempact.executor.policy import Executor
-from tempact.executor.rollout import RolloutSettings, denoise_chunk, gaussian_noise
+from tempact.executor.rollout import PromptBook, RolloutSettings, chunk_prompts, denoise_chunk, gaussian_noise
 from tempact.executor.schedule import Schedule
 from tempact.executor.window import WINDOWS, WindowPolicy
+from tempact.models.wan.checkpoint_loading import set_precision
 from tempact.models.wan.random_weights import RandomText
 from tempact.models.wan.tiny_decoder import TinyDecoder, TinyNetwork
 from tempact.models.wan.transformer import TextKV, WanConfig, WanTransformer
 from tempact.models.wan.vae import WanCodec
 from tempact.models.wan.vae_decoder import DecodeOptions, WanDecoder
 from tempact.models.wan.vae_stream import DecoderState, HostFrames, StreamDecoder, decode_chunk, decode_whole
-from tempact.presets import SELF_FORCING_TARGETS
-from tempact.types import Batch, Plan, Step
+from tempact.presets import get_preset
+from tempact.types import Batch, Plan, Step, Transition
 
 BRANCHES = 8
 SCHEDULE = Schedule.from_timesteps((1000, 750, 500, 250), 5.0)
@@ -222,42 +222,133 @@ def test_warm_chunk_with_decoder(bench: Bench, decoder: str) -> None:
         bench.measure("rollout", case, [Contender(OURS, run, None)], {}, {}, parts=BRANCHES, budget_s=4.0)
 
 
+class OnePrompt:
+    """One prompt of the preset self-forcing, M = 4, N = 8, 30 latent frames, forked at 6: plans given."""
+
+    plans, frames, fork = 4, 30, 6
+
+    def __init__(self, bench: Bench):
+        torch.manual_seed(0)
+        self.device = bench.device
+        config = replace(get_preset("self-forcing").executor, frames=self.frames, continuations=BRANCHES)
+        with bench.device:
+            model = WanTransformer(WanConfig()).to(torch.bfloat16)
+        set_precision(model, config.precision)
+        self.vae = make_vae(bench, torch.bfloat16)
+        self.codec = WanCodec(self.vae, WanDecoder(self.vae, DecodeOptions.of(bench.device)))
+        self.executor = Executor(model, RandomText("random", bench.device), self.codec, config, (480, 832))
+        steps = [Step(start, start + 6, f"step {start // 6}") for start in range(0, self.frames, 6)]
+        self.given = [
+            Plan("i", tuple(replace(step, prompt=f"{step.prompt} of plan {p}") for step in steps))
+            for p in range(self.plans)
+        ]
+        self.noise = gaussian_noise(0, self.executor.noise_shape(self.plans, BRANCHES), bench.device)
+        decode_whole(self.codec.decoder, latents_of(bench, 1, 6))  # compiles
+
+    def batch(self, transition: Transition, plans: int) -> Batch:
+        mask = torch.ones(plans, BRANCHES, dtype=torch.bool)
+        return Batch(torch.zeros(plans), mask[:, 0], torch.randn(mask.shape), mask, None, transition)
+
+    def ours(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Seconds of each phase, and the update's metrics."""
+        watch, forks = Stopwatch(), [self.fork] * self.plans
+        latents, transition = self.executor.latents(self.given, forks, self.noise)
+        watch.lap("rollout")
+        self.codec.decode_forked(latents, forks).wait()
+        watch.lap("decode")
+        metrics = self.executor.update(self.batch(transition, self.plans), list(range(self.plans)))
+        watch.lap("update")
+        return watch.seconds, metrics
+
+    def reference(self) -> dict[str, float]:
+        """The same of one plan, a continuation after another, in plain PyTorch."""
+        watch = Stopwatch()
+        with backend("torch"), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            latents, transition = self._one_after_another()
+            watch.lap("rollout")
+            for video in latents.to(torch.bfloat16):
+                self.vae.decode(video[None])
+            watch.lap("decode")
+            self.executor.update(self.batch(transition, 1), [0])
+            watch.lap("update")
+        return watch.seconds
+
+    @torch.no_grad()
+    def _one_after_another(self) -> tuple[Tensor, Transition]:
+        """The first plan's latents [N, C, F, H, W]; the shared context is made once, its cache copied at every call."""
+        executor, settings = self.executor, self.executor.settings
+        calls = Calls(executor.model, tuple, graphs=False)
+        prompts = chunk_prompts(self.given[0], settings)
+        latents = self.noise(0).new_zeros(BRANCHES, 16, self.frames, *executor.latent_size)
+        states, noises = [], []
+
+        def advance(branch: int, continuation: int, first: int, last: int) -> None:
+            for chunk in range(first, last):
+                start, end = chunk * settings.chunk, (chunk + 1) * settings.chunk
+                text, drawn = book([prompts[chunk]]), self.noise(chunk)[0, continuation][None]
+                context, positions = history.context([branch], start), history.positions(start)
+                clean, seen = denoise_chunk(calls, drawn, text, positions, context, settings)
+                latents[continuation, :, start:end] = clean[0]
+                if start == self.fork:
+                    states.append(seen)
+                    noises.append(drawn[:, 1:])
+                if end < self.frames:
+                    history.commit([branch], clean, text)
+
+        with History(calls, settings.window, settings.chunk, executor.latent_size) as history, executor.precision():
+            book = PromptBook(executor.model, executor.encode, prompts)
+            root, shared = history.new_branch(), self.fork // settings.chunk
+            advance(root, 0, 0, shared)
+            for n in range(BRANCHES):
+                latents[n, :, : self.fork] = latents[0, :, : self.fork]
+                [branch] = history.cache.fork(root, 1)
+                advance(branch, n, shared, settings.chunks)
+                history.cache.release(branch)
+        prefix = latents[:1, :, : self.fork].clone()
+        start = torch.tensor([self.fork])
+        return latents, Transition(
+            torch.cat(states)[None], torch.cat(noises)[None], start, prefix, [prompts[: shared + 1]]
+        )
+
+
+class Stopwatch:
+    """Seconds between laps; the device is waited for."""
+
+    def __init__(self) -> None:
+        torch.cuda.synchronize()
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[name], self._last = now - self._last, now
+
+
 def test_iteration(bench: Bench) -> None:
-    """One prompt, M = 4, N = 8, 30 latent frames, forked at 6: seconds of each phase, once, and peak memory."""
+    """Seconds of each phase, of the first iteration and of one behind it, and peak memory."""
     if not bench.timed or not bench.real:
         pytest.skip("takes minutes of a GPU: run `pytest bench/bench_rollout.py --benchmark` on one")
-    torch.manual_seed(0)
-    plans_, continuations, frames, fork = 4, BRANCHES, 30, 6
-    config = ExecutorConfig(
-        weights="", lora=LoraConfig(256, 256, SELF_FORCING_TARGETS), optim=OptimConfig(1e-4), frames=frames,
-        continuations=continuations, window="longlive", rollout_videos=BRANCHES, micro_batch=4,
-    )  # fmt: skip
-    with bench.device:
-        model = WanTransformer(WanConfig()).to(torch.bfloat16)
-    vae = make_vae(bench, torch.bfloat16)
-    codec = WanCodec(vae, WanDecoder(vae, DecodeOptions.of(bench.device)))
-    executor = Executor(model, RandomText("random", bench.device), codec, config, (480, 832))
-    steps = [Step(start, start + 6, f"step {start // 6}") for start in range(0, frames, 6)]
-    plans = [Plan("i", tuple(replace(s, prompt=f"{s.prompt} of plan {p}") for s in steps)) for p in range(plans_)]
-    noise = gaussian_noise(0, executor.noise_shape(plans_, continuations), bench.device)
-    forks = [fork] * plans_
-    decode_whole(codec.decoder, latents_of(bench, 1, 6))  # compiles
+    scene = OnePrompt(bench)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    times = {}
-    begun = time.perf_counter()
-    latents, transition = executor.latents(plans, forks, noise)
-    torch.cuda.synchronize()
-    times["rollout"] = time.perf_counter() - begun
-    codec.decode_forked(latents, forks).wait()
-    times["decode"] = time.perf_counter() - begun - sum(times.values())
-    mask = torch.ones(plans_, continuations, dtype=torch.bool)
-    batch = Batch(torch.zeros(plans_), mask[:, 0], torch.randn(mask.shape), mask, None, transition)
-    metrics = executor.update(batch, list(range(plans_)))
-    torch.cuda.synchronize()
-    times["update"] = time.perf_counter() - begun - sum(times.values())
+    first, metrics = scene.ours()
     assert metrics["ratio_deviation"] == 0.0
-    case = f"iteration of one prompt, M={plans_}, N={continuations}, {frames} latent frames, fork at {fork}"
-    for phase, seconds in times.items():
-        bench.record([Row("rollout", f"{case}: {phase}", OURS, seconds * 1e3)])
-    bench.record([Row("rollout", f"{case}: peak memory", OURS, mib=torch.cuda.max_memory_allocated() / 2**20)])
+    later, metrics = scene.ours()
+    peak = torch.cuda.max_memory_allocated()
+    gaps = {name: gap for name, gap in metrics.items() if name.startswith("rollout_gap/")}
+    bench.write(f"log-probs of roll-out and training differ by, in clips: {gaps}")
+    scene.executor.calls.forget()
+    one = scene.reference()
+    case = f"iteration of one prompt, M={scene.plans}, N={BRANCHES}, {scene.frames} latent frames, fork at {scene.fork}"
+    for phase in later:
+        bench.record([
+            Row("rollout", f"{case}: {phase}", OURS, later[phase] * 1e3),
+            Row("rollout", f"{case}: {phase}", REFERENCE, one[phase] * scene.plans * 1e3),
+            Row("rollout", f"{case}, the first: {phase}", OURS, first[phase] * 1e3),
+        ])  # fmt: skip
+    bench.record([
+        Row("rollout", f"{case}: whole", OURS, sum(later.values()) * 1e3),
+        Row("rollout", f"{case}: whole", REFERENCE, sum(one.values()) * scene.plans * 1e3),
+        Row("rollout", f"{case}: peak memory", OURS, mib=peak / 2**20),
+    ])  # fmt: skip
