@@ -1,14 +1,14 @@
 """The decoder of diffusers' `AutoencoderKLWan` as a stream.
 
 diffusers' modules hold the weights; the walk through them is written for a GPU: each causal convolution reads one
-buffer [past, new frames] that the norm before it writes in place, biases and residual additions ride on the norms,
-and nothing is padded or cloned but the two frames a convolution remembers. Facts: BACKBONES.md section 5.
+buffer [past, new frames] that the norm before it writes in place, biases and residual additions ride on the norms
+(`csrc_triton.feature_maps`), and nothing is padded in time or cloned but the two frames a convolution remembers. Facts:
+BACKBONES.md section 5.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,9 +18,8 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock
 from torch import Tensor, nn
 
+from csrc_triton.feature_maps import enlarge, norm_silu
 from tempact.errors import UserError
-from tempact.models.wan import vae_fused
-from tempact.models.wan.vae_fused import rows
 from tempact.models.wan.vae_stream import LATENT_STRIDE, DecoderState
 
 MEMORY = 2  # frames that a causal convolution looks back
@@ -34,19 +33,20 @@ class DecodeOptions:
     """How the decoder runs.
 
     channels_last: feature maps and weights in channels-last memory, which cuDNN's tensor-core kernels read and write.
-    compile: the passes between convolutions are fused by torch.compile; needs channels_last.
-    latents_per_call: latent frames that go through together. One at a time, uncompiled and in plain memory, the
-    result has the bits of diffusers' decode.
+    input_step: with it, causal convolutions whose input channels are no multiple of this many read zeros up to the
+    next one, where that is at most half of them more. latents_per_call: latent frames that go through together. One
+    at a time and in plain memory, the result has the bits of diffusers' decode.
     """
 
     channels_last: bool = False
-    compile: bool = False
+    input_step: int = 1
     latents_per_call: int = 1
 
     @classmethod
     def of(cls, device: torch.device) -> DecodeOptions:
         """The fast way on a GPU, diffusers' bits elsewhere."""
-        return cls(channels_last=True, compile=True, latents_per_call=3) if device.type == "cuda" else cls()
+        # Hopper's kernels take 64 channels at a time; for 96 of them cuDNN takes one of Ampere's, at half the speed
+        return cls(channels_last=True, input_step=64, latents_per_call=3) if device.type == "cuda" else cls()
 
 
 Fill = Callable[[Tensor], object]  # writes a convolution's new frames into its buffer
@@ -77,7 +77,7 @@ class WanDecoder:
         self.vae, self.decoder = vae.requires_grad_(False), vae.decoder
         weight = vae.post_quant_conv.weight
         self.options = options = options or DecodeOptions.of(weight.device)
-        assert options.channels_last or not options.compile, "only channels-last passes are written for the compiler"
+        assert options.channels_last or options.input_step == 1, "channels are filled up in channels-last memory only"
         self.latents_per_call = options.latents_per_call
         shape = (1, -1, 1, 1, 1)
         self.mean = torch.tensor(config.latents_mean, device=weight.device).view(shape)
@@ -85,6 +85,7 @@ class WanDecoder:
         # the biases that a residual block's last convolution and its shortcut leave to one sum
         self.block_bias: dict[nn.Module, Tensor] = {}
         self.head = (self.decoder.conv_out.weight, self.decoder.conv_out.bias)
+        self.filled: dict[nn.Module, Tensor] = {}  # weights of more input channels than the module has
         if options.channels_last:
             self._to_channels_last()
 
@@ -93,13 +94,22 @@ class WanDecoder:
             if isinstance(module, nn.Conv3d | nn.Conv2d):
                 last = torch.channels_last_3d if isinstance(module, nn.Conv3d) else torch.channels_last
                 module.weight.data = module.weight.data.contiguous(memory_format=last)
+                if isinstance(module, nn.Conv3d) and module.kernel_size[0] > 1:
+                    self._fill_up(module)
             if isinstance(module, WanResidualBlock):
                 biases = [conv.bias.float() for conv in (module.conv2, module.conv_shortcut) if hasattr(conv, "bias")]
                 self.block_bias[module] = nn.Parameter(torch.stack(biases).sum(0), requires_grad=False)
         # tensor-core kernels write channels by eights: with three of them cuDNN takes a slow way
         weight, bias = self.head
+        weight = self.filled.pop(self.decoder.conv_out, weight)
         padded = F.pad(weight, (0, 0) * 4 + (0, -len(weight) % 8)).contiguous(memory_format=torch.channels_last_3d)
         self.head = (padded, bias)
+
+    def _fill_up(self, conv: nn.Conv3d) -> None:
+        more = -conv.in_channels % self.options.input_step
+        if 0 < 2 * more <= conv.in_channels:
+            wide = F.pad(conv.weight, (0, 0) * 3 + (0, more)).contiguous(memory_format=torch.channels_last_3d)
+            self.filled[conv] = nn.Parameter(wide, requires_grad=False)
 
     def videos_per_call(self, latents: int, size: tuple[int, int]) -> int:
         """How many videos of `size` (H, W) fit into one call with `latents` frames each; 0 if not even one."""
@@ -127,11 +137,10 @@ class WanDecoder:
         first = states[0].latents == 0
         assert not first or latents.shape[2] == 1, "the first latent frame comes alone"
         weight = self.vae.post_quant_conv.weight
-        with vae_fused.room_for_graphs() if self.options.compile else nullcontext():
-            x = (latents.float() * self.std + self.mean).to(weight.dtype)
-            x = F.conv3d(x, weight, self.vae.post_quant_conv.bias)
-            walk = _Walk(self, states, first)
-            out = walk.decode(x)
+        x = (latents.float() * self.std + self.mean).to(weight.dtype)
+        x = F.conv3d(x, weight, self.vae.post_quant_conv.bias)
+        walk = _Walk(self, states, first)
+        out = walk.decode(x)
         expected = latents.shape[2] * (1 if first else LATENT_STRIDE)
         assert out.shape[2] == expected, (out.shape, expected)
         for i, state in enumerate(states):
@@ -146,13 +155,13 @@ class _Walk:
     def __init__(self, decoder: WanDecoder, states: Sequence[DecoderState], first: bool):
         self.states, self.first = states, first
         self.module, self.head = decoder.decoder, decoder.head
-        self.block_bias, self.options = decoder.block_bias, decoder.options
+        self.block_bias, self.filled, self.options = decoder.block_bias, decoder.filled, decoder.options
         self.kept: list[Tensor | None] = []
 
     def decode(self, x: Tensor) -> Tensor:
         """Un-normalised latents [b, C, n, H, W] to pixels [b, 3, T, 8H, 8W], clamped."""
         module = self.module
-        stream = self._convolved(module.conv_in, x, lambda out: out.copy_(x))
+        stream = self._convolved(module.conv_in, x, lambda out: _copy_into(out, x))
         stream = self._resnet(module.mid_block.resnets[0], stream)
         for attention, resnet in zip(module.mid_block.attentions, module.mid_block.resnets[1:], strict=True):
             stream = self._resnet(resnet, _Stream(self._ordered(attention(self._joined(stream)))))
@@ -168,9 +177,6 @@ class _Walk:
         out = self._convolve(weight, None, stream.x, fill)[:, :3]
         return (out.float() + bias.view(1, -1, 1, 1, 1)).clamp(-1.0, 1.0).to(out.dtype)
 
-    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
-        return (vae_fused.compiled(function) if self.options.compile else function)(*args)
-
     def _ordered(self, x: Tensor) -> Tensor:
         """x in channels-last memory if that is asked for; a copy only where a CPU's convolution chose otherwise."""
         return x.contiguous(memory_format=torch.channels_last_3d) if self.options.channels_last else x
@@ -180,24 +186,27 @@ class _Walk:
         return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=last)
 
     def _convolve(self, weight: Tensor, bias: Tensor | None, like: Tensor, fill: Fill) -> Tensor:
-        """A causal convolution over the frames remembered and those, of the shape of `like`, that `fill` writes."""
+        """A causal convolution over the frames remembered and those, of the shape of `like`, that `fill` writes.
+
+        What it writes may have more channels than `like`, as many as `weight` takes: zeros.
+        """
         b, channels, t, height, width = like.shape
-        buffer = self._empty((b, channels, MEMORY + t, height, width), like)
+        buffer = self._empty((b, weight.shape[1], MEMORY + t, height, width), like)
         for own, state in zip(buffer, self.states, strict=True):
             past = state.slots[len(self.kept)] if state.slots else None
-            if past is None:
-                own[:, :MEMORY].zero_()
-            else:
-                own[:, :MEMORY].copy_(past)
+            known = 0 if past is None else channels
+            own[known:, :MEMORY].zero_()
+            if past is not None:
+                own[:known, :MEMORY].copy_(past)
         fill(buffer[:, :, MEMORY:])
         # a slice of the buffer would keep all of it alive
-        self.kept.append(self._empty((b, channels, MEMORY, height, width), like).copy_(buffer[:, :, -MEMORY:]))
+        self.kept.append(self._empty((b, channels, MEMORY, height, width), like).copy_(buffer[:, :channels, -MEMORY:]))
         rim = weight.shape[-1] // 2
         return self._ordered(F.conv3d(buffer, weight, bias, padding=(0, rim, rim)))
 
     def _convolved(self, conv: nn.Conv3d, like: Tensor, fill: Fill) -> _Stream:
         if self.options.channels_last:
-            return _Stream(self._convolve(conv.weight, None, like, fill), None, conv.bias)
+            return _Stream(self._convolve(self.filled.get(conv, conv.weight), None, like, fill), None, conv.bias)
         return _Stream(self._convolve(conv.weight, conv.bias, like, fill))
 
     def _joined(self, stream: _Stream) -> Tensor:
@@ -214,8 +223,8 @@ class _Walk:
         if not self.options.channels_last:
             out.copy_(self._joined(stream))
             return
-        update = None if stream.update is None else rows(stream.update)
-        self._run(vae_fused.join, rows(stream.x), update, stream.bias, rows(out))
+        update = None if stream.update is None else positions(stream.update)
+        norm_silu(positions(stream.x), None, out=positions(out), update=update, bias=stream.bias)
 
     def _norm_silu(self, norm: Any, stream: _Stream) -> tuple[Tensor, Fill]:
         """The stream's sum, and what writes SiLU(norm(sum)): the sum may be complete only after that has run."""
@@ -223,13 +232,12 @@ class _Walk:
             joined = self._joined(stream)
             return joined, lambda out: out.copy_(F.silu(norm(joined)))
         if stream.update is None and stream.bias is None:
-            return stream.x, lambda out: self._run(
-                vae_fused.norm_silu, rows(stream.x), None, norm.gamma, rows(out)
-            )  # fmt: skip
+            return stream.x, self._norm_silu_only(norm, stream)
         total = self._empty(stream.x.shape, stream.x)
-        parts = rows(stream.x), None if stream.update is None else rows(stream.update), stream.bias
-        return total, lambda out: self._run(
-            vae_fused.join_norm_silu, *parts, norm.gamma, rows(total), rows(out)
+        update = None if stream.update is None else positions(stream.update)
+        return total, lambda out: norm_silu(
+            positions(stream.x), norm.gamma.view(-1), out=positions(out), update=update, bias=stream.bias,
+            total=positions(total),
         )  # fmt: skip
 
     def _resnet(self, block: Any, stream: _Stream) -> _Stream:
@@ -247,7 +255,8 @@ class _Walk:
         """What writes SiLU(norm(sum)) of a convolution's result, whose sum nobody else needs."""
         if not self.options.channels_last:
             return self._norm_silu(norm, stream)[1]
-        return lambda out: self._run(vae_fused.norm_silu, rows(stream.x), stream.bias, norm.gamma, rows(out))
+        gamma = norm.gamma.view(-1)
+        return lambda out: norm_silu(positions(stream.x), gamma, out=positions(out), bias=stream.bias)
 
     def _upsampled(self, resample: Any, stream: _Stream) -> _Stream:
         """Twice the rows and columns, and twice the frames in "upsample3d" behind a video's first latent frame."""
@@ -260,12 +269,29 @@ class _Walk:
                 stream = self._convolved(resample.time_conv, before.x, lambda out: self._join_into(before, out))
         conv = resample.resample[1]
         if self.options.channels_last:
-            update = None if stream.update is None else vae_fused.frames(stream.update)
-            large = self._run(vae_fused.enlarge, vae_fused.frames(stream.x), update, stream.bias, parts)
+            update = None if stream.update is None else maps(stream.update)
+            large = enlarge(maps(stream.x), update=update, bias=stream.bias, parts=parts)
             out = F.conv2d(large.permute(0, 3, 1, 2), conv.weight, None, padding=1)
             return _Stream(self._ordered(out.unflatten(0, (b, -1)).transpose(1, 2)), None, conv.bias)
         out = F.conv2d(_enlarge_planes(self._joined(stream), parts), conv.weight, conv.bias, padding=1)
         return _Stream(out.unflatten(0, (b, -1)).transpose(1, 2))
+
+
+def _copy_into(out: Tensor, x: Tensor) -> None:
+    out[:, : x.shape[1]].copy_(x)
+    out[:, x.shape[1] :].zero_()
+
+
+def positions(x: Tensor) -> Tensor:
+    """[b, C, T, H, W] in channels-last memory seen as [b, T*H*W, C]; T may be a slice of a longer buffer."""
+    b, channels, t, height, width = x.shape
+    return x.permute(0, 2, 3, 4, 1).view(b, t * height * width, channels)
+
+
+def maps(x: Tensor) -> Tensor:
+    """The same seen as [b*T, H, W, C]; T must be whole."""
+    b, channels, t, height, width = x.shape
+    return x.permute(0, 2, 3, 4, 1).view(b * t, height, width, channels)
 
 
 def _enlarge_planes(x: Tensor, parts: int) -> Tensor:

@@ -1,0 +1,120 @@
+"""The passes between the convolutions of a video decoder, over feature maps whose channels lie together.
+
+They are for inference: nothing here has a gradient. Sums and norms are formed in fp32 and rounded once. A `bias` is one
+that the convolution before has left out: on a GPU a convolution's own bias is a pass of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from csrc_triton import runtime
+from csrc_triton.feature_maps import naive, ops
+
+MOST_CHANNELS = 4096
+MOST_BATCH = 65_535  # the kernels' grid
+
+
+@torch.no_grad()
+def norm_silu(
+    x: Tensor,
+    gamma: Tensor | None,
+    *,
+    out: Tensor,
+    update: Tensor | None = None,
+    bias: Tensor | None = None,
+    total: Tensor | None = None,
+) -> None:
+    """out = SiLU(norm(s)) and total = s, s = x + update + bias; norm(s) = s / max(||s||, 1e-12) * sqrt(C) * gamma.
+
+    The norm is over channels (Wan's VAE). Channels of `out` beyond those of x are set to zero.
+
+    Args:
+        x: [b, positions, C].
+        gamma: [C]; None: out is the sum itself.
+        out: [b, positions, at least C], written in place.
+        update: as x, added; None: nothing.
+        bias: [C], added; None: nothing.
+        total: as x, written in place; None: not wanted.
+
+    Each position's channels, and the positions of a batch row, must follow each other in memory.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if x.ndim != 3 or not x.is_floating_point():
+        raise ValueError(f"x: found {_describe(x)}; accepted: floating point [b, positions, C]")
+    for name, tensor in (("x", x), ("update", update), ("total", total)):
+        _check_map(name, tensor, x, x.shape)
+    if out.ndim != 3 or out.shape[-1] < x.shape[-1]:
+        raise ValueError(f"out: found {_describe(out)}; accepted: [b, positions, at least {x.shape[-1]}]")
+    _check_map("out", out, x, (*x.shape[:2], out.shape[-1]))
+    _check_vectors(x, x.shape[-1], gamma=gamma, bias=bias)
+    if _choose("norm_silu", x, out.shape[-1], gamma, bias) == "triton":
+        ops.norm_silu_op(x, update, bias, gamma, total, out)
+        return
+    joined = naive.total(x, update, bias)
+    if total is not None:
+        total.copy_(joined)
+    channels = x.shape[-1]
+    out[..., :channels].copy_(joined if gamma is None else naive.norm_silu(joined, gamma))
+    if out.shape[-1] > channels:
+        out[..., channels:].zero_()
+
+
+@torch.no_grad()
+def enlarge(x: Tensor, *, update: Tensor | None = None, bias: Tensor | None = None, parts: int = 1) -> Tensor:
+    """Nearest-neighbour x2 of x + update + bias, [n * parts, 2H, 2W, C].
+
+    Args:
+        x: [n, H, W, parts * C], contiguous; the parts of the channels become maps that follow each other.
+        update: as x, added; None: nothing.
+        bias: [parts * C], added; None: nothing.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if x.ndim != 4 or not x.is_floating_point() or not x.is_contiguous():
+        raise ValueError(f"x: found {_describe(x)}; accepted: contiguous floating point [n, H, W, parts * C]")
+    if parts < 1 or x.shape[-1] % parts:
+        raise ValueError(f"parts: found {parts}; accepted: a divisor of the {x.shape[-1]} channels")
+    if update is not None and (_describe(update) != _describe(x) or not update.is_contiguous()):
+        raise ValueError(f"update: found {_describe(update)}; accepted: contiguous {_describe(x)}, as x")
+    _check_vectors(x, x.shape[-1], bias=bias)
+    if _choose("enlarge", x, x.shape[-1] // parts, bias) == "triton":
+        return ops.enlarge_op(x, update, bias, parts)
+    return naive.enlarge(naive.total(x, update, bias).to(x.dtype), parts)
+
+
+def _choose(op: str, x: Tensor, channels: int, *vectors: Tensor | None) -> str:
+    unfit = None
+    odd = [vector.dtype for vector in vectors if vector is not None and vector.dtype not in runtime.DTYPES]
+    if odd:
+        unfit = f"a vector is {odd[0]}"
+    elif x.numel() == 0:
+        unfit = "x has no elements"
+    elif channels > MOST_CHANNELS or x.shape[0] > MOST_BATCH:
+        unfit = f"more than {MOST_CHANNELS} channels or {MOST_BATCH} batch rows"
+    return runtime.choose(op, x.device, x.dtype, unfit=unfit)
+
+
+def _check_map(name: str, tensor: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor is None:
+        return
+    if tensor.shape != shape or tensor.dtype != x.dtype or tensor.device != x.device:
+        raise ValueError(f"{name}: found {_describe(tensor)}; accepted: {tuple(shape)} {x.dtype} on {x.device}")
+    if tensor.numel() and not tensor[0].is_contiguous():
+        raise ValueError(f"{name}: found strides {tensor.stride()}; accepted: contiguous batch rows")
+
+
+def _check_vectors(x: Tensor, channels: int, **vectors: Tensor | None) -> None:
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if vector.shape != (channels,) or vector.device != x.device or not vector.is_contiguous():
+            raise ValueError(f"{name}: found {_describe(vector)}; accepted: contiguous ({channels},) on {x.device}")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
