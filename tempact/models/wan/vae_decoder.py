@@ -94,14 +94,13 @@ class WanDecoder:
             if isinstance(module, nn.Conv3d | nn.Conv2d):
                 last = torch.channels_last_3d if isinstance(module, nn.Conv3d) else torch.channels_last
                 module.weight.data = module.weight.data.contiguous(memory_format=last)
-                if isinstance(module, nn.Conv3d) and module.kernel_size[0] > 1:
+                if isinstance(module, nn.Conv3d) and module.kernel_size[0] > 1 and module is not self.decoder.conv_out:
                     self._fill_up(module)
             if isinstance(module, WanResidualBlock):
                 biases = [conv.bias.float() for conv in (module.conv2, module.conv_shortcut) if hasattr(conv, "bias")]
                 self.block_bias[module] = nn.Parameter(torch.stack(biases).sum(0), requires_grad=False)
         # tensor-core kernels write channels by eights: with three of them cuDNN takes a slow way
         weight, bias = self.head
-        weight = self.filled.pop(self.decoder.conv_out, weight)
         padded = F.pad(weight, (0, 0) * 4 + (0, -len(weight) % 8)).contiguous(memory_format=torch.channels_last_3d)
         self.head = (padded, bias)
 
