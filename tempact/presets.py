@@ -96,7 +96,6 @@ def qwen3_planner(size: str) -> PlannerConfig:
         sampled_together=32,
         micro_batch=QWEN3_MICRO_BATCH[size],
         checkpoint_activations=True,
-        liger="auto",
     )
 
 

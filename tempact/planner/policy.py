@@ -134,7 +134,7 @@ class Planner:
             mask[row, longest - len(own) :] = 1
         size = self.config.sampled_together or len(ids)
         responses: list[list[int]] = []
-        with _seeded(seed, self.device), self._policy(reference):
+        with _seeded(seed, self.device), self._policy(reference), self._autocast():
             for own, seen in zip(inputs.to(self.device).split(size), mask.to(self.device).split(size), strict=True):
                 out = self.peft.generate(input_ids=own, attention_mask=seen, generation_config=self.generation)
                 responses += [self._until_end(row) for row in out[:, longest:].tolist()]
