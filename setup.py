@@ -35,7 +35,7 @@ setup(
         "tyro>=1.0",
     ],
     extras_require={
-        "test": ["diffusers>=0.36", "ftfy>=6.2", "hypothesis>=6.100", "mypy>=2.0", "pytest>=8.2",
+        "test": ["diffusers>=0.36", "ftfy>=6.2", "hypothesis>=6.100", "mypy>=2.0", "openai>=2.0", "pytest>=8.2",
                  "pytest-benchmark>=5.0", "pytest-timeout>=2.3", "ruff>=0.12"],
         "bench": ["diffusers>=0.36", "liger-kernel>=0.6", "pytest>=8.2", "pytest-benchmark>=5.0"],
         "diffusers": ["diffusers>=0.36"],

@@ -47,7 +47,7 @@ class JudgeStats:
 
     def take(self) -> dict[str, float]:
         """Of every role that had calls since the last reading: calls, missing and cache_hits (shares of the calls),
-        retries, latency_mean_s and latency_p95_s; the last two only where a server was asked."""
+        retries, latency_mean_s, _p95_s and _max_s; the latencies only where a server was asked."""
         with self._lock:
             taken = self._roles
             self._roles = {role: _Role() for role in taken}
@@ -64,5 +64,6 @@ class JudgeStats:
             if latencies := sorted(seen.latencies_s):
                 named["latency_mean_s"] = sum(latencies) / len(latencies)
                 named["latency_p95_s"] = latencies[min(int(PERCENTILE * len(latencies)), len(latencies) - 1)]
+                named["latency_max_s"] = latencies[-1]
             metrics |= {f"judge/{role}/{name}": value for name, value in named.items()}
         return metrics

@@ -36,7 +36,7 @@ MALFORMED = {  # what the judge says
 }
 STATUSES = {"408": 408, "409": 409, "429": 429, "500": 500, "502": 502, "503": 503}
 BROKEN = ("reset", "closed", "half_body", "not_json", "not_a_completion", "refusal")
-SLOW = ("slow_first_byte", "stalled")
+SLOW = ("slow_first_byte", "stalled", "drip")
 FAULTS = (*MALFORMED, *STATUSES, *BROKEN, *SLOW)
 
 
@@ -139,6 +139,12 @@ class FaultProxy:
             await writer.drain()
             if fault == "stalled":
                 await asyncio.sleep(3600)
+            return False
+        if fault == "drip":  # a byte at a time, so that no read takes long
+            for byte in start.encode() + reply:
+                writer.write(bytes([byte]))
+                await writer.drain()
+                await asyncio.sleep(0.1)
             return False
         writer.write(start.encode() + reply)
         await writer.drain()

@@ -13,15 +13,16 @@ import time
 from concurrent.futures import CancelledError
 
 import pytest
-from rewards.fault_proxy import FAULTS, MALFORMED, Behaviour, completion, running, score_of
+from rewards.fault_proxy import FAULTS, MALFORMED, SLOW, Behaviour, completion, running, score_of
 from rewards.judge_cases import KEY, ROLE, RUBRIC, Score, call, client_of, is_right
 
 from tempact.rewards.judge_client import JudgeClient, retry_after_s
 from tempact.rewards.judge_config import EndpointConfig, JudgeConfig
+from tempact.rewards.judge_endpoints import Endpoint, Pool
 from tempact.rewards.judge_types import JudgeCall, JudgeOutage
 from tempact.types import Missing
 
-RETRIED = [fault for fault in FAULTS if fault not in ("slow_first_byte", "stalled")]
+RETRIED = [fault for fault in FAULTS if fault not in SLOW]
 
 
 @pytest.mark.parametrize("fault", RETRIED)
@@ -50,7 +51,7 @@ def test_a_call_the_server_rejects_is_not_repeated(monkeypatch: pytest.MonkeyPat
         assert server.proxy.seen["400"] == 1
 
 
-@pytest.mark.parametrize("fault", ["stalled", "slow_first_byte"])
+@pytest.mark.parametrize("fault", SLOW)
 def test_no_call_takes_longer_than_its_deadline(fault: str) -> None:
     behaviour = Behaviour(share=1, faults=(fault,), slow_s=30)
     with running(behaviour) as server, client_of([server.url], deadline_s=0.5, attempt_s=0.3) as client:
@@ -97,12 +98,31 @@ def test_requests_per_minute_are_kept() -> None:
 
 def test_retry_after_holds_back_everybody_once_it_is_repeated() -> None:
     behaviour = Behaviour(retry_after="0.5")
-    with running(behaviour, script=("429", "429")) as server, client_of([server.url], concurrency=2) as client:
-        started = time.monotonic()
-        results = [future.result(10) for future in client.submit([call(n) for n in range(8)])]
+    with running(behaviour, script=("429", "429")) as server, client_of([server.url], concurrency=1) as client:
+        futures = client.submit([call(n) for n in range(8)])
+        time.sleep(0.35)
+        assert not any(future.done() for future in futures)
+        results = [future.result(1) for future in futures]
         assert all(is_right(result, n) for n, result in enumerate(results))
-        assert 0.5 <= time.monotonic() - started < 1.2
         assert server.proxy.seen["429"] == 2
+
+
+def test_a_single_retry_after_holds_back_its_own_call() -> None:
+    behaviour = Behaviour(retry_after="0.5")
+    with running(behaviour, script=("429",)) as server, client_of([server.url], concurrency=1) as client:
+        futures = client.submit([call(n) for n in range(8)])
+        time.sleep(0.35)
+        assert sum(future.done() for future in futures) == 7
+
+
+def test_the_least_busy_server_is_next_and_not_the_one_that_failed() -> None:
+    first, second, third = (Endpoint(EndpointConfig(f"http://{n}", "m", concurrency=4), 0.0) for n in "abc")
+    pool = Pool([first, second, third])
+    first.take(0.0), second.take(0.0), second.take(0.0)
+    assert pool.choose(1.0, None) is third and pool.choose(1.0, third) is first
+    third.failed(1.0, probe=False, at_once=True)
+    assert pool.choose(1.5, None) is first  # the broken one has its cooldown
+    assert pool.choose(2.5, None) is first and Pool([third]).choose(2.5, third) is third
 
 
 def test_retry_after_in_both_forms() -> None:
