@@ -13,8 +13,8 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["csrc_triton*", "tempact*"]),
     package_data={
-        "tempact": ["infra/*.j2", "shapeworld/weights/**/*.json", "shapeworld/weights/**/*.safetensors",
-                    "shapeworld/weights/**/*.jinja"],
+        "tempact": ["infra/*.j2", "rewards/rubrics/*.md", "shapeworld/weights/**/*.json",
+                    "shapeworld/weights/**/*.safetensors", "shapeworld/weights/**/*.jinja"],
     },
     install_requires=[
         "huggingface-hub>=1.0",
