@@ -21,6 +21,7 @@ from tempact.infra.progress import Progress
 from tempact.infra.report import write_report
 from tempact.infra.rng import restore_rng
 from tempact.infra.showcase import write_extremes, write_showcase
+from tempact.rewards.judge_types import JudgeOutage
 from tempact.shapeworld.evaluation import BOTH, SINGLE, STEP
 from tempact.temporal_order.protocol import write_evaluation
 from tempact.temporal_order.table import markdown_table
@@ -29,7 +30,7 @@ from tempact.trainer import Iteration, TooManySkippedUpdates, Trainer
 log = logging.getLogger(__name__)
 
 SHOWN = {SINGLE: "single prompt", STEP: "before: step prompts", BOTH: "after: + TempAct"}  # rows of the film strips
-EXIT_ABORTED = 3  # updates kept failing
+EXIT_ABORTED = 3  # updates kept failing, or no judge answered
 
 
 class StopRequest:
@@ -62,7 +63,7 @@ class StopRequest:
 
 def train(config: RunConfig, resume: str) -> int:
     """Trains, evaluates and reports; returns the exit code: 0, EXIT_STOPPED when asked to stop, EXIT_ABORTED when
-    updates kept failing. Either way the state is saved."""
+    updates kept failing or no judge answered. Either way the state is saved."""
     with claim_run_folder(config.output) as folder:
         checkpoint = resolve_resume(resume, folder)
         policies = build_policies(config)
@@ -74,7 +75,7 @@ def train(config: RunConfig, resume: str) -> int:
         try:
             with StopRequest().listening() as stop:
                 finished = loop(config, folder, policies, trainer, stop)
-        except TooManySkippedUpdates as error:
+        except (TooManySkippedUpdates, JudgeOutage) as error:
             store(config, folder, policies, trainer)
             log.error("%s; saved after iteration %d", error, trainer.done)
             return EXIT_ABORTED
