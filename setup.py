@@ -14,7 +14,7 @@ setup(
     packages=find_packages(include=["csrc_triton*", "tempact*"]),
     package_data={
         "tempact": ["infra/*.j2", "shapeworld/weights/**/*.json", "shapeworld/weights/**/*.safetensors",
-                    "shapeworld/weights/**/*.jinja"],
+                    "shapeworld/weights/**/*.jinja", "temporal_order/*.j2", "temporal_order/*.jsonl"],
     },
     install_requires=[
         "huggingface-hub>=1.0",

@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tempact.config": {"tempact.errors"},
     "tempact.presets": EVERYONE,
     "tempact.cli": EVERYONE | {"tempact.presets"},
-    "tempact.temporal_order": EVERYONE | {"tempact.infra"},
+    "tempact.temporal_order": EVERYONE | {"tempact.infra", "tempact.rewards", "tempact.cli"},
     "tempact.infra": EVERYONE | {"csrc_triton", "tempact.temporal_order"},
     "tempact.models": EVERYONE | {"csrc_triton"},
     "tempact.rl": EVERYONE | {"csrc_triton"},
@@ -149,7 +149,11 @@ def test_the_walk_sees_lazy_relative_and_submodule_imports() -> None:
 def test_every_folder_with_code_is_a_package_and_data_is_shipped() -> None:
     code = {path.parent for path in sources().values()}
     assert [str(folder) for folder in sorted(code) if not (folder / "__init__.py").is_file()] == []
-    shipped = {"tempact/infra": (".j2",), "tempact/shapeworld/weights": (".json", ".safetensors", ".jinja")}
+    shipped = {
+        "tempact/infra": (".j2",),
+        "tempact/temporal_order": (".j2", ".jsonl"),
+        "tempact/shapeworld/weights": (".json", ".safetensors", ".jinja"),
+    }
     listed = subprocess.run(
         ["git", "ls-files", "tempact", "csrc_triton"], cwd=REPOSITORY, capture_output=True, text=True, check=False
     ).stdout.split()
