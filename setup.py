@@ -14,7 +14,8 @@ setup(
     packages=find_packages(include=["csrc_triton*", "tempact*"]),
     package_data={
         "tempact": ["infra/*.j2", "rewards/rubrics/*.md", "shapeworld/weights/**/*.json",
-                    "shapeworld/weights/**/*.safetensors", "shapeworld/weights/**/*.jinja"],
+                    "shapeworld/weights/**/*.safetensors", "shapeworld/weights/**/*.jinja", "temporal_order/*.j2",
+                    "temporal_order/*.jsonl"],
     },
     install_requires=[
         "huggingface-hub>=1.0",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -22,7 +22,8 @@ from tempact.infra.report import write_report
 from tempact.infra.rng import restore_rng
 from tempact.infra.showcase import write_extremes, write_showcase
 from tempact.rewards.judge_types import JudgeOutage
-from tempact.shapeworld.evaluation import BOTH, SINGLE, STEP
+from tempact.temporal_order.cells import CellStore
+from tempact.temporal_order.conditions import BOTH, METHODS, SINGLE, STEP, Method
 from tempact.temporal_order.protocol import write_evaluation
 from tempact.temporal_order.table import markdown_table
 from tempact.trainer import Iteration, TooManySkippedUpdates, Trainer
@@ -136,11 +137,20 @@ def restore(path: Path, config: RunConfig, policies: Policies, trainer: Trainer)
     log.info("resumed from %s", path)
 
 
-def evaluate(config: RunConfig, folder: Path, policies: Policies) -> None:
-    """The held-out table, videos and report of a finished run; the executor holds its averaged weights."""
+def evaluate(
+    config: RunConfig,
+    folder: Path,
+    policies: Policies,
+    store: CellStore | None = None,
+    methods: Sequence[Method] = METHODS,
+) -> None:
+    """The held-out table, videos and report of a finished run; the executor holds its averaged weights.
+
+    store: keeps what is done, so that a killed evaluation can go on.
+    """
     suite = build_suite(config, policies)
     with Progress("evaluation", 0) as progress:
-        result = suite.run(progress.tell)
+        result = suite.run(progress.tell, methods, store)
     rows = write_evaluation(folder, result.scores, config.evaluation.bootstrap, config.evaluation.seed)
     write_showcase(folder, result.samples, SHOWN)
     write_report(folder)

@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tempact.config": {"tempact.errors"},
     "tempact.presets": EVERYONE,
     "tempact.cli": EVERYONE | {"tempact.presets"},
-    "tempact.temporal_order": EVERYONE | {"tempact.infra"},
+    "tempact.temporal_order": EVERYONE | {"tempact.infra", "tempact.rewards", "tempact.cli"},
     "tempact.infra": EVERYONE | {"csrc_triton", "tempact.temporal_order"},
     "tempact.models": EVERYONE | {"csrc_triton"},
     "tempact.rl": EVERYONE | {"csrc_triton"},
@@ -43,7 +43,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tempact.build": EVERYONE | BUILT,
     "tempact.preflight": EVERYONE | BUILT,
     "tempact.run": EVERYONE | BUILT | COMMAND_LINE,
-    **dict.fromkeys(ENTRY, EVERYONE | BUILT | COMMAND_LINE | {"tempact.run", "tempact.preflight"}),
+    "tempact.evaluation": EVERYONE | BUILT | COMMAND_LINE | {"tempact.run"},
+    **dict.fromkeys(
+        ENTRY, EVERYONE | BUILT | COMMAND_LINE | {"tempact.run", "tempact.evaluation", "tempact.preflight"}
+    ),
 }
 POLICIES = ("tempact.planner*", "tempact.executor*", "tempact.trainer", "tempact.build")
 MODEL_CODE = ("tempact.models*", "transformers*", "peft*", *POLICIES)
@@ -152,6 +155,7 @@ def test_every_folder_with_code_is_a_package_and_data_is_shipped() -> None:
     shipped = {
         "tempact/infra": (".j2",),
         "tempact/rewards/rubrics": (".md",),
+        "tempact/temporal_order": (".j2", ".jsonl"),
         "tempact/shapeworld/weights": (".json", ".safetensors", ".jinja"),
     }
     listed = subprocess.run(

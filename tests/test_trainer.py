@@ -17,7 +17,7 @@ from tempact.build import build_policies, build_suite, build_trainer
 from tempact.config import RunConfig, TrainerConfig
 from tempact.infra.rng import derive_seed
 from tempact.presets import get_preset
-from tempact.shapeworld.evaluation import BOTH, EXECUTOR_ONLY, PLANNER_ONLY, SINGLE, STEP
+from tempact.temporal_order.conditions import BOTH, EXECUTOR_ONLY, PLANNER_ONLY, SINGLE, STEP
 from tempact.temporal_order.protocol import MethodScores
 from tempact.trainer import Iteration, TooManySkippedUpdates, Trainer, split, switch_frames
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Scored, Step

@@ -52,6 +52,10 @@ class PickScorer:
         made = _loaded(CLIPProcessor, "judges.aesthetics_processor", processor)
         return cls(model.to(device), made, batch_frames)
 
+    def cuts(self, text: str) -> bool:
+        """Has a text more tokens than the model reads, so that its end is not?"""
+        return len(self._tokenizer(_plain(text), verbose=False)["input_ids"]) > self._tokens
+
     @torch.inference_mode()
     def score(self, text: str, videos: Tensor) -> Tensor:
         """exp(logit_scale) times the cosine between the text and the renormalised mean of the frames' normalised
@@ -92,15 +96,18 @@ class PickScorer:
 
     def _embed_text(self, text: str) -> Tensor:
         """Normalised fp32 embedding [d]."""
-        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, which no tokenizer takes
-        text = text.replace("<|", "< |")  # or a planner could end the text where it likes
-        whole = len(self._tokenizer(text, verbose=False)["input_ids"])
-        self._texts, self._truncated = self._texts + 1, self._truncated + (whole > self._tokens)
+        self._texts, self._truncated = self._texts + 1, self._truncated + self.cuts(text)
         tokens = self._tokenizer(
-            text, padding="max_length", truncation=True, max_length=self._tokens, return_tensors="pt"
+            _plain(text), padding="max_length", truncation=True, max_length=self._tokens, return_tensors="pt"
         ).to(self.model.device)
         outputs = self.model.get_text_features(**tokens)
         return F.normalize(outputs.pooler_output[0].float(), dim=-1)
+
+
+def _plain(text: str) -> str:
+    """The text without half a surrogate pair, which no tokenizer takes, and without special tokens, with which a
+    planner could end it where it likes."""
+    return text.encode("utf-8", "replace").decode().replace("<|", "< |")
 
 
 def _loaded(kind: Any, key: str, name: str, **options: Any) -> Any:

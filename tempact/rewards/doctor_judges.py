@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
+import os
 import socket
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
-from typing import NoReturn
 from urllib.parse import urlsplit
 
 import torch
@@ -19,12 +17,12 @@ from torch import Tensor
 
 from tempact.errors import UserError
 from tempact.rewards.judge_client import JudgeClient
-from tempact.rewards.judge_config import NO_KEY, ROLES, EndpointConfig, JudgeConfig
+from tempact.rewards.judge_config import NO_KEY, PREFIX, ROLES, EndpointConfig, JudgeConfig
 from tempact.rewards.judge_types import JudgeCall, JudgeOutage, JudgeResult
 from tempact.rewards.pending import Pending
 from tempact.rewards.plan_quality import PlanQuality
 from tempact.rewards.step_following import StepFollowing
-from tempact.rewards.temporal_following import TemporalFollowing
+from tempact.rewards.temporal_following import HELD_OUT, TemporalFollowing
 from tempact.types import Missing, Plan, PlanBatch, Prompt, Rollout, Step, Transition
 
 CONNECTING_S = 3.0
@@ -42,11 +40,6 @@ HEIGHT, WIDTH = 240, 416
 RED, BLUE, GREY = (210, 40, 40), (40, 70, 200), (150, 150, 150)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; accepted: {self.format_usage().removeprefix('usage: ')}")
-
-
 @dataclass(frozen=True)
 class Answer:
     """What came of asking one server: its score in [0, 1], or why there is none."""
@@ -56,27 +49,16 @@ class Answer:
     reason: str = ""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a line a role and server. Exit codes: 0 every judge gave a score, 2 one did not.
-
-    Raises UserError for wrong options.
-    """
-    parser = _Parser(prog="python -m tempact.doctor judges", description=__doc__)
-    parser.add_argument("--timeout", type=_seconds, default=60.0, help="seconds that a judge may take (default 60)")
-    arguments = parser.parse_args(argv)
-    healthy = True
-    for status, line in findings(arguments.timeout):
-        sys.stdout.write(f"{status:<5} {line}\n")
-        sys.stdout.flush()  # the next judge may take its time
-        healthy = healthy and status != FAULT
-    return 0 if healthy else 2
-
-
 def findings(timeout_s: float, environment: Mapping[str, str] | None = None) -> Iterator[tuple[str, str]]:
-    """Status and line of every role and server, one after the other. Keys are not shown."""
-    for role, fallback in ROLES.items():
+    """Status and line of every role and server, one after the other. Keys are not shown.
+
+    The roles are those of training, and the held-out judge if the environment has an address of its own for it.
+    """
+    given = os.environ if environment is None else environment
+    held_out = given.get(f"{PREFIX}{HELD_OUT.upper()}_BASE_URL", "").strip()
+    for role, fallback in (ROLES | ({HELD_OUT: ""} if held_out else {})).items():
         try:
-            config = JudgeConfig.from_environment({role: fallback}, environment)
+            config = JudgeConfig.from_environment({role: fallback}, given)
         except UserError as error:
             yield FAULT, f"judge {role}: {error}"
             continue
@@ -140,7 +122,7 @@ def _pending(role: str, judges: _Recorder) -> Pending:
     plans, rollout = canned()
     if role == "plan_quality":
         return PlanQuality(judges).start(plans)
-    reward = TemporalFollowing(judges) if role == "temporal_following" else StepFollowing(judges)
+    reward = StepFollowing(judges) if role == "step_following" else TemporalFollowing(judges, role=role)
     return reward.start(plans, rollout)
 
 
@@ -205,13 +187,3 @@ def canned_video() -> Tensor:
             picture = torch.where(box[..., None], torch.tensor(BLUE), picture)
         pictures.append(picture.permute(2, 0, 1).to(torch.uint8))
     return torch.stack(pictures)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"found {text!r}, accepted: a number above 0")
-    return value

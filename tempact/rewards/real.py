@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tempact.config import JudgeSettings
 from tempact.rewards.aesthetics import Aesthetics, PickScorer
 from tempact.rewards.combine import RewardSet
 from tempact.rewards.judge_client import JudgeClient
-from tempact.rewards.judge_config import JudgeConfig
+from tempact.rewards.judge_config import ROLES, JudgeConfig
 from tempact.rewards.pending import Judges, Pending
 from tempact.rewards.plan_quality import PlanQuality
 from tempact.rewards.step_following import StepFollowing
@@ -92,16 +93,24 @@ def real_rewards(client: Judges, scorer: PickScorer, settings: JudgeSettings) ->
     )
 
 
-def open_judges(settings: JudgeSettings) -> JudgeClient:
-    """A client of the judges in the environment (docs/judges.md); UserError for what is missing there."""
-    config = JudgeConfig.from_environment(
+def judge_config(settings: JudgeSettings, roles: Mapping[str, str] = ROLES) -> JudgeConfig:
+    """The judges of these roles as the environment names them (docs/judges.md); UserError for what is missing there.
+
+    roles: role to the prefix of its fallback names, "" for none
+    """
+    return JudgeConfig.from_environment(
+        roles,
         deadline_s=settings.deadline_s,
         attempt_s=settings.attempt_s,
         attempts=settings.attempts,
         outage_s=settings.outage_s,
         cache=Path(settings.cache) if settings.cache else None,
     )
-    return JudgeClient(config)
+
+
+def open_judges(settings: JudgeSettings) -> JudgeClient:
+    """A client of the judges of training; UserError as `judge_config`, and without the package openai."""
+    return JudgeClient(judge_config(settings))
 
 
 def open_scorer(settings: JudgeSettings, device: torch.device) -> PickScorer:

@@ -16,7 +16,7 @@ from tempact.rewards.pending import Judges, Pending, Replies
 from tempact.rewards.rubrics import quoted, rubric
 from tempact.types import PlanBatch, Rollout
 
-ROLE = "temporal_following"
+ROLE, HELD_OUT = "temporal_following", "held_out"  # HELD_OUT: of evaluations, never trained against
 FRAMES, FINAL, TEMPORAL_ORDER, PHYSICAL, CONSISTENCY, ALIGNMENT = 0.2, 0.3, 0.2, 0.1, 0.1, 0.1
 TOP_MARK = 10.0
 TASK = "Judge this video."
@@ -50,14 +50,18 @@ def video_score(verdict: VideoVerdict) -> float:
     return min(1.0, marks / TOP_MARK)
 
 
-def video_call(instruction: str, frames: Tensor, count: int, role: str = ROLE) -> JudgeCall:
+def rubric_version() -> str:
+    """Of the wording: scores of two versions are not the same measurement."""
+    return rubric(ROLE, video_fields(1), 1).version
+
+
+def video_call(instruction: str, pictures: Tensor, role: str = ROLE) -> JudgeCall:
     """The question about a video.
 
-    frames  uint8 [T_pixel, 3, height, width], the whole video
-    count   pictures that the judge sees, the first and the last frame among them
-    role    for evaluations whose judge is another one
+    pictures  uint8 [k, 3, height, width], what the judge sees: the first frame, the last, and frames evenly between
+    role      which judge is asked
     """
-    images = jpegs(frames[spread(0, len(frames) - 1, count)])
+    images = jpegs(pictures)
     asked = rubric(ROLE, video_fields(len(images)), len(images))
     return JudgeCall(role, asked, quoted(TASK, {"instruction": instruction}), images, media_hash(images))
 
@@ -66,12 +70,14 @@ def video_call(instruction: str, frames: Tensor, count: int, role: str = ROLE) -
 class TemporalFollowing:
     judges: Judges
     frames: int = 6  # that the judge sees
+    role: str = ROLE
 
     def start(self, plans: PlanBatch, rollout: Rollout) -> Pending:
         """Sends all videos to the judge, plan by plan; scores [P, N]."""
         replies: Replies = {}
+        picks = spread(0, rollout.frames.shape[2] - 1, self.frames)
         for p, (plan, videos) in enumerate(zip(plans.plans, rollout.frames, strict=True)):
-            asked = self.judges.submit([video_call(plan.instruction, video, self.frames) for video in videos])
+            asked = self.judges.submit([video_call(plan.instruction, video[picks], self.role) for video in videos])
             replies |= {(p, n): reply for n, reply in enumerate(asked)}
         return Pending(tuple(rollout.frames.shape[:2]), replies, video_score)
 

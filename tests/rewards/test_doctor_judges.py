@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from tempact.errors import UserError
-from tempact.rewards.doctor_judges import canned, canned_video, findings, main, why_unreachable
+from tempact import doctor
+from tempact.rewards.doctor_judges import canned, canned_video, findings, why_unreachable
 from tempact.rewards.judge_config import ROLES
 
 KEY = "sk-canary-0d9a"
@@ -98,7 +98,7 @@ def test_good_judges(serve, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
     for name, value in environment(server.address).items():
         monkeypatch.setenv(name, value)
-    assert main([]) == 0
+    assert doctor.main(["judges"]) == 0
     printed = capsys.readouterr().out.splitlines()
     host = server.address.removeprefix("http://")
     scores = dict(zip(ROLES, ("0.90", "0.90", "0.80"), strict=True))
@@ -170,14 +170,23 @@ def test_what_the_environment_lacks_is_said_for_each_role(serve, monkeypatch, ca
     assert "LLM_BASE_URL" in lines[0][1]
     for prefix in ("TEMPACT_JUDGE_", "VLLM_", "LLM_"):
         monkeypatch.delenv(f"{prefix}BASE_URL", raising=False)
-    assert main([]) == 2
+    assert doctor.main(["judges"]) == 2
     assert capsys.readouterr().out.count("fault judge") == 3
 
 
 @pytest.mark.parametrize("arguments", [["--tiemout", "3"], ["--timeout", "0"], ["--timeout", "x"], ["extra"]])
-def test_wrong_options_are_refused(arguments: list[str]) -> None:
-    with pytest.raises(UserError, match="; accepted: "):
-        main(arguments)
+def test_wrong_options_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["judges", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "accepted: " in error and error.count("\n") == 1
+
+
+def test_the_held_out_judge_is_asked_where_it_has_an_address(serve) -> None:
+    server, other = serve(), serve(models=(200, ["gemini"]))
+    own = {"TEMPACT_JUDGE_HELD_OUT_BASE_URL": other.address, "TEMPACT_JUDGE_HELD_OUT_MODEL": "gemini"}
+    lines = lines_of(environment(server.address, **own))
+    assert [status for status, _ in lines] == ["ok"] * 4 and len(other.requests) == 1
+    assert lines[3][1].startswith(f"judge held_out: {other.address.removeprefix('http://')}, gemini: score 0.90 in ")
 
 
 def test_a_name_that_is_no_host() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 from rewards.reward_cases import STEPS, FakeJudges, always, data_of, plan_batch, rollout_of, tint, told
 
 from tempact.rewards.judge_types import JudgeCall
+from tempact.rewards.rubrics import FOLDER
 from tempact.rewards.temporal_following import (
+    HELD_OUT,
     TemporalFollowing,
     VideoVerdict,
-    video_call,
+    rubric_version,
     video_fields,
     video_score,
 )
@@ -58,11 +61,14 @@ def test_the_judge_sees_the_whole_of_its_video_and_nothing_of_the_plan() -> None
 def test_the_number_of_pictures_is_a_setting_and_a_short_video_is_shown_whole() -> None:
     plans = plan_batch()
     rollout = rollout_of(plans, [6], continuations=1)
-    call = video_call("x", rollout.frames[0, 0], 10, role="held_out")
+    judges = FakeJudges(always(**VERDICT))
+    TemporalFollowing(judges, 10, HELD_OUT).start(plans, rollout)
+    call = judges.calls[0]
     assert [told(image)[0] for image in call.images] == [0, 13, 26, 39, 52, 64, 77, 90, 103, 116]
     assert "10 pictures" in call.rubric.system and call.role == "held_out"
-    short = video_call("x", rollout.frames[0, 0, :3], 10)
-    assert len(short.images) == 3 and "3 pictures" in short.rubric.system
+    TemporalFollowing(judges, 10).start(plans, replace(rollout, frames=rollout.frames[:, :, :3]))
+    short = judges.calls[1]
+    assert len(short.images) == 3 and "3 pictures" in short.rubric.system and short.role == "temporal_following"
     assert short.rubric.fields is video_fields(3)
 
 
@@ -77,6 +83,24 @@ def test_frame_scores_that_do_not_fit_the_pictures_are_missing(scores: object) -
     found = TemporalFollowing(FakeJudges(says)).score(plans, rollout_of(plans, [6], continuations=3))
     assert torch.isnan(found).tolist() == [[False, True, False]]
     assert found[0, 0].item() == pytest.approx(SCORE)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"final": -1}, {"final": "8"}, {"temporal_order": None}, {"physical": float("nan")}, {"alignment": 1e999}],
+)
+def test_a_reply_that_is_not_as_asked_for_is_missing(changed: dict[str, object]) -> None:
+    plans = plan_batch()
+    judges = FakeJudges(lambda call: json.dumps(VERDICT | changed))
+    assert torch.isnan(TemporalFollowing(judges).score(plans, rollout_of(plans, [6]))).all()
+    lost = {name: mark for name, mark in VERDICT.items() if name not in changed}
+    judges = FakeJudges(lambda call: json.dumps(lost))
+    assert torch.isnan(TemporalFollowing(judges).score(plans, rollout_of(plans, [6]))).all()
+
+
+def test_the_version_is_that_of_the_file() -> None:
+    head = (FOLDER / "temporal_following.md").read_text().splitlines()[0]
+    assert head == f"version: {rubric_version()}"
 
 
 def test_scores_go_to_their_videos() -> None:
