@@ -27,13 +27,14 @@ from tempact.models.wan.codec import Codec, PixelCodec
 from tempact.models.wan.text_encoder import PromptEncoder
 from tempact.models.wan.transformer import WanTransformer
 from tempact.planner.policy import Planner
+from tempact.rewards.combine import RewardSet
 from tempact.shapeworld.evaluation import ShapeWorldSuite
 from tempact.shapeworld.executor_training import load_executor
 from tempact.shapeworld.judge import ShapeWorldJudge
 from tempact.shapeworld.prompts import ShapeWorldPrompts
 from tempact.shapeworld.rewards import shapeworld_rewards
 from tempact.shapeworld.story import CHUNK, FRAMES, SIZE
-from tempact.trainer import Trainer
+from tempact.trainer import PromptSource, Trainer
 from tempact.types import Plan, Prompt
 
 log = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ def executor_parts(config: RunConfig, device: torch.device) -> ExecutorParts:
             f"executor.weights: found nothing, and the preset {config.preset} has none of its own; accepted: the "
             "backbone's checkpoint, or random or random-tiny to see everything but the pictures"
         )
-    if not (is_random(weights) or is_wan(weights)):
+    if is_shapeworld(weights):
         return shapeworld_parts(config, device)
     require_wan_packages(weights)
     return random_parts(config, device) if is_random(weights) else wan_parts(config, device)
@@ -147,6 +148,11 @@ def require_wan_packages(weights: str) -> None:
 def is_random(weights: str) -> bool:
     """Does this ask for random weights in the place of a checkpoint?"""
     return weights in ("random", "random-tiny")
+
+
+def is_shapeworld(weights: str) -> bool:
+    """Are these ShapeWorld's weights, or of its kind?"""
+    return not (is_random(weights) or is_wan(weights))
 
 
 def is_wan(weights: str) -> bool:
@@ -221,17 +227,44 @@ def _check_video_size(config: RunConfig, patch: tuple[int, int, int], codec: Cod
         raise UserError(f"executor.video_size: found {found}; accepted: multiples of {steps}")
 
 
-def build_trainer(config: RunConfig, policies: Policies) -> Trainer:
-    """The trainer with ShapeWorld's prompts and rewards."""
-    if not isinstance(policies.executor.codec, PixelCodec):
+def build_prompts(config: RunConfig) -> PromptSource:
+    """Where training prompts come from: ShapeWorld's grammar, for its executor."""
+    source = config.data.prompts
+    if not is_shapeworld(config.executor.weights):
         raise UserError(
-            "executor.weights: found a Wan checkpoint, for whose videos there are no rewards yet; accepted: "
+            f"data.prompts: found {source or 'nothing'}, which does not serve executor.weights "
+            f"{config.executor.weights}: prompts of real video are still to come; accepted: executor.weights "
             f"{SHAPEWORLD} for training"
         )
-    if config.data.prompts != SHAPEWORLD:
-        raise UserError(f"data.prompts: found {config.data.prompts!r}; accepted: {SHAPEWORLD}")
-    rewards = shapeworld_rewards()
-    return Trainer(config, policies.planner, policies.executor, rewards, ShapeWorldPrompts())
+    if source != SHAPEWORLD:
+        raise UserError(f"data.prompts: found {source!r}; accepted: {SHAPEWORLD}, as the executor knows no others")
+    return ShapeWorldPrompts()
+
+
+def build_rewards(config: RunConfig) -> RewardSet:
+    """The four rewards of a run's videos: ShapeWorld's own, judges and PickScore for everything else.
+
+    Whoever builds them closes them. UserError for judges that the environment lacks and for PickScore's weights.
+    """
+    if is_shapeworld(config.executor.weights):
+        return shapeworld_rewards()
+    from tempact.rewards.real import open_judges, open_scorer, real_rewards  # late: ShapeWorld needs no CLIP
+
+    judges = open_judges(config.judges)
+    try:
+        return real_rewards(judges, open_scorer(config.judges, device_of(config)), config.judges)
+    except UserError:
+        judges.close()
+        raise
+
+
+def build_trainer(
+    config: RunConfig, policies: Policies, prompts: PromptSource | None = None, rewards: RewardSet | None = None
+) -> Trainer:
+    """The trainer; prompts and rewards are those of the configuration unless others are given."""
+    prompts = prompts or build_prompts(config)
+    rewards = rewards or build_rewards(config)
+    return Trainer(config, policies.planner, policies.executor, rewards, prompts)
 
 
 def build_suite(config: RunConfig, policies: Policies) -> ShapeWorldSuite:

@@ -24,7 +24,7 @@ from tempact.temporal_order.judges import load_pickscore, served_judges
 from tempact.temporal_order.judging import VideoJudge
 from tempact.temporal_order.making import Maker
 from tempact.temporal_order.options import SHAPEWORLD, SUITES, OrderOptions
-from tempact.temporal_order.results import gather, markdown, write_results
+from tempact.temporal_order.results import RANDOM_WEIGHTS, gather, markdown, write_results
 from tempact.temporal_order.suite import Suite, evaluate_suite
 from tempact.temporal_order.vbench import export_vbench
 
@@ -77,7 +77,7 @@ def _benchmark(
         folder, policies.planner, policies.executor, gaussian_noise, batch=settings.batch, seed=settings.seed, fps=fps
     )  # fmt: skip
     suite = Suite(options.prompts, options.frames, options.methods, options.seeds, judges)
-    weights = "random weights" if is_random(config.executor.weights) else weights_of(run)
+    weights = RANDOM_WEIGHTS if is_random(config.executor.weights) else weights_of(run)
     known = f"{config.preset}, {weights}, settings {policy_digest(config)}"
     with Progress("evaluation", 0) as progress:
         ledger = evaluate_suite(
@@ -86,7 +86,7 @@ def _benchmark(
     written = []
     if judges:
         results = gather(suite, ledger, settings.bootstrap, settings.seed)
-        written += write_results(folder, suite, maker, results, settings.strips)
+        written += write_results(folder, suite, maker, ledger, results, settings.strips)
         log.info("\n%s", markdown(results, {}))
     if options.export:
         written += export_vbench(folder, suite, maker)

@@ -80,6 +80,8 @@ def train(config: RunConfig, resume: str) -> int:
             store(config, folder, policies, trainer)
             log.error("%s; saved after iteration %d", error, trainer.done)
             return EXIT_ABORTED
+        finally:
+            trainer.rewards.close()
         if not finished:
             log.warning("stopped after iteration %d; `--resume auto` goes on from there", trainer.done)
             return EXIT_STOPPED

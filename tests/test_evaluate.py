@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from rewards.judge_server import GOOD, Server
 
 from tempact import evaluate, evaluation
 from tempact.config import JudgeSettings
@@ -22,7 +24,8 @@ from tempact.rewards.judge_types import JudgeOutage
 from tempact.temporal_order.judging import JudgedVideo, Verdict
 from tempact.temporal_order.ledger import Ledger
 
-KEY = ("prompt_id", "condition", "seed", "judge")
+KEYS = ("prompt_id", "condition", "seed", "judge")
+KEY = "sk-canary-7c1f"
 EVENTS = ("the circle moves to the right", "the square vanishes", "the circle grows", "the square blinks")
 START = "A red circle is at the top left and a blue square is at the bottom right."
 # what the killed process runs: the real command with a judge that is slow and writes down whom it was asked about
@@ -91,7 +94,7 @@ def arguments(prompts: list[str], output: Path, *more: str) -> list[str]:
 
 
 def scores(folder: Path) -> dict:
-    return {tuple(row[name] for name in KEY): row["scores"] for row in Ledger(folder / "scores.jsonl", KEY)}
+    return {tuple(row[name] for name in KEYS): row["scores"] for row in Ledger(folder / "scores.jsonl", KEYS)}
 
 
 def test_a_killed_evaluation_goes_on_without_scoring_anything_twice(
@@ -145,6 +148,37 @@ def test_an_outage_is_exit_code_3_and_the_same_command_goes_on(
     monkeypatch.setattr(evaluation, "served_judges", fake_judges(asked))
     assert evaluate.main(line) == 0
     assert len(scores(folder)) == 4 == len(asked.read_text().splitlines())
+
+
+def test_judges_behind_a_server_score_once_and_no_key_is_written(
+    prompts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Over HTTP: a good reply is V, a rejection that repeats the key is missing, and neither is asked about again."""
+    replies = itertools.cycle([(200, json.dumps(GOOD["video"])), (400, f"your key {KEY} is not worth a score")])
+    servers = [Server(lambda kind: next(replies), (200, ["m"])) for _ in range(2)]
+    for prefix, server, model in zip(("", "HELD_OUT_"), servers, ("m", "gemini"), strict=True):
+        for name, value in (("BASE_URL", server.address), ("MODEL", model), ("API_KEY", KEY)):
+            monkeypatch.setenv(f"TEMPACT_JUDGE_{prefix}{name}", value)
+    folder = tmp_path / "out"
+    line = arguments(prompts[:1], folder, "--seeds", "1", "--evaluation.strips", "1")
+    line += ["--judges.cache", str(tmp_path / "replies.sqlite"), "--judges.attempts", "1"]
+    try:
+        assert evaluate.main(line) == 0
+        asked = [len(server.requests) for server in servers]
+        assert evaluate.main(line) == 0
+        assert [len(server.requests) for server in servers] == asked == [4, 4]  # 2 prompts, 2 conditions
+    finally:
+        for server in servers:
+            server.close()
+    rows = list(Ledger(folder / "scores.jsonl", KEYS))
+    scored = [row["scores"] for row in rows if row["scores"]]
+    assert len(rows) == 8 and len(scored) == 4 and all(score["combined"] == pytest.approx(0.9) for score in scored)
+    assert all("HTTP 400" in row["missing"] for row in rows if not row["scores"])
+    assert all(row["picks"] == [0, 5, 9, 14, 18, 23] for row in rows)
+    shown = capfd.readouterr()
+    assert KEY not in shown.out + shown.err
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 8 and all(KEY.encode() not in path.read_bytes() for path in files)
 
 
 def test_export_needs_no_judge(prompts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -272,6 +272,7 @@ def test_a_run_whose_judges_are_gone_saves_and_stops(
     folder, build = tmp_path / "run", run_module.build_trainer
     arguments = ["shapeworld-smoke", "--device", "cpu", "--output", str(folder), "--trainer.iterations", "3"]
     arguments += ["--trainer.checkpoint_every", "50"]
+    closed: list[int] = []
 
     def judged(*given) -> Trainer:
         trainer = build(*given)
@@ -282,11 +283,13 @@ def test_a_run_whose_judges_are_gone_saves_and_stops(
                 raise JudgeOutage("judge plan_quality: no answer from host for 300 s")
             return whole.score(plans, rollout)
 
-        trainer.rewards = SimpleNamespace(begin=whole.begin, score=score, metrics=whole.metrics)
+        trainer.rewards = SimpleNamespace(
+            begin=whole.begin, score=score, metrics=whole.metrics, close=lambda: closed.append(1)
+        )
         return trainer
 
     monkeypatch.setattr(run_module, "build_trainer", judged)
-    assert train.main(arguments) == EXIT_ABORTED and unevaluated == []
+    assert train.main(arguments) == EXIT_ABORTED and unevaluated == [] and closed == [1]
     assert load(folder / "checkpoints" / "step-000001").state["done"] == 1
     monkeypatch.setattr(run_module, "build_trainer", build)
     assert train.main(arguments) == 0 and unevaluated == [1]

@@ -31,6 +31,9 @@ class RewardSet:
         """How the scoring itself went since the last call of this; names as in `metrics.jsonl`."""
         return {}
 
+    def close(self) -> None:
+        """Ends what the rewards have started; they score nothing afterwards."""
+
     def score(self, plans: PlanBatch, rollout: Rollout) -> Scored:
         """All raw rewards on the CPU. A number outside [0, 1] is no score: it counts as missing."""
         return Scored(

@@ -36,6 +36,7 @@ from tempact.temporal_order.table import Table, build_table, markdown_table, per
 from tempact.types import Step
 
 JSON, MARKDOWN, HTML = "temporal-order.json", "temporal-order.md", "temporal-order.html"
+RANDOM_WEIGHTS = "random weights"  # in the name of policies that have no others
 # which of the two the published table shows is not known (ALGORITHM.md section 7): both are reported
 METRICS = {COMBINED: "Combined score", TEMPORAL_ORDER: "Temporal order alone"}
 
@@ -105,7 +106,9 @@ def _scores(
     return MethodScores(method.name, name, judge, found)
 
 
-def write_results(folder: Path, suite: Suite, maker: Maker, results: Results, strips: int) -> list[Path]:
+def write_results(
+    folder: Path, suite: Suite, maker: Maker, ledger: Ledger, results: Results, strips: int
+) -> list[Path]:  # fmt: skip
     """Writes the three files; `strips` prompts of each set are shown with their film strips. Returns their paths."""
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     about = _about(suite, settings, results)
@@ -120,13 +123,13 @@ def write_results(folder: Path, suite: Suite, maker: Maker, results: Results, st
     paths = [folder / name for name in (JSON, MARKDOWN, HTML)]
     write_atomic(paths[0], json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
     write_atomic(paths[1], markdown(results, about))
-    write_atomic(paths[2], _page(results, about, film_strips(folder, suite, maker, strips)))
+    write_atomic(paths[2], _page(results, about, film_strips(folder, suite, maker, ledger, strips)))
     return paths
 
 
 def markdown(results: Results, about: Mapping[str, str]) -> str:
     """The tables, what was left out, and how it was measured."""
-    parts = ["# Temporal Order Benchmark"]
+    parts = ["# Temporal Order Benchmark", _note(about)]
     for one in results.findings:
         parts += [f"## {METRICS[one.metric]}", markdown_table(one.rows), _changes(one.comparisons)]
     parts += ["## Left out of the means", dropped_text(results.dropped)]
@@ -173,8 +176,14 @@ def _about(suite: Suite, settings: Mapping[str, Any], results: Results) -> dict[
     }
 
 
-def film_strips(folder: Path, suite: Suite, maker: Maker, count: int) -> list[dict[str, Any]]:
-    """The first `count` prompts of each set: text, annotated steps, and a PNG with a row for every condition."""
+def _note(about: Mapping[str, str]) -> str:
+    """What no reader of the tables may miss; "" if there is nothing."""
+    return "Random weights: the videos are noise." if RANDOM_WEIGHTS in about.get("policies", "") else ""
+
+
+def film_strips(folder: Path, suite: Suite, maker: Maker, ledger: Ledger, count: int) -> list[dict[str, Any]]:
+    """The first `count` prompts of each set: text, annotated steps, and a PNG with a row for every condition, which
+    shows the first seed's video and its combined scores."""
     shown = []
     for prompts in suite.prompts.values():
         for prompt in prompts[:count]:
@@ -183,12 +192,24 @@ def film_strips(folder: Path, suite: Suite, maker: Maker, count: int) -> list[di
                 video = maker.video(method, prompt, 0)
                 assert video is not None, (prompt.prompt_id, method.name)
                 steps = tuple(Step(**step) for step in video["steps"])
-                rows.append(StripRow(method.name, read_video(folder / video["file"]), steps))
+                title = f"{method.name}: {_scores_told(suite, ledger, method, prompt)}"
+                rows.append(StripRow(title, read_video(folder / video["file"]), steps))
             file = io.BytesIO()
             film_strip(rows, prompt.text).save(file, "PNG", optimize=True)
             uri = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
             shown.append({"prompt": prompt, "strip": uri})
     return shown
+
+
+def _scores_told(suite: Suite, ledger: Ledger, method: Method, prompt: OrderPrompt) -> str:
+    """The first seed's scores, judge by judge."""
+    told = []
+    for judge in suite.judges:
+        row = ledger.get((prompt.prompt_id, method.name, 0, judge.name))
+        scores = (row and row["scores"]) or {}
+        score = scores.get(PICKSCORE if judge.name == PICKSCORE else COMBINED)
+        told.append(f"{judge.name} {'missing' if score is None else format(score, '.2f')}")
+    return ", ".join(told)
 
 
 def _page(results: Results, about: Mapping[str, str], strips: list[dict[str, Any]]) -> str:
@@ -200,7 +221,7 @@ def _page(results: Results, about: Mapping[str, str], strips: list[dict[str, Any
     ]
     left_out = [one for one in results.dropped if one.missing]
     return environment.get_template("results.html.j2").render(
-        tables=tables, about=about, left_out=left_out, strips=strips
+        tables=tables, about=about, note=_note(about), left_out=left_out, strips=strips
     )
 
 

@@ -98,7 +98,8 @@ def test_missing_scores_leave_the_groups_and_change_nobody_elses_advantage() -> 
 
         scored = rewards_of(FakeJudges(vary)).score(plans, rollout)
         scored.aesthetics.fill_(0.8)
-        group_advantages(plan_rewards(scored, RewardConfig()).view(1, -1), 1.0, 1e-4)
+        of_plans = group_advantages(plan_rewards(scored, RewardConfig()).view(1, -1), 1.0, 1e-4)
+        assert of_plans[1].all() and torch.isfinite(of_plans[0]).all()
         return list(group_advantages(execution_rewards(scored, RewardConfig()), 10.0, 1e-6)[:2])
 
     (whole, all_there), (part, mask) = advantages(None), advantages(1)

@@ -328,7 +328,7 @@ def test_tables_count_what_is_missing_and_keep_pickscore_apart(bench: Bench) -> 
 def test_the_result_files_say_what_was_measured(bench: Bench) -> None:
     bench.judges[0].missing = ("hard-1",)
     ledger = bench.run()
-    paths = write_results(bench.folder, bench.suite, bench.maker, gather(bench.suite, ledger, 50, 0), strips=1)
+    paths = write_results(bench.folder, bench.suite, bench.maker, ledger, gather(bench.suite, ledger, 50, 0), strips=1)
     assert [path.suffix for path in paths] == [".json", ".md", ".html"]
     found = json.loads(paths[0].read_text(), parse_constant=pytest.fail)
     assert found["settings"]["judge.held-out"] == "model 2" and found["about"]["judged frames"].startswith(
@@ -345,11 +345,50 @@ def test_the_result_files_say_what_was_measured(bench: Bench) -> None:
     assert picture.startswith(b"\x89PNG")
 
 
+def test_strips_tell_the_scores_of_what_they_show(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.judges = [FakeJudge(missing=("hard-0",)), FakeJudge("held-out", "m"), FakeJudge(PICKSCORE, "clip")]
+    ledger, titles = bench.run(), list[str]()
+    real = results.film_strip
+
+    def recorded(rows, title):
+        titles.extend(row.title for row in rows)
+        return real(rows, title)
+
+    monkeypatch.setattr(results, "film_strip", recorded)
+    results.film_strips(bench.folder, bench.suite, bench.maker, ledger, 1)
+    level = bench.levels(STEP)[0] / 255
+    assert titles[1] == f"step-prompt: in-domain {level:.2f}, held-out {level:.2f}, PickScore {20 + level:.2f}"
+    assert len(titles) == 6 and titles[3].startswith("single-prompt: in-domain missing, held-out 0.")
+
+
+def test_prompts_that_pickscore_did_not_read_whole_are_counted(bench: Bench) -> None:
+    class Cutting(FakeJudge):
+        def verdict(self, video: JudgedVideo) -> Verdict:
+            return Verdict({PICKSCORE: 20.0, "cut": float(video.prompt.prompt_id in ("hard-1", "simple-0"))})
+
+    bench.judges = [FakeJudge(), Cutting(PICKSCORE, "clip")]
+    found = gather(bench.suite, bench.run(), 10, 0)
+    assert found.cut == 2
+    bench.counts = (3, 1)  # a smaller table of the same folder
+    assert gather(bench.suite, bench.run(), 10, 0).cut == 1
+    text = write_results(bench.folder, bench.suite, bench.maker, bench.run(), found, 0)[1].read_text()
+    assert "- PickScore: 8 frames, first and last included, against the whole prompt; 2 of 4 prompts" in text
+
+
+@pytest.mark.parametrize(("policies", "told"), [("self-forcing, random weights, settings 1", True), ("w", False)])
+def test_random_weights_are_said_above_the_tables(bench: Bench, policies: str, told: bool) -> None:
+    ledger = bench.run(policies=policies)
+    paths = write_results(bench.folder, bench.suite, bench.maker, ledger, gather(bench.suite, ledger, 10, 0), 0)
+    for path in paths[1:]:
+        head = path.read_text().partition("Combined score")[0]
+        assert ("Random weights: the videos are noise." in head) is told
+
+
 def test_the_page_escapes_prompts(bench: Bench) -> None:
     own = OrderPrompt("x", "simple", "", "<script>alert(1)</script>", ("<b>",))
     suite = Suite({"simple": [own]}, {"simple": 6}, (STEP,), 1, bench.judges)
     ledger = evaluate_suite(bench.folder, suite, bench.maker, policies="w", tell=lambda text: None)
-    page = write_results(bench.folder, suite, bench.maker, gather(suite, ledger, 10, 0), 1)[2].read_text()
+    page = write_results(bench.folder, suite, bench.maker, ledger, gather(suite, ledger, 10, 0), 1)[2].read_text()
     assert "<script" not in page and "<b>" not in page and "&lt;script&gt;" in page
 
 
