@@ -20,6 +20,7 @@ from tempact.temporal_order.frames import read_video
 from tempact.temporal_order.judging import COMBINED, CUT, TEMPORAL_ORDER
 from tempact.temporal_order.ledger import Ledger
 from tempact.temporal_order.making import Maker
+from tempact.temporal_order.options import SEEDS
 from tempact.temporal_order.prompts import OrderPrompt
 from tempact.temporal_order.protocol import (
     AVERAGE,
@@ -166,7 +167,8 @@ def _about(suite: Suite, settings: Mapping[str, Any], results: Results) -> dict[
     sets = (f"{len(prompts)} {name} ({suite.frames[name]} latent frames)" for name, prompts in suite.prompts.items())
     return {
         "prompts": ", ".join(sets),
-        "seeds": f"{suite.seeds} a prompt from {settings['seed']}; all conditions share noise",
+        "seeds": f"{suite.seeds} a prompt from {settings['seed']}; all conditions share noise"
+        + (f"; the protocol has {SEEDS} or more" if suite.seeds < SEEDS else ""),
         "policies": str(settings["policies"]),
         "judges": "; ".join(f"{judge.name}: {judge.version}" for judge in suite.judges) or "none",
         "judged frames": ", ".join(f"{settings[f'judged_frames.{name}']} ({name})" for name in suite.prompts)

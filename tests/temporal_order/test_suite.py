@@ -384,6 +384,14 @@ def test_random_weights_are_said_above_the_tables(bench: Bench, policies: str, t
         assert ("Random weights: the videos are noise." in head) is told
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_fewer_seeds_than_the_protocol_has_are_said(bench: Bench, seeds: int) -> None:
+    bench.seeds = seeds
+    ledger = bench.run()
+    text = write_results(bench.folder, bench.suite, bench.maker, ledger, gather(bench.suite, ledger, 10, 0), 0)[1]
+    assert ("the protocol has 2 or more" in text.read_text()) is (seeds < 2)
+
+
 def test_the_page_escapes_prompts(bench: Bench) -> None:
     own = OrderPrompt("x", "simple", "", "<script>alert(1)</script>", ("<b>",))
     suite = Suite({"simple": [own]}, {"simple": 6}, (STEP,), 1, bench.judges)
