@@ -19,6 +19,7 @@ from tempact.executor.rollout import gaussian_noise
 from tempact.models.wan.checkpoint_loading import load_transformer
 from tempact.models.wan.transformer import WanConfig
 from tempact.presets import get_preset
+from tempact.shapeworld.prompts import ShapeWorldPrompts
 from tempact.types import Batch, Plan, Step
 
 CPU = torch.device("cpu")
@@ -112,12 +113,17 @@ def test_another_models_latents_are_refused(release: Path, tmp_path: Path) -> No
         build_policies(configured(folder, tmp_path, wan_folder=str(release)))
 
 
-def test_training_on_real_video_is_refused_until_it_has_rewards(release: Path, tmp_path: Path) -> None:
+def test_training_on_real_video_is_refused_without_prompts_and_judges(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TEMPACT_JUDGE_BASE_URL", "TEMPACT_JUDGE_PLAN_QUALITY_BASE_URL", "LLM_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
     config = configured(release, tmp_path)
-    with pytest.raises(
-        UserError, match="executor.weights: found a Wan checkpoint, for whose videos there are no rewards"
-    ):
-        build_trainer(config, build_policies(config))
+    policies = build_policies(config)
+    with pytest.raises(UserError, match="data.prompts: found shapeworld, which does not serve executor.weights"):
+        build_trainer(config, policies)
+    with pytest.raises(UserError, match="found no address of the judge plan_quality; accepted: TEMPACT_JUDGE_PLAN"):
+        build_trainer(config, policies, ShapeWorldPrompts())
 
 
 def test_what_is_wan_and_what_is_shapeworlds(release: Path, tmp_path: Path) -> None:
