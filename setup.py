@@ -13,8 +13,9 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["csrc_triton*", "tempact*"]),
     package_data={
-        "tempact": ["infra/*.j2", "shapeworld/weights/**/*.json", "shapeworld/weights/**/*.safetensors",
-                    "shapeworld/weights/**/*.jinja"],
+        "tempact": ["infra/*.j2", "rewards/rubrics/*.md", "shapeworld/weights/**/*.json",
+                    "shapeworld/weights/**/*.safetensors", "shapeworld/weights/**/*.jinja", "temporal_order/*.j2",
+                    "temporal_order/*.jsonl"],
     },
     install_requires=[
         "huggingface-hub>=1.0",
@@ -36,8 +37,8 @@ setup(
         "tyro>=1.0",
     ],
     extras_require={
-        "test": ["diffusers>=0.36", "ftfy>=6.2", "hypothesis>=6.100", "mypy>=2.0", "pyarrow>=17", "pytest>=8.2",
-                 "pytest-benchmark>=5.0", "pytest-timeout>=2.3", "ruff>=0.12"],
+        "test": ["diffusers>=0.36", "ftfy>=6.2", "hypothesis>=6.100", "mypy>=2.0", "openai>=2.0", "pyarrow>=17",
+                 "pytest>=8.2", "pytest-benchmark>=5.0", "pytest-timeout>=2.3", "ruff>=0.12"],
         "bench": ["diffusers>=0.36", "liger-kernel>=0.6", "pytest>=8.2", "pytest-benchmark>=5.0"],
         "diffusers": ["diffusers>=0.36"],
         "judges": ["openai>=2.0"],

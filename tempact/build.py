@@ -249,16 +249,20 @@ def build_prompts(config: RunConfig) -> PromptSource:
 
 
 def build_rewards(config: RunConfig) -> RewardSet:
-    """The four rewards of a run's videos: ShapeWorld's own, judges for everything else.
+    """The four rewards of a run's videos: ShapeWorld's own, judges and PickScore for everything else.
 
-    Raises UserError where no judges are configured.
+    Whoever builds them closes them. UserError for judges that the environment lacks and for PickScore's weights.
     """
     if is_shapeworld(config.executor.weights):
         return shapeworld_rewards()
-    raise UserError(
-        "rewards: found no judges, without which videos of executor.weights "
-        f"{config.executor.weights} have no rewards yet; accepted: executor.weights {SHAPEWORLD} for training"
-    )
+    from tempact.rewards.real import open_judges, open_scorer, real_rewards  # late: ShapeWorld needs no CLIP
+
+    judges = open_judges(config.judges)
+    try:
+        return real_rewards(judges, open_scorer(config.judges, device_of(config)), config.judges)
+    except UserError:
+        judges.close()
+        raise
 
 
 def build_trainer(

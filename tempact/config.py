@@ -115,6 +115,24 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
+class JudgeSettings:
+    """Rewards for real video. Addresses, models, keys, concurrency and rate limits are in the environment only
+    (docs/judges.md)."""
+
+    deadline_s: float = 120.0  # for a call, with its retries and pauses
+    attempt_s: float = 60.0  # for one request
+    attempts: int = 4  # requests of a call
+    outage_s: float = 300.0  # silence of all servers of a role after which the run saves and stops
+    cache: str = "runs/judges.sqlite"  # replies, for all ranks and runs on a machine; "" for none
+    video_frames: int = 6  # of a whole video that a judge sees
+    step_frames: int = 6  # of a step
+    aesthetics_frames: int = 8  # of a step that PickScore sees
+    aesthetics_batch: int = 64  # frames that PickScore takes at a time
+    aesthetics_weights: str = "yuvalkirstain/PickScore_v1"  # a CLIP folder, or a name on the Hugging Face hub
+    aesthetics_processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # its tokenizer and image sizes
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Held-out evaluation: videos per set, film strips shown, bootstrap resamples."""
 
@@ -147,6 +165,7 @@ class RunConfig:
     executor: ExecutorConfig
     data: DataConfig = field(default_factory=DataConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
+    judges: JudgeSettings = field(default_factory=JudgeSettings)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: str = "runs/shapeworld"
@@ -161,6 +180,7 @@ class RunConfig:
 def validate(config: RunConfig) -> None:
     """Raises UserError in one line for the first value that cannot work."""
     executor, planner, trainer, evaluation = config.executor, config.planner, config.trainer, config.evaluation
+    _check_judges(config.judges)
     counts = {
         "planner.lora.rank": planner.lora.rank,
         "planner.max_new_tokens": planner.max_new_tokens,
@@ -204,3 +224,15 @@ def validate(config: RunConfig) -> None:
     for good, key, found, accepted in checks:
         if not good:
             raise UserError(f"{key}: found {found}; accepted: {accepted}")
+
+
+def _check_judges(judges: JudgeSettings) -> None:
+    least = {"attempts": 1, "aesthetics_batch": 1, "video_frames": 2, "step_frames": 2, "aesthetics_frames": 2}
+    for key, count in least.items():  # two frames: the first and the last
+        if getattr(judges, key) < count:
+            raise UserError(f"judges.{key}: found {getattr(judges, key)}; accepted: at least {count}")
+    for key in ("deadline_s", "attempt_s"):
+        if getattr(judges, key) <= 0:
+            raise UserError(f"judges.{key}: found {getattr(judges, key)}; accepted: above 0")
+    if judges.outage_s <= judges.attempt_s:
+        raise UserError(f"judges.outage_s: found {judges.outage_s}; accepted: above attempt_s ({judges.attempt_s})")

@@ -1,4 +1,4 @@
-"""`python -m tempact.doctor [--json]`: does this machine have what a run needs?"""
+"""`python -m tempact.doctor [--json]`: has this machine what a run needs? `doctor judges`: do its judges judge?"""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from tempact.cli import EXIT_USER_ERROR, LineParser, guarded
 from tempact.infra.check_versions import FAULT, NOTHING, versions
 from tempact.presets import DEFAULT, get_preset
 
+JUDGES = "judges"
+
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 everything needed is there, 2 something is not, or bad input."""
-    return guarded(lambda: _doctor(parser().parse_args(argv)))
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == [JUDGES]:
+        return guarded(lambda: _judges(judges_parser().parse_args(arguments[1:])))
+    return guarded(lambda: _doctor(parser().parse_args(arguments)))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,6 +29,34 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="cuda: a GPU must be there")
     made.add_argument("--json", action="store_true", help="print a JSON object in the place of lines")
     return made
+
+
+def judges_parser() -> argparse.ArgumentParser:
+    about = "One canned plan and one canned video to every judge of the environment (docs/judges.md)."
+    made = LineParser(prog=f"python -m tempact.doctor {JUDGES}", description=about)
+    made.add_argument("--timeout", type=_seconds, default=60.0, help="seconds that a judge may take (default 60)")
+    return made
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {text!r}, accepted: a number above 0")
+    return value
+
+
+def _judges(arguments: argparse.Namespace) -> int:
+    from tempact.rewards.doctor_judges import findings
+
+    healthy = True
+    for status, line in findings(arguments.timeout):
+        sys.stdout.write(f"{status:<5} {line}\n")
+        sys.stdout.flush()  # the next judge may take its time
+        healthy = healthy and status != FAULT
+    return 0 if healthy else EXIT_USER_ERROR
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,9 @@
-"""`python -m tempact.evaluate RUN`: the held-out table of a training run."""
+"""`python -m tempact.evaluate PRESET|RUN [--suite temporal-order|shapeworld] [--section.field value ...]`: tables.
+
+The Temporal Order Benchmark's videos are scored by judges behind servers (environment: TEMPACT_JUDGE_..., and
+TEMPACT_JUDGE_HELD_OUT_... for the held-out one); ShapeWorld's suite brings its own judges. The same command given again
+goes on where a killed evaluation was; nothing is scored twice.
+"""
 
 from __future__ import annotations
 
@@ -7,44 +12,53 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from tempact.cli import LineParser, from_yaml, guarded
+from tempact.cli import guarded, parse_run
+from tempact.config import RunConfig
 from tempact.errors import UserError
+from tempact.presets import PRESETS
+from tempact.temporal_order.options import SHAPEWORLD, SUITES, order_options, parser, shapeworld_counts
+
+PROGRAM = "python -m tempact.evaluate"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad input."""
-    return guarded(lambda: _evaluate(parser().parse_args(argv)))
+    """Exit codes: 0 done, 2 bad input, 3 a judge that was silent for too long (what was scored is kept)."""
+    return guarded(lambda: _evaluate(*_parser().parse_known_args(argv)))
 
 
-def parser() -> argparse.ArgumentParser:
-    made = LineParser(prog="python -m tempact.evaluate", description=__doc__)
-    made.add_argument("run", type=Path, help="folder of a training run")
-    made.add_argument("--simple", type=int, help="videos of the simple set (default: as the run)")
-    made.add_argument("--hard", type=int, help="videos of the hard set (default: as the run)")
-    made.add_argument("--seed", type=int, help="of prompts, plans and noise (default: as the run)")
-    made.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: as the run")
-    return made
+def _parser() -> argparse.ArgumentParser:
+    return parser(PROGRAM, __doc__)
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
-    file = arguments.run / "config.yaml"
-    if not file.is_file():
-        raise UserError(f"{arguments.run}: holds no config.yaml; accepted: the folder of a training run")
-    config = from_yaml(file)
-    asked = {key: getattr(arguments, key) for key in ("simple", "hard", "seed") if getattr(arguments, key) is not None}
-    for key in ("simple", "hard"):
-        if asked.get(key, 1) < 1:
-            raise UserError(f"--{key}: found {asked[key]}; accepted: at least 1")
-    config = replace(config, evaluation=replace(config.evaluation, **asked), device=arguments.device or config.device)
+def _evaluate(arguments: argparse.Namespace, options: list[str]) -> int:
+    undotted = [word for word in options if word.startswith("--") and "." not in word.partition("=")[0]]
+    if undotted:
+        _parser().error(f"unrecognized arguments: {' '.join(undotted)}")
+    config, run = _configured(arguments, options)
+    if (arguments.suite or (SHAPEWORLD if config.executor.weights == SHAPEWORLD else SUITES[0])) == SHAPEWORLD:
+        config = replace(config, evaluation=replace(config.evaluation, **shapeworld_counts(arguments)))
 
-    from tempact.infra.files import claim_run_folder
-    from tempact.infra.progress import setup_logging
-    from tempact.run import evaluate, trained_policies
+        from tempact.evaluation import evaluate_shapeworld
 
-    setup_logging()
-    with claim_run_folder(arguments.run) as folder:
-        evaluate(config, folder, trained_policies(config, folder))
-    return 0
+        return evaluate_shapeworld(config, run)
+    asked = order_options(arguments, config, trained=run is not None)
+
+    from tempact.evaluation import evaluate_benchmark
+
+    return evaluate_benchmark(config, run, asked, arguments.output)
+
+
+def _configured(arguments: argparse.Namespace, options: list[str]) -> tuple[RunConfig, Path | None]:
+    """The configuration of the preset or run with the command line's values, and the run's folder if it is one."""
+    run = Path(arguments.target)
+    known = (run / "config.yaml").is_file()
+    if not known and arguments.target not in PRESETS:
+        presets = ", ".join(PRESETS)
+        raise UserError(f"{run}: holds no config.yaml; accepted: the folder of a training run, or a preset: {presets}")
+    source = ["--config", str(run / "config.yaml")] if known else [arguments.target]
+    config = parse_run([*source, *options], PROGRAM)[0]
+    evaluation = config.evaluation if arguments.seed is None else replace(config.evaluation, seed=arguments.seed)
+    return replace(config, evaluation=evaluation, device=arguments.device or config.device), run if known else None
 
 
 if __name__ == "__main__":

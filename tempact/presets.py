@@ -116,6 +116,7 @@ def self_forcing() -> RunConfig:
             micro_batch=4,
         ),
         data=DataConfig(prompts="", prompts_per_iteration=16),
+        evaluation=EvaluationConfig(batch=8),  # 8 videos of 60 latent frames are 2.1 GiB of pixels
         output="runs/self-forcing",
     )
 

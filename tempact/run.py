@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -30,7 +30,9 @@ from tempact.infra.progress import Progress
 from tempact.infra.report import write_report
 from tempact.infra.rng import restore_rng
 from tempact.infra.showcase import write_extremes, write_showcase
-from tempact.shapeworld.evaluation import BOTH, SINGLE, STEP
+from tempact.rewards.judge_types import JudgeOutage
+from tempact.temporal_order.cells import CellStore
+from tempact.temporal_order.conditions import BOTH, METHODS, SINGLE, STEP, Method
 from tempact.temporal_order.protocol import write_evaluation
 from tempact.temporal_order.table import markdown_table
 from tempact.trainer import Aborted, Iteration, Trainer
@@ -71,7 +73,7 @@ class StopRequest:
 
 def train(config: RunConfig, resume: str) -> int:
     """Trains, evaluates and reports; returns the exit code: 0, EXIT_STOPPED when asked to stop, EXIT_ABORTED when
-    the run cannot go on (`trainer.Aborted`). Either way the state is saved."""
+    the run cannot go on (`trainer.Aborted`) or no judge answered. Either way the state is saved."""
     with claim_run_folder(config.output) as folder:
         checkpoint = resolve_resume(resume, folder)
         check_executor(config)
@@ -85,10 +87,12 @@ def train(config: RunConfig, resume: str) -> int:
         try:
             with StopRequest().listening() as stop:
                 finished = loop(config, folder, policies, trainer, stop)
-        except Aborted as error:
+        except (Aborted, JudgeOutage) as error:
             store(config, folder, policies, trainer)
             log.error("%s; saved after iteration %d", error, trainer.done)
             return EXIT_ABORTED
+        finally:
+            trainer.rewards.close()
         if not finished:
             log.warning("stopped after iteration %d; `--resume auto` goes on from there", trainer.done)
             return EXIT_STOPPED
@@ -149,11 +153,20 @@ def restore(path: Path, config: RunConfig, policies: Policies, trainer: Trainer)
     log.info("resumed from %s", path)
 
 
-def evaluate(config: RunConfig, folder: Path, policies: Policies) -> None:
-    """The held-out table, videos and report of a finished run; the executor holds its averaged weights."""
+def evaluate(
+    config: RunConfig,
+    folder: Path,
+    policies: Policies,
+    store: CellStore | None = None,
+    methods: Sequence[Method] = METHODS,
+) -> None:
+    """The held-out table, videos and report of a finished run; the executor holds its averaged weights.
+
+    store: keeps what is done, so that a killed evaluation can go on.
+    """
     suite = build_suite(config, policies)
     with Progress("evaluation", 0) as progress:
-        result = suite.run(progress.tell)
+        result = suite.run(progress.tell, methods, store)
     rows = write_evaluation(folder, result.scores, config.evaluation.bootstrap, config.evaluation.seed)
     write_showcase(folder, result.samples, SHOWN)
     write_report(folder)

@@ -157,6 +157,7 @@ class Trainer:
         with timed("plan"):
             prompts = self.prompts.draw(data.prompts_per_iteration, self._seed("prompts"))
             plans = self.planner.sample(prompts, planner.plans_per_prompt, self._seed("plans"))
+            self.rewards.begin(plans)
         with timed("rollout"):
             forks = switch_frames(plans, executor.chunk_frames, random.Random(self._seed("switch")))
             shape = self.executor.noise_shape(len(plans.plans), executor.continuations)
@@ -168,6 +169,7 @@ class Trainer:
         with timed("update"):
             metrics |= self._update(batch)
         self.done += 1
+        metrics |= self.rewards.metrics()
         if torch.cuda.is_available():
             metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return Iteration(self.done, plans, rollout, scored, batch, metrics | timing)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import synthesise
 
-from tempact.build import build_policies, build_rewards, is_wan
+from tempact.build import build_policies, build_prompts, build_rewards, is_wan
 from tempact.config import RunConfig
 from tempact.errors import UserError
 from tempact.executor.rollout import gaussian_noise
@@ -97,9 +97,16 @@ def test_another_models_latents_are_refused(release: Path, tmp_path: Path) -> No
         build_policies(configured(folder, tmp_path, wan_folder=str(release)))
 
 
-def test_training_on_real_video_is_refused_without_judges(release: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="rewards: found no judges, without which videos of executor.weights"):
-        build_rewards(configured(release, tmp_path))
+def test_training_on_real_video_is_refused_without_prompts_and_judges(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TEMPACT_JUDGE_BASE_URL", "TEMPACT_JUDGE_PLAN_QUALITY_BASE_URL", "LLM_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    config = configured(release, tmp_path)
+    with pytest.raises(UserError, match="data.prompts: found 'shapeworld', which does not serve executor.weights"):
+        build_prompts(config)
+    with pytest.raises(UserError, match="found no address of the judge plan_quality; accepted: TEMPACT_JUDGE_PLAN"):
+        build_rewards(config)
 
 
 def test_what_is_wan_and_what_is_shapeworlds(release: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tempact.config": {"tempact.errors"},
     "tempact.presets": EVERYONE,
     "tempact.cli": EVERYONE | {"tempact.presets"},
-    "tempact.temporal_order": EVERYONE | {"tempact.infra"},
+    "tempact.temporal_order": EVERYONE | {"tempact.infra", "tempact.rewards", "tempact.cli"},
     "tempact.infra": EVERYONE | {"csrc_triton", "tempact.temporal_order"},
     "tempact.models": EVERYONE | {"csrc_triton"},
     "tempact.rl": EVERYONE | {"csrc_triton"},
@@ -44,8 +44,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tempact.preflight": EVERYONE | BUILT,
     "tempact.run": EVERYONE | BUILT | COMMAND_LINE,
     "tempact.generation": EVERYONE | BUILT,
+    "tempact.evaluation": EVERYONE | BUILT | COMMAND_LINE | {"tempact.run"},
     **dict.fromkeys(
-        ENTRY, EVERYONE | BUILT | COMMAND_LINE | {"tempact.run", "tempact.generation", "tempact.preflight"}
+        ENTRY,
+        EVERYONE
+        | BUILT
+        | COMMAND_LINE
+        | {"tempact.run", "tempact.generation", "tempact.evaluation", "tempact.preflight"},
     ),
 }
 POLICIES = ("tempact.planner*", "tempact.executor*", "tempact.trainer", "tempact.build")
@@ -54,7 +59,7 @@ MODEL_CODE = ("tempact.models*", "transformers*", "peft*", *POLICIES)
 NEVER_REACH = [
     ("csrc_triton*", ("tempact*",)),
     ("tempact.rl*", MODEL_CODE),
-    ("tempact.rewards*", MODEL_CODE),
+    ("tempact.rewards*", ("tempact.models*", "peft*", *POLICIES)),  # transformers: PickScore is a CLIP
     ("tempact.shapeworld.rewards", ("tempact.planner.policy", "tempact.executor*", "tempact.trainer", "tempact.build")),
     ("tempact.shapeworld.judge", ("tempact.shapeworld.verifier", "tempact.shapeworld.tracking")),
     ("tempact.cli", ("torch*", "numpy*", "transformers*", "peft*", "matplotlib*")),
@@ -152,7 +157,12 @@ def test_the_walk_sees_lazy_relative_and_submodule_imports() -> None:
 def test_every_folder_with_code_is_a_package_and_data_is_shipped() -> None:
     code = {path.parent for path in sources().values()}
     assert [str(folder) for folder in sorted(code) if not (folder / "__init__.py").is_file()] == []
-    shipped = {"tempact/infra": (".j2",), "tempact/shapeworld/weights": (".json", ".safetensors", ".jinja")}
+    shipped = {
+        "tempact/infra": (".j2",),
+        "tempact/rewards/rubrics": (".md",),
+        "tempact/temporal_order": (".j2", ".jsonl"),
+        "tempact/shapeworld/weights": (".json", ".safetensors", ".jinja"),
+    }
     listed = subprocess.run(
         ["git", "ls-files", "tempact", "csrc_triton"], cwd=REPOSITORY, capture_output=True, text=True, check=False
     ).stdout.split()

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import os
+import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from rewards.reward_cases import FakeJudges
+from rewards.tiny_clip import tiny_clip
 
-from tempact.build import build_policies, is_random
+from tempact.build import build_policies, build_rewards, build_trainer, is_random
 from tempact.errors import UserError
 from tempact.executor.rollout import gaussian_noise
 from tempact.executor.window import WINDOWS
 from tempact.models.wan.random_weights import RANDOM, RandomText
 from tempact.presets import get_preset
-from tempact.types import Batch, Plan, Step
+from tempact.rewards.aesthetics import PickScorer
+from tempact.rewards.judge_types import JudgeCall
+from tempact.rewards.real import RealRewards, real_rewards
+from tempact.types import Batch, Plan, PlanBatch, Prompt, Step
 
 WAN = ("self-forcing", "causal-forcing", "causal-forcing-framewise", "longlive")
 
@@ -116,3 +125,66 @@ def test_without_the_packages_of_real_backbones(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("tempact.build.WAN_PACKAGES", ("diffusers", "no_such_package"))
     with pytest.raises(UserError, match="random-tiny needs no_such_package; accepted: after pip install -e"):
         build_policies(small("longlive"))
+
+
+def test_an_iteration_with_judges_of_real_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From pixels of the VAE to advantages: one continuation is not judged, and its group goes on without it."""
+    base = small("self-forcing", continuations=3)
+    data = replace(base.data, prompts_per_iteration=1)
+    config = replace(base, data=data, planner=replace(base.planner, plans_per_prompt=2, train=False))
+    policies = build_policies(config)
+    steps = (Step(0, 6, "a cat sits"), Step(6, 18, "the cat jumps"))
+    lost = iter(range(100))
+
+    def says(call: JudgeCall) -> str | None:
+        if call.role == "step_following" and next(lost) == 1:
+            return None
+        marks = {name: field for name, field in call.rubric.fields.model_fields.items()}
+        value = 0.5 if call.role == "plan_quality" else len(call.images[0]) % 10
+        return json.dumps({name: [value] * 6 if name == "frame_scores" else value for name in marks})
+
+    judges = FakeJudges(says)
+    rewards = real_rewards(judges, PickScorer(*tiny_clip()), config.judges)
+
+    def sample(prompts: list[Prompt], plans_per_prompt: int, seed: int) -> PlanBatch:
+        return PlanBatch(prompts, [Plan(prompts[0].text, steps)] * plans_per_prompt, plans_per_prompt)
+
+    class Prompts:
+        def draw(self, count: int, seed: int) -> list[Prompt]:
+            return [Prompt("0", "A cat sits, then jumps.")] * count
+
+    monkeypatch.setattr(policies.planner, "sample", sample)
+    trainer = build_trainer(config, policies, Prompts(), rewards)
+    iteration = trainer.iterate(lambda phase: None)
+    assert iteration.rollout.frames.shape == (2, 3, 69, 3, 32, 48)
+    scored, batch = iteration.scored, iteration.batch
+    assert scored.plan_quality.tolist() == pytest.approx([0.4 * 0.5 + 0.25 * 0.5 + 0.25 * 0.5 - 0.3 * 0.5] * 2)
+    assert torch.isnan(scored.step_following).tolist() == [[False, True, False], [False] * 3]
+    assert torch.isfinite(scored.temporal_following).all() and torch.isfinite(scored.aesthetics).all()
+    assert batch.execution_mask.tolist() == [[True, False, True], [True] * 3]
+    assert iteration.metrics["rewards/step_following/missing"] == pytest.approx(1 / 6)
+    assert iteration.metrics["judge/calls"] == 2 + 6 + 6 and "rewards/aesthetics/truncated" in iteration.metrics
+    picks = {call.role: len(call.images) for call in judges.calls}
+    assert picks == {"plan_quality": 0, "temporal_following": 6, "step_following": 6}
+
+
+def test_rewards_of_real_video_are_judges_and_pickscore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("TEMPACT_JUDGE_", "VLLM_", "LLM_"))]:
+        monkeypatch.delenv(name)
+    base = small("self-forcing")
+    clip, processor = tiny_clip()
+    clip.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    weights = {"aesthetics_weights": str(tmp_path), "aesthetics_processor": str(tmp_path)}
+    config = replace(base, judges=replace(base.judges, cache="", video_frames=4, **weights))
+    with pytest.raises(UserError, match="found no address of the judge plan_quality"):
+        build_rewards(config)
+    monkeypatch.setenv("TEMPACT_JUDGE_BASE_URL", "http://127.0.0.1:9/v1")
+    monkeypatch.setenv("TEMPACT_JUDGE_MODEL", "m")
+    rewards = build_rewards(config)
+    assert isinstance(rewards, RealRewards) and rewards.temporal_following.frames == 4
+    rewards.close()
+    before = threading.active_count()
+    with pytest.raises(UserError, match=r"judges\.aesthetics_weights: none cannot be loaded"):
+        build_rewards(replace(config, judges=replace(config.judges, aesthetics_weights="none")))
+    assert threading.active_count() == before  # the judges' thread has ended

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio_ffmpeg
 import pytest
@@ -25,6 +26,7 @@ from tempact.cli import EXIT_STOPPED, EXIT_USER_ERROR, from_yaml
 from tempact.infra.checkpoint import defect, load
 from tempact.infra.metrics import read_metrics
 from tempact.infra.report import write_report
+from tempact.rewards.judge_types import JudgeOutage
 from tempact.run import EXIT_ABORTED
 from tempact.shapeworld.evaluation import METHODS
 from tempact.temporal_order.protocol import read_evaluation
@@ -261,6 +263,36 @@ def test_a_run_whose_updates_keep_failing_is_saved_whole(
     monkeypatch.setattr(run_module, "build_trainer", build)
     assert train.main(arguments) == 0 and unevaluated == [1]
     assert [row["executor/skipped_updates"] for row in read_metrics(folder)] == [1.0, 2.0, 0.0, 0.0]
+
+
+def test_a_run_whose_judges_are_gone_saves_and_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unevaluated: list[int]
+) -> None:
+    folder, build = tmp_path / "run", run_module.build_trainer
+    arguments = ["shapeworld-smoke", "--device", "cpu", "--output", str(folder), "--trainer.iterations", "3"]
+    arguments += ["--trainer.checkpoint_every", "50"]
+    closed: list[int] = []
+
+    def judged(*given) -> Trainer:
+        trainer = build(*given)
+        whole = trainer.rewards
+
+        def score(plans, rollout):
+            if trainer.done == 1:
+                raise JudgeOutage("judge plan_quality: no answer from host for 300 s")
+            return whole.score(plans, rollout)
+
+        trainer.rewards = SimpleNamespace(
+            begin=whole.begin, score=score, metrics=whole.metrics, close=lambda: closed.append(1)
+        )
+        return trainer
+
+    monkeypatch.setattr(run_module, "build_trainer", judged)
+    assert train.main(arguments) == EXIT_ABORTED and unevaluated == [] and closed == [1]
+    assert load(folder / "checkpoints" / "step-000001").state["done"] == 1
+    monkeypatch.setattr(run_module, "build_trainer", build)
+    assert train.main(arguments) == 0 and unevaluated == [1]
+    assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3]  # no iteration is lost or done twice
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -17,7 +17,7 @@ from tempact.build import build_policies, build_suite, build_trainer
 from tempact.config import RunConfig, TrainerConfig
 from tempact.infra.rng import derive_seed
 from tempact.presets import get_preset
-from tempact.shapeworld.evaluation import BOTH, EXECUTOR_ONLY, PLANNER_ONLY, SINGLE, STEP
+from tempact.temporal_order.conditions import BOTH, EXECUTOR_ONLY, PLANNER_ONLY, SINGLE, STEP
 from tempact.temporal_order.protocol import MethodScores
 from tempact.trainer import Iteration, TooManySkippedUpdates, Trainer, split, switch_frames
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Scored, Step
@@ -49,9 +49,17 @@ def make(config: RunConfig, scored: Scored | None = None) -> Trainer:
 @dataclass
 class FixedRewards:
     scored: Scored
+    told: list[object] = field(default_factory=list)
+
+    def begin(self, plans: PlanBatch) -> None:
+        self.told.append(plans)
 
     def score(self, plans: PlanBatch, rollout: Rollout) -> Scored:
+        self.told.append(rollout)
         return self.scored
+
+    def metrics(self) -> dict[str, float]:
+        return {"judge/told": float(len(self.told))}
 
 
 def rewards(following: list[list[float]], steps: list[list[float]]) -> Scored:
@@ -65,6 +73,19 @@ def rewards(following: list[list[float]], steps: list[list[float]]) -> Scored:
 
 def iterate(trainer: Trainer) -> Iteration:
     return trainer.iterate(lambda phase: None)
+
+
+def test_rewards_know_the_plans_before_there_are_videos_and_say_how_they_did() -> None:
+    trainer = make(smoke(), rewards([[0.2, 0.4], [0.6, 0.8]], [[0.1, 0.5], [0.3, 0.7]]))
+    rolled_out = trainer.executor.rollout
+
+    def rollout(plans: list[Plan], *more: object) -> Rollout:
+        assert [batch.plans for batch in trainer.rewards.told] == [plans]
+        return rolled_out(plans, *more)
+
+    trainer.executor.rollout = rollout
+    done = iterate(trainer)
+    assert trainer.rewards.told == [done.plans, done.rollout] and done.metrics["judge/told"] == 2.0
 
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ PACKAGES = {
     "imageio-ffmpeg": Package("0.5", "0.8.1"),
     "diffusers": Package("0.36", "0.42.1", "wan"),
     "ftfy": Package("6.2", "6.3.1", "wan"),
-    "openai": Package("2.0", "", "judges"),
+    "openai": Package("2.0", "3.54.0", "judges"),
     "wandb": Package("0.20", "", "wandb"),
 }
 

@@ -39,6 +39,7 @@ SAVING, REPLACED = ".saving", ".replaced"  # suffixes of folders that a killed s
 FREE_KEYS = (
     "preset", "output", "device", "wandb_project", "threads", "trainer.iterations", "trainer.checkpoint_every",
     "trainer.keep_checkpoints", "trainer.samples_every", "executor.max_rollout_gap", "evaluation.",
+    "judges.deadline_s", "judges.attempt_s", "judges.attempts", "judges.outage_s", "judges.cache",
 )  # fmt: skip
 
 

@@ -177,7 +177,7 @@ def judges(environment: Mapping[str, str] = os.environ) -> Finding:
         if name.startswith(JUDGE_PREFIXES) and name.endswith(ADDRESS) and value.strip()
     )  # fmt: skip
     if not names:
-        todo = "judges of real video are still to come"
+        todo = "training on real video needs them (docs/judges.md)"
         return Finding("judges", NOTE, "no address in the environment", accepted, todo)
     found, wrong = [], []
     for name in names:
@@ -187,7 +187,7 @@ def judges(environment: Mapping[str, str] = os.environ) -> Finding:
             wrong += [] if shown else [name]
     if wrong:
         return Finding("judges", FAULT, ", ".join(found), accepted, f"correct {', '.join(dict.fromkeys(wrong))}")
-    return Finding("judges", OK, ", ".join(found), accepted, "they are not asked here")
+    return Finding("judges", OK, ", ".join(found), accepted, "python -m tempact.doctor judges asks them")
 
 
 def _endpoint(address: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,8 @@ from tempact.infra.checks import why_not_writable
 from tempact.models.wan.checkpoint_adapters import open_adapter
 from tempact.models.wan.checkpoint_files import find_weights
 from tempact.models.wan.transformer import WanConfig
-from tempact.preflight.models import planner_folder, shapeworld_folder
+from tempact.preflight.models import hub_folder, planner_folder, shapeworld_folder
+from tempact.rewards.judge_config import ROLES, JudgeConfig
 
 
 def missing_paths(config: RunConfig, sizes: WanConfig) -> list[str]:
@@ -24,6 +26,7 @@ def missing_paths(config: RunConfig, sizes: WanConfig) -> list[str]:
         *_executor(config, sizes),
         *_planner(config.planner.weights),
         *_data(config),
+        *_rewards(config),
         *_folders(config),
     ]
 
@@ -76,16 +79,40 @@ def _planner(weights: str) -> Iterator[str]:
 
 
 def _data(config: RunConfig) -> Iterator[str]:
-    prompts, weights = config.data.prompts, config.executor.weights
-    if shapeworld_folder("executor", weights) is None:
-        yield "rewards: found none for real video, so training is refused; accepted: an executor of ShapeWorld"
+    prompts = config.data.prompts or "nothing"
+    if _real_video(config):
+        yield f"data.prompts: found {prompts}; accepted: {SHAPEWORLD}, with its executor; others are to come"
     elif prompts != SHAPEWORLD:
-        yield f"data.prompts: found {prompts or 'nothing'}; accepted: {SHAPEWORLD}"
+        yield f"data.prompts: found {prompts}; accepted: {SHAPEWORLD}"
+
+
+def _rewards(config: RunConfig) -> Iterator[str]:
+    """Judges are looked up in the environment and not asked; `python -m tempact.doctor judges` asks them."""
+    if not _real_video(config):
+        return
+    if importlib.util.find_spec("openai") is None:
+        yield "judges: found no package openai; accepted: after pip install -e '.[judges]'"
+    for role, fallback in ROLES.items():
+        yield from _tried("judges", partial(JudgeConfig.from_environment, {role: fallback}))
+    settings = config.judges
+    for key, name, file in (
+        ("judges.aesthetics_weights", settings.aesthetics_weights, "config.json"),
+        ("judges.aesthetics_processor", settings.aesthetics_processor, "tokenizer_config.json"),
+    ):
+        if hub_folder(name, file) is None:
+            found = f"{name}, which is no folder with a {file} and not in the Hugging Face hub's cache"
+            yield f"{key}: found {found}; accepted: a CLIP folder, or a name that the hub serves"
+
+
+def _real_video(config: RunConfig) -> bool:
+    return shapeworld_folder("executor", config.executor.weights) is None
 
 
 def _folders(config: RunConfig) -> Iterator[str]:
     wan = shapeworld_folder("executor", config.executor.weights) is None and not is_random(config.executor.weights)
     folders = {"output": config.output} | ({"executor.text_cache": config.executor.text_cache} if wan else {})
+    if _real_video(config) and config.judges.cache:
+        folders["judges.cache"] = str(Path(config.judges.cache).parent)
     for key, folder in folders.items():
         reason = why_not_writable(Path(folder))
         if reason is not None:

@@ -89,13 +89,18 @@ def planner_config(weights: str) -> PretrainedConfig | None:
 
 def planner_folder(weights: str) -> Path | None:
     """Where the planner's files are on this machine: a folder, or the hub's cache."""
-    folder = WEIGHTS / "planner" if weights in (SHAPEWORLD, "random") else Path(weights)
-    if not (folder / "config.json").is_file():
+    return hub_folder(str(WEIGHTS / "planner") if weights in (SHAPEWORLD, "random") else weights, "config.json")
+
+
+def hub_folder(name: str, file: str) -> Path | None:
+    """The folder with this file that `name` names: a folder, or the hub's cache of a model; None if there is none."""
+    folder = Path(name)
+    if not (folder / file).is_file():
         try:
-            folder = Path(snapshot_download(weights, local_files_only=True))
+            folder = Path(snapshot_download(name, local_files_only=True))
         except (OSError, HFValidationError, ValueError):
             return None
-    return folder if (folder / "config.json").is_file() else None
+    return folder if (folder / file).is_file() else None
 
 
 @lru_cache(maxsize=8)

@@ -24,6 +24,16 @@ class RewardSet:
     step_following: VideoReward
     aesthetics: VideoReward
 
+    def begin(self, plans: PlanBatch) -> None:
+        """Tells of plans whose videos are still to be made, so that scoring them may begin."""
+
+    def metrics(self) -> dict[str, float]:
+        """How the scoring itself went since the last call of this; names as in `metrics.jsonl`."""
+        return {}
+
+    def close(self) -> None:
+        """Ends what the rewards have started; they score nothing afterwards."""
+
     def score(self, plans: PlanBatch, rollout: Rollout) -> Scored:
         """All raw rewards on the CPU. A number outside [0, 1] is no score: it counts as missing."""
         return Scored(

@@ -6,7 +6,7 @@ the untrained planner and executor, both trained, and each trained one with the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,30 +22,13 @@ from tempact.shapeworld.judge import ShapeWorldJudge
 from tempact.shapeworld.prompts import held_out_prompts
 from tempact.shapeworld.quality import duplicates, picture_quality
 from tempact.shapeworld.verifier import verify
-from tempact.temporal_order.protocol import MethodScores
+from tempact.temporal_order.cells import Cell, CellStore
+from tempact.temporal_order.conditions import METHODS, Method
+from tempact.temporal_order.protocol import DUPLICATES, PICTURE_QUALITY, MethodScores
 from tempact.types import Plan, Prompt, Step
 
-SINGLE, STEP, BOTH = "single-prompt", "step-prompt", "+ TempAct"
-PLANNER_ONLY, EXECUTOR_ONLY = "planner only", "executor only"
 JUDGES = ("verifier", "matcher")
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of the table: who plans and who draws. planner None gives the whole instruction as one prompt."""
-
-    name: str
-    planner: str | None  # "start", "trained" or None
-    executor: str  # "start" or "trained"
-
-
-METHODS = (
-    Method(SINGLE, None, "start"),
-    Method(STEP, "start", "start"),
-    Method(PLANNER_ONLY, "trained", "start"),
-    Method(EXECUTOR_ONLY, "start", "trained"),
-    Method(BOTH, "trained", "trained"),
-)
+SCORED = (*JUDGES, PICTURE_QUALITY, DUPLICATES)
 
 
 @dataclass
@@ -72,21 +55,35 @@ class ShapeWorldSuite:
     def __init__(self, config: EvaluationConfig, planner: Planner, executor: Executor, judge: ShapeWorldJudge):
         self.config, self.planner, self.executor, self.judge = config, planner, executor, judge
 
-    def run(self, tell: Callable[[str], None], methods: tuple[Method, ...] = METHODS) -> Evaluation:
-        """All methods on all sets; `tell` is given a word on what is being made. Leaves global RNG as it was."""
+    def run(
+        self, tell: Callable[[str], None], methods: Sequence[Method] = METHODS, store: CellStore | None = None
+    ) -> Evaluation:
+        """All methods on all sets; `tell` is given a word on what is being made. Leaves global RNG as it was.
+
+        store: keeps what is done, cell by cell; what it holds already is not made again.
+        """
         result = Evaluation([], [])
         for category, count in (("simple", self.config.simple), ("hard", self.config.hard)):
             prompts = held_out_prompts(category, count, self.config.seed)
             plans: dict[str | None, list[Plan]] = {}
             for method in methods:
                 tell(f"{method.name}, {category}")
-                if method.planner not in plans:
-                    plans[method.planner] = self._plan(method.planner, category, prompts)
-                frames = self._videos(method, category, plans[method.planner])
-                result.scores += self._score(method.name, category, prompts, frames)
-                shown = zip(prompts, plans[method.planner], frames, strict=True)
-                result.samples += [Sample(method.name, *each) for each in list(shown)[: self.config.strips]]
+                cell = store.load(method.name, category, SCORED, prompts) if store else None
+                if cell is None:
+                    if method.planner not in plans:
+                        plans[method.planner] = self._plan(method.planner, category, prompts)
+                    cell = self._cell(method, category, prompts, plans[method.planner])
+                    if store:
+                        store.save(method.name, category, prompts, cell)
+                result.scores += cell.scores
+                shown = zip(prompts, cell.plans, cell.frames, strict=False)
+                result.samples += [Sample(method.name, *each) for each in shown]
         return result
+
+    def _cell(self, method: Method, category: str, prompts: list[Prompt], plans: list[Plan]) -> Cell:
+        frames = self._videos(method, category, plans)
+        shown = self.config.strips
+        return Cell(self._score(method.name, category, prompts, frames), plans[:shown], frames[:shown])
 
     def _plan(self, who: str | None, category: str, prompts: list[Prompt]) -> list[Plan]:
         if who is None:
@@ -120,7 +117,7 @@ class ShapeWorldSuite:
         judged = {
             "verifier": verify(pixels, stories).score,
             "matcher": self.judge.score(pixels, [prompt.text for prompt in prompts]),
-            "picture quality": picture_quality(pixels).mean(1),
-            "duplicates": duplicates(pixels, stories),
+            PICTURE_QUALITY: picture_quality(pixels).mean(1),
+            DUPLICATES: duplicates(pixels, stories),
         }
         return [MethodScores(method, category, judge, scores.tolist()) for judge, scores in judged.items()]

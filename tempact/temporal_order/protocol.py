@@ -1,7 +1,8 @@
 """The evaluation protocol (ALGORITHM.md section 7): scores of videos to a table with intervals.
 
 Methods make the same prompts' videos from the same noise, and every set's videos are seen by every judge, so
-the i-th scores of one set belong together across methods and judges: the bootstrap draws videos, not scores.
+the i-th scores of one set belong together across methods and judges: the bootstrap draws videos, not scores, and
+where a prompt has several videos (seeds), which then stand together, it draws prompts: `per_prompt` is their number.
 A missing score (NaN) is dropped from its mean and counted, never read as 0.
 """
 
@@ -18,14 +19,14 @@ import numpy as np
 BASELINE = "step-prompt"  # untrained planner and executor; relative changes are against it
 TRAINED = "+ TempAct"  # both trained
 AVERAGE = "average"  # the set, and the judge, of the mean over all cells
-PICTURE_QUALITY, DUPLICATES = "picture quality", "duplicates"
-NOT_TEMPORAL = (PICTURE_QUALITY, DUPLICATES)  # judged beside temporal order, not part of its average
+PICTURE_QUALITY, DUPLICATES, PICKSCORE = "picture quality", "duplicates", "PickScore"
+NOT_TEMPORAL = (PICTURE_QUALITY, DUPLICATES, PICKSCORE)  # judged beside temporal order, not part of its average
 EVALUATION, SCORES, COMPARISONS = "evaluation.json", "evaluation_scores.jsonl", "comparisons.json"
 
 
 @dataclass(frozen=True)
 class MethodScores:
-    """One score in [0, 1] a video, NaN where it is missing; the order of videos is that of the set."""
+    """One score a video, in [0, 1] but for PickScore, NaN where it is missing; videos are in the order of the set."""
 
     method: str
     set: str
@@ -66,7 +67,7 @@ class Comparison:
 
 def bootstrap_ci(scores: Sequence[float], resamples: int, seed: int) -> tuple[float, float]:
     """95% percentile interval of the mean; NaN scores are left out, no score gives (NaN, NaN)."""
-    return _interval(_resampled_means([np.asarray(scores, float)[None]], resamples, seed))
+    return _interval(_resampled_means([np.asarray(scores, float)[None]], resamples, seed, 1))
 
 
 def relative_change(value: float, base: float) -> float:
@@ -74,20 +75,22 @@ def relative_change(value: float, base: float) -> float:
     return value / base - 1 if base else float("nan")
 
 
-def evaluation_rows(scores: Sequence[MethodScores], resamples: int, seed: int) -> list[Row]:
+def evaluation_rows(scores: Sequence[MethodScores], resamples: int, seed: int, *, per_prompt: int = 1) -> list[Row]:
     """A row for every method, set and judge, then the averages: over all cells of temporal order (set and judge
     "average"; the paper's plain mean of set x judge), and over sets for quality and duplicates."""
     rows = []
     for method in _unique(one.method for one in scores):
         own = [one for one in scores if one.method == method]
-        rows += [_row(method, one.set, one.judge, [one], resamples, seed) for one in own]
+        rows += [_row(method, one.set, one.judge, [one], resamples, seed, per_prompt) for one in own]
         groups = [(AVERAGE, [one for one in own if one.judge not in NOT_TEMPORAL])]
         groups += [(judge, [one for one in own if one.judge == judge]) for judge in NOT_TEMPORAL]
-        rows += [_row(method, AVERAGE, judge, group, resamples, seed) for judge, group in groups if group]
+        rows += [_row(method, AVERAGE, judge, group, resamples, seed, per_prompt) for judge, group in groups if group]
     return rows
 
 
-def compare(scores: Sequence[MethodScores], resamples: int, seed: int, baseline: str = BASELINE) -> list[Comparison]:
+def compare(
+    scores: Sequence[MethodScores], resamples: int, seed: int, baseline: str = BASELINE, *, per_prompt: int = 1
+) -> list[Comparison]:
     """Every other method against `baseline`, video by video: each cell, then the average of temporal order."""
     base = {(one.set, one.judge): one for one in scores if one.method == baseline}
     comparisons = []
@@ -98,7 +101,8 @@ def compare(scores: Sequence[MethodScores], resamples: int, seed: int, baseline:
         for set_name, judge, group in groups:
             if group:
                 pairs = [(one, base[one.set, one.judge]) for one in group]
-                comparisons.append(_comparison(method, baseline, set_name, judge, pairs, resamples, seed))
+                cell = set_name, judge, pairs
+                comparisons.append(_comparison(method, baseline, *cell, resamples, seed, per_prompt))
     return comparisons
 
 
@@ -139,10 +143,12 @@ def read_comparisons(run_folder: Path) -> list[Comparison]:
     ]
 
 
-def _row(method: str, set_name: str, judge: str, group: list[MethodScores], resamples: int, seed: int) -> Row:
+def _row(
+    method: str, set_name: str, judge: str, group: list[MethodScores], resamples: int, seed: int, per_prompt: int
+) -> Row:
     sets = _by_set(group)
     videos = sum(int((~np.isnan(values)).any(0).sum()) for values in sets)
-    interval = _interval(_resampled_means(sets, resamples, seed))
+    interval = _interval(_resampled_means(sets, resamples, seed, per_prompt))
     return Row(method, set_name, judge, _mean(sets), interval, videos)
 
 
@@ -154,13 +160,15 @@ def _comparison(
     pairs: list[tuple[MethodScores, MethodScores]],
     resamples: int,
     seed: int,
+    per_prompt: int,
 ) -> Comparison:
     own, base = _by_set([one for one, _ in pairs]), _by_set([other for _, other in pairs])
     for a, b in zip(own, base, strict=True):
         assert a.shape == b.shape, f"{method} and {baseline} were judged on different videos"
         a[np.isnan(b)], b[np.isnan(a)] = np.nan, np.nan
     # one seed draws the same videos for both
-    own_means, base_means = _resampled_means(own, resamples, seed), _resampled_means(base, resamples, seed)
+    own_means = _resampled_means(own, resamples, seed, per_prompt)
+    base_means = _resampled_means(base, resamples, seed, per_prompt)
     relative = np.divide(own_means, base_means, out=np.full(resamples, np.nan), where=base_means != 0) - 1
     return Comparison(
         method,
@@ -186,13 +194,20 @@ def _mean(sets: list[np.ndarray]) -> float:
     return float(np.concatenate([_cell_means(values) for values in sets]).mean())
 
 
-def _resampled_means(sets: list[np.ndarray], resamples: int, seed: int) -> np.ndarray:
-    """[resamples]: `_mean` with each set's videos drawn anew with replacement, alike for all its judges."""
+def _resampled_means(sets: list[np.ndarray], resamples: int, seed: int, per_prompt: int) -> np.ndarray:
+    """[resamples]: `_mean` with each set's prompts drawn anew with replacement, alike for all its judges, each with
+    all of its videos."""
     rng = np.random.default_rng(seed)
     cells = []
     for values in sets:
-        drawn = rng.integers(0, values.shape[1], (resamples, values.shape[1])) if values.shape[1] else None
-        cells.append(_cell_means(values[:, drawn]) if drawn is not None else np.full((len(values), resamples), np.nan))
+        prompts, rest = divmod(values.shape[1], per_prompt)
+        assert not rest, f"{values.shape[1]} videos of prompts with {per_prompt} each"
+        if not prompts:
+            cells.append(np.full((len(values), resamples), np.nan))
+            continue
+        drawn = rng.integers(0, prompts, (resamples, prompts))
+        videos = (drawn[..., None] * per_prompt + np.arange(per_prompt)).reshape(resamples, -1)
+        cells.append(_cell_means(values[:, videos]))
     return np.concatenate(cells).mean(0)
 
 

@@ -196,6 +196,10 @@ def test_a_changed_configuration_is_refused_with_its_keys(tmp_path: Path) -> Non
         CONFIG, trainer=dataclasses.replace(CONFIG.trainer, iterations=999), output="elsewhere"
     )
     check_config(loaded, longer)
+    patient = dataclasses.replace(CONFIG, judges=dataclasses.replace(CONFIG.judges, outage_s=3600.0, deadline_s=99.0))
+    check_config(loaded, patient)
+    with pytest.raises(UserError, match=r"judges.video_frames \(6 -> 8\)"):
+        check_config(loaded, dataclasses.replace(CONFIG, judges=dataclasses.replace(CONFIG.judges, video_frames=8)))
     changed = dataclasses.replace(CONFIG, seed=4, executor=dataclasses.replace(CONFIG.executor, continuations=6))
     with pytest.raises(UserError) as caught:
         check_config(loaded, changed)

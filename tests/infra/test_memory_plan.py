@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rewards.tiny_clip import tiny_clip
 
 from csrc_triton import runtime
 from tempact.build import build_policies
@@ -46,6 +48,12 @@ TINY = Sizes(SMALL, replace(SETTINGS, lora=LoraConfig(4, 4, SELF_FORCING_TARGETS
 def few_branches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large counts are not asked for: they take their time."""
     monkeypatch.setattr(report, "MOST_BRANCHES", 64)
+
+
+@pytest.fixture(autouse=True)
+def no_judges(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("TEMPACT_JUDGE_", "VLLM_", "LLM_"))]:
+        monkeypatch.delenv(name)
 
 
 # against BACKBONES.md and what was measured
@@ -345,22 +353,51 @@ def test_every_missing_path_is_told(tmp_path: Path) -> None:
     )  # fmt: skip
     data = replace(base.data, prompts=str(tmp_path / "prompts.csv"))
     planner = replace(base.planner, weights=str(tmp_path / "qwen"))
-    config = replace(base, executor=executor, data=data, planner=planner, output="/proc/run")
+    judges = replace(base.judges, cache="/proc/judges.sqlite", aesthetics_weights=str(tmp_path / "pickscore"))
+    config = replace(base, executor=executor, data=data, planner=planner, judges=judges, output="/proc/run")
     lines = missing_paths(config, WanConfig())
     keys = [line.split(":")[0] for line in lines]
     assert keys == [
         "executor.weights", "executor.adapters", "executor.wan_folder", "executor.wan_folder", "planner.weights",
-        "rewards", "output", "executor.text_cache",
+        "data.prompts", "judges", "judges", "judges", "judges.aesthetics_weights", "judges.aesthetics_processor",
+        "output", "executor.text_cache", "judges.cache",
     ]  # fmt: skip
     assert all("accepted: " in line for line in lines if "gone.pt" not in line), lines
     nothing = missing_paths(replace(base, output=str(tmp_path)), WanConfig())
     assert nothing[0].startswith("executor.weights: found nothing; accepted: the backbone's checkpoint")
 
 
+def test_judges_and_pickscore_that_are_there_are_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip, processor = tiny_clip()
+    clip.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    folder = str(tmp_path)
+    base = get_preset("longlive")
+    judges = replace(
+        base.judges, aesthetics_weights=folder, aesthetics_processor=folder, cache=f"{folder}/judges.sqlite"
+    )
+
+    def missed() -> list[str]:
+        lines = missing_paths(replace(base, judges=judges), WanConfig())
+        return [line for line in lines if line.startswith("judges")]
+
+    lines = missed()
+    assert [line.startswith("judges: environment: found no address of the judge ") for line in lines] == [True] * 3
+    monkeypatch.setenv("TEMPACT_JUDGE_BASE_URL", "http://127.0.0.1:8001/v1")
+    assert [line[:29] for line in missed()] == ["judges: TEMPACT_JUDGE_MODEL: "] * 3
+    monkeypatch.setenv("TEMPACT_JUDGE_MODEL", "m")
+    assert missed() == []
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert [line.split(":")[0] for line in missed()] == ["judges.aesthetics_processor"]
+
+
 def test_small_random_weights_are_planned_on_the_torch_path() -> None:
     lines = dry_run(tiny(), 80)
     assert any(line.startswith("planned for the torch path") for line in lines)  # heads of 24 channels
-    assert [line for line in lines if line.startswith("  rewards")] and "missing: 1" in lines
+    missing = lines[lines.index("missing: 6") + 1 :]
+    assert [line.split(":")[0] for line in missing if line.startswith("  ")][:6] == [
+        "  data.prompts", *["  judges"] * 3, "  judges.aesthetics_weights", "  judges.aesthetics_processor",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

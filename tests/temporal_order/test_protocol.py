@@ -92,6 +92,23 @@ def test_videos_not_scores_are_resampled() -> None:
     assert averages[0].ci95 == pytest.approx(averages[1].ci95, abs=1e-12)
 
 
+def test_prompts_not_seeds_are_resampled() -> None:
+    # four videos of a prompt that score alike are no more certain than one
+    values = np.random.default_rng(0).uniform(size=50)
+    one = MethodScores("m", "simple", "verifier", values.tolist())
+    four = MethodScores("m", "simple", "verifier", values.repeat(4).tolist())
+    rows = [evaluation_rows([one], 500, 0)[0], evaluation_rows([four], 500, 0, per_prompt=4)[0]]
+    assert rows[0].ci95 == pytest.approx(rows[1].ci95, abs=1e-12) and (rows[0].n, rows[1].n) == (50, 200)
+    single = evaluation_rows([four], 500, 0)[0]
+    width = [row.ci95[1] - row.ci95[0] for row in (rows[1], single)]
+    assert width[1] == pytest.approx(width[0] / 2, rel=0.15)
+    base = MethodScores("step-prompt", "simple", "verifier", (values.repeat(4) - 0.1 * values.repeat(4)).tolist())
+    paired = [compare([base, four], 500, 0, per_prompt=4)[0], compare([base, four], 500, 0)[0]]
+    assert paired[0].ci95[1] - paired[0].ci95[0] > 1.6 * (paired[1].ci95[1] - paired[1].ci95[0])
+    with pytest.raises(AssertionError, match="50 videos of prompts with 4 each"):
+        evaluation_rows([one], 10, 0, per_prompt=4)
+
+
 def test_paired_difference_does_not_see_how_hard_videos_are() -> None:
     rng = np.random.default_rng(0)
     hardness, gain = rng.uniform(size=60), 0.1 + 0.01 * rng.normal(size=60)

@@ -1,0 +1,177 @@
+"""Where the judges are and how long they may take. Addresses and keys come from the environment only.
+
+For the role temporal_following: TEMPACT_JUDGE_TEMPORAL_FOLLOWING_BASE_URL, else TEMPACT_JUDGE_BASE_URL, else the
+name the reference implementation reads, VLLM_BASE_URL; for roles without images that is LLM_BASE_URL. An API key is
+only ever taken from where its address was found, so that no key goes to another's server.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from tempact.errors import UserError
+
+# roles of training and whose variables of the reference implementation serve them
+ROLES = {"plan_quality": "LLM_", "temporal_following": "VLLM_", "step_following": "VLLM_"}
+PREFIX = "TEMPACT_JUDGE_"
+NO_KEY = "none"  # the client insists on a key; servers without one ignore it
+HIDDEN = "***"
+
+
+@dataclass(frozen=True)
+class EndpointConfig:
+    """One server. `concurrency` requests at a time; `requests_per_minute` 0 is no limit."""
+
+    base_url: str
+    model: str
+    api_key: str = field(default="", repr=False)
+    concurrency: int = 16
+    requests_per_minute: float = 0.0
+
+    @property
+    def shown(self) -> str:
+        """Host and path, for messages."""
+        parts = urlsplit(self.base_url)
+        return f"{parts.netloc}{parts.path}"
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Endpoints of every role, and limits.
+
+    deadline_s  for one call: requests, pauses between them and waiting for a next turn. It does not run while the
+                call waits for its first turn, nor while every endpoint of its role is down
+    attempt_s   for one request, from sending it to the last byte of the answer
+    attempts    requests of one call; a probe of an endpoint that was down is not counted
+    outage_s    silence of all endpoints of a role, while calls wait for them, after which JudgeOutage is raised
+    max_tokens  of a reply, thinking included
+    cache       SQLite file, None for no cache
+    """
+
+    roles: Mapping[str, tuple[EndpointConfig, ...]]
+    deadline_s: float = 120.0
+    attempt_s: float = 60.0
+    attempts: int = 4
+    backoff_s: float = 0.5  # before the second request; doubles, with jitter
+    outage_s: float = 300.0
+    max_tokens: int = 2048
+    temperature: float = 0.0
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        positive = ("deadline_s", "attempt_s", "outage_s", "attempts", "max_tokens")
+        for name in positive:
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"judges: {name}: found {getattr(self, name)}; accepted: above 0")
+        for name in ("backoff_s", "temperature"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"judges: {name}: found {getattr(self, name)}; accepted: at least 0")
+        if self.outage_s <= self.attempt_s:
+            accepted = f"above attempt_s ({self.attempt_s:g}), or one slow reply is an outage"
+            raise UserError(f"judges: outage_s: found {self.outage_s:g}; accepted: {accepted}")
+        for role, endpoints in self.roles.items():
+            if not endpoints or len({endpoint.model for endpoint in endpoints}) > 1:
+                raise UserError(f"judges: {role}: accepted: one or more endpoints, all of one model")
+
+    @classmethod
+    def from_environment(
+        cls, roles: Mapping[str, str] = ROLES, environment: Mapping[str, str] | None = None, **limits: Any
+    ) -> JudgeConfig:
+        """Reads the environment for the given roles.
+
+        roles   role to the prefix of its fallback names, "" for none
+        limits  the other fields of JudgeConfig
+
+        BASE_URL may list several servers, separated by commas; MODEL is one name for all; API_KEY, CONCURRENCY and
+        REQUESTS_PER_MINUTE are one for all or one each. Raises UserError that names the variable, never its key.
+        """
+        found = os.environ if environment is None else environment
+        return cls({role: _endpoints(role, fallback, found) for role, fallback in roles.items()}, **limits)
+
+    def redact(self, text: str) -> str:
+        """The text without any of the API keys."""
+        for endpoint in {endpoint for endpoints in self.roles.values() for endpoint in endpoints}:
+            if endpoint.api_key:
+                text = text.replace(endpoint.api_key, HIDDEN)
+        return text
+
+
+def _endpoints(role: str, fallback: str, environment: Mapping[str, str]) -> tuple[EndpointConfig, ...]:
+    own = f"{PREFIX}{role.upper()}_"
+    prefixes = [prefix for prefix in (own, PREFIX, fallback) if prefix]
+
+    def value(prefix: str, name: str) -> str:
+        return environment.get(prefix + name, "").strip()
+
+    group = next((prefix for prefix in prefixes if value(prefix, "BASE_URL")), None)
+    if group is None:
+        accepted = ", ".join(f"{prefix}BASE_URL" for prefix in prefixes)
+        raise UserError(f"environment: found no address of the judge {role}; accepted: {accepted}")
+    addresses = _listed(value(group, "BASE_URL"))
+    model_prefixes = dict.fromkeys((own, PREFIX, group))
+    model = next((value(prefix, "MODEL") for prefix in model_prefixes if value(prefix, "MODEL")), "")
+    if not model:
+        raise UserError(f"{group}MODEL: found nothing; accepted: the name that {group}BASE_URL serves")
+    if "," in model:
+        raise UserError(f"{group}MODEL: found {model!r}; accepted: one name, served by every endpoint of {role}")
+
+    def each(name: str) -> list[str]:
+        listed = _listed(value(group, name))
+        if len(listed) not in (0, 1, len(addresses)):
+            raise UserError(f"{group}{name}: found {len(listed)} values; accepted: one, or {len(addresses)}")
+        return listed * len(addresses) if len(listed) == 1 else listed or [""] * len(addresses)
+
+    rows = zip(addresses, each("API_KEY"), each("CONCURRENCY"), each("REQUESTS_PER_MINUTE"), strict=True)
+    return tuple(
+        EndpointConfig(
+            _address(f"{group}BASE_URL", address),
+            model,
+            _key(f"{group}API_KEY", key),
+            int(_number(f"{group}CONCURRENCY", slots, EndpointConfig.concurrency, whole=True)),
+            _number(f"{group}REQUESTS_PER_MINUTE", rate, EndpointConfig.requests_per_minute, whole=False),
+        )
+        for address, key, slots, rate in rows
+    )
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _address(name: str, address: str) -> str:
+    accepted = "http://host:port/v1 or https://..., without user, password or query"
+    try:
+        parts = urlsplit(address)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        good = False
+    if not good:
+        raise UserError(f"{name}: found what is no address; accepted: {accepted}")  # it may be a key, so not shown
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise UserError(f"{name}: found an address of {parts.hostname} that may hold a secret; accepted: {accepted}")
+    return address.rstrip("/")
+
+
+def _key(name: str, key: str) -> str:
+    if not all("!" <= character <= "~" for character in key):
+        raise UserError(f"{name}: found white space or characters that no header takes; accepted: printable ASCII")
+    return key
+
+
+def _number(name: str, text: str, default: float, *, whole: bool) -> float:
+    if not text:
+        return default
+    try:
+        number = int(text) if whole else float(text)
+    except ValueError:
+        number = -1
+    if not (1 if whole else 0) <= number < math.inf:
+        accepted = "a whole number of at least 1" if whole else "a number of at least 0"
+        raise UserError(f"{name}: found {text[:40]!r}; accepted: {accepted}")
+    return number

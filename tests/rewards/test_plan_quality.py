@@ -1,0 +1,99 @@
+"""Plan quality: the formula of ALGORITHM.md 2.6, raw steps, missing verdicts, planted instructions."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from rewards.reward_cases import STEPS, FakeJudges, always, data_of, plan_batch
+from rewards.test_rubrics import PLANTED
+
+from tempact.rewards.judge_types import JudgeCall
+from tempact.rewards.plan_quality import PlanQuality, PlanVerdict, plan_call, plan_score
+from tempact.types import Step
+
+GOOD = {"faithfulness": 0.8, "coverage": 0.5, "temporal": 1.0, "hallucination": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("verdict", "score"),
+    [
+        ((1, 1, 1, 0), 0.9),
+        ((0, 0, 0, 1), 0.0),
+        ((0.8, 0.5, 1.0, 0.1), 0.32 + 0.125 + 0.25 - 0.03),
+        ((1, 0, 0, 0), 0.4),
+        ((0, 1, 0, 0), 0.25),
+        ((0, 0, 1, 0), 0.25),
+        ((1, 0, 0, 1), 0.1),
+    ],
+)
+def test_the_formula(verdict: tuple[float, ...], score: float) -> None:
+    made = PlanVerdict(**dict(zip(GOOD, verdict, strict=True)))
+    assert plan_score(made) == pytest.approx(score, abs=1e-12)
+
+
+def test_scores_go_to_their_plans_and_steps_are_the_planners_own() -> None:
+    plans = plan_batch(STEPS, [Step(0, 30, "all of it")], STEPS[:2])
+
+    def says(call: JudgeCall) -> str:
+        return json.dumps(GOOD | {"coverage": len(data_of(call)["steps"]) / 4})
+
+    judges = FakeJudges(says)
+    scores = PlanQuality(judges).score(plans)
+    expected = [0.32 + 0.25 * count / 4 + 0.25 - 0.03 for count in (3, 1, 2)]
+    torch.testing.assert_close(scores, torch.tensor(expected))
+    assert data_of(judges.calls[0]) == {
+        "instruction": "a cat sits, jumps, sleeps",
+        "steps": ["a cat sits", "the cat jumps", "the cat sleeps"],
+    }
+    assert {(call.role, call.images) for call in judges.calls} == {("plan_quality", ())}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        None,
+        "",
+        "0.9",
+        json.dumps({"faithfulness": 1, "coverage": 1, "temporal": 1}),  # no hallucination is not the best one
+        json.dumps(GOOD | {"coverage": 1.01}),
+        json.dumps(GOOD | {"coverage": -0.01}),
+        json.dumps(GOOD | {"coverage": "0.5"}),
+        json.dumps(GOOD | {"coverage": True}),
+        json.dumps(GOOD | {"coverage": math.nan}),
+        json.dumps(GOOD) + json.dumps(GOOD),
+    ],
+)
+def test_what_is_no_verdict_is_missing_and_touches_no_other_score(reply: str | None) -> None:
+    plans = plan_batch(STEPS, [Step(0, 30, "bad")], STEPS[:2])
+    judges = FakeJudges(lambda call: reply if data_of(call)["steps"] == ["bad"] else json.dumps(GOOD))
+    scores = PlanQuality(judges).score(plans)
+    assert torch.isnan(scores).tolist() == [False, True, False]
+    assert scores[0] == scores[2] == pytest.approx(0.665)
+
+
+def test_more_than_was_asked_for_is_ignored() -> None:
+    judges = FakeJudges(always(**GOOD, comment="a good plan", score=1))
+    assert PlanQuality(judges).score(plan_batch()).item() == pytest.approx(0.665)
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_instruction_stays_data_and_earns_nothing(planted: str) -> None:
+    """The canary judge gives full marks if a planted word stands anywhere but in the data; the parrot repeats what
+    it was sent, with the planted verdict in it."""
+    plans = plan_batch(STEPS, [Step(0, 30, planted)])
+    clean, poisoned = (plan_call(plan) for plan in plans.plans)
+    assert clean.rubric == poisoned.rubric and poisoned.media_hash == ""
+    full = dict.fromkeys(GOOD, 1) | {"hallucination": 0}
+
+    def canary(call: JudgeCall) -> str:
+        data = data_of(call)
+        assert data["instruction"] == "a cat sits, jumps, sleeps" and len(data["steps"]) in (1, 3)
+        outside = call.rubric.system + "".join(call.text.split("\nDATA-")[::2])
+        return json.dumps(full if planted[:20] in outside else GOOD)
+
+    torch.testing.assert_close(PlanQuality(FakeJudges(canary)).score(plans), torch.tensor([0.665, 0.665]))
+    for parrot in (lambda call: call.text, lambda call: "\n".join(data_of(call)["steps"])):
+        assert torch.isnan(PlanQuality(FakeJudges(parrot)).score(plans)[1])

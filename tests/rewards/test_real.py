@@ -1,0 +1,145 @@
+"""The four rewards together: judges work while other work is done, nothing is asked twice, outages come through."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import Future
+
+import pytest
+import torch
+from rewards.reward_cases import STEPS, FakeJudges, plan_batch, rollout_of
+from rewards.tiny_clip import tiny_clip
+
+from tempact.config import JudgeSettings, RewardConfig
+from tempact.errors import UserError
+from tempact.rewards.aesthetics import PickScorer
+from tempact.rewards.combine import RewardSet
+from tempact.rewards.judge_types import JudgeCall, JudgeOutage
+from tempact.rewards.real import RealRewards, open_judges, open_scorer, real_rewards
+from tempact.rl.advantages import execution_rewards, group_advantages, plan_rewards
+from tempact.types import PlanBatch, Step
+
+REPLIES = {
+    "plan_quality": {"faithfulness": 1, "coverage": 1, "temporal": 1, "hallucination": 0},
+    "temporal_following": {
+        "frame_scores": [5, 5, 5], "temporal_order": 5, "physical": 5, "consistency": 5, "alignment": 5, "final": 5,
+    },
+    "step_following": {"subject": 6, "scene": 6, "action": 6, "appearance": 6, "final": 6},
+}  # fmt: skip
+
+
+def says(call: JudgeCall) -> str:
+    return json.dumps(REPLIES[call.role])
+
+
+def rewards_of(judges: FakeJudges) -> RealRewards:
+    return real_rewards(judges, PickScorer(*tiny_clip()), JudgeSettings(video_frames=3, step_frames=2))
+
+
+def test_all_four_scores_and_their_shapes() -> None:
+    judges = FakeJudges(says)
+    rewards = rewards_of(judges)
+    plans = plan_batch(STEPS, [Step(0, 30, "all")])
+    scored = rewards.score(plans, rollout_of(plans, [6, 3], continuations=3))
+    assert isinstance(rewards, RewardSet)
+    assert scored.plan_quality.tolist() == pytest.approx([0.9, 0.9])
+    assert scored.format_score.tolist() == [1.0, 1.0]
+    assert scored.temporal_following.flatten().tolist() == pytest.approx([0.5] * 6)
+    assert scored.step_following[0].tolist() == pytest.approx([0.6] * 3)
+    assert torch.isfinite(scored.aesthetics[0]).all()
+    assert torch.isnan(scored.step_following[1]).all() and torch.isnan(scored.aesthetics[1]).all()
+    assert all(v.dtype == torch.float32 and v.device.type == "cpu" for v in vars(scored).values())
+    assert {call.role for call in judges.calls} == set(REPLIES) and len(judges.calls) == 2 + 6 + 3
+    assert {len(call.images) for call in judges.calls} == {0, 3, 2}
+    assert rewards.metrics() == {"judge/calls": 11.0, "rewards/aesthetics/truncated": 0.0}
+    rewards.close()
+    assert judges.closed
+
+
+def test_plans_are_judged_during_the_rollout_and_once() -> None:
+    judges = FakeJudges(says, hold=True)
+    rewards = rewards_of(judges)
+    plans = plan_batch(STEPS, STEPS)
+    rewards.begin(plans)
+    assert [call.role for call in judges.calls] == ["plan_quality"] * 2
+    pending = rewards.start(plans, rollout_of(plans, [6, 6]))
+    assert [call.role for call in judges.calls].count("plan_quality") == 2
+    assert torch.isfinite(pending.aesthetics).all()  # scored while no judge has answered
+    assert len(judges.waiting) == 2 + 4 + 4
+    judges.release()
+    assert pending.result().plan_quality.tolist() == pytest.approx([0.9, 0.9])
+    rewards.start(plans, rollout_of(plans, [6, 6]))  # what was begun is used once and kept no longer
+    assert [call.role for call in judges.calls].count("plan_quality") == 4
+
+
+def test_what_was_begun_for_other_plans_is_not_taken_for_these() -> None:
+    judges = FakeJudges(says)
+    rewards = rewards_of(judges)
+    first, second = plan_batch(STEPS), plan_batch(STEPS, STEPS)
+    rewards.begin(first)
+    scored = rewards.score(second, rollout_of(second, [6, 6]))
+    assert scored.plan_quality.shape == (2,)
+    assert [call.role for call in judges.calls].count("plan_quality") == 1 + 2
+
+
+def test_missing_scores_leave_the_groups_and_change_nobody_elses_advantage() -> None:
+    """Invariant 27, from the judge's reply to the advantage."""
+    plans = plan_batch(STEPS, STEPS)
+    rollout = rollout_of(plans, [6, 6], continuations=4)
+
+    def advantages(lost: int | None) -> list[torch.Tensor]:
+        number = iter(range(1000))
+
+        def vary(call: JudgeCall) -> str | None:
+            if call.role != "step_following":
+                return says(call)
+            i = next(number)
+            return None if i == lost else json.dumps(REPLIES["step_following"] | {"action": i % 4 + 1})
+
+        scored = rewards_of(FakeJudges(vary)).score(plans, rollout)
+        scored.aesthetics.fill_(0.8)
+        of_plans = group_advantages(plan_rewards(scored, RewardConfig()).view(1, -1), 1.0, 1e-4)
+        assert of_plans[1].all() and torch.isfinite(of_plans[0]).all()
+        return list(group_advantages(execution_rewards(scored, RewardConfig()), 10.0, 1e-6)[:2])
+
+    (whole, all_there), (part, mask) = advantages(None), advantages(1)
+    assert all_there.all() and mask.tolist() == [[True, False, True, True], [True] * 4]
+    assert part[0, 1] == 0
+    unit = whole[1, 3] / part[1, 3]  # the deviation over all changes by one factor
+    torch.testing.assert_close(part[1] * unit, whole[1])
+    assert part[0].sum().abs() < 1e-5
+
+
+class DownJudges(FakeJudges):
+    def submit(self, calls: list[JudgeCall]) -> list[Future]:
+        futures = super().submit([])
+        for _ in calls:
+            futures.append(Future())
+            futures[-1].set_exception(JudgeOutage("judge plan_quality: no answer for 300 s"))
+        return futures
+
+
+def test_an_outage_reaches_the_trainer() -> None:
+    plans: PlanBatch = plan_batch(STEPS)
+    with pytest.raises(JudgeOutage, match="no answer"):
+        rewards_of(DownJudges(says)).score(plans, rollout_of(plans, [6]))
+
+
+def test_judges_and_pickscore_are_opened_from_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    for name in ("TEMPACT_JUDGE_BASE_URL", "TEMPACT_JUDGE_MODEL", "VLLM_BASE_URL", "LLM_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="found no address of the judge plan_quality"):
+        open_judges(JudgeSettings())
+    monkeypatch.setenv("TEMPACT_JUDGE_BASE_URL", "http://127.0.0.1:9/v1")
+    monkeypatch.setenv("TEMPACT_JUDGE_MODEL", "judge")
+    settings = JudgeSettings(
+        deadline_s=7.0, attempt_s=3.0, attempts=2, outage_s=11.0, cache=str(tmp_path / "c.sqlite"),
+        aesthetics_weights=str(tmp_path), aesthetics_processor=str(tmp_path),
+    )  # fmt: skip
+    client = open_judges(settings)
+    client.close()
+    found = client.config
+    assert (found.deadline_s, found.attempt_s, found.attempts, found.outage_s) == (7.0, 3.0, 2, 11.0)
+    assert found.cache == tmp_path / "c.sqlite" and found.cache.exists()
+    with pytest.raises(UserError, match="judges.aesthetics_weights"):
+        open_scorer(settings, torch.device("cpu"))

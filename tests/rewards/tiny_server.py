@@ -1,0 +1,148 @@
+"""`transformers serve` in a process of its own, with a tiny Qwen3 or Qwen3-VL made on the spot.
+
+The models have random weights and say what no judge would; Qwen3 can learn an answer by heart, in a second.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import decoders as token_decoders
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+
+START_S = 120.0
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+           "<|video_pad|>"]  # fmt: skip
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes and the special tokens."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = token_decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.add_special_tokens({"additional_special_tokens": SPECIAL})
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def _sizes(tokens: int) -> dict[str, int]:
+    return {
+        "vocab_size": tokens, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 4096,
+    }  # fmt: skip
+
+
+def _teach(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, answer: str, steps: int = 250) -> None:
+    """Makes the model say `answer` after any question."""
+    if not answer:
+        return
+    words = tokenizer(f"{answer}<|im_end|>", return_tensors="pt").input_ids
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    letters = "abcdefghijklmnopqrstuvwxyz 0123456789"
+    for step in range(steps):
+        text = "".join(letters[int(i)] for i in torch.randint(len(letters), (5 + step % 40,)))
+        chat = [{"role": "system", "content": "Score the plan."}, {"role": "user", "content": text}]
+        question = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).input_ids
+        labels = torch.cat([torch.full_like(question, -100), words], 1)
+        model(input_ids=torch.cat([question, words], 1), labels=labels).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+
+def make_text_model(folder: Path, answer: str = "") -> None:
+    """Qwen3, two layers of width 32."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    model = Qwen3ForCausalLM(Qwen3Config(**_sizes(len(tokenizer))))
+    _teach(model, tokenizer, answer)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_video_model(folder: Path) -> None:
+    """Qwen3-VL, two layers of width 32, and a vision tower of two. Its processor needs torchvision."""
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+             "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}  # fmt: skip
+    text = _sizes(len(tokenizer)) | {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+    }
+    vision = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 16,
+        "out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+    Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **ids)).save_pretrained(
+        folder
+    )
+    size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
+    images = Qwen2VLImageProcessor(patch_size=16, merge_size=2, temporal_patch_size=2, size=size)
+    Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(), chat_template=TEMPLATE).save_pretrained(folder)
+
+
+@contextmanager
+def serving(folder: Path, port: int = 0) -> Iterator[int]:
+    """The port of a server that has loaded the model of `folder`."""
+    port = port or _free_port()
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--port", str(port),
+               "--host", "127.0.0.1", "--device", "cpu"]  # fmt: skip
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    log = folder.parent / f"{folder.name}.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        try:
+            _wait(port, process, log)
+            yield port
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _wait(port: int, process: subprocess.Popen, log: Path) -> None:
+    end = time.monotonic() + START_S
+    while time.monotonic() < end:
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).read()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.3)
+    raise AssertionError(f"no server within {START_S} s: {log.read_text()[-3000:]}")
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

@@ -1,0 +1,269 @@
+"""`python -m tempact.evaluate`: the benchmark with ShapeWorld's policies and a fake judge, killed and begun again."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from rewards.judge_server import GOOD, Server
+
+from tempact import evaluate, evaluation
+from tempact.config import JudgeSettings
+from tempact.rewards.judge_types import JudgeOutage
+from tempact.temporal_order.judging import JudgedVideo, Verdict
+from tempact.temporal_order.ledger import Ledger
+
+KEYS = ("prompt_id", "condition", "seed", "judge")
+KEY = "sk-canary-7c1f"
+EVENTS = ("the circle moves to the right", "the square vanishes", "the circle grows", "the square blinks")
+START = "A red circle is at the top left and a blue square is at the bottom right."
+# what the killed process runs: the real command with a judge that is slow and writes down whom it was asked about
+KILLED = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, str(Path("tests").resolve()))
+import test_evaluate
+from tempact import evaluate, evaluation
+evaluation.served_judges = test_evaluate.fake_judges(Path(sys.argv[1]), pause_s=0.05)
+sys.exit(evaluate.main(sys.argv[2:]))
+"""
+
+
+class LoggedJudge:
+    """Scores by brightness; appends a line to a file for every video that it is asked about."""
+
+    def __init__(self, name: str, asked: Path, pause_s: float, outage_after: int):
+        self.name, self.version, self.asked = name, f"model of {name}", asked
+        self.pause_s, self.left = pause_s, outage_after
+
+    def submit(self, videos: Sequence[JudgedVideo]) -> list[Future[Verdict]]:
+        futures = []
+        for video in videos:
+            future: Future[Verdict] = Future()
+            self.left -= 1
+            if self.left < 0:
+                future.set_exception(JudgeOutage("judge in-domain: no answer"))
+            else:
+                with self.asked.open("a") as file:
+                    file.write(f"{self.name} {video.prompt.prompt_id} {video.frames.shape[0]}\n")
+                time.sleep(self.pause_s)
+                level = video.frames.float().mean().item() / 255
+                future.set_result(Verdict({"combined": level, "temporal_order": level / 2}, "", (0, 1)))
+            futures.append(future)
+        return futures
+
+
+def fake_judges(asked: Path, pause_s: float = 0.0, outage_after: int = 10**9):
+    @contextmanager
+    def served(names: Sequence[str], settings: JudgeSettings) -> Iterator[list[LoggedJudge]]:
+        yield [LoggedJudge(name, asked, pause_s, outage_after) for name in names]
+
+    return served
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> list[str]:
+    """ShapeWorld instructions, in files of the authors' layout."""
+    simple = [f"{START} First, {EVENTS[i]}." for i in range(2)]
+    hard = [f"{START} First, {EVENTS[i]}. Then {EVENTS[1 - i]}. Finally, {EVENTS[i + 2]}." for i in range(1)]
+    given = []
+    for name, texts in (("simple", simple), ("hard", hard)):
+        path = tmp_path / f"temporal_eval_{name}.csv"
+        path.write_text("prompt,category\n" + "".join(f'"{text}",object\n' for text in texts))
+        given.append(f"{name}={path}")
+    return given
+
+
+def arguments(prompts: list[str], output: Path, *more: str) -> list[str]:
+    return [
+        "shapeworld", "--suite", "temporal-order", "--prompts", *prompts, "--output", str(output),
+        "--pickscore", "no", "--judge", "in-domain", "held-out", "--device", "cpu",
+        "--planner.max_new_tokens", "48", "--executor.timesteps", "1000", "500", *more,
+    ]  # fmt: skip
+
+
+def scores(folder: Path) -> dict:
+    return {tuple(row[name] for name in KEYS): row["scores"] for row in Ledger(folder / "scores.jsonl", KEYS)}
+
+
+def test_a_killed_evaluation_goes_on_without_scoring_anything_twice(
+    prompts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, folder = tmp_path / "asked.txt", tmp_path / "out"
+    line = arguments(prompts, folder, "--evaluation.batch", "2", "--evaluation.strips", "1")
+    killed = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(asked), *line], cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL
+    )
+    try:
+        until = time.monotonic() + 120
+        while time.monotonic() < until and not (asked.is_file() and len(asked.read_text().splitlines()) >= 5):
+            assert killed.poll() is None
+            time.sleep(0.01)
+    finally:
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.wait()
+    before = scores(folder)
+    assert 0 < len(before) < 24 and killed.returncode == -signal.SIGKILL
+    asked_before = asked.read_text().splitlines()
+    kept = {path: path.stat().st_mtime_ns for path in (folder / "videos").rglob("*.mp4")}
+
+    monkeypatch.setattr(evaluation, "served_judges", fake_judges(asked))
+    assert evaluate.main(line) == 0
+    after = scores(folder)
+    assert len(after) == 3 * 2 * 2 * 2 and all(after[key] == value for key, value in before.items())
+    lines = (folder / "scores.jsonl").read_text().splitlines()
+    assert len(lines) == len(after)  # no key stands there twice
+    # only what a judge was answering at the moment of the kill was asked about once more
+    in_hand = len(asked_before) - len(before)
+    assert len(asked.read_text().splitlines()) == 24 + in_hand and in_hand <= 2
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+    shown = capsys.readouterr().out.splitlines()
+    assert [Path(line).name for line in shown] == [f"temporal-order.{end}" for end in ("json", "md", "html")]
+
+    unbroken = tmp_path / "unbroken"
+    assert evaluate.main(arguments(prompts, unbroken, "--evaluation.batch", "2", "--evaluation.strips", "0")) == 0
+    found = [json.loads((one / "temporal-order.json").read_text()) for one in (folder, unbroken)]
+    assert found[0]["tables"] == found[1]["tables"] and found[0]["dropped"] == found[1]["dropped"]
+
+
+def test_an_outage_is_exit_code_3_and_the_same_command_goes_on(
+    prompts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, folder = tmp_path / "asked.txt", tmp_path / "out"
+    line = arguments(prompts[:1], folder, "--seeds", "1", "--simple", "1", "--evaluation.strips", "0")
+    monkeypatch.setattr(evaluation, "served_judges", fake_judges(asked, outage_after=1))
+    assert evaluate.main(line) == 3
+    assert "goes on from here" in capsys.readouterr().err and len(scores(folder)) in (1, 2)
+    monkeypatch.setattr(evaluation, "served_judges", fake_judges(asked))
+    assert evaluate.main(line) == 0
+    assert len(scores(folder)) == 4 == len(asked.read_text().splitlines())
+
+
+def test_judges_behind_a_server_score_once_and_no_key_is_written(
+    prompts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Over HTTP: a good reply is V, a rejection that repeats the key is missing, and neither is asked about again."""
+    replies = itertools.cycle([(200, json.dumps(GOOD["video"])), (400, f"your key {KEY} is not worth a score")])
+    servers = [Server(lambda kind: next(replies), (200, ["m"])) for _ in range(2)]
+    for prefix, server, model in zip(("", "HELD_OUT_"), servers, ("m", "gemini"), strict=True):
+        for name, value in (("BASE_URL", server.address), ("MODEL", model), ("API_KEY", KEY)):
+            monkeypatch.setenv(f"TEMPACT_JUDGE_{prefix}{name}", value)
+    folder = tmp_path / "out"
+    line = arguments(prompts[:1], folder, "--seeds", "1", "--evaluation.strips", "1")
+    line += ["--judges.cache", str(tmp_path / "replies.sqlite"), "--judges.attempts", "1"]
+    try:
+        assert evaluate.main(line) == 0
+        asked = [len(server.requests) for server in servers]
+        assert evaluate.main(line) == 0
+        assert [len(server.requests) for server in servers] == asked == [4, 4]  # 2 prompts, 2 conditions
+    finally:
+        for server in servers:
+            server.close()
+    rows = list(Ledger(folder / "scores.jsonl", KEYS))
+    scored = [row["scores"] for row in rows if row["scores"]]
+    assert len(rows) == 8 and len(scored) == 4 and all(score["combined"] == pytest.approx(0.9) for score in scored)
+    assert all("HTTP 400" in row["missing"] for row in rows if not row["scores"])
+    assert all(row["picks"] == [0, 5, 9, 14, 18, 23] for row in rows)
+    shown = capfd.readouterr()
+    assert KEY not in shown.out + shown.err
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 8 and all(KEY.encode() not in path.read_bytes() for path in files)
+
+
+def test_export_needs_no_judge(prompts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = tmp_path / "all_dimension.txt"
+    texts.write_text(f"{START} First, {EVENTS[0]}.\n")
+    line = ["shapeworld", "--suite", "temporal-order", "--prompts", f"vbench={texts}", "--export", "vbench"]
+    line += ["--seeds", "2", "--conditions", "single-prompt", "--output", str(tmp_path / "out"), "--device", "cpu"]
+    assert evaluate.main(line) == 0
+    folder = tmp_path / "out" / "vbench" / "single-prompt"
+    assert capsys.readouterr().out.splitlines() == [str(folder)]
+    assert sorted(path.name for path in folder.iterdir()) == [f"{START} First, {EVENTS[0]}.-{i}.mp4" for i in (0, 1)]
+
+
+def test_shapeworlds_suite_goes_on_with_the_next_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tempact.shapeworld.evaluation import ShapeWorldSuite
+
+    real = ShapeWorldSuite._videos
+    made: list[str] = []
+
+    def counted(self, method, category, plans):
+        if len(made) == 2 and not (tmp_path / "second").exists():
+            raise KeyboardInterrupt
+        made.append(f"{method.name} {category}")
+        return real(self, method, category, plans)
+
+    monkeypatch.setattr(ShapeWorldSuite, "_videos", counted)
+    monkeypatch.chdir(tmp_path)
+    line = [
+        "shapeworld-smoke",
+        "--device",
+        "cpu",
+        "--simple",
+        "2",
+        "--hard",
+        "1",
+        "--executor.timesteps",
+        "1000",
+        "500",
+    ]
+    assert evaluate.main(line) == 130
+    (tmp_path / "second").touch()
+    assert evaluate.main(line) == 0
+    assert Counter(made) == Counter(f"{m} {s}" for m in ("single-prompt", "step-prompt") for s in ("simple", "hard"))
+    folder = tmp_path / "runs" / "shapeworld-smoke-untrained"
+    rows = json.loads((folder / "evaluation.json").read_text())
+    assert {row["method"] for row in rows} == {"single-prompt", "step-prompt"}
+    assert (folder / "report.html").is_file() and (folder / "videos" / "index.json").is_file()
+    lines = [path.read_text().splitlines() for path in (folder / "evaluation").rglob("scores.jsonl")]
+    assert [len(each) for each in lines] == [2 * (2 + 1) * 4]
+    made.clear()
+    assert evaluate.main(line) == 0 and made == []
+    assert json.loads((folder / "evaluation.json").read_text()) == rows
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["nowhere"], "nowhere: holds no config.yaml; accepted: the folder of a training run, or a preset"),
+        (["shapeworld", "--judge", "in-domain"], "--judge: is not for --suite shapeworld"),
+        (["shapeworld", "--simple", "0"], "--simple: found 0; accepted: at least 1"),
+        (["shapeworld", "--bogus"], "unrecognized arguments: --bogus"),
+        (["shapeworld", "--evaluation.strip", "2"], "nearest: --evaluation.strips"),
+        (["self-forcing", "--seeds", "0"], "--seeds: found 0"),
+        (["self-forcing", "--hard", "101"], "--hard: found 101; accepted: 1 to 100"),
+        (["self-forcing", "--conditions", "trained"], "--conditions: found '+ TempAct' for an untrained preset"),
+        (["self-forcing", "--frames", "hard=61"], "--frames: found 'hard=61'; accepted: SET=NUMBER"),
+        (["self-forcing", "--frames", "easy=60"], "a set of simple, hard"),
+        (["self-forcing", "--judge", "--pickscore", "no"], "--judge: found none"),
+        (["self-forcing", "--judge", "qwen"], "--judge: invalid choice: 'qwen'"),
+        (["self-forcing", "--prompts", "hard=none.csv"], "none.csv: cannot be read"),
+    ],
+)
+def test_bad_options_are_one_line_before_anything_is_loaded_or_written(
+    given: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main(given) == 2
+    shown = capsys.readouterr().err
+    assert words in shown and shown.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_parsing_imports_no_torch() -> None:
+    code = (
+        "import sys; from tempact import evaluate; code = evaluate.main(['self-forcing', '--seeds', '0']); "
+        "print(code, {'torch', 'transformers', 'openai', 'matplotlib'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "2 set()\n", done.stderr
