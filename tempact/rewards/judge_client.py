@@ -243,8 +243,6 @@ class JudgeClient:
                     return reply
                 except Retry as retry:
                     attempts += retry.charged
-                    if not retry.charged:
-                        order = next(self._order)  # let another call probe: it may be this one that breaks the server
                     avoid, reason, asked_s = lease.endpoint, str(retry), retry.pause_s
                 finally:
                     self._dispatcher.release(lease)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import itertools
 import json
@@ -18,7 +19,7 @@ from rewards.judge_cases import KEY, ROLE, RUBRIC, Score, call, client_of, is_ri
 
 from tempact.rewards.judge_client import JudgeClient, retry_after_s
 from tempact.rewards.judge_config import EndpointConfig, JudgeConfig
-from tempact.rewards.judge_endpoints import Endpoint, Pool
+from tempact.rewards.judge_endpoints import Dispatcher, Endpoint, Pool
 from tempact.rewards.judge_types import JudgeCall, JudgeOutage
 from tempact.types import Missing
 
@@ -123,6 +124,33 @@ def test_the_least_busy_server_is_next_and_not_the_one_that_failed() -> None:
     third.failed(1.0, probe=False, at_once=True)
     assert pool.choose(1.5, None) is first  # the broken one has its cooldown
     assert pool.choose(2.5, None) is first and Pool([third]).choose(2.5, third) is third
+
+
+def test_who_probes_a_broken_server_keeps_its_place() -> None:
+    """The call that failed there leaves the probe to another, and is the first again when the server is back."""
+
+    async def turns() -> list[int]:
+        dispatcher = Dispatcher([(ROLE, [EndpointConfig("http://a", "m", concurrency=1)])])
+        pool, taken = dispatcher.pools[ROLE], []
+        endpoint = pool.endpoints[0]
+
+        async def ask(order: int, avoid: Endpoint | None) -> None:
+            lease = await dispatcher.acquire(pool, order, avoid, math.inf)
+            taken.append(order)
+            dispatcher.answered(lease)
+            dispatcher.release(lease)
+
+        endpoint.failed(0.0, probe=False, at_once=True)  # its cooldown is over by now
+        dispatcher._changed()
+        endpoint.probing = True  # nobody's turn yet
+        waiting = [asyncio.create_task(ask(order, endpoint if order < 3 else None)) for order in range(5)]
+        await asyncio.sleep(0)
+        endpoint.probing = False
+        dispatcher.dispatch()
+        await asyncio.gather(*waiting)
+        return taken
+
+    assert asyncio.run(turns()) == [3, 0, 1, 2, 4]
 
 
 def test_retry_after_in_both_forms() -> None:
