@@ -131,7 +131,7 @@ class FaultProxy:
         if fault == "closed":
             return False
         status, reply = STATUSES.get(fault, 200), await self._reply(fault, head, body)
-        more = f"retry-after: {self.behaviour.retry_after}\r\n" if fault == "429" else ""
+        more = f"retry-after: {self.behaviour.retry_after}\r\n" if fault in ("429", "503") else ""
         kind = "text/html" if fault == "not_json" else "application/json"
         start = f"HTTP/1.1 {status} x\r\ncontent-type: {kind}\r\n{more}content-length: {len(reply)}\r\n\r\n"
         if fault in ("half_body", "stalled"):
