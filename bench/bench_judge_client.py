@@ -1,4 +1,4 @@
-"""The judge client under load, on this machine: `PYTHONPATH=tests python -m bench.bench_judge_client`.
+"""The judge client under load, on this machine: `PYTHONPATH=tests python -m bench.bench_judge_client [--out FILE]`.
 
 A fake judge in a process of its own, 200 ms a reply; every call carries two images of 15 kB. Three runs of 10,000
 calls: without faults, with faults in 10% of the requests, and with those and a server that is away for 3 s in the
@@ -10,21 +10,25 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
+import platform
 import random
 import sqlite3
-import sys
 import tempfile
 import threading
 import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from rewards.fault_proxy import Apart, Behaviour
 from rewards.judge_cases import ROLE, call, client_of, is_right
 
+from bench.report import commit
+from tempact.infra.files import write_atomic
 from tempact.rewards.judge_client import JudgeClient
 from tempact.rewards.judge_types import JudgeCall, JudgeResult
 from tempact.types import Missing
@@ -71,8 +75,15 @@ class Load:
             f"{self.calls} calls in {self.seconds:.1f} s ({self.rate:.1f}/s): {self.right} right, {self.missing} "
             f"missing, {self.calls - self.right - self.missing} lost or wrong; {self.requests} requests, {self.faulty} "
             f"faulty; {self.rows} rows in the cache; slowest {self.slowest_s:.1f} s; memory {self.mib[0]:.0f} MiB "
-            f"after the first batch, {self.mib[-1]:.0f} after the last, growth {self.growth_mib:+.1f}"
+            f"after the first batch, {self.mib[len(self.mib) // 2]:.0f} in the middle, {self.mib[-1]:.0f} after the "
+            f"last, growth {self.growth_mib:+.1f}"
         )
+
+    def record(self) -> dict[str, float | int]:
+        """For a results file; `mib_*` is the memory of the client's process after a batch."""
+        kept = {name: value for name, value in vars(self).items() if name != "mib"}
+        first, middle, last = self.mib[0], self.mib[len(self.mib) // 2], self.mib[-1]
+        return kept | {"rate": self.rate, "mib_first": first, "mib_middle": middle, "mib_last": last}
 
 
 def run(calls: int, share: float, away: bool = False, delay_s: float = DELAY_S) -> Load:
@@ -143,17 +154,30 @@ def saturation(calls: int = 640, delay_s: float = 1.0, slots: int = 16, at_a_tim
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=10_000)
-    calls = parser.parse_args().calls
-    print(f"Python {sys.version.split()[0]}, {os.cpu_count()} processors, {CONCURRENCY} requests at a time")
-    faultless = run(calls, 0.0)
-    print(f"no faults: {faultless}", flush=True)
-    faulty = run(calls, 0.1)
-    print(
-        f"10% faults: {faulty}; {faulty.efficiency(faultless):.1%} of the rate without, scaled by requests", flush=True
-    )
-    restarted = run(calls, 0.1, away=True)
-    print(f"10% faults, away for {AWAY_S:g} s: {restarted}", flush=True)
-    print(f"64 at a time on 16 slots of 1 s: {saturation():.1%} of the ideal rate")
+    parser.add_argument("--out", type=Path, help="results file to write")
+    arguments = parser.parse_args()
+    calls = arguments.calls
+    runs = {"no faults": run(calls, 0.0), "10% faults": run(calls, 0.1)}
+    runs[f"10% faults, server away for {AWAY_S:g} s"] = run(calls, 0.1, away=True)
+    for name, load in runs.items():
+        print(f"{name}: {load}")
+    efficiency, saturated = runs["10% faults"].efficiency(runs["no faults"]), saturation()
+    print(f"10% faults: {efficiency:.1%} of the rate without, scaled by requests")
+    print(f"64 at a time on 16 slots of 1 s: {saturated:.1%} of the ideal rate")
+    if arguments.out:
+        versions = {name: version(name) for name in ("openai", "pydantic")}
+        about = {
+            "command": f"PYTHONPATH=tests python -m bench.bench_judge_client --calls {calls}",
+            "commit": commit(),
+            "hardware": f"{os.cpu_count()} processors ({platform.machine()}), no GPU, shared with other work",
+            "versions": {"python": platform.python_version(), **versions},
+            "requests_at_a_time": CONCURRENCY,
+            "deadline_s": DEADLINE_S,
+            "runs": {name: load.record() for name, load in runs.items()},
+            "rate_with_faults_over_scaled_rate_without": efficiency,
+            "rate_of_64_calls_on_16_slots_over_ideal": saturated,
+        }
+        write_atomic(arguments.out, json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":

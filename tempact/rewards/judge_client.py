@@ -38,6 +38,7 @@ RETRIED = {408, 409, 429}  # and 5xx
 UNUSABLE = {401, 403, 404}  # at a server that has never answered: a wrong key, address or model, whatever the call
 GATEWAY = {502, 503, 504}  # nobody is behind the address
 BACKOFF_MAX_S = 8.0
+REASON_CHARACTERS = 200
 LOGGED_CHARACTERS = 2000  # of a reply that is not as asked for
 CLOSING_S = 10.0
 
@@ -81,10 +82,13 @@ class JudgeClient:
         self._order = itertools.count()
         self._running: dict[str, _Running] = {}
         self._loop = asyncio.new_event_loop()
-        self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="judges", daemon=True)
         self._thread.start()
-        self._ready.wait()
+        try:
+            asyncio.run_coroutine_threadsafe(self._prepare(), self._loop).result()
+        except BaseException:
+            self._end()
+            raise
 
     def submit(self, calls: Sequence[JudgeCall]) -> list[Future[JudgeResult]]:
         """Starts the calls, in this order, and returns at once.
@@ -111,8 +115,11 @@ class JudgeClient:
         if not self._closed:
             self._closed = True
             asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(CLOSING_S)
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(CLOSING_S)
+            self._end()
+
+    def _end(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CLOSING_S)
 
     def __enter__(self) -> JudgeClient:
         return self
@@ -124,8 +131,6 @@ class JudgeClient:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self._prepare())
-        self._ready.set()
         try:
             self._loop.run_forever()
         finally:
@@ -173,7 +178,11 @@ class JudgeClient:
                 self._abandon(future)
                 continue
             model = self.config.roles[call.role][0].model
-            key = cache_key(call, model, self._parameters)
+            try:
+                key = cache_key(call, model, self._parameters)
+            except (TypeError, ValueError) as error:  # no call at all: its caller is told, the others go on
+                future.set_exception(error)
+                continue
             running = self._running.get(key)
             if running is None:
                 running = _Running(self._loop.create_task(self._result(call, key, model, next(self._order))))
@@ -243,13 +252,12 @@ class JudgeClient:
                     return reply
                 except Retry as retry:
                     attempts += retry.charged
-                    if not retry.charged:
-                        order = next(self._order)  # let another call probe: it may be this one that breaks the server
                     avoid, reason, asked_s = lease.endpoint, str(retry), retry.pause_s
                 finally:
                     self._dispatcher.release(lease)
                 if attempts < self.config.attempts and not lease.endpoint.broken:
-                    pause = max(asked_s, self._pause(attempts))
+                    elsewhere = any(each is not avoid and not each.broken for each in pool.endpoints)
+                    pause = max(0.0 if elsewhere else asked_s, self._pause(attempts))
                     await asyncio.sleep(min(pause, max(0.0, until - pool.clock())))
             reason = f"{attempts} attempts; the last: {reason}"
         except Rejected as error:
@@ -276,23 +284,24 @@ class JudgeClient:
             text = read_body(body)
         except BadReply as error:
             self._dispatcher.answered(lease)
-            raise Retry(f"{where}: {error}") from None
+            raise self._not_as_asked(call, where, error, body.decode(errors="replace")) from None
         except (TimeoutError, openai.APITimeoutError):
             raise self._failure(lease, "no answer in time", blames_call=True) from None
         except openai.APIStatusError as error:
             raise self._refused(error, lease) from None
         except BadBody as error:
-            raise self._failure(lease, self.config.redact(str(error)), blames_call=True) from None
+            self._not_as_asked(call, where, error, body.decode(errors="replace"))
+            raise self._failure(lease, str(error), blames_call=True) from None
         except openai.OpenAIError as error:
             cause = error.__cause__ or error
-            raise self._failure(lease, self.config.redact(f"{type(cause).__name__}: {cause}")[:200]) from None
+            raise self._failure(lease, self._line(f"{type(cause).__name__}: {cause}")) from None
+        except (OSError, RuntimeError, ValueError) as error:  # of the HTTP library: nothing reaches the trainer
+            raise self._failure(lease, self._line(f"{type(error).__name__}: {error}"), blames_call=True) from None
         self._dispatcher.answered(lease)
         try:
             return read_reply(text, call.rubric.fields)
         except BadReply as error:
-            shown = self.config.redact(text)[:LOGGED_CHARACTERS]
-            log.warning("judge %s: %s: not as asked for (%s): %r", call.role, where, error, shown)
-            raise Retry(f"{where}: {self.config.redact(str(error))}") from None
+            raise self._not_as_asked(call, where, error, text) from None
 
     async def _post(self, call: JudgeCall, lease: Lease) -> bytes:
         content: list[Any] = [{"type": "text", "text": _sendable(call.text)}]
@@ -310,7 +319,20 @@ class JudgeClient:
         )
         return answer.content
 
-    def _failure(self, lease: Lease, reason: str, *, blames_call: bool = False, at_once: bool = False) -> Retry:
+    def _not_as_asked(self, call: JudgeCall, where: str, error: Exception, text: str) -> Retry:
+        """Logs what came instead of a reply."""
+        reason, shown = self._line(str(error)), self.config.redact(text)[:LOGGED_CHARACTERS]
+        log.warning("judge %s: %s: not as asked for (%s): %r", call.role, where, reason, shown)
+        return Retry(f"{where}: {reason}")
+
+    def _line(self, text: str) -> str:
+        """What a server says, as part of one line of a log: no key, no line ends, no odd characters."""
+        told = " ".join(self.config.redact(text).split())[:REASON_CHARACTERS]
+        return "".join(each if each.isprintable() else "?" for each in told)
+
+    def _failure(
+        self, lease: Lease, reason: str, *, blames_call: bool = False, at_once: bool = False, pause_s: float = 0.0
+    ) -> Retry:
         """The endpoint's failure. A call that only probed a broken one loses no attempt, unless the fault may be its
         own: a server may well be there and fail at this call alone."""
         endpoint = lease.endpoint
@@ -318,19 +340,19 @@ class JudgeClient:
         self._dispatcher.failed(lease, at_once)
         if endpoint.broken and not before:
             log.warning("judges: %s does not answer (%s); trying again by and by", endpoint.config.shown, reason)
-        return Retry(f"{endpoint.config.shown}: {reason}", charged=blames_call or not (before or at_once))
+        return Retry(f"{endpoint.config.shown}: {reason}", blames_call or not (before or at_once), pause_s)
 
     def _refused(self, error: Any, lease: Lease) -> Exception:
         """What an HTTP error (openai.APIStatusError) means for the call."""
         status, where = error.status_code, lease.endpoint.config.shown
-        told = self.config.redact(f"HTTP {status}: {error.message}")[:200]
+        told = self._line(f"HTTP {status}: {error.message}")
         pause = retry_after_s(error.response.headers.get("retry-after", ""))
         if pause and (status in RETRIED or status >= 500):
             lease.endpoint.limit(time.monotonic() + pause)
         if status in UNUSABLE and not lease.endpoint.proven:
             return self._failure(lease, told, at_once=True)
         if status in UNUSABLE or status >= 500:
-            return self._failure(lease, told, blames_call=status not in GATEWAY)
+            return self._failure(lease, told, blames_call=status not in GATEWAY, pause_s=pause)
         if status in RETRIED:
             self._dispatcher.alive(lease)
             return Retry(f"{where}: {told}", pause_s=pause)

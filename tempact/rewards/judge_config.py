@@ -46,7 +46,9 @@ class JudgeConfig:
     """Endpoints of every role, and limits.
 
     deadline_s  for one call: requests, pauses between them and waiting for a next turn. It does not run while the
-                call waits for its first turn, nor while every endpoint of its role is down
+                call waits for its first turn (or the last calls of a large batch would be missing for the size of the
+                batch: that wait ends because the calls ahead have deadlines), nor while every endpoint of its role is
+                down (`outage_s` ends that)
     attempt_s   for one request, from sending it to the last byte of the answer
     attempts    requests of one call; a probe of an endpoint that was down is not counted
     outage_s    silence of all endpoints of a role, while calls wait for them, after which JudgeOutage is raised

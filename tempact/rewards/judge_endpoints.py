@@ -136,10 +136,26 @@ class Pool:
     def next_ready(self) -> float:
         return min(endpoint.ready_at() for endpoint in self.endpoints)
 
-    def choose(self, now: float, avoid: Endpoint | None) -> Endpoint | None:
-        """The least busy endpoint, another than `avoid` (which has just failed the call) if there is one."""
+    def choose(self, now: float, avoid: Endpoint | None) -> Endpoint:
+        """The least busy of the ready endpoints, another than `avoid` (which has just failed the call) if there is
+        one."""
         ready = [endpoint for endpoint in self.endpoints if endpoint.ready_at() <= now]
-        return min(ready, key=lambda endpoint: (endpoint is avoid, endpoint.load), default=None)
+        return min(ready, key=lambda endpoint: (endpoint is avoid, endpoint.load))
+
+    def pop_next(self, now: float) -> tuple[asyncio.Future[Lease], Endpoint]:
+        """Takes the first waiting call and where it goes; some endpoint must be ready.
+
+        A call that has just failed at a broken endpoint does not probe it again while others wait: it may be this
+        very call that breaks the server. It keeps its place in the queue.
+        """
+        entry, endpoint = self.waiting[0], self.choose(now, self.waiting[0][3])
+        if endpoint.broken and endpoint is entry[3]:
+            others = (each for each in self.waiting if each[3] is not endpoint and not each[2].done())
+            entry = min(others, default=entry, key=lambda each: each[:2])
+            endpoint = self.choose(now, entry[3])
+        self.waiting.remove(entry)
+        heapq.heapify(self.waiting)
+        return entry[2], endpoint
 
     def drop_done(self) -> None:
         while self.waiting and self.waiting[0][2].done():
@@ -218,9 +234,7 @@ class Dispatcher:
             if not served:
                 break
             pool = min(served, key=lambda each: each.waiting[0][:2])
-            _, _, turn, avoid = heapq.heappop(pool.waiting)
-            endpoint = pool.choose(now, avoid)
-            assert endpoint is not None
+            turn, endpoint = pool.pop_next(now)
             turn.set_result(endpoint.take(now))
         if self._timer is not None:
             self._timer.cancel()

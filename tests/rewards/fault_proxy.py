@@ -45,6 +45,18 @@ def score_of(text: str) -> float:
     return (int(re.findall(r"\d+", text)[-1]) * 37 % 101) / 100
 
 
+def verdict_of(content: str | list) -> dict[str, object]:
+    """What any of the rewards' rubrics asks for, drawn from what is asked: no two plans or videos score the same."""
+    draw = random.Random(json.dumps(content))
+    plan = ("faithfulness", "coverage", "temporal", "hallucination")
+    video = ("temporal_order", "physical", "consistency", "alignment", "subject", "scene", "action", "appearance",
+             "final")  # fmt: skip
+    shares: dict[str, object] = {name: draw.uniform(0, 1) for name in plan}
+    marks = {name: draw.uniform(0, 10) for name in video}
+    pictures = 0 if isinstance(content, str) else len(content) - 1
+    return shares | marks | {"frame_scores": [draw.uniform(0, 10) for _ in range(pictures)]}
+
+
 @dataclass
 class Behaviour:
     """`share` of the requests fail, in one of `faults`; the others take `delay_s` in one of `slots`."""
@@ -56,6 +68,7 @@ class Behaviour:
     slow_s: float = 0.3  # before the first byte of slow_first_byte
     retry_after: str = "1"
     seed: int = 0
+    verdicts: bool = False  # the fake judge answers the rewards' rubrics in the place of `judge_cases.RUBRIC`
     upstream: int = 0  # port of a real server on this machine; 0: the fake judge answers
 
 
@@ -131,7 +144,7 @@ class FaultProxy:
         if fault == "closed":
             return False
         status, reply = STATUSES.get(fault, 200), await self._reply(fault, head, body)
-        more = f"retry-after: {self.behaviour.retry_after}\r\n" if fault == "429" else ""
+        more = f"retry-after: {self.behaviour.retry_after}\r\n" if fault in ("429", "503") else ""
         kind = "text/html" if fault == "not_json" else "application/json"
         start = f"HTTP/1.1 {status} x\r\ncontent-type: {kind}\r\n{more}content-length: {len(reply)}\r\n\r\n"
         if fault in ("half_body", "stalled"):
@@ -166,6 +179,8 @@ class FaultProxy:
         if fault in MALFORMED:
             return completion(MALFORMED[fault])
         content = json.loads(body)["messages"][-1]["content"]
+        if self.behaviour.verdicts:
+            return completion(json.dumps(verdict_of(content)))
         text = content if isinstance(content, str) else content[0]["text"]
         return completion(json.dumps({"score": score_of(text), "reason": "as it should be"}))
 

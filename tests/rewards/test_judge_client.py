@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import itertools
 import json
@@ -10,7 +11,7 @@ import math
 import random
 import threading
 import time
-from concurrent.futures import CancelledError
+from concurrent.futures import FIRST_COMPLETED, CancelledError, wait
 
 import pytest
 from rewards.fault_proxy import FAULTS, MALFORMED, SLOW, Behaviour, completion, running, score_of
@@ -18,7 +19,7 @@ from rewards.judge_cases import KEY, ROLE, RUBRIC, Score, call, client_of, is_ri
 
 from tempact.rewards.judge_client import JudgeClient, retry_after_s
 from tempact.rewards.judge_config import EndpointConfig, JudgeConfig
-from tempact.rewards.judge_endpoints import Endpoint, Pool
+from tempact.rewards.judge_endpoints import Dispatcher, Endpoint, Pool
 from tempact.rewards.judge_types import JudgeCall, JudgeOutage
 from tempact.types import Missing
 
@@ -57,7 +58,7 @@ def test_no_call_takes_longer_than_its_deadline(fault: str) -> None:
     with running(behaviour) as server, client_of([server.url], deadline_s=0.5, attempt_s=0.3) as client:
         started = time.monotonic()
         result = client.submit([call(3)])[0].result(10)
-        assert 0.5 <= time.monotonic() - started < 1.0
+        assert 0.5 <= time.monotonic() - started < 10  # the server takes 30 s or more
         assert isinstance(result, Missing) and "within 0.5 s" in result.reason
 
 
@@ -85,7 +86,51 @@ def test_concurrency_is_used_and_never_exceeded() -> None:
         results = [future.result(30) for future in client.submit([call(n) for n in range(70)])]
         assert all(is_right(result, n) for n, result in enumerate(results))
         assert server.proxy.most_in_flight == 7
-        assert 0.5 <= time.monotonic() - started < 1.0  # ten rounds of 0.05 s; one at a time takes 3.5 s
+        assert time.monotonic() - started >= 0.5  # ten rounds of 0.05 s
+
+
+@pytest.mark.parametrize("fault", ["refusal", "not_json", "not_a_completion", "prose"])
+def test_what_came_instead_of_a_reply_is_logged(fault: str, caplog: pytest.LogCaptureFixture) -> None:
+    said = {"refusal": "I would rather not.", "not_json": "wireless network", "not_a_completion": '"choices": []',
+            "prose": "I would say 0.5."}[fault]  # fmt: skip
+    with running(script=(fault,)) as server, client_of([server.url]) as client:
+        assert is_right(client.submit([call(3)])[0].result(10), 3)
+    assert [said in record.getMessage() for record in caplog.records if "not as asked for" in record.msg] == [True]
+
+
+@pytest.mark.parametrize("fault", ["429", "503"])
+def test_a_busy_server_is_left_alone_for_as_long_as_it_asks(fault: str) -> None:
+    """Longer than the call has: no second request. Another server does not keep it waiting."""
+    busy = Behaviour(share=1, faults=(fault,), retry_after="60")
+    with running(busy) as server, client_of([server.url], deadline_s=1.0) as client:
+        assert isinstance(client.submit([call(3)])[0].result(10), Missing)
+        assert server.proxy.seen[fault] == 1
+    with running(busy) as server, running() as other, client_of([server.url, other.url], concurrency=1) as client:
+        results = [future.result(30) for future in client.submit([call(n) for n in range(8)])]
+        assert all(is_right(result, n) for n, result in enumerate(results))
+
+
+def test_an_error_of_the_http_library_is_no_exception_of_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(self, call, lease):
+        raise RuntimeError(f"line one\nwith {KEY}")
+
+    monkeypatch.setattr(JudgeClient, "_post", broken)
+    with client_of(["http://127.0.0.1:9/v1"]) as client:
+        result = client.submit([call(3)])[0].result(10)
+    assert isinstance(result, Missing) and "RuntimeError: line one with ***" in result.reason
+    assert KEY not in result.reason
+
+
+def test_a_call_that_is_none_does_not_stop_the_others() -> None:
+    with running() as server, client_of([server.url]) as client:
+        odd, good = client.submit([call(1, images=("no bytes",)), call(2)])
+        assert isinstance(odd.exception(10), TypeError) and is_right(good.result(10), 2)
+
+
+def test_a_client_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "nonsense://proxy")
+    with pytest.raises(Exception, match="(?i)proxy"), client_of(["http://127.0.0.1:9/v1"]):
+        pass
 
 
 def test_requests_per_minute_are_kept() -> None:
@@ -93,26 +138,27 @@ def test_requests_per_minute_are_kept() -> None:
         started = time.monotonic()
         for future in client.submit([call(n) for n in range(6)]):
             future.result(10)
-        assert 0.5 <= time.monotonic() - started < 1.0
+        assert time.monotonic() - started >= 0.5
 
 
 def test_retry_after_holds_back_everybody_once_it_is_repeated() -> None:
-    behaviour = Behaviour(retry_after="0.5")
+    behaviour = Behaviour(retry_after="1")
     with running(behaviour, script=("429", "429")) as server, client_of([server.url], concurrency=1) as client:
+        started = time.monotonic()
         futures = client.submit([call(n) for n in range(8)])
-        time.sleep(0.35)
-        assert not any(future.done() for future in futures)
-        results = [future.result(1) for future in futures]
+        wait(futures, return_when=FIRST_COMPLETED)
+        assert time.monotonic() - started >= 1
+        results = [future.result(10) for future in futures]
         assert all(is_right(result, n) for n, result in enumerate(results))
         assert server.proxy.seen["429"] == 2
 
 
 def test_a_single_retry_after_holds_back_its_own_call() -> None:
-    behaviour = Behaviour(retry_after="0.5")
+    behaviour = Behaviour(retry_after="4")
     with running(behaviour, script=("429",)) as server, client_of([server.url], concurrency=1) as client:
-        futures = client.submit([call(n) for n in range(8)])
-        time.sleep(0.35)
-        assert sum(future.done() for future in futures) == 7
+        held, *others = client.submit([call(n) for n in range(8)])
+        assert all(is_right(future.result(10), n) for n, future in enumerate(others, start=1))
+        assert not held.done()
 
 
 def test_the_least_busy_server_is_next_and_not_the_one_that_failed() -> None:
@@ -123,6 +169,33 @@ def test_the_least_busy_server_is_next_and_not_the_one_that_failed() -> None:
     third.failed(1.0, probe=False, at_once=True)
     assert pool.choose(1.5, None) is first  # the broken one has its cooldown
     assert pool.choose(2.5, None) is first and Pool([third]).choose(2.5, third) is third
+
+
+def test_who_probes_a_broken_server_keeps_its_place() -> None:
+    """The call that failed there leaves the probe to another, and is the first again when the server is back."""
+
+    async def turns() -> list[int]:
+        dispatcher = Dispatcher([(ROLE, [EndpointConfig("http://a", "m", concurrency=1)])])
+        pool, taken = dispatcher.pools[ROLE], []
+        endpoint = pool.endpoints[0]
+
+        async def ask(order: int, avoid: Endpoint | None) -> None:
+            lease = await dispatcher.acquire(pool, order, avoid, math.inf)
+            taken.append(order)
+            dispatcher.answered(lease)
+            dispatcher.release(lease)
+
+        endpoint.failed(0.0, probe=False, at_once=True)  # its cooldown is over by now
+        dispatcher._changed()
+        endpoint.probing = True  # nobody's turn yet
+        waiting = [asyncio.create_task(ask(order, endpoint if order < 3 else None)) for order in range(5)]
+        await asyncio.sleep(0)
+        endpoint.probing = False
+        dispatcher.dispatch()
+        await asyncio.gather(*waiting)
+        return taken
+
+    assert asyncio.run(turns()) == [3, 0, 1, 2, 4]
 
 
 def test_retry_after_in_both_forms() -> None:
@@ -173,7 +246,7 @@ def test_an_outage_that_lasts_reaches_the_trainer() -> None:
             # calls may be missing before the breaker has opened, but none is left hanging
             for future in futures:
                 assert isinstance(future.exception(1), JudgeOutage) or isinstance(future.result(), Missing)
-            assert 0.5 < time.monotonic() - started < 2.5
+            assert 0.5 < time.monotonic() - started < 10
             with pytest.raises(JudgeOutage):
                 client.submit([call(99)])
 
@@ -241,10 +314,9 @@ def test_closing_leaves_nobody_waiting() -> None:
 
 
 def test_submit_returns_at_once() -> None:
-    with running(Behaviour(delay_s=0.5)) as server, client_of([server.url]) as client:
-        started = time.monotonic()
+    with running(Behaviour(delay_s=30)) as server, client_of([server.url], attempt_s=29) as client:
         futures = client.submit([call(n) for n in range(16)])
-        assert time.monotonic() - started < 0.2 and not any(future.done() for future in futures)
+        assert not any(future.done() for future in futures)
 
 
 def test_latencies_are_those_of_the_server() -> None:
@@ -252,8 +324,8 @@ def test_latencies_are_those_of_the_server() -> None:
         for future in client.submit([call(n) for n in range(16)]):
             future.result(5)
         stats = client.stats()
-        assert stats[f"judge/{ROLE}/latency_mean_s"] == pytest.approx(0.2, abs=0.15)
-        assert stats[f"judge/{ROLE}/latency_p95_s"] >= 0.2
+        mean, p95, longest = (stats[f"judge/{ROLE}/latency_{name}_s"] for name in ("mean", "p95", "max"))
+        assert 0.2 <= mean <= p95 <= longest < 5
         assert client.stats() == {}  # counted once
 
 
