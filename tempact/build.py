@@ -251,12 +251,17 @@ def build_prompts(config: RunConfig) -> PromptSource:
 def build_rewards(config: RunConfig) -> RewardSet:
     """The four rewards of a run's videos: ShapeWorld's own, judges and PickScore for everything else.
 
-    Whoever builds them closes them. UserError for judges that the environment lacks and for PickScore's weights.
+    With `judges.shapeworld` judges score ShapeWorld, too, all but its picture quality. Whoever builds them closes them.
+    UserError for judges that the environment lacks and for PickScore's weights.
     """
-    if is_shapeworld(config.executor.weights):
+    own = is_shapeworld(config.executor.weights)
+    if own and not config.judges.shapeworld:
         return shapeworld_rewards()
-    from tempact.rewards.real import open_judges, open_scorer, real_rewards  # late: ShapeWorld needs no CLIP
+    # late: ShapeWorld needs no CLIP
+    from tempact.rewards.real import judged_rewards, open_judges, open_scorer, real_rewards
 
+    if own:
+        return judged_rewards(open_judges(config.judges), shapeworld_rewards().aesthetics, config.judges)
     judges = open_judges(config.judges)
     try:
         return real_rewards(judges, open_scorer(config.judges, device_of(config)), config.judges)

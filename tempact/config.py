@@ -119,6 +119,7 @@ class JudgeSettings:
     """Rewards for real video. Addresses, models, keys, concurrency and rate limits are in the environment only
     (docs/judges.md)."""
 
+    shapeworld: bool = False  # served judges score ShapeWorld too, in the place of its rules and its verifier
     deadline_s: float = 120.0  # for a call, with its retries and pauses
     attempt_s: float = 60.0  # for one request
     attempts: int = 4  # requests of a call

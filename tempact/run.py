@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -74,10 +74,11 @@ class StopRequest:
 def train(config: RunConfig, resume: str) -> int:
     """Trains, evaluates and reports; returns the exit code: 0, EXIT_STOPPED when asked to stop, EXIT_ABORTED when
     the run cannot go on (`trainer.Aborted`) or no judge answered. Either way the state is saved."""
-    with claim_run_folder(config.output) as folder:
+    with claim_run_folder(config.output) as folder, ExitStack() as opened:
         checkpoint = resolve_resume(resume, folder)
         check_executor(config)
         prompts, rewards = build_prompts(config), build_rewards(config)  # what is missing is said before weights load
+        opened.callback(rewards.close)
         policies = build_policies(config)
         trainer = build_trainer(config, policies, prompts, rewards)
         if checkpoint is not None:
@@ -91,8 +92,6 @@ def train(config: RunConfig, resume: str) -> int:
             store(config, folder, policies, trainer)
             log.error("%s; saved after iteration %d", error, trainer.done)
             return EXIT_ABORTED
-        finally:
-            trainer.rewards.close()
         if not finished:
             log.warning("stopped after iteration %d; `--resume auto` goes on from there", trainer.done)
             return EXIT_STOPPED

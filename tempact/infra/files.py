@@ -59,9 +59,11 @@ def disk_full(error: BaseException | None) -> bool:
 def claim_run_folder(path: str | Path) -> Iterator[Path]:
     """Makes the folder and holds it for this process; UserError if it cannot be written or another run has it.
 
-    The lock is the kernel's, so a killed run leaves nothing behind that would block the next one.
+    The lock is the kernel's, so a killed run leaves nothing behind that would block the next one. Of a run that a
+    UserError ends before it has written anything, no folder stays.
     """
     folder = Path(path)
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -76,4 +78,10 @@ def claim_run_folder(path: str | Path) -> Iterator[Path]:
             raise UserError(
                 f"output: another run is using {folder}; accepted: a folder of its own for each run"
             ) from error
-        yield folder
+        try:
+            yield folder
+        except UserError:
+            if new and [path.name for path in folder.iterdir()] == [".lock"]:
+                (folder / ".lock").unlink()
+                folder.rmdir()
+            raise

@@ -10,6 +10,7 @@ import torch
 
 from tempact.config import JudgeSettings
 from tempact.rewards.aesthetics import Aesthetics, PickScorer
+from tempact.rewards.base import VideoReward
 from tempact.rewards.combine import RewardSet
 from tempact.rewards.judge_client import JudgeClient
 from tempact.rewards.judge_config import ROLES, JudgeConfig
@@ -52,7 +53,6 @@ class RealRewards(RewardSet):
     plan_quality: PlanQuality
     temporal_following: TemporalFollowing
     step_following: StepFollowing
-    aesthetics: Aesthetics
     judges: Judges
     _begun: list[tuple[PlanBatch, Pending]] = field(default_factory=list, init=False, repr=False)
 
@@ -75,7 +75,8 @@ class RealRewards(RewardSet):
 
     def metrics(self) -> dict[str, float]:
         """`judge/<role>/...` and `rewards/aesthetics/truncated` since the last call of this."""
-        return self.judges.stats() | self.aesthetics.scorer.stats()
+        picked = self.aesthetics.scorer.stats() if isinstance(self.aesthetics, Aesthetics) else {}
+        return self.judges.stats() | picked
 
     def close(self) -> None:
         """Ends the judges' thread."""
@@ -84,11 +85,16 @@ class RealRewards(RewardSet):
 
 def real_rewards(client: Judges, scorer: PickScorer, settings: JudgeSettings) -> RealRewards:
     """The four rewards of ALGORITHM.md 2.6; closing them closes the client."""
+    return judged_rewards(client, Aesthetics(scorer, settings.aesthetics_frames), settings)
+
+
+def judged_rewards(client: Judges, aesthetics: VideoReward, settings: JudgeSettings) -> RealRewards:
+    """The three rewards of judges, and one of pictures; closing them closes the client."""
     return RealRewards(
         plan_quality=PlanQuality(client),
         temporal_following=TemporalFollowing(client, settings.video_frames),
         step_following=StepFollowing(client, settings.step_frames),
-        aesthetics=Aesthetics(scorer, settings.aesthetics_frames),
+        aesthetics=aesthetics,
         judges=client,
     )
 

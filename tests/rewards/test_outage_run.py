@@ -1,0 +1,175 @@
+"""A training run on ShapeWorld whose rewards come from a judge's server that goes away: the real command."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from rewards.fault_proxy import Apart, Behaviour
+from rewards.judge_cases import KEY
+
+from tempact import run as run_module
+from tempact import train
+from tempact.cli import EXIT_USER_ERROR
+from tempact.infra.checkpoint import defect, latest, load
+from tempact.infra.metrics import read_metrics
+from tempact.run import EXIT_ABORTED
+
+ITERATIONS = 4
+ROLES = ("plan_quality", "temporal_following", "step_following")
+
+
+@contextmanager
+def judge() -> Iterator[Apart]:
+    server = Apart(Behaviour(verdicts=True, delay_s=0.01))
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def environment(server: Apart) -> dict[str, str]:
+    return {"TEMPACT_JUDGE_BASE_URL": server.url, "TEMPACT_JUDGE_MODEL": "judge", "TEMPACT_JUDGE_API_KEY": KEY}
+
+
+def command(folder: Path, **keys: object) -> list[str]:
+    given = {
+        "trainer.iterations": ITERATIONS, "judges.shapeworld": "true", "output": folder / "run", "device": "cpu",
+        "judges.cache": folder / "judges.sqlite", "judges.attempt_s": 2, **keys,
+    }  # fmt: skip
+    return ["shapeworld-smoke", *(str(part) for name, value in given.items() for part in (f"--{name}", value))]
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    path = folder / "run" / "metrics.jsonl"
+    return read_metrics(folder / "run") if path.exists() else []
+
+
+def after_the_first_iteration(folder: Path, act: Callable[[], None]) -> threading.Thread:
+    """Does something once, as soon as the run has logged an iteration."""
+
+    def watch() -> None:
+        end = time.monotonic() + 240
+        while not rows(folder) and time.monotonic() < end:
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def check_whole(folder: Path) -> None:
+    """Every iteration is there once and every score is a judge's."""
+    assert [row["step"] for row in rows(folder)] == list(range(1, ITERATIONS + 1))
+    for row in rows(folder):
+        for role in ROLES:
+            assert row[f"judge/{role}/missing"] == 0 and row[f"judge/{role}/calls"] > 0
+        assert math.isfinite(row["rewards/temporal_following/mean"]) and row["rewards/plan_quality/missing"] == 0
+
+
+def check_no_key(folder: Path, *texts: str) -> None:
+    """Configuration, metrics, samples, checkpoints, report, cache."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"config.yaml", "metrics.jsonl", "judges.sqlite"} <= {path.name for path in files}
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+    assert not [text for text in texts if KEY in text]
+
+
+@pytest.fixture
+def unevaluated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs end before their evaluation; the commands put their own handlers on the root logger."""
+    monkeypatch.setattr(run_module, "evaluate", lambda *given: None)
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.mark.usefixtures("unevaluated")
+def test_a_run_waits_for_its_judges(tmp_path: Path, monkeypatch, capfd: pytest.CaptureFixture[str]) -> None:
+    with judge() as server:
+        for name, value in environment(server).items():
+            monkeypatch.setenv(name, value)
+        waited: list[int] = []
+
+        def away() -> None:
+            server.die()
+            time.sleep(2)
+            waited.append(len(rows(tmp_path)))
+            server.revive()
+
+        thread = after_the_first_iteration(tmp_path, away)
+        assert train.main(command(tmp_path)) == 0
+        thread.join()
+    assert waited[0] < ITERATIONS
+    check_whole(tmp_path)
+    shown = capfd.readouterr()
+    assert "does not answer" in shown.err
+    check_no_key(tmp_path, shown.out, shown.err)
+
+
+@pytest.mark.usefixtures("unevaluated")
+def test_an_outage_past_the_limit_saves_and_stops(tmp_path: Path, monkeypatch, capfd) -> None:
+    """Exit code 3 and a whole checkpoint of the last iteration that ended; the rest is made once judges are back."""
+    with judge() as server:
+        for name, value in environment(server).items():
+            monkeypatch.setenv(name, value)
+        thread = after_the_first_iteration(tmp_path, server.die)
+        limits = {"judges.attempt_s": 0.5, "judges.outage_s": 1}  # a run that goes on may have others
+        assert train.main(command(tmp_path, **limits)) == EXIT_ABORTED == 3
+        thread.join()
+        done = len(rows(tmp_path))
+        saved = latest(tmp_path / "run")
+        assert 1 <= done < ITERATIONS and saved is not None and defect(saved) is None
+        assert load(saved).state["done"] == done
+        shown = capfd.readouterr().err
+        assert "no answer from 127.0.0.1" in shown and f"saved after iteration {done}" in shown
+        server.revive()
+        assert train.main([*command(tmp_path), "--resume", "auto"]) == 0
+    check_whole(tmp_path)
+    check_no_key(tmp_path, shown)
+
+
+def test_without_judges_in_the_environment_nothing_is_made(tmp_path: Path, monkeypatch, capsys) -> None:
+    for name in [name for name in os.environ if name.startswith(("TEMPACT_JUDGE_", "LLM_", "VLLM_"))]:
+        monkeypatch.delenv(name)
+    assert train.main(command(tmp_path)) == EXIT_USER_ERROR
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: environment: found no address of the judge plan_quality")
+    assert shown.err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sixty_seconds_without_judges(tmp_path: Path) -> None:
+    """The command in a process of its own, with the limits that it has by itself, up to its evaluation and report."""
+    with judge() as server:
+        shown = tmp_path / "shown.txt"
+
+        def away() -> None:
+            server.die()
+            time.sleep(60)
+            server.revive()
+
+        thread = after_the_first_iteration(tmp_path, away)
+        with shown.open("w") as output:
+            code = subprocess.call(
+                [sys.executable, "-m", "tempact.train", *command(tmp_path)],
+                stdout=output, stderr=output, env=os.environ | environment(server),
+            )  # fmt: skip
+        thread.join()
+    assert code == 0, shown.read_text()[-3000:]
+    assert "does not answer" in shown.read_text()
+    check_whole(tmp_path)
+    check_no_key(tmp_path)
