@@ -39,11 +39,11 @@ def export_vbench(folder: Path, suite: Suite, maker: Maker) -> list[Path]:
                 name = f"{prompt.text}-{seed}.mp4"
                 if "/" in name or "\0" in name or name.startswith(".") or len(name.encode()) > NAME_BYTES:
                     name, renamed = f"{prompt.prompt_id}-{seed}.mp4", renamed + 1
-                partial = target / f".{prompt.prompt_id}-{seed}.partial"
+                # beside the folder, as the list below: VBench takes every file in it for a video
+                partial = target.parent / f".{target.name}-{prompt.prompt_id}-{seed}.partial"
                 shutil.copyfile(folder / video["file"], partial)
                 partial.replace(target / name)
                 told[name] = prompt.text
-        # beside the folder: VBench takes every file in it for a video
         write_atomic(target.parent / f"{target.name}-{PROMPTS}", json.dumps(told, indent=1, ensure_ascii=False))
         made.append(target)
     if renamed:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tempact.errors import UserError
 from tempact.executor.window import WINDOWS
 from tempact.rewards.judge_types import JudgeOutage
-from tempact.temporal_order import making, results
+from tempact.temporal_order import making, results, vbench
 from tempact.temporal_order import suite as suite_module
 from tempact.temporal_order.conditions import METHODS, Method
 from tempact.temporal_order.judging import JudgedVideo, Verdict
@@ -415,6 +415,21 @@ def test_vbench_gets_its_names(bench: Bench, caplog: pytest.LogCaptureFixture) -
     row = bench.maker.video(STEP, own[0], 1)
     assert row and (folders[1] / "a cat, and a dog-1.mp4").read_bytes() == (bench.folder / row["file"]).read_bytes()
     assert "wants --seeds 5" in caplog.text and "evaluate with --prompt_file" in caplog.text
+
+
+def test_an_export_that_was_cut_off_leaves_nothing_that_vbench_would_read(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.run()
+
+    def cut_off(source: Path, target: Path) -> None:
+        target.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vbench.shutil, "copyfile", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        export_vbench(bench.folder, bench.suite, bench.maker)
+    assert list((bench.folder / "vbench" / "single-prompt").iterdir()) == []
 
 
 def test_evaluation_leaves_random_state_untouched(bench: Bench) -> None:
