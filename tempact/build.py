@@ -243,7 +243,7 @@ def build_prompts(config: RunConfig) -> PromptSource:
         found = repr(source) if source else "nothing"
         raise UserError(
             f"data.prompts: found {found}, which does not serve executor.weights "
-            f"{config.executor.weights}; accepted: a CSV, JSONL or parquet file with a column prompt"
+            f"{config.executor.weights}; accepted: a CSV, JSONL, parquet or text file of prompts"
         )
     return FilePrompts(Path(source), config.data.prompts_per_iteration)
 

@@ -179,12 +179,12 @@ def test_two_iterations_from_random_weights(
     [
         (["--executor.weights", ""], "executor.weights: found nothing, and the preset longlive has none of its own"),
         (["--data.prompts", ""], "data.prompts: found nothing, which does not serve executor.weights random-tiny"),
-        (["--data.prompts", "shapeworld"], "accepted: a CSV, JSONL or parquet file with a column prompt"),
+        (["--data.prompts", "shapeworld"], "accepted: a CSV, JSONL, parquet or text file of prompts"),
         (["--data.prompts", "gone.csv"], "gone.csv: cannot be read"),
         (["--data.prompts_per_iteration", "4"], "found 3 prompts; accepted: at least data.prompts_per_iteration (4)"),
         (["--executor.frames", "1026"], "executor.frames: found 1026; accepted: at most 1024 (RoPE positions)"),
         (["--executor.chunk_frames", "15"], "executor.chunk_frames: found 15; accepted: 1 to 9 with this window"),
-        ([], "rewards: found no judges"),
+        ([], "environment: found no address of the judge plan_quality"),
     ],
 )
 def test_what_is_missing_is_said_before_weights_are_loaded(
@@ -200,4 +200,4 @@ def test_what_is_missing_is_said_before_weights_are_loaded(
     assert train.main(["longlive", *SHAPE, *given, *change, "--output", str(folder)]) == EXIT_USER_ERROR
     shown = capsys.readouterr().err
     assert words in shown and shown.startswith("error: ") and shown.count("\n") == 1
-    assert not (folder / "config.yaml").exists()
+    assert not folder.exists()

@@ -1,4 +1,4 @@
-"""Prompts from a CSV, JSONL or parquet file.
+"""Prompts from a CSV, JSONL, parquet or text file (a prompt a line).
 
 One row a prompt: `prompt`, and where they are wanted `category`, `prompt_id` and what the reader asks for besides;
 other columns are left alone. Rows in which nothing stands are passed over. Everything else that does not fit is a
@@ -80,7 +80,7 @@ def read_rows(path: Path, columns: tuple[str, ...] = ()) -> list[PromptRow]:
     Raises UserError for a file that cannot be read, one without prompts or without that column, and for a row whose
     prompt is empty or no text.
     """
-    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows, ".txt": _text_rows}
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: found the ending {path.suffix!r}; accepted: {', '.join(readers)}")
     try:
@@ -183,6 +183,11 @@ def _jsonl_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Cel
                 raise UserError(f"{path}: row {number}: found {type(row).__name__}; accepted: a JSON object")
             _check_columns(path, row, f"row {number}: ")
             yield number, row
+
+
+def _text_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Cells]]:
+    with path.open(encoding="utf-8-sig") as file:
+        yield from ((number, {"prompt": line.strip()}) for number, line in enumerate(file, 1))
 
 
 def _parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Cells]]:

@@ -13,6 +13,7 @@ from tempact.build import SHAPEWORLD, is_random
 from tempact.config import RunConfig
 from tempact.errors import UserError
 from tempact.infra.checks import why_not_writable
+from tempact.infra.prompt_file import FilePrompts
 from tempact.models.wan.checkpoint_adapters import open_adapter
 from tempact.models.wan.checkpoint_files import find_weights
 from tempact.models.wan.transformer import WanConfig
@@ -79,11 +80,12 @@ def _planner(weights: str) -> Iterator[str]:
 
 
 def _data(config: RunConfig) -> Iterator[str]:
-    prompts = config.data.prompts or "nothing"
-    if _real_video(config):
-        yield f"data.prompts: found {prompts}; accepted: {SHAPEWORLD}, with its executor; others are to come"
-    elif prompts != SHAPEWORLD:
-        yield f"data.prompts: found {prompts}; accepted: {SHAPEWORLD}"
+    prompts = config.data.prompts
+    if _real_video(config) and prompts not in ("", SHAPEWORLD):
+        yield from _tried("data.prompts", partial(FilePrompts, Path(prompts), config.data.prompts_per_iteration))
+    elif _real_video(config) or prompts != SHAPEWORLD:
+        accepted = "a CSV, JSONL, parquet or text file of prompts" if _real_video(config) else SHAPEWORLD
+        yield f"data.prompts: found {prompts or 'nothing'}; accepted: {accepted}"
 
 
 def _rewards(config: RunConfig) -> Iterator[str]:

@@ -7,23 +7,21 @@ are balanced too.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tempact.errors import UserError
 from tempact.infra.files import safe_name
+from tempact.infra.prompt_file import SHOWN, PromptRow, read_rows
 
 log = logging.getLogger(__name__)
 
 OWN = Path(__file__).with_name("prompts.jsonl")
 SETS = ("simple", "hard")
 CATEGORIES = ("person", "animal", "object", "scene")
-SUFFIXES = (".csv", ".jsonl", ".txt")
 
 
 @dataclass(frozen=True)
@@ -50,34 +48,29 @@ def own_prompts(name: str) -> list[OrderPrompt]:
 def read_prompts(path: Path, name: str) -> list[OrderPrompt]:
     """The prompts of a file, as the set `name`.
 
-    CSV with a column `prompt`, optionally `category` and `prompt_id` (the authors' layout); JSONL with these keys and
-    optionally `steps`; a text file with a prompt a line (VBench's layout). A prompt that stands there twice is taken
-    once, which is logged. UserError that names file and row for anything else.
+    A file as `infra.prompt_file` reads it (the authors' CSV, VBench's text), with `steps`, a list of texts, where they
+    are annotated. A prompt that stands there twice is taken once, which is logged. UserError that names file and row
+    for anything else.
     """
     prompts: dict[str, OrderPrompt] = {}
-    ids: set[str] = set()
-    for where, row in _rows(path):
-        text = row.get("prompt")
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{path} {where}: prompt: found {text!r}; accepted: a text")
-        text = " ".join(text.split())
+    rows = read_rows(path, ("steps",))
+    for row in rows:
+        text = " ".join(row.prompt.text.split())
         if text in prompts:
-            log.warning("%s %s: stands there twice; taken once: %s", path, where, text[:80])
+            log.warning("%s: stands there twice; taken once: %s", row.where, text[:SHOWN])
             continue
-        steps = row.get("steps") or ()
-        if not isinstance(steps, list | tuple) or not all(isinstance(step, str) for step in steps):
-            raise UserError(f"{path} {where}: steps: found {str(steps)[:80]!r}; accepted: a list of texts")
-        given = row.get("prompt_id")
-        own_id = safe_name(f"{name}-{len(prompts) + 1:04d}" if given in (None, "") else str(given))
-        if own_id in ids:
-            raise UserError(
-                f"{path} {where}: prompt_id: found {given!r} again; accepted: one of its own for each prompt"
-            )
-        ids.add(own_id)
-        prompts[text] = OrderPrompt(own_id, name, str(row.get("category") or ""), text, tuple(steps))
-    if not prompts:
-        raise UserError(f"{path}: found no prompts; accepted: at least one")
+        own_id = safe_name(row.prompt.prompt_id or f"{name}-{len(prompts) + 1:04d}")
+        if any(other.prompt_id == own_id for other in prompts.values()):
+            raise UserError(f"{row.where}: prompt_id: found {own_id!r} again; accepted: one of its own for each prompt")
+        prompts[text] = OrderPrompt(own_id, name, row.prompt.category, text, _steps(row))
     return list(prompts.values())
+
+
+def _steps(row: PromptRow) -> tuple[str, ...]:
+    steps = row.cells.get("steps") or ()
+    if not isinstance(steps, list | tuple) or not all(isinstance(step, str) for step in steps):
+        raise UserError(f"{row.where}: steps: found {str(steps)[:SHOWN]!r}; accepted: a list of texts")
+    return tuple(steps)
 
 
 def choose_prompts(files: Sequence[str], counts: Mapping[str, int | None]) -> dict[str, list[OrderPrompt]]:
@@ -108,33 +101,3 @@ def choose_prompts(files: Sequence[str], counts: Mapping[str, int | None]) -> di
             f"--prompts: found the prompt_id {twice!r} in two sets; accepted: one of its own for each prompt"
         )
     return chosen
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
-    """Rows of a file, and where they stand."""
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: found the ending {path.suffix!r}; accepted: {', '.join(SUFFIXES)}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); accepted: a file in UTF-8") from error
-    if path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        columns = reader.fieldnames or []
-        if "prompt" not in columns:
-            raise UserError(f"{path}: found the columns {', '.join(columns)[:80]!r}; accepted: prompt, category")
-        for row in reader:
-            yield f"line {reader.line_num}", row
-        return
-    for number, line in enumerate(text.splitlines(), start=1):
-        if path.suffix == ".txt":
-            if line.strip():
-                yield f"line {number}", {"prompt": line}
-        elif line.strip():
-            try:
-                found = json.loads(line)
-            except ValueError:
-                found = None
-            if not isinstance(found, dict):
-                raise UserError(f"{path} line {number}: found {line[:80]!r}; accepted: a JSON object with prompt")
-            yield f"line {number}", found

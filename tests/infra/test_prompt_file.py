@@ -37,6 +37,7 @@ def test_csv_and_jsonl_say_the_same(tmp_path: Path, bom: bytes, newline: str) ->
     lines = newline.join([*(json.dumps({"prompt": text}) for text in texts), ""])
     assert read_prompts(write(tmp_path, "a.csv", bom + table.encode())) == TWO
     assert read_prompts(write(tmp_path, "a.jsonl", bom + lines.encode())) == TWO
+    assert read_prompts(write(tmp_path, "a.txt", bom + newline.join([*texts, " ", ""]).encode())) == TWO
 
 
 def test_columns_may_stand_in_any_order_beside_others(tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_parquet_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("a.jsonl", '{"prompt": 3}\n', "row 1: prompt: found 3; accepted: text"),
         ("a.jsonl", '{"prompt": "A cat", "prompt_id": true}\n', "row 1: prompt_id: found True; accepted: text"),
         ("a.jsonl", '{"prompt": "A \\ud800 cat"}\n', "row 1: prompt: found 'A \\ud800 cat'; accepted: text"),
-        ("a.txt", "A cat\n", "found the ending '.txt'; accepted: .csv, .jsonl, .parquet"),
+        ("a.xlsx", "", "found the ending '.xlsx'; accepted: .csv, .jsonl, .parquet, .txt"),
     ],
 )
 def test_what_is_no_prompt_file_is_refused(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:

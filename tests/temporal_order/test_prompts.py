@@ -67,20 +67,20 @@ def test_jsonl_and_text_load(tmp_path: Path) -> None:
 def test_a_prompt_given_twice_is_taken_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         found = read_prompts(write(tmp_path / "a.txt", "a bird\na  bird\na fish\n"), "x")
-    assert [prompt.text for prompt in found] == ["a bird", "a fish"] and "line 2" in caplog.text
+    assert [prompt.text for prompt in found] == ["a bird", "a fish"] and "row 2" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("a.csv", "text,category\nx,y\n", "found the columns 'text, category'; accepted: prompt"),
-        ("a.csv", "prompt,category\nx,y\n ,z\n", "line 3: prompt: found ' '"),
-        ("a.jsonl", '{"prompt": "a"}\n[1]\n', "line 2: found '[1]'"),
-        ("a.jsonl", '{"prompt": 3}\n', "line 1: prompt: found 3"),
-        ("a.jsonl", '{"prompt": "a", "steps": [1]}\n', "line 1: steps: found '[1]'"),
+        ("a.csv", "text,category\nx,y\n", "found the columns text, category; accepted: a column called prompt"),
+        ("a.csv", "prompt,category\nx,y\n ,z\n", "row 2: found no prompt"),
+        ("a.jsonl", '{"prompt": "a"}\n[1]\n', "row 2: found list; accepted: a JSON object"),
+        ("a.jsonl", '{"prompt": 3}\n', "row 1: prompt: found 3"),
+        ("a.jsonl", '{"prompt": "a", "steps": [1]}\n', "row 1: steps: found '[1]'"),
         ("a.jsonl", '{"prompt": "a", "prompt_id": "i"}\n{"prompt": "b", "prompt_id": "i"}\n', "found 'i' again"),
         ("a.txt", "\n", "found no prompts"),
-        ("a.parquet", "", "found the ending '.parquet'"),
+        ("a.xlsx", "", "found the ending '.xlsx'; accepted: .csv, .jsonl, .parquet, .txt"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_place(tmp_path: Path, name: str, text: str, words: str) -> None:
@@ -91,7 +91,7 @@ def test_a_bad_file_is_refused_with_its_place(tmp_path: Path, name: str, text: s
 
 def test_what_is_not_utf_8_or_not_there_is_refused(tmp_path: Path) -> None:
     for path in (write(tmp_path / "a.txt", "\xe9t\xe9", "latin-1"), tmp_path / "none.csv"):
-        with pytest.raises(UserError, match="cannot be read"):
+        with pytest.raises(UserError, match=r"cannot be read|no UTF-8"):
             read_prompts(path, "x")
 
 
