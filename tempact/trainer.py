@@ -157,14 +157,14 @@ class Trainer:
         with timed("plan"):
             prompts = self.prompts.draw(data.prompts_per_iteration, self._seed("prompts"))
             plans = self.planner.sample(prompts, planner.plans_per_prompt, self._seed("plans"))
-            self.rewards.begin(plans)
+            scoring = self.rewards.begin(plans)
         with timed("rollout"):
             forks = switch_frames(plans, executor.chunk_frames, random.Random(self._seed("switch")))
             shape = self.executor.noise_shape(len(plans.plans), executor.continuations)
             noise = gaussian_noise(self._seed("noise"), shape, self.executor.device)
-            rollout = self.executor.rollout(plans.plans, forks, noise)
+            rollout = self.executor.rollout(plans.plans, forks, noise, scoring.add)
         with timed("rewards"):
-            scored = self.rewards.score(plans, rollout)
+            scored = scoring.result()
             batch, metrics = self._advantages(plans, rollout, scored)
         with timed("update"):
             metrics |= self._update(batch)

@@ -23,14 +23,17 @@ from tempact import evaluate, generate, report, train
 from tempact import run as run_module
 from tempact.build import WEIGHTS
 from tempact.cli import EXIT_STOPPED, EXIT_USER_ERROR, from_yaml
+from tempact.config import RunConfig
 from tempact.infra.checkpoint import defect, load
 from tempact.infra.metrics import read_metrics
 from tempact.infra.report import write_report
+from tempact.rewards.combine import Scoring
 from tempact.rewards.judge_types import JudgeOutage
 from tempact.run import EXIT_ABORTED
 from tempact.shapeworld.evaluation import METHODS
 from tempact.temporal_order.protocol import read_evaluation
 from tempact.trainer import Iteration, Trainer
+from tempact.types import PlanBatch, Scored
 
 SMOKE = ("shapeworld-smoke", "--device", "cpu", "--trainer.iterations", "2")
 PROMPT = "A red circle is at the top left. First, the circle slowly moves to the right. Then the circle turns blue."
@@ -268,29 +271,31 @@ def test_a_run_whose_updates_keep_failing_is_saved_whole(
 def test_a_run_whose_judges_are_gone_saves_and_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unevaluated: list[int]
 ) -> None:
-    folder, build = tmp_path / "run", run_module.build_trainer
+    folder, build = tmp_path / "run", run_module.build_rewards
     arguments = ["shapeworld-smoke", "--device", "cpu", "--output", str(folder), "--trainer.iterations", "3"]
     arguments += ["--trainer.checkpoint_every", "50"]
+    begun: list[PlanBatch] = []
     closed: list[int] = []
 
-    def judged(*given) -> Trainer:
-        trainer = build(*given)
-        whole = trainer.rewards
+    def judged(config: RunConfig) -> SimpleNamespace:
+        whole = build(config)
 
-        def score(plans, rollout):
-            if trainer.done == 1:
-                raise JudgeOutage("judge plan_quality: no answer from host for 300 s")
-            return whole.score(plans, rollout)
+        def begin(plans: PlanBatch) -> Scoring:
+            begun.append(plans)
+            scoring = whole.begin(plans)
+            if len(begun) == 2:
+                scoring.result = gone
+            return scoring
 
-        trainer.rewards = SimpleNamespace(
-            begin=whole.begin, score=score, metrics=whole.metrics, close=lambda: closed.append(1)
-        )
-        return trainer
+        def gone() -> Scored:
+            raise JudgeOutage("judge plan_quality: no answer from host for 300 s")
 
-    monkeypatch.setattr(run_module, "build_trainer", judged)
+        return SimpleNamespace(begin=begin, metrics=whole.metrics, close=lambda: closed.append(1))
+
+    monkeypatch.setattr(run_module, "build_rewards", judged)
     assert train.main(arguments) == EXIT_ABORTED and unevaluated == [] and closed == [1]
     assert load(folder / "checkpoints" / "step-000001").state["done"] == 1
-    monkeypatch.setattr(run_module, "build_trainer", build)
+    monkeypatch.setattr(run_module, "build_rewards", build)
     assert train.main(arguments) == 0 and unevaluated == [1]
     assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3]  # no iteration is lost or done twice
 

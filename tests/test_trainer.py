@@ -51,11 +51,14 @@ class FixedRewards:
     scored: Scored
     told: list[object] = field(default_factory=list)
 
-    def begin(self, plans: PlanBatch) -> None:
+    def begin(self, plans: PlanBatch) -> FixedRewards:
         self.told.append(plans)
+        return self
 
-    def score(self, plans: PlanBatch, rollout: Rollout) -> Scored:
+    def add(self, rollout: Rollout) -> None:
         self.told.append(rollout)
+
+    def result(self) -> Scored:
         return self.scored
 
     def metrics(self) -> dict[str, float]:

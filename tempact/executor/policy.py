@@ -7,7 +7,7 @@ clean latents.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,26 +128,51 @@ class Executor:
         steps = len(self.settings.schedule.sigmas) - 1
         return (plans, continuations, steps, self.codec.latent_channels, self.settings.chunk, *self.latent_size)
 
-    def rollout(self, plans: list[Plan], fork_frames: list[int], noise: NoiseSource) -> Rollout:
-        """Videos of P plans x N continuations (N is the noise's); plan p forks at fork_frames[p]."""
-        latents, transition = self.latents(plans, fork_frames, noise)
-        return Rollout(latents, self.codec.decode_forked(latents, fork_frames).wait(), transition)
+    def rollout(
+        self,
+        plans: list[Plan],
+        fork_frames: list[int],
+        noise: NoiseSource,
+        made: Callable[[Rollout], None] = lambda part: None,
+    ) -> Rollout:
+        """Videos of P plans x N continuations (N is the noise's); plan p forks at fork_frames[p].
+
+        `made` is given the videos of a few plans as soon as they are there, before the next ones are begun.
+        """
+        frames = torch.empty(0)
+        parts: list[tuple[Tensor, Transition]] = []
+        for own, latents, transition in self._in_turn(plans, fork_frames, noise):
+            part = Rollout(latents, self.codec.decode_forked(latents, fork_frames[own]).wait(), transition)
+            made(part)
+            if len(part.frames) == len(plans):
+                return part
+            if not parts:  # the videos of all plans can be most of a host's memory: no second copy
+                frames = part.frames.new_empty(len(plans), *part.frames.shape[1:])
+            frames[own] = part.frames
+            parts.append((latents, transition))
+        return Rollout(torch.cat([latents for latents, _ in parts]), frames, joined([own for _, own in parts]))
 
     def latents(self, plans: list[Plan], fork_frames: list[int], noise: NoiseSource) -> tuple[Tensor, Transition]:
-        """The same before decoding: [P, N, C, F, H, W] and the recorded transitions, `rollout_videos` at a time."""
+        """The same without decoding: [P, N, C, F, H, W] and the recorded transitions."""
+        parts = [(latents, transition) for _, latents, transition in self._in_turn(plans, fork_frames, noise)]
+        return torch.cat([latents for latents, _ in parts]), joined([transition for _, transition in parts])
+
+    def _in_turn(
+        self, plans: list[Plan], fork_frames: list[int], noise: NoiseSource
+    ) -> Iterator[tuple[slice, Tensor, Transition]]:
+        """Whole plans, as many as `rollout_videos` lets advance together, with their latents and transitions."""
         count = len(plans)
         if self.config.rollout_videos:
             count = max(1, self.config.rollout_videos // noise(0).shape[1])
-        parts = []
         for first in range(0, len(plans), count):
-            own = slice(first, first + count)
+            own = slice(first, min(first + count, len(plans)))
 
             def draw(chunk: int, own: slice = own) -> Tensor:
                 return noise(chunk)[own]
 
             with self.precision():
-                parts.append(roll_out(self.calls, self.encode, plans[own], fork_frames[own], draw, self.settings))
-        return torch.cat([latents for latents, _ in parts]), joined([transition for _, transition in parts])
+                made = roll_out(self.calls, self.encode, plans[own], fork_frames[own], draw, self.settings)
+            yield own, *made
 
     @contextmanager
     def reference(self) -> Iterator[None]:

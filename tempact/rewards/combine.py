@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,30 @@ from tempact.rewards.base import PlanReward, VideoReward
 from tempact.types import PlanBatch, Rollout, Scored
 
 log = logging.getLogger(__name__)
+
+
+class Scores(Protocol):
+    """A reward's scores, which may be still on their way."""
+
+    def result(self) -> Tensor:
+        """Waits for them; NaN where missing."""
+        ...
+
+
+@dataclass(frozen=True)
+class Known:
+    scores: Tensor
+
+    def result(self) -> Tensor:
+        return self.scores
+
+
+class VideoScores(NamedTuple):
+    """Of the videos of a few plans, [plans, N] each."""
+
+    temporal_following: Scores
+    step_following: Scores
+    aesthetics: Scores
 
 
 @dataclass(frozen=True)
@@ -24,8 +49,22 @@ class RewardSet:
     step_following: VideoReward
     aesthetics: VideoReward
 
-    def begin(self, plans: PlanBatch) -> None:
-        """Tells of plans whose videos are still to be made, so that scoring them may begin."""
+    def begin(self, plans: PlanBatch) -> Scoring:
+        """Starts to score plans whose videos are still to be made."""
+        return Scoring(self, plans, self.start_plans(plans))
+
+    def score(self, plans: PlanBatch, rollout: Rollout) -> Scored:
+        """All raw rewards on the CPU. A number outside [0, 1] is no score: it counts as missing."""
+        scoring = self.begin(plans)
+        scoring.add(rollout)
+        return scoring.result()
+
+    def start_plans(self, plans: PlanBatch) -> Scores:
+        return Known(self.plan_quality.score(plans))
+
+    def start_videos(self, plans: PlanBatch, rollout: Rollout) -> VideoScores:
+        rewards = self.temporal_following, self.step_following, self.aesthetics
+        return VideoScores(*(Known(reward.score(plans, rollout)) for reward in rewards))
 
     def metrics(self) -> dict[str, float]:
         """How the scoring itself went since the last call of this; names as in `metrics.jsonl`."""
@@ -34,14 +73,36 @@ class RewardSet:
     def close(self) -> None:
         """Ends what the rewards have started; they score nothing afterwards."""
 
-    def score(self, plans: PlanBatch, rollout: Rollout) -> Scored:
-        """All raw rewards on the CPU. A number outside [0, 1] is no score: it counts as missing."""
+
+@dataclass
+class Scoring:
+    """The scores of a batch of plans, whose videos come a few plans at a time.
+
+    Where judges serve, they work while the next videos are made.
+    """
+
+    rewards: RewardSet
+    plans: PlanBatch
+    quality: Scores
+    parts: list[VideoScores] = field(default_factory=list)
+    seen: int = 0  # plans whose videos have come
+
+    def add(self, rollout: Rollout) -> None:
+        """The videos of the next plans, P' x N."""
+        own = range(self.seen, self.seen + len(rollout.frames))
+        prompts, plans = [self.plans.prompt_of(p) for p in own], [self.plans.plans[p] for p in own]
+        self.parts.append(self.rewards.start_videos(PlanBatch(prompts, plans, 1), rollout))
+        self.seen = own.stop
+
+    def result(self) -> Scored:
+        """Waits for all. Every tensor has its whole shape, NaN where missing."""
+        assert self.seen == len(self.plans.plans), f"videos of {self.seen} of {len(self.plans.plans)} plans"
+        names = VideoScores._fields
+        videos = {name: torch.cat([getattr(part, name).result().cpu() for part in self.parts]) for name in names}
         return Scored(
-            plan_quality=_valid("plan_quality", self.plan_quality.score(plans)),
-            format_score=torch.tensor([plan.format_score for plan in plans.plans]),
-            temporal_following=_valid("temporal_following", self.temporal_following.score(plans, rollout)),
-            step_following=_valid("step_following", self.step_following.score(plans, rollout)),
-            aesthetics=_valid("aesthetics", self.aesthetics.score(plans, rollout)),
+            plan_quality=_valid("plan_quality", self.quality.result()),
+            format_score=torch.tensor([plan.format_score for plan in self.plans.plans]),
+            **{name: _valid(name, scores) for name, scores in videos.items()},
         )
 
 

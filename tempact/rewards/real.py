@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,67 +11,36 @@ import torch
 from tempact.config import JudgeSettings
 from tempact.rewards.aesthetics import Aesthetics, PickScorer
 from tempact.rewards.base import VideoReward
-from tempact.rewards.combine import RewardSet
+from tempact.rewards.combine import Known, RewardSet, Scores, VideoScores
 from tempact.rewards.judge_client import JudgeClient
 from tempact.rewards.judge_config import ROLES, JudgeConfig
-from tempact.rewards.pending import Judges, Pending
+from tempact.rewards.pending import Judges
 from tempact.rewards.plan_quality import PlanQuality
 from tempact.rewards.step_following import StepFollowing
 from tempact.rewards.temporal_following import TemporalFollowing
-from tempact.types import PlanBatch, Rollout, Scored
-
-
-@dataclass(frozen=True)
-class PendingScores:
-    """Scores of an iteration while the judges work."""
-
-    plans: PlanBatch
-    plan_quality: Pending
-    temporal_following: Pending
-    step_following: Pending
-    aesthetics: torch.Tensor
-
-    def result(self) -> Scored:
-        """Waits for the judges. Every tensor has its whole shape, NaN where missing. Raises JudgeOutage."""
-        return Scored(
-            plan_quality=self.plan_quality.result(),
-            format_score=torch.tensor([plan.format_score for plan in self.plans.plans]),
-            temporal_following=self.temporal_following.result(),
-            step_following=self.step_following.result(),
-            aesthetics=self.aesthetics,
-        )
+from tempact.types import PlanBatch, Rollout
 
 
 @dataclass(frozen=True)
 class RealRewards(RewardSet):
     """A RewardSet whose judges work while the executor draws and while PickScore runs.
 
-    `begin` sends the plans off as soon as they are there; `start` sends the videos and computes PickScore on this
-    thread in the meantime; `score` waits for all of it.
+    Plans go to their judge as soon as they are there, videos as soon as those of a plan are, and PickScore runs on
+    this thread in the meantime. Waiting for the scores raises JudgeOutage.
     """
 
     plan_quality: PlanQuality
     temporal_following: TemporalFollowing
     step_following: StepFollowing
     judges: Judges
-    _begun: list[tuple[PlanBatch, Pending]] = field(default_factory=list, init=False, repr=False)
 
-    def begin(self, plans: PlanBatch) -> None:
-        """Sends plans to their judge before there are videos. At most one batch waits: another replaces it."""
-        self._begun[:] = [(plans, self.plan_quality.start(plans))]
+    def start_plans(self, plans: PlanBatch) -> Scores:
+        return self.plan_quality.start(plans)
 
-    def start(self, plans: PlanBatch, rollout: Rollout) -> PendingScores:
-        """Sends all that `begin` has not sent, and scores aesthetics. Raises JudgeOutage."""
-        begun = next((pending for batch, pending in self._begun if batch is plans), None)
-        self._begun.clear()
-        quality = begun or self.plan_quality.start(plans)
+    def start_videos(self, plans: PlanBatch, rollout: Rollout) -> VideoScores:
         following = self.temporal_following.start(plans, rollout)
         step = self.step_following.start(plans, rollout)
-        return PendingScores(plans, quality, following, step, self.aesthetics.score(plans, rollout))
-
-    def score(self, plans: PlanBatch, rollout: Rollout) -> Scored:
-        """All raw rewards on the CPU. Raises JudgeOutage."""
-        return self.start(plans, rollout).result()
+        return VideoScores(following, step, Known(self.aesthetics.score(plans, rollout)))
 
     def metrics(self) -> dict[str, float]:
         """`judge/<role>/...` and `rewards/aesthetics/truncated` since the last call of this."""

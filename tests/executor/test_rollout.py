@@ -64,8 +64,12 @@ def test_plans_in_turn_give_what_they_give_together(make_executor: Make, limit: 
     changes = {"window": "longlive", "frames": 18}
     one, two = make_executor(**changes), make_executor(**changes, rollout_videos=limit)
     shape = one.noise_shape(2, 3)
-    together, turns = (each.rollout(PLANS, [3, 12], gaussian_noise(1, shape, CPU)) for each in (one, two))
-    assert close(together.latents, turns.latents)
+    noise, made = gaussian_noise(1, shape, CPU), []
+    together, turns = one.rollout(PLANS, [3, 12], noise), two.rollout(PLANS, [3, 12], noise, made.append)
+    assert close(together.latents, turns.latents) and torch.equal(two.latents(PLANS, [3, 12], noise)[0], turns.latents)
+    assert torch.equal(torch.cat([part.frames for part in made]), turns.frames)
+    assert [len(part.latents) for part in made] == ([2] if limit >= 6 else [1, 1])
+    assert (turns.frames.int() - together.frames.int()).abs().max() <= 1
     a, b = together.transition, turns.transition
     assert a.prompts == b.prompts and torch.equal(a.start, b.start) and torch.equal(a.noises, b.noises)
     assert close(a.states, b.states) and close(a.prefix, b.prefix) and a.prefix.shape == b.prefix.shape

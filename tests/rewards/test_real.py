@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,30 +57,47 @@ def test_all_four_scores_and_their_shapes() -> None:
     assert judges.closed
 
 
-def test_plans_are_judged_during_the_rollout_and_once() -> None:
+def test_judges_work_while_the_next_videos_are_made() -> None:
     judges = FakeJudges(says, hold=True)
     rewards = rewards_of(judges)
-    plans = plan_batch(STEPS, STEPS)
-    rewards.begin(plans)
-    assert [call.role for call in judges.calls] == ["plan_quality"] * 2
-    pending = rewards.start(plans, rollout_of(plans, [6, 6]))
-    assert [call.role for call in judges.calls].count("plan_quality") == 2
-    assert torch.isfinite(pending.aesthetics).all()  # scored while no judge has answered
-    assert len(judges.waiting) == 2 + 4 + 4
+    plans = plan_batch(STEPS, STEPS, STEPS)
+    scoring = rewards.begin(plans)
+    assert [call.role for call in judges.calls] == ["plan_quality"] * 3
+    scoring.add(rollout_of(plan_batch(STEPS), [6]))
+    assert len(judges.waiting) == 3 + 2 + 2  # no judge has answered
+    scoring.add(rollout_of(plan_batch(STEPS, STEPS), [6, 6]))
+    assert len(judges.waiting) == 3 + 6 + 6
+    assert all(torch.isfinite(part.aesthetics.result()).all() for part in scoring.parts)
     judges.release()
-    assert pending.result().plan_quality.tolist() == pytest.approx([0.9, 0.9])
-    rewards.start(plans, rollout_of(plans, [6, 6]))  # what was begun is used once and kept no longer
-    assert [call.role for call in judges.calls].count("plan_quality") == 4
+    scored = scoring.result()
+    assert scored.plan_quality.tolist() == pytest.approx([0.9] * 3)
+    assert scored.temporal_following.shape == scored.step_following.shape == scored.aesthetics.shape == (3, 2)
+    assert len(judges.calls) == 3 + 6 + 6  # nothing is asked twice
 
 
-def test_what_was_begun_for_other_plans_is_not_taken_for_these() -> None:
-    judges = FakeJudges(says)
-    rewards = rewards_of(judges)
-    first, second = plan_batch(STEPS), plan_batch(STEPS, STEPS)
-    rewards.begin(first)
-    scored = rewards.score(second, rollout_of(second, [6, 6]))
-    assert scored.plan_quality.shape == (2,)
-    assert [call.role for call in judges.calls].count("plan_quality") == 1 + 2
+def test_videos_in_parts_are_scored_as_together() -> None:
+    plans = plan_batch(STEPS, STEPS)
+    whole = rollout_of(plans, [6, 3])
+
+    def vary(call: JudgeCall) -> str:
+        marks = REPLIES[call.role] | ({"final": len(call.images[0]) % 7} if call.images else {})
+        return json.dumps(marks)
+
+    together = rewards_of(FakeJudges(vary)).score(plans, whole)
+    scoring = rewards_of(FakeJudges(vary)).begin(plans)
+    for p, start in enumerate((6, 3)):
+        part = rollout_of(plan_batch(STEPS), [start])
+        scoring.add(replace(part, frames=whole.frames[p : p + 1]))
+    parts = scoring.result()
+    for name, scores in vars(together).items():
+        torch.testing.assert_close(getattr(parts, name), scores, equal_nan=True)
+
+
+def test_scores_of_videos_that_never_came_are_no_scores() -> None:
+    scoring = rewards_of(FakeJudges(says)).begin(plan_batch(STEPS, STEPS))
+    scoring.add(rollout_of(plan_batch(STEPS), [6]))
+    with pytest.raises(AssertionError, match="videos of 1 of 2 plans"):
+        scoring.result()
 
 
 def test_missing_scores_leave_the_groups_and_change_nobody_elses_advantage() -> None:
