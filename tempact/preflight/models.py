@@ -124,8 +124,8 @@ class Decoder:
     """Wan's VAE decoder under a configuration, traced: bytes and operations.
 
     weights: bytes of the whole VAE. state: of one video that has two latent frames or more. videos, latents: how many
-    of each may go through the network together. call: bytes of such a call for each video beside its state, without
-    torch.compile, whose fusion takes less. flops: of the first latent frame and of each later one.
+    of each may go through the network together. call: bytes of such a call for each video beside its state. flops: of
+    the first latent frame and of each later one.
     """
 
     def __init__(self, sizes: Sizes, *, on_gpu: bool):
@@ -145,8 +145,8 @@ class Decoder:
             for parameter in vae.parameters():
                 parameter.data = parameter.data.to(sizes.dtype)
         self.weights = numbers(vae) * sizes.dtype.itemsize
-        options = DecodeOptions(channels_last=on_gpu, latents_per_call=3 if on_gpu else 1)
-        with traced(kernels=False) as trace, torch.no_grad():
+        options = DecodeOptions.of(torch.device("cuda" if on_gpu else "cpu"))
+        with traced(kernels=on_gpu) as trace, torch.no_grad():
             fake(vae)
             decoder = WanDecoder(vae, options)
             self.latents, self.videos = call_size(decoder, sizes.latent)

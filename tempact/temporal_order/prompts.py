@@ -15,7 +15,6 @@ from pathlib import Path
 
 from tempact.errors import UserError
 from tempact.infra.files import safe_name
-from tempact.infra.prompt_file import SHOWN, PromptRow, read_rows
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +51,10 @@ def read_prompts(path: Path, name: str) -> list[OrderPrompt]:
     are annotated. A prompt that stands there twice is taken once, which is logged. UserError that names file and row
     for anything else.
     """
+    from tempact.infra.prompt_file import SHOWN, read_rows  # late: parsing options must not import torch
+
     prompts: dict[str, OrderPrompt] = {}
-    rows = read_rows(path, ("steps",))
-    for row in rows:
+    for row in read_rows(path, ("steps",)):
         text = " ".join(row.prompt.text.split())
         if text in prompts:
             log.warning("%s: stands there twice; taken once: %s", row.where, text[:SHOWN])
@@ -62,15 +62,11 @@ def read_prompts(path: Path, name: str) -> list[OrderPrompt]:
         own_id = safe_name(row.prompt.prompt_id or f"{name}-{len(prompts) + 1:04d}")
         if any(other.prompt_id == own_id for other in prompts.values()):
             raise UserError(f"{row.where}: prompt_id: found {own_id!r} again; accepted: one of its own for each prompt")
-        prompts[text] = OrderPrompt(own_id, name, row.prompt.category, text, _steps(row))
+        steps = row.cells.get("steps") or ()
+        if not isinstance(steps, list | tuple) or not all(isinstance(step, str) for step in steps):
+            raise UserError(f"{row.where}: steps: found {str(steps)[:SHOWN]!r}; accepted: a list of texts")
+        prompts[text] = OrderPrompt(own_id, name, row.prompt.category, text, tuple(steps))
     return list(prompts.values())
-
-
-def _steps(row: PromptRow) -> tuple[str, ...]:
-    steps = row.cells.get("steps") or ()
-    if not isinstance(steps, list | tuple) or not all(isinstance(step, str) for step in steps):
-        raise UserError(f"{row.where}: steps: found {str(steps)[:SHOWN]!r}; accepted: a list of texts")
-    return tuple(steps)
 
 
 def choose_prompts(files: Sequence[str], counts: Mapping[str, int | None]) -> dict[str, list[OrderPrompt]]:
