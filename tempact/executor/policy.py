@@ -3,7 +3,7 @@
 `rollout` makes videos; `update` is one Flow-GRPO step on the recorded transition chunks. Velocities,
 old ones included, come from one path (ALGORITHM.md decision 4), through the context rebuilt from stored
 clean latents. The roll-out's own K/V are not kept for it: a plan's context of six frames is 1.6 GiB at full size,
-100 GiB for an iteration of 64 plans, and making it anew takes about a thirtieth of the update.
+100 GiB for an iteration of 64 plans, and making it anew takes a few percent of the update.
 """
 
 from __future__ import annotations
