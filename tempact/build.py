@@ -89,6 +89,8 @@ def check_executor(config: RunConfig) -> None:
             f"executor.weights: found nothing, and the preset {config.preset} has none of its own; accepted: the "
             "backbone's checkpoint, or random or random-tiny to see everything but the pictures"
         )
+    if is_shapeworld(config.executor.weights):  # or nothing at all: said before its prompts and rewards are blamed
+        weights_folder("executor", config.executor.weights)
     RolloutSettings.of(config.executor)
 
 

@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     asked = made.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", help="the instruction")
     asked.add_argument(
-        "--prompts", type=Path, help="CSV, JSONL or parquet: prompt, and category, prompt_id, plan, seed"
+        "--prompts", type=Path, help="CSV, JSONL, parquet or text: prompt, and category, prompt_id, plan, seed"
     )
     made.add_argument("--plan", type=Path, help="a plan (JSON: steps with start, end, prompt) instead of the planner's")
     made.add_argument("--adapter", "--run", type=Path, help="a training run, or a PEFT folder of the executor")

@@ -60,7 +60,7 @@ def claim_run_folder(path: str | Path) -> Iterator[Path]:
     """Makes the folder and holds it for this process; UserError if it cannot be written or another run has it.
 
     The lock is the kernel's, so a killed run leaves nothing behind that would block the next one. Of a run that a
-    UserError ends before it has written anything, no folder stays.
+    UserError ends before it has written anything, its own folder does not stay.
     """
     folder = Path(path)
     new = not folder.exists()
