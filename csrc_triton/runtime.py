@@ -89,6 +89,14 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"tensors on {device.type}; accepted: cuda, or cpu under TRITON_INTERPRET=1"
 
 
+def why_unfit(x: torch.Tensor, *vectors: torch.Tensor | None) -> str | None:
+    """Why no kernel can serve an x with these vectors beside it; None if one can."""
+    odd = [vector.dtype for vector in vectors if vector is not None and vector.dtype not in DTYPES]
+    if odd:
+        return f"a vector is {odd[0]}"
+    return None if x.numel() else "x has no elements"
+
+
 def choose(op: str, device: torch.device, dtype: torch.dtype, *, unfit: str | None = None) -> str:
     """Returns "torch" or "triton" for one call of `op`, by the backend in force and what the tensors are.
 

@@ -218,7 +218,7 @@ def random_parts(config: RunConfig, device: torch.device) -> ExecutorParts:
     if settings.adapters:
         raise UserError(f"executor.adapters: found {len(settings.adapters)}; accepted: none on random weights")
     if settings.precision not in PRECISIONS:
-        raise UserError(f"precision: found {settings.precision!r}; accepted: {', '.join(PRECISIONS)}")
+        raise UserError(f"executor.precision: found {settings.precision!r}; accepted: {', '.join(PRECISIONS)}")
     log.warning("executor.weights: %s: videos are noise", settings.weights)
     torch.manual_seed(config.seed)
     transformer = random_transformer(settings.weights, settings.precision, device)

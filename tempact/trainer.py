@@ -151,7 +151,12 @@ class Trainer:
             phase(name)
             started = time.monotonic()
             yield
-            timing[f"timing_s/{name}"] = time.monotonic() - started
+            timing[f"timing_s/{name}"] = timing.get(f"timing_s/{name}", 0.0) + time.monotonic() - started
+
+        def score(part: Rollout) -> None:
+            with timed("rewards"):
+                scoring.add(part)
+            phase("rollout")
 
         data, planner, executor = self.config.data, self.config.planner, self.config.executor
         with timed("plan"):
@@ -162,7 +167,8 @@ class Trainer:
             forks = switch_frames(plans, executor.chunk_frames, random.Random(self._seed("switch")))
             shape = self.executor.noise_shape(len(plans.plans), executor.continuations)
             noise = gaussian_noise(self._seed("noise"), shape, self.executor.device)
-            rollout = self.executor.rollout(plans.plans, forks, noise, scoring.add)
+            rollout = self.executor.rollout(plans.plans, forks, noise, score)
+        timing["timing_s/rollout"] -= timing["timing_s/rewards"]  # what was scored in the meantime
         with timed("rewards"):
             scored = scoring.result()
             batch, metrics = self._advantages(plans, rollout, scored)

@@ -4,8 +4,7 @@ published layouts to checkpoints, and from random weights."""
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -40,14 +39,7 @@ SHAPE = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def log_handlers() -> Iterator[None]:
-    """The commands put their own handlers on the root logger."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+pytestmark = pytest.mark.usefixtures("log_handlers")
 
 
 @pytest.fixture(scope="module")

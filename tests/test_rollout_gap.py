@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,14 +22,7 @@ SIGMAS = ("1.000", "0.938", "0.833")
 SMOKE = ["shapeworld-smoke", "--device", "cpu", "--trainer.iterations", "2", "--trainer.checkpoint_every", "50"]
 
 
-@pytest.fixture(autouse=True)
-def log_handlers() -> Iterator[None]:
-    """The commands put their own handlers on the root logger."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+pytestmark = pytest.mark.usefixtures("log_handlers")
 
 
 @pytest.fixture

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 import signal
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,14 +37,7 @@ SMOKE = ("shapeworld-smoke", "--device", "cpu", "--trainer.iterations", "2")
 PROMPT = "A red circle is at the top left. First, the circle slowly moves to the right. Then the circle turns blue."
 
 
-@pytest.fixture(autouse=True)
-def log_handlers() -> Iterator[None]:
-    """The commands put their own handlers on the root logger."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+pytestmark = pytest.mark.usefixtures("log_handlers")
 
 
 @pytest.fixture(scope="module")

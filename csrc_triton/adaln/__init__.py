@@ -108,13 +108,10 @@ def gated_residual_norm(
 
 
 def _choose(op: str, x: Tensor, *vectors: Tensor | None) -> str:
-    unfit = None
-    odd = [vector.dtype for vector in vectors if vector is not None and vector.dtype not in runtime.DTYPES]
-    if odd:
-        unfit = f"a vector is {odd[0]}"
-    elif x.numel() == 0:
-        unfit = "x has no elements"
-    elif max(x.shape[0], *(v.shape[1] for v in vectors if v is not None and v.ndim == 3), 1) > MOST_FRAMES:
+    unfit = runtime.why_unfit(x, *vectors)
+    if unfit is None and (
+        max(x.shape[0], *(v.shape[1] for v in vectors if v is not None and v.ndim == 3), 1) > MOST_FRAMES
+    ):
         unfit = f"more than {MOST_FRAMES} batch rows or frames"
     return runtime.choose(op, x.device, x.dtype, unfit=unfit)
 

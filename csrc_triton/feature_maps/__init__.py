@@ -88,13 +88,8 @@ def enlarge(x: Tensor, *, update: Tensor | None = None, bias: Tensor | None = No
 
 
 def _choose(op: str, x: Tensor, channels: int, *vectors: Tensor | None) -> str:
-    unfit = None
-    odd = [vector.dtype for vector in vectors if vector is not None and vector.dtype not in runtime.DTYPES]
-    if odd:
-        unfit = f"a vector is {odd[0]}"
-    elif x.numel() == 0:
-        unfit = "x has no elements"
-    elif channels > MOST_CHANNELS or x.shape[0] > MOST_BATCH:
+    unfit = runtime.why_unfit(x, *vectors)
+    if unfit is None and (channels > MOST_CHANNELS or x.shape[0] > MOST_BATCH):
         unfit = f"more than {MOST_CHANNELS} channels or {MOST_BATCH} batch rows"
     return runtime.choose(op, x.device, x.dtype, unfit=unfit)
 

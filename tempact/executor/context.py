@@ -2,7 +2,8 @@
 
 Rollout and training both go through `History`, so that a context rebuilt for training is the context of
 the rollout. Keys are stored with RoPE at their frames' absolute positions. Relative windows move the sink along
-(`executor.window`): its turned keys are copies of their own, one for all branches that share the sink.
+(`executor.window`): its turned keys are copies of their own, one for all branches that share the sink, made of the
+stored ones at every chunk; in bf16 that rounds them a second time.
 """
 
 from __future__ import annotations
@@ -102,11 +103,10 @@ class History:
         """A branch of the cache that holds these tokens of `branch`, `shift` positions later."""
         rows = tuple(self.cache.segments(branch, sink))
         if (shift, rows) not in self._sinks:
-            own = self.cache.new_branch()
+            own = self._sinks[shift, rows] = self.cache.new_branch()  # `close` gives it back, whatever happens here
             with self.cache.reserve([own], sum(stop - start for start, stop in sink)) as reservation:
                 self._turn(reservation, self.cache.views([branch], sink), shift)
                 self.cache.commit(reservation)
-            self._sinks[shift, rows] = own
         return self._sinks[shift, rows]
 
     def _turn(self, reservation: Reservation, views: list[CacheView], shift: int) -> None:

@@ -139,12 +139,14 @@ def cache_rows(settings: RolloutSettings, plans: int, continuations: int, fork: 
     """
     with _Bookkeeping(settings) as history:
         branches = [history.new_branch() for _ in range(plans)]
-        for start in range(0, settings.frames - settings.chunk, settings.chunk):
-            if start == fork and continuations > 1:
-                branches = [new for branch in branches for new in history.fork(branch, continuations)]
+        for start in range(0, settings.frames, settings.chunk):
             if start and settings.text_switch == "recache":  # a switch at every chunk is the most there can be
                 history.recache(branches, torch.empty(len(branches), 1, start, 1, 1), cast(TextKV, None))
-            history.commit(branches, torch.empty(0), cast(TextKV, None))
+            if start == fork and continuations > 1:
+                branches = [new for branch in branches for new in history.fork(branch, continuations)]
+            history.context(branches, start)
+            if start + settings.chunk < settings.frames:
+                history.commit(branches, torch.empty(0), cast(TextKV, None))
         return math.ceil(history.cache.rows_total / history.frame_tokens)
 
 

@@ -26,16 +26,16 @@ CHOICES = ("auto", "off", "model", "all")
 NEEDED = ("beta", "epsilon_low", "epsilon_high", "loss_type", "importance_sampling_level", "use_ref_model", "compiled")
 
 
-def choose(asked: str, head: nn.Module, device: torch.device) -> str:
+def choose(asked: str, plain: bool, device: torch.device) -> str:
     """What of Liger serves: "off", "model" (kernels in the layers) or "all" (also the fused loss).
 
-    `asked` is `planner.liger`; "auto" is "all" where Liger is installed and the model is on a CUDA device, else
-    "off". Raises UserError for what is asked for and cannot be had.
+    `asked` is `planner.liger`; plain: the head is a linear layer without an adapter. "auto" is "off" where Liger is not
+    installed or the model is on no CUDA device, else "all", with an adapter on the head "model". Raises UserError for
+    what is asked for and cannot be had.
     """
     if asked not in CHOICES:
         raise UserError(f"planner.liger: found {asked!r}; accepted: {', '.join(CHOICES)}")
     installed = importlib.util.find_spec("liger_kernel") is not None
-    plain = type(head) is nn.Linear  # an adapter on the head is no plain weight
     if asked == "auto":
         asked = ("all" if plain else "model") if installed and device.type == "cuda" else "off"
     if asked == "off":

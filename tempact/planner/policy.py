@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -63,7 +63,7 @@ class Planner:
             task_type="CAUSAL_LM",
         )  # fmt: skip
         self.generation = _generation(model, tokenizer, config)
-        serves = liger.choose(config.liger, model.get_output_embeddings(), model.device)
+        serves = liger.choose(config.liger, _plain_head(model, config.lora.targets), model.device)
         if serves != "off":
             kernels = liger.use_kernels(model)
             log.info("planner: Liger's kernels: %s, its fused loss: %s", kernels, serves == "all")
@@ -78,7 +78,7 @@ class Planner:
         self.peft.eval()  # no dropout: the policy that samples is the one that is trained
         check_head(model)
         self.head = model.get_output_embeddings()
-        self.fused_loss = serves == "all" and type(self.head) is nn.Linear
+        self.fused_loss = serves == "all"
         if config.checkpoint_activations:
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -291,6 +291,14 @@ class Planner:
             thought = self._thought(prompt, response) if self.config.loss_tokens == "json" else 0
             counted[row, len(prompt) + thought : end] = True
         return PlanTokens(*(x.to(self.device) for x in (ids, attention, counted)))
+
+
+def _plain_head(model: PreTrainedModel, targets: Sequence[str]) -> bool:
+    """Is the head a linear layer that none of the adapter's targets (suffixes of module names) reaches?"""
+    head = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if module is head]
+    reached = any(name == target or name.endswith(f".{target}") for name in names for target in targets)
+    return type(head) is nn.Linear and not reached
 
 
 def trimmed(tokens: PlanTokens) -> PlanTokens:

@@ -18,7 +18,9 @@ FIELDS = {
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     # torch.compile takes seconds a function, and what it makes on a CPU is nobody's concern here
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    # pytest-benchmark times nothing in a worker of pytest-xdist
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = {**kept, "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "bench", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY, env=environment)
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from executor.window_policies import POLICIES
 
 from tempact.executor.policy import Executor
 from tempact.executor.rollout import PromptBook, chunk_prompts, gaussian_noise, rebuild_context
@@ -25,15 +26,6 @@ def plan(*bounds: int, name: str = "p") -> Plan:
 
 PLANS = [plan(0, 3, 9, 18, name="a"), plan(0, 6, 12, 18, name="b")]
 SMALL_WINDOW = WindowPolicy(window=9, sink=3)
-POLICIES = [
-    {"window": "full"},
-    {"window": "full", "text_switch": "recache"},
-    {"window": "longlive"},
-    {"window": "longlive", "text_switch": "recache"},
-    {"window": "tempact-self-forcing"},
-    {"window": "longlive-infinite", "text_switch": "recache"},
-    {"window": "infinity-rope"},
-]
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:

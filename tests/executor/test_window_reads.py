@@ -152,13 +152,14 @@ def test_attended_frames_and_positions(make_executor: Make, monkeypatch: pytest.
             assert history + list(zip(own, call.positions, strict=True)) == expected, f"chunk {c}"
 
 
+@pytest.mark.parametrize("window", ["longlive", "longlive-infinite"])
 @pytest.mark.parametrize("switch", [3, 6, 12, 15, 42])
 def test_longlive_rewrites_the_window_at_a_switch(
-    make_executor: Make, monkeypatch: pytest.MonkeyPatch, switch: int
+    make_executor: Make, monkeypatch: pytest.MonkeyPatch, switch: int, window: str
 ) -> None:
     """One bidirectional pass at sigma 0 over the last 12 frames or all there are; beyond the window the sink keeps the
-    keys of the old prompt, and they are attended to."""
-    executor = make_executor(window="longlive", text_switch="recache", frames=switch + 6)
+    keys of the old prompt, and they are attended to; where positions are relative, right before the other frames."""
+    executor = make_executor(window=window, text_switch="recache", frames=switch + 6)
     recorder = record(executor, monkeypatch)
     latents = roll_out(executor, [switch])
     first = 5 * switch // 3  # five forwards a chunk
@@ -167,20 +168,26 @@ def test_longlive_rewrites_the_window_at_a_switch(
     assert recache.writes and not after.writes and recache.positions == own
     sink = [] if switch <= 12 else [0, 1, 2]
     table = keys_of_frames(executor, latents, range(switch + 6))
-    assert (recognised(recache.keys[0][0], table) if sink else recache.keys) == [(frame, frame) for frame in sink]
+    moved = switch - 12 if sink and window == "longlive-infinite" else 0  # places by which the sink follows
+    expected = [(frame, frame + moved) for frame in sink]
+    assert (recognised(recache.keys[0][0], table) if sink else recache.keys) == expected
     attend = Keys(list(zip(recache.keys, recache.values, strict=True)) if sink else None)
     with torch.no_grad():
         text = executor.model.project_text(executor.encode(["prompt 1"]))
         executor.model(latents[own].transpose(0, 1)[None], torch.zeros(1, len(own)), text, torch.tensor(own), attend)
     rewritten = attend.seen[1][0].unflatten(0, (-1, TOKENS))  # deeper keys depend on the prompt
     reads = after.keys[1][0].unflatten(0, (-1, TOKENS))
-    frames = [frame for frame, _ in recognised(after.keys[0][0], table)]
+    read_slots = recognised(after.keys[0][0], table)
+    frames = [frame for frame, _ in read_slots]
+    if window == "longlive-infinite" and switch > 9:
+        assert [position for _, position in read_slots] == list(range(switch - 9, switch))
     assert frames == [frame for frame in range(switch) if switch <= 9 or frame < 3 or frame >= switch - 6]
-    for frame, read in zip(frames, reads, strict=True):
-        if frame in own:
+    for (frame, position), read in zip(read_slots, reads, strict=True):
+        if frame in own and frame == position:
             assert torch.allclose(read, rewritten[own.index(frame)], atol=1e-5)
     if switch > 3:  # the sink, as it was read before
-        same = torch.allclose(reads[:3], before.keys[1][0].unflatten(0, (-1, TOKENS))[:3], atol=1e-4)
+        values = [call.values[1][0][: 3 * TOKENS] for call in (before, after)]
+        same = torch.allclose(*values, atol=1e-4)
         assert same == bool(sink)
 
 

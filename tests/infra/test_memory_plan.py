@@ -17,13 +17,11 @@ import torch
 from rewards.tiny_clip import tiny_clip
 
 from csrc_triton import runtime
-from tempact.build import build_policies
 from tempact.cli import from_yaml
 from tempact.config import ExecutorConfig, LoraConfig, OptimConfig, RunConfig
 from tempact.errors import UserError
 from tempact.executor import footprint
 from tempact.executor.footprint import Sizes
-from tempact.executor.rollout import gaussian_noise
 from tempact.infra.memory_plan import EXACT, GIB, Budget, Item, Needs, Phase, largest, size, table, tera, total
 from tempact.infra.memory_trace import Trace, Watch, fake, traced
 from tempact.models.wan.transformer import WanConfig
@@ -35,7 +33,6 @@ from tempact.preflight.models import Decoder
 from tempact.preflight.needs import Run, needs_of, work_of
 from tempact.preflight.report import _fit, dry_run, run_of
 from tempact.presets import EXECUTOR_TARGETS, SELF_FORCING_TARGETS, get_preset
-from tempact.types import Plan, Step
 
 LORA = LoraConfig(256, 256, SELF_FORCING_TARGETS)
 SETTINGS = ExecutorConfig(weights="", lora=LORA, optim=OptimConfig(1e-5), precision="bf16", frames=21)
@@ -231,30 +228,6 @@ def test_a_planners_layers_and_tokens_are_extrapolated() -> None:
         config = replace(get_preset("self-forcing").planner, checkpoint_activations=again)
         planned = _row_bytes(sizes, config, 1024, torch.bfloat16)
         assert planned == pytest.approx(_traced_row(sizes, config, 1024, torch.bfloat16), rel=0.01)
-
-
-@pytest.mark.parametrize(("plans", "continuations"), [(1, 3), (2, 2)])
-def test_the_cache_is_as_large_as_that_of_a_rollout(plans: int, continuations: int) -> None:
-    config = replace(get_preset("shapeworld-smoke"), device="cpu")
-    executor = build_policies(config).executor
-    plan = Plan("i", (Step(0, 3, "a red circle"), Step(3, 24, "the circle vanishes")))
-    executor.rollout([plan] * plans, [3] * plans, gaussian_noise(0, executor.noise_shape(plans, continuations), CPU))
-    cache = executor.calls.cache(1)
-    frame_tokens = 16
-    assert cache.nbytes // cache.row_nbytes == cache.rows_total
-    planned = footprint.cache_rows(executor.settings, plans, continuations, 3)
-    assert planned * frame_tokens == pytest.approx(cache.rows_total, rel=0.02)
-
-
-CPU = torch.device("cpu")
-
-
-def test_a_window_bounds_the_cache_and_a_recache_takes_its_window_twice() -> None:
-    run = run_of(get_preset("longlive"), on_gpu=True)
-    rows = [footprint.cache_rows(replace(run.settings, frames=frames), 1, 8, 3) for frames in (30, 60)]
-    assert rows[0] == rows[1]
-    plain = footprint.cache_rows(replace(run.settings, text_switch="cross_attention"), 1, 8, 3)
-    assert plain < rows[0]
 
 
 # what follows from them

@@ -62,8 +62,13 @@ def make_planner(tokenizer) -> Callable[..., Planner]:
         model.generation_config = GenerationConfig(
             top_k=1, top_p=0.1, repetition_penalty=3.0, eos_token_id=[tokenizer.eos_token_id, 7]
         )
-        settings = {"max_new_tokens": 24, **settings}
-        config = PlannerConfig("tiny", LoraConfig(rank, 8, targets), OptimConfig(lr=1e-2), **settings)
+        settings = {
+            "lora": LoraConfig(rank, 8, targets),
+            "optim": OptimConfig(lr=1e-2),
+            "max_new_tokens": 24,
+            **settings,
+        }
+        config = PlannerConfig("tiny", **settings)
         return Planner(model.to(dtype), tokenizer, config, 24, 3, adapter)
 
     return make

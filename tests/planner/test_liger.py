@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from tempact.config import LoraConfig
 from tempact.errors import UserError
 from tempact.planner import liger
 from tempact.planner.head import chosen_log_probs
@@ -131,8 +132,15 @@ def test_a_version_without_or_with_a_silently_dropped_sequence_ratio_is_refused(
         make_planner(liger="all")
 
 
+def test_an_adapter_on_the_head_is_seen_before_it_is_there(make_planner):
+    targets = LoraConfig(2, 4, ("q_proj", "lm_head"))
+    with pytest.raises(UserError, match="planner.liger: found 'all' with an adapter on the head; accepted: auto, off"):
+        make_planner(liger="all", lora=targets)
+    assert make_planner(liger="all").fused_loss and not make_planner(liger="model", lora=targets).fused_loss
+
+
 def test_choices(monkeypatch):
-    head, adapted = nn.Linear(2, 2), nn.Sequential()
+    head, adapted = True, False  # plain?
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert liger.choose("auto", head, cpu) == liger.choose("off", head, gpu) == "off"
     assert liger.choose("auto", head, gpu) == "all" and liger.choose("auto", adapted, gpu) == "model"

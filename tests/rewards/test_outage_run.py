@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import subprocess
@@ -86,14 +85,9 @@ def check_no_key(folder: Path, *texts: str) -> None:
 
 
 @pytest.fixture
-def unevaluated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runs end before their evaluation; the commands put their own handlers on the root logger."""
+def unevaluated(monkeypatch: pytest.MonkeyPatch, log_handlers: None) -> None:
+    """Runs end before their evaluation."""
     monkeypatch.setattr(run_module, "evaluate", lambda *given: None)
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 @pytest.mark.usefixtures("unevaluated")

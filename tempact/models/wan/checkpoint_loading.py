@@ -111,7 +111,7 @@ def load_transformer(
         UserError: in one line, for anything that is not exactly the weights of that transformer.
     """
     if precision not in PRECISIONS:
-        raise UserError(f"precision: found {precision!r}; accepted: {', '.join(PRECISIONS)}")
+        raise UserError(f"executor.precision: found {precision!r}; accepted: {', '.join(PRECISIONS)}")
     checkpoint = open_checkpoint(path, config=config, entry=entry)
     opened = [open_adapter(adapter, checkpoint.config) for adapter in adapters]
     with torch.device("meta"):
