@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -198,17 +199,29 @@ class Calls:
             self._memory = torch.cuda.graph_pool_handle()
         # one pool of memory: no two graphs run at once, and outputs are copied before the next one
         graph.forward = torch.cuda.CUDAGraph()
-        stream = self._side_stream()
-        with torch.cuda.graph(graph.forward, pool=self._memory, stream=stream):
+        with self._recording(graph.forward):
             graph.output = call(*graph.inputs)
         if torch.is_grad_enabled():
             self._use_own_gradients()
             graph.output_grad = torch.empty_like(graph.output)
             graph.backward = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph.backward, pool=self._memory, stream=stream):
+            with self._recording(graph.backward):
                 torch.autograd.backward(graph.output, graph.output_grad)
             graph.output = graph.output.detach()
         logger.debug("CUDA graph %d of at most %d recorded", self._recorded(), MOST_GRAPHS)
+
+    @contextmanager
+    def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        """As `torch.cuda.graph`, which also gives the host's pinned memory back: that of an iteration's videos is
+        gigabytes, and takes over a second to pin again."""
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        with torch.cuda.stream(self._side_stream()):
+            graph.capture_begin(pool=self._memory)
+            try:
+                yield
+            finally:
+                graph.capture_end()
 
     def _recorded(self) -> int:
         return sum(graph.forward is not None for graph in self._graphs.values())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from csrc_triton import runtime
-from tempact.models.wan.transformer import up_gelu
+from tempact.models.wan.transformer import has_epilogue, up_gelu
 
 
 class LoraLinear(Linear):
@@ -72,6 +72,19 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, scal
     return torch.addmm(bias, x, weight.t()).addmm_(inner, _scaled(b, scaling).to(x.dtype).t()), inner
 
 
+def _gelu_forward(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """gelu of `_forward`'s output; in half precision on a GPU it comes out of the epilogue of one product, of the rows
+    [x, A x] with [W, (alpha / r) B]: the wide hidden rows are written once and never read."""
+    if not has_epilogue(weight):
+        return F.gelu(_forward(x, weight, bias, a, b, scaling)[0], approximate="tanh")
+    width = x.shape[1]
+    both = x.new_empty(len(x), width + len(a))
+    both[:, :width] = x
+    torch.mm(x, a.to(x.dtype).t(), out=both[:, width:])
+    weights = torch.cat([weight, _scaled(b, scaling).to(x.dtype)], dim=1)
+    return torch._addmm_activation(bias, both, weights.t(), use_gelu=True)
+
+
 def _backward(
     grad: Tensor, x: Tensor, inner: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, wants_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -103,8 +116,8 @@ class _FeedForward(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, scaling: float,
         weight_2: Tensor, bias_2: Tensor, a_2: Tensor, b_2: Tensor, scaling_2: float,
     ) -> Tensor:  # fmt: skip
-        hidden, _ = _forward(x, weight, bias, a, b, scaling)
-        out, inner_2 = _forward(F.gelu(hidden, approximate="tanh"), weight_2, bias_2, a_2, b_2, scaling_2)
+        hidden = _gelu_forward(x, weight, bias, a, b, scaling)
+        out, inner_2 = _forward(hidden, weight_2, bias_2, a_2, b_2, scaling_2)
         ctx.save_for_backward(x, weight, bias, a, b, inner_2, weight_2, a_2, b_2)
         ctx.scalings = scaling, scaling_2
         return out

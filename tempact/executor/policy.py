@@ -29,6 +29,7 @@ from tempact.executor.rollout import (
     PromptBook,
     RolloutSettings,
     joined,
+    on_device,
     rebuild_context,
     roll_out,
 )
@@ -217,18 +218,19 @@ class Executor:
         with self.reference():
             v_ref = self.velocities(transition, plans)
         clip = clip_epsilon(self.config.clip_velocity_rms, transition.noises[0, 0, 0].numel())
-        totals: dict[str, float] = {}
+        steps = transition.noises.shape[2]
+        advantage, mask = (
+            values.to(self.device)[..., None].expand(-1, -1, steps)
+            for values in (batch.execution_advantage, batch.execution_mask)
+        )
+        totals: dict[str, Tensor] = {}  # on the device: a micro-batch is prepared while the one before is computed
         for group in groups_by_start(transition, plans):
             for entries, velocity in self._forward(transition, group, grad=True):
                 rows = [plans.index(plan) for plan in entries.plans]
 
                 def pick(values: Tensor, index: list[int], entries: _Entries = entries) -> Tensor:
-                    return values[index][:, entries.continuations, entries.transitions].flatten(0, 2)
+                    return rows_of(values, index)[:, entries.continuations, entries.transitions].flatten(0, 2)
 
-                steps = transition.noises.shape[2]
-                spread = (-1, -1, steps)
-                advantage = batch.execution_advantage[..., None].expand(spread).to(velocity.device)
-                mask = batch.execution_mask[..., None].expand(spread).to(velocity.device)
                 loss, metrics = flow_grpo_loss(
                     velocity,
                     velocity.detach() if v_old is None else pick(v_old, rows),
@@ -242,29 +244,28 @@ class Executor:
                 )
                 loss.backward()
                 if v_old is None:
-                    metrics |= self._gaps(velocity.detach(), transition, entries, batch.execution_mask, clip)
+                    metrics |= self._gaps(velocity.detach(), transition, entries, mask[..., 0], terms // steps, clip)
                 for name, value in metrics.items():
-                    totals[name] = totals.get(name, 0.0) + value
-        videos = terms // transition.noises.shape[2]
-        return {name: value / videos if name.startswith("rollout_gap/") else value for name, value in totals.items()}
+                    totals[name] = totals[name] + value if name in totals else value
+        return dict(zip(totals, torch.stack([*totals.values()]).tolist(), strict=True))
 
     def _gaps(
-        self, velocity: Tensor, transition: Transition, entries: _Entries, mask: Tensor, clip: float
-    ) -> dict[str, float]:
-        """This micro-batch's share in the mean `rollout_gap` of every sigma, in units of the clip."""
+        self, velocity: Tensor, transition: Transition, entries: _Entries, mask: Tensor, videos: int, clip: float
+    ) -> dict[str, Tensor]:
+        """This micro-batch's share in the mean `rollout_gap` of every sigma over `videos`, in units of the clip."""
         plans, count = len(entries.plans), transition.noises.shape[2]
         chosen = range(count)[entries.transitions]
         own = velocity.unflatten(0, (plans, -1, len(chosen)))
-        kept = mask[entries.plans][:, entries.continuations].flatten().to(velocity.device)
+        kept = rows_of(mask, entries.plans)[:, entries.continuations].flatten()
         sigmas, found = self.settings.schedule.sigmas, {}
         for i, t in enumerate(chosen):
             before, after, noise = (
-                values[entries.plans][:, entries.continuations, step].flatten(0, 1).to(velocity.device)
+                rows_of(values, entries.plans)[:, entries.continuations, step].flatten(0, 1).to(velocity.device)
                 for values, step in ((transition.states, t), (transition.states, t + 1), (transition.noises, t))
             )
             levels = sigmas[t], sigmas[t + 1]
             gap = rollout_gap(own[:, :, i].flatten(0, 1), before, after, noise, *levels, self.settings.eta)
-            found[f"rollout_gap/{sigmas[t]:.3f}"] = torch.where(kept, gap, 0.0).sum().item() / clip
+            found[f"rollout_gap/{sigmas[t]:.3f}"] = torch.where(kept, gap.double(), 0.0).sum() / (videos * clip)
         return found
 
     def _forward(self, transition: Transition, group: list[int], *, grad: bool) -> Iterator[tuple[_Entries, Tensor]]:
@@ -278,11 +279,12 @@ class Executor:
         with history:
             sigmas = torch.tensor(self.settings.schedule.sigmas[:-2], device=self.device)
             for entries in micro_batches(group, transition.noises.shape[1], len(sigmas), self.config.micro_batch):
-                states = transition.states[entries.plans][:, entries.continuations, entries.transitions].flatten(0, 2)
+                states = rows_of(transition.states, entries.plans)
+                states = states[:, entries.continuations, entries.transitions].flatten(0, 2)
                 own = [transition.prompts[plan][-1] for plan in entries.plans]
                 texts = list(dict.fromkeys(own))
                 each = states.shape[0] // len(own)
-                index = torch.tensor([texts.index(prompt) for prompt in own for _ in range(each)], device=self.device)
+                index = on_device([texts.index(prompt) for prompt in own for _ in range(each)], self.device)
                 context = history.context([history.branches[group.index(plan)] for plan in entries.plans], start)
                 chosen = sigmas[entries.transitions]
                 sigma = chosen.repeat(states.shape[0] // len(chosen))[:, None].expand(-1, self.settings.chunk)
@@ -291,6 +293,11 @@ class Executor:
                         states.to(self.device), sigma, self.encode(texts), index, history.positions(start), context
                     )
                 yield entries, velocity.float()
+
+
+def rows_of(values: Tensor, plans: list[int]) -> Tensor:
+    """values[plans]; a list as an index would make the host wait for the device."""
+    return torch.stack([values[plan] for plan in plans])
 
 
 def groups_by_start(transition: Transition, plans: list[int]) -> list[list[int]]:

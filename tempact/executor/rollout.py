@@ -70,7 +70,12 @@ class PromptBook:
     def __call__(self, prompts: list[str]) -> TextKV:
         """One prompt a batch row."""
         device = self.text.layers[0][0].device
-        return self.text.select(torch.tensor([self.index[prompt] for prompt in prompts], device=device))
+        return self.text.select(on_device([self.index[prompt] for prompt in prompts], device))
+
+
+def on_device(numbers: list[int], device: torch.device) -> Tensor:
+    """int64 there; from pinned memory, or the host would wait for a GPU here."""
+    return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def chunk_prompts(plan: Plan, settings: RolloutSettings) -> list[str]:

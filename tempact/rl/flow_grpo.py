@@ -20,7 +20,7 @@ def flow_grpo_loss(
     clip: float,
     kl_weight: float,
     terms: int,
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The share of one micro-batch in the mean clipped policy loss plus velocity KL.
 
     Args:
@@ -33,7 +33,8 @@ def flow_grpo_loss(
 
     Returns:
         The loss and its metrics, each a share that adds up over micro-batches: kl, ratio, clip_ratio/low and
-        /high (rows whose gradient the clip cut), ratio_deviation (mean distance of the ratio from 1).
+        /high (rows whose gradient the clip cut), ratio_deviation (mean distance of the ratio from 1). Metrics are
+        fp64 scalars on the loss's device, which nothing here waits for.
     """
     each = flow_policy_loss(velocity, old, reference, noise, torch.where(mask, advantage, 0.0), clip=clip)
 
@@ -50,8 +51,7 @@ def flow_grpo_loss(
         "clip_ratio/high": each.clipped & (advantage > 0),
     }
     # fp64, so that ratios of 1 have mean 1 after the micro-batches' shares are added
-    values = torch.stack([share(value.detach().double()) for value in shares.values()]).tolist()
-    return loss, dict(zip(shares, values, strict=True))
+    return loss, {name: share(value.detach().double()) for name, value in shares.items()}
 
 
 def rollout_gap(

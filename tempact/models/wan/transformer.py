@@ -191,15 +191,17 @@ def up_gelu(up: nn.Module, x: Tensor) -> Tensor:
     Without gradients, where the kernels serve, the GELU comes out of the matrix product's own epilogue: the hidden
     rows are written once.
     """
-    if isinstance(up, nn.Linear) and _epilogues(up.weight):
+    if isinstance(up, nn.Linear) and has_epilogue(up.weight):
         rows = x.to(up.weight.dtype).flatten(0, -2)
         out = torch._addmm_activation(up.bias, rows, up.weight.t(), use_gelu=True)
         return out.unflatten(0, x.shape[:-1])
     return F.gelu(up(x), approximate="tanh")
 
 
-def _epilogues(weight: Tensor) -> bool:
-    if not weight.is_cuda or weight.dtype == torch.float32 or torch.is_grad_enabled():
+def has_epilogue(weight: Tensor) -> bool:
+    """Whether a product with `weight` can end in the GELU: no gradient has to pass it here, and the kernels serve."""
+    low = weight.dtype in (torch.bfloat16, torch.float16)
+    if not weight.is_cuda or not low or torch.is_grad_enabled():
         return False
     return runtime.choose("feed_forward", weight.device, torch.float32) != "torch"
 
