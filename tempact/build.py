@@ -206,7 +206,9 @@ def wan_parts(config: RunConfig, device: torch.device) -> ExecutorParts:
         raise UserError(
             f"{weights}: found {sizes.in_dim} latent channels; accepted: {codec.latent_channels}, as the VAE"
         )
-    text_encoder = load_cached_text_encoder(folder, Path(settings.text_cache), dtype, device, sizes.text_len)
+    text_encoder = load_cached_text_encoder(
+        folder, Path(settings.text_cache), dtype, device, sizes.text_len, offload=settings.offload_text_encoder
+    )
     return ExecutorParts(transformer, text_encoder, codec, settings.video_size)
 
 

@@ -80,6 +80,7 @@ class ExecutorConfig:
     precision: str = "fp32"  # of a Wan checkpoint: fp32, bf16, or bf16-fp32-gates
     wan_folder: str = ""  # Wan2.1-T2V-1.3B (its own or diffusers'), for text encoder and VAE; "": that of the weights
     text_cache: str = "runs/text"  # folder of a Wan text encoder's embeddings, for all runs
+    offload_text_encoder: bool = False  # a Wan text encoder's weights wait on the host while no prompt is new
     video_size: tuple[int, int] = (480, 832)  # height and width of a Wan checkpoint's videos, pixels
     train: bool = True
     continuations: int = 8  # N

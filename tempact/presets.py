@@ -110,6 +110,7 @@ def self_forcing() -> RunConfig:
             lora=LoraConfig(rank=256, alpha=256, targets=SELF_FORCING_TARGETS),
             optim=OptimConfig(lr=1e-4),
             precision="bf16-fp32-gates",
+            offload_text_encoder=True,  # 10.6 GiB
             frames=30,
             window="tempact-self-forcing",
             rollout_videos=8,  # 8 windows of 12 frames are 26 GiB of K and V

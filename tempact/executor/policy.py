@@ -28,6 +28,7 @@ from tempact.executor.rollout import (
     NoiseSource,
     PromptBook,
     RolloutSettings,
+    chunk_prompts,
     joined,
     on_device,
     rebuild_context,
@@ -166,11 +167,15 @@ class Executor:
         count = len(plans)
         if self.config.rollout_videos:
             count = max(1, self.config.rollout_videos // noise(0).shape[1])
+        if count < len(plans):  # the text encoder is asked once, also where its weights must come first
+            with self.precision():
+                self.encode([prompt for plan in plans for prompt in chunk_prompts(plan, self.settings)])
         for first in range(0, len(plans), count):
             own = slice(first, min(first + count, len(plans)))
 
             def draw(chunk: int, own: slice = own) -> Tensor:
-                return noise(chunk)[own]
+                drawn = noise(chunk)
+                return drawn if count >= len(plans) else drawn[own].clone()  # that of the others is not kept
 
             with self.precision():
                 made = roll_out(self.calls, self.encode, plans[own], fork_frames[own], draw, self.settings)

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, UMT5Config, UMT5EncoderModel
+from transformers import AutoConfig, CLIPConfig, CLIPModel, PretrainedConfig, UMT5Config, UMT5EncoderModel
 
 from csrc_triton.fork_attention import HEAD_DIMS
 from tempact.build import SHAPEWORLD, WEIGHTS, is_random, require_wan_packages
@@ -30,6 +30,15 @@ VAE_STRIDE = 8  # pixels of a latent's side, of Wan's VAE
 UMT5_XXL = UMT5Config(
     vocab_size=256_384, d_model=4096, d_kv=64, d_ff=10_240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu",
     is_encoder_decoder=False, use_cache=False,
+)  # fmt: skip
+
+PICKSCORE = CLIPConfig(  # CLIP-ViT-H-14
+    text_config={"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+    vision_config={
+        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+        "patch_size": 14,
+    },
+    projection_dim=1024,
 )  # fmt: skip
 
 
@@ -114,6 +123,15 @@ def text_encoder_bytes(settings: ExecutorConfig, dtype: torch.dtype) -> int:
     sizes = UMT5Config.from_pretrained(file.parent, local_files_only=True) if file.is_file() else UMT5_XXL
     with on_meta():
         return numbers(UMT5EncoderModel(sizes)) * dtype.itemsize
+
+
+@lru_cache(maxsize=8)
+def scorer_bytes(weights: str, *, on_gpu: bool) -> int:
+    """Weights of the CLIP model behind the aesthetics reward: fp16 on a GPU, fp32 elsewhere."""
+    folder = hub_folder(weights, "config.json")
+    sizes = PICKSCORE if folder is None else CLIPConfig.from_pretrained(folder, local_files_only=True)
+    with on_meta():
+        return numbers(CLIPModel(sizes)) * (2 if on_gpu else 4)
 
 
 def numbers(module: nn.Module) -> int:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from tempact.build import is_random
 from tempact.config import RunConfig
 from tempact.executor import footprint
 from tempact.executor.policy import TEXTS_KEPT
@@ -18,7 +19,7 @@ from tempact.executor.schedule import Schedule
 from tempact.executor.window import WINDOWS
 from tempact.infra.memory_plan import ESTIMATED, EXACT, TRACED, Item, Needs, Phase
 from tempact.planner.footprint import PlannerSizes
-from tempact.preflight.models import Decoder, decoder_of, text_encoder_bytes, video_bytes
+from tempact.preflight.models import Decoder, decoder_of, scorer_bytes, text_encoder_bytes, video_bytes
 
 FP32 = 4  # bytes of a number
 CHUNKS_A_PROMPT = 2
@@ -69,6 +70,11 @@ class Run:
         return self.on_gpu and self.sizes.kernels and self.config.executor.cuda_graphs
 
     @property
+    def offloaded(self) -> bool:
+        """Do a text encoder's weights wait on the host?"""
+        return self.wan and self.config.executor.offload_text_encoder and not is_random(self.config.executor.weights)
+
+    @property
     def attended(self) -> dict[int, int]:
         """Latent frames that the chunk at each frame attends to."""
         s = self.settings
@@ -105,13 +111,19 @@ def needs_of(run: Run, *, planning: bool = True) -> Needs:
     if not held:
         rollout.append(Item(f"activations, {run.together} branches", activations, TRACED))
         update.append(Item(f"activations, {run.update_rows} transitions", training, TRACED))
-    phases = [*(_planner_phases(run) if planning else []), Phase("rollout", tuple(rollout))]
+    videos = run.branches * video_bytes(run.sizes, run.settings.frames, wan=run.wan)
+    host = [Item(f"{run.branches} videos, uint8", videos, EXACT)]
+    phases = _planner_phases(run) if planning else []
+    if run.offloaded:
+        text = Item("text encoder", text_encoder_bytes(run.config.executor, run.sizes.dtype), EXACT)
+        host.append(text)
+        phases.append(Phase("text", (text,)))
+    phases.append(Phase("rollout", tuple(rollout)))
     if decoder is not None:
         phases.append(_decoding(run, decoder))
     if run.config.executor.train:
         phases.append(Phase("executor update", tuple(update)))
-    videos = run.branches * video_bytes(run.sizes, run.settings.frames, wan=run.wan)
-    return Needs(tuple(kept), tuple(phases), (Item(f"{run.branches} videos, uint8", videos, EXACT),))
+    return Needs(tuple(kept), tuple(phases), tuple(host))
 
 
 def update_cost(run: Run) -> footprint.Cost:
@@ -128,10 +140,12 @@ def _weights(run: Run, decoder: Decoder | None) -> list[Item]:
     if run.planner is not None:
         items.append(Item("planner's weights", run.planner.weights, EXACT))
         items += _adapter("planner", run.planner.trained * FP32)
-    text = text_encoder_bytes(run.config.executor, run.sizes.dtype)
-    items.append(Item("text encoder", text, EXACT))
+    if not run.offloaded:
+        items.append(Item("text encoder", text_encoder_bytes(run.config.executor, run.sizes.dtype), EXACT))
     if decoder is not None:
         items.append(Item("VAE", decoder.weights, EXACT))
+        scorer = scorer_bytes(run.config.judges.aesthetics_weights, on_gpu=run.on_gpu)
+        items.append(Item("PickScore", scorer, EXACT))
     return items
 
 
@@ -186,9 +200,12 @@ def _rollout(run: Run) -> list[Item]:
     prompts = plans * _texts(run)
     # a graph reads copies of its own; there are two of each batch, for denoiser calls and for context passes
     copies = run.together + (2 * (run.together + plans) if run.graphs else 0)
+    noise = run.together * 2 * steps * sizes.latent_bytes(settings.chunk)
+    if run.together < run.branches:  # it is drawn for all plans, whose share is then given up
+        noise += _transitions(run, steps)
     return [
         Item("K/V of the prompts, and copies a branch", (prompts + copies) * sizes.text_bytes, ESTIMATED),
-        Item("noise of the first and of this chunk", _transitions(run, 2 * steps), EXACT),
+        Item("noise of the first and of this chunk", noise, EXACT),
         Item("states of this chunk, and the record's copy", _transitions(run, steps + 2 * steps), ESTIMATED),
     ]
 

@@ -138,7 +138,7 @@ def _fit(run: Run, needs: Needs, budget: Budget) -> Iterator[str]:
 
 def _most(run: Run) -> int:
     """The most continuations that are asked for."""
-    return max(LEAST_CONTINUATIONS, MOST_BRANCHES // run.plans)
+    return max(LEAST_CONTINUATIONS, MOST_BRANCHES // run.plans, run.config.executor.continuations)
 
 
 def _count(found: int, run: Run) -> str:

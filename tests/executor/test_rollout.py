@@ -69,6 +69,15 @@ def test_plans_in_turn_give_what_they_give_together(make_executor: Make, limit: 
     assert held[1] == held[0] if limit >= 6 else held[1] < held[0]
 
 
+def test_the_text_encoder_is_asked_once(make_executor: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor, asked = make_executor(rollout_videos=3), []
+    encode = executor.text_encoder.encode
+    monkeypatch.setattr(executor.text_encoder, "encode", lambda prompts: asked.append(prompts) or encode(prompts))
+    executor.rollout(PLANS, [3, 12], gaussian_noise(1, executor.noise_shape(2, 3), CPU))
+    prompts = [prompt for plan in PLANS for prompt in chunk_prompts(plan, executor.settings)]
+    assert asked == [list(dict.fromkeys(prompts))]
+
+
 def test_continuations_share_the_context_and_differ_after_it(make_executor: Make) -> None:
     executor = make_executor()
     rollout = executor.rollout(PLANS, [3, 12], gaussian_noise(1, executor.noise_shape(2, 3), CPU))

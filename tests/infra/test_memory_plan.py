@@ -282,7 +282,11 @@ def test_more_continuations_and_frames_need_more_and_graphs_hold_activations() -
     assert four.peak < eight.peak and kept[0]["executor's weights"] == kept[1]["executor's weights"]
     assert kept[0]["K/V cache"] < kept[1]["K/V cache"] and "activations of rollout and update" in kept[0]
     assert eight.host[0].bytes == 32 * 117 * 480 * 832 * 3
-    assert kept[1]["text encoder"] == pytest.approx(11.4e9, rel=0.01)
+    stays = replace(run, config=replace(run.config, executor=replace(run.config.executor, offload_text_encoder=False)))
+    text = next(item.bytes for item in needs_of(stays).kept if item.what == "text encoder")
+    assert text == pytest.approx(11.4e9, rel=0.01) and "text encoder" not in kept[0]
+    assert kept[0]["PickScore"] == 2 * 986_109_441
+    assert [(phase.name, phase.bytes) for phase in eight.phases][2] == ("text", text) and eight.host[1].bytes == text
     loose = replace(run, config=replace(run.config, executor=replace(run.config.executor, cuda_graphs=False)))
     assert not loose.graphs and needs_of(loose).peak < eight.peak
     assert "planner update" not in [phase.name for phase in needs_of(run, planning=False).phases]

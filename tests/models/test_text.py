@@ -177,10 +177,9 @@ def test_prompts_are_encoded_once_for_all_runs(tmp_path: Path) -> None:
     rows = cached.encode([PROMPTS[0], PROMPTS[1], f" {PROMPTS[0]}\n"])
     assert (rows[0] - expected_rows(PROMPTS[0])).abs().max() < 1e-5
     assert torch.equal(rows[0], rows[2])
-    cached.release()
     again = CachedTextEncoder(load, "model-a-float32", tmp_path, LENGTH)
     assert torch.equal(again.encode([PROMPTS[1], PROMPTS[0]]), rows[[1, 0]])
-    assert load.loads == 1 and PROMPTS[1] in load.encoded and cached.loaded is None
+    assert load.loads == 1 and PROMPTS[1] in load.encoded and again.loaded is None
     # only rows that say something are kept, and nothing but whole files
     kept = load_file(again.path_of(PROMPTS[0]))["rows"]
     assert torch.equal(kept, rows[0, :5])
@@ -207,6 +206,26 @@ def test_the_source_names_weights_tokenizer_and_precision(tmp_path: Path) -> Non
     tokenizer = path / "google" / "umt5-xxl" / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text() + "\n")
     assert source_of(path, torch.bfloat16) != source
+
+
+@pytest.mark.gpu
+def test_weights_that_wait_on_the_host_visit_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, gpu = save_layout(tmp_path, "pipeline"), torch.device("cuda")
+    cached = load_cached_text_encoder(path, tmp_path / "a", torch.float32, gpu, LENGTH, offload=True)
+    stays = load_cached_text_encoder(path, tmp_path / "b", torch.float32, gpu, LENGTH)
+    before = torch.cuda.memory_allocated()
+    for prompts in (PROMPTS[:1], PROMPTS):
+        seen: list[str] = []
+        with cached._encoder() as encoder:
+            encoder.model.register_forward_hook(lambda model, *_, seen=seen: seen.append(model.device.type))
+        rows = cached.encode(prompts)
+        assert rows.device == CPU and set(seen) == {"cuda"}
+        assert torch.cuda.memory_allocated() <= before + 2**20 and cached.loaded.model.device == CPU
+        assert torch.equal(rows, stays.encode(prompts).cpu())
+    monkeypatch.setattr(cached.loaded, "tokenize", None)
+    with pytest.raises(TypeError):
+        cached.encode(["another one"])
+    assert cached.loaded.model.device == CPU and torch.cuda.memory_allocated() <= before + 2**20
 
 
 def test_a_damaged_entry_is_encoded_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

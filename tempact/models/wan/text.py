@@ -11,7 +11,8 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import ftfy
@@ -142,11 +143,21 @@ class CachedTextEncoder(nn.Module):
 
     load: makes the encoder. source: tells its weights, tokenizer and precision apart, see `source_of`. folder: of the
     cache, shared by any number of processes: a file appears whole or not at all. UserError if it cannot be made.
+    visits: the device where it encodes if its weights wait elsewhere (they are copied there for each `encode` of new
+    prompts, and the copy is given up); None: it encodes where it was loaded.
     """
 
-    def __init__(self, load: Callable[[], TextEncoder], source: str, folder: Path, text_len: int = TEXT_LEN):
+    def __init__(
+        self,
+        load: Callable[[], TextEncoder],
+        source: str,
+        folder: Path,
+        text_len: int = TEXT_LEN,
+        *,
+        visits: torch.device | None = None,
+    ):
         super().__init__()
-        self.load, self.source, self.folder, self.text_len = load, source, folder, text_len
+        self.load, self.source, self.folder, self.text_len, self.visits = load, source, folder, text_len, visits
         self.loaded: TextEncoder | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -164,30 +175,41 @@ class CachedTextEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:
-        """Text rows [n, text_len, text_dim], zero past each prompt's end, on the encoder's device once it is loaded."""
+        """Text rows [n, text_len, text_dim], zero past each prompt's end, where the encoder's weights are."""
         rows = {prompt: self._read(self.path_of(prompt)) for prompt in dict.fromkeys(prompts)}
         new = [prompt for prompt, found in rows.items() if found is None]
-        for first in range(0, len(new), BATCH):
-            batch = new[first : first + BATCH]
-            encoder = self._encoder()
-            cleaned = [clean_prompt(prompt) for prompt in batch]
-            lengths = encoder.tokenize(cleaned)[1].sum(dim=1).tolist()
-            for prompt, hidden, length in zip(batch, encoder.encode(cleaned), lengths, strict=True):
-                kept = hidden[:length].cpu()
-                self._write(self.path_of(prompt), kept)
-                rows[prompt] = kept
+        if new:
+            with self._encoder() as encoder:
+                for first in range(0, len(new), BATCH):
+                    rows |= self._encoded(encoder, new[first : first + BATCH])
         device = None if self.loaded is None else self.loaded.model.device
         return torch.stack([self._padded(rows[prompt]) for prompt in prompts]).to(device)
 
-    def release(self) -> None:
-        """Gives the encoder's memory back; a new prompt loads it again."""
-        self.loaded = None
+    def _encoded(self, encoder: TextEncoder, prompts: list[str]) -> dict[str, Tensor]:
+        """Their rows without padding, on the host and on disk."""
+        cleaned = [clean_prompt(prompt) for prompt in prompts]
+        lengths = encoder.tokenize(cleaned)[1].sum(dim=1).tolist()
+        hidden = encoder.encode(cleaned)
+        kept = {prompt: own[:length].cpu() for prompt, own, length in zip(prompts, hidden, lengths, strict=True)}
+        for prompt, own in kept.items():
+            self._write(self.path_of(prompt), own)
+        return kept
 
-    def _encoder(self) -> TextEncoder:
+    @contextmanager
+    def _encoder(self) -> Iterator[TextEncoder]:
+        """The encoder, ready to encode."""
         if self.loaded is None:
             self.loaded = self.load()
             assert self.loaded.text_len == self.text_len, (self.loaded.text_len, self.text_len)
-        return self.loaded
+        weights = [*self.loaded.model.parameters(), *self.loaded.model.buffers()]
+        waiting = [weight.data for weight in weights]
+        try:
+            for weight in weights if self.visits is not None else ():
+                weight.data = weight.data.to(self.visits)
+            yield self.loaded
+        finally:
+            for weight, own in zip(weights, waiting, strict=True):
+                weight.data = own
 
     def _padded(self, rows: Tensor | None) -> Tensor:
         assert rows is not None
@@ -224,8 +246,21 @@ def source_of(path: Path, dtype: torch.dtype) -> str:
 
 
 def load_cached_text_encoder(
-    path: Path, cache: Path, dtype: torch.dtype, device: torch.device, text_len: int = TEXT_LEN
+    path: Path,
+    cache: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    text_len: int = TEXT_LEN,
+    *,
+    offload: bool = False,
 ) -> CachedTextEncoder:
-    """The encoder at `path` behind a cache in the folder `cache`; loaded at the first new prompt, checked now."""
+    """The encoder at `path` behind a cache in the folder `cache`; loaded at the first new prompt, checked now.
+
+    It encodes on `device`; offload: its weights wait on the host in the meantime.
+    """
+    home = torch.device("cpu") if offload else device
+    visits = device if offload else None
     source = source_of(path, dtype)
-    return CachedTextEncoder(lambda: load_text_encoder(path, dtype, device, text_len), source, cache, text_len)
+    return CachedTextEncoder(
+        lambda: load_text_encoder(path, dtype, home, text_len), source, cache, text_len, visits=visits
+    )
