@@ -156,7 +156,7 @@ class Bench:
         """The chart, of everything that the results file holds."""
         if self.path is not None and self.rows:
             last = self.rows[-1]
-            title = f"{self.name}, torch {last.torch}, triton {last.triton}, {last.commit}: less is better"
+            title = f"{self.name}, torch {last.torch}, triton {last.triton}: less is better (commits: {self.path.name})"
             report.chart(self.path.with_suffix(".png"), report.load(self.path), title)
 
     def _summary(self, rows: Sequence[Row]) -> list[str]:

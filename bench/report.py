@@ -143,7 +143,8 @@ def chart(path: Path, rows: Sequence[Row], title: str) -> None:
         values = [row.cost or 0.0 for row in ordered]
         colours = ["#d1495b" if row.impl == OURS else "#9aa5b1" for row in ordered]
         bars = panel.barh([row.impl for row in ordered], values, color=colours)
-        panel.bar_label(bars, [f"{value:.3g}" for value in values], padding=2, fontsize=7)
+        labels = [f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for value in values]
+        panel.bar_label(bars, labels, padding=2, fontsize=7)
         panel.margins(x=0.15)
         unit = "MiB" if ordered[0].ms is None else "ms"
         panel.set_title(textwrap.fill(f"{op}: {case} [{unit}]", 62), fontsize=8)
