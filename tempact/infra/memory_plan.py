@@ -84,7 +84,7 @@ def total(items: Iterable[Item]) -> int:
 def largest(taken: Callable[[int], int], room: int, least: int, most: int) -> int:
     """The largest count within [least, most] whose bytes fit into `room`, 0 if none does.
 
-    Counts are asked one by one: the cache grows by half at a time, so that one more may take less. What takes
+    Counts are asked one by one: the cache grows by eighths, so that one more may take less. What takes
     HOPELESS times the room ends it.
     """
     found = 0

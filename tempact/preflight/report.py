@@ -127,9 +127,11 @@ def _fit(run: Run, needs: Needs, budget: Budget) -> Iterator[str]:
         yield f"  largest N at {prompts} x {plans} plans: {_count(found, run)}"
     else:
         yield f"  largest N at {prompts} x {plans} plans: none, not even {LEAST_CONTINUATIONS} continuations fit"
+    if found < n:
         fewer = largest(lambda count: taken(run.changed(prompts=count)), budget.usable, 1, prompts)
-        single = most(run.changed(prompts=1))
         yield f"  most prompts an iteration at {plans} plans x {n} continuations: {fewer or 'none, not even 1 fits'}"
+    if not found:
+        single = most(run.changed(prompts=1))
         yield f"  largest N at 1 x {plans} plans: {_count(single, run.changed(prompts=1)) if single else 'none'}"
     beyond = [phase for phase in needs.phases if phase.name in PLANNING and phase.bytes > budget.usable]
     for phase in beyond:

@@ -321,7 +321,8 @@ def test_a_dry_run_of_a_backbone_takes_less_than_30_seconds(preset: str, tmp_pat
     command = [sys.executable, "-m", "tempact.train", preset, "--dry-run", "--output", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0 and time.monotonic() - started < 30, done.stderr
-    assert "12: 28.3 TF" in done.stdout and "largest N at 1 x 4 plans" in done.stdout
+    assert "12: 28.3 TF" in done.stdout and "largest N at 16 x 4 plans" in done.stdout
+    assert "most prompts an iteration at 4 plans x 8 continuations" in done.stdout  # of an H100, which holds fewer
     (tmp_path / "run.yaml").write_text(done.stdout)
     assert from_yaml(tmp_path / "run.yaml").preset == preset  # the plan is a comment
 
