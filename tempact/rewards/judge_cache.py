@@ -19,6 +19,8 @@ from tempact.rewards.judge_types import JudgeCall
 log = logging.getLogger(__name__)
 
 BUSY_S = 2.0  # how long a write waits for another rank's; the client's other calls wait with it
+OPEN_S = 30.0  # how long a cache that others open or write at the same time is waited for
+_PAUSE_S = 0.02  # between tries to open a busy cache
 _TABLE = """create table if not exists replies (
     key text primary key, role text not null, model text not null, rubric text not null,
     reply text not null, created_s real not null
@@ -50,17 +52,34 @@ class JudgeCache:
     """
 
     def __init__(self, path: Path):
-        """UserError if the file cannot be made or is no cache."""
+        """UserError if the file cannot be made, is no cache or stays locked for `OPEN_S`."""
         self.path, self._reported = path, False
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
-            self._file.execute("pragma journal_mode = wal")
-            self._file.execute("pragma synchronous = normal")
-            self._file.execute(_TABLE)
-            self._file.execute("select key, role, model, rubric, reply, created_s from replies limit 1")
         except (sqlite3.Error, OSError) as error:
-            raise UserError(f"{path}: found no usable cache ({error}); accepted: a new file, or a cache") from error
+            raise _unusable(path, error) from error
+        give_up_s = time.monotonic() + OPEN_S
+        while True:
+            try:
+                self._prepare()
+                return
+            except sqlite3.Error as error:
+                if not _is_busy(error) or time.monotonic() >= give_up_s:
+                    self._file.close()
+                    raise _unusable(path, error) from error
+                time.sleep(_PAUSE_S)
+
+    def _prepare(self) -> None:
+        """Settings and table; sqlite3.Error if the file is no cache or is busy.
+
+        Of connections that turn a new file to WAL together, SQLite refuses all but one at once, without the wait
+        of its busy handler (each holds the lock that another waits for: https://sqlite.org/c3ref/busy_handler.html).
+        """
+        self._file.execute("pragma journal_mode = wal")
+        self._file.execute("pragma synchronous = normal")
+        self._file.execute(_TABLE)
+        self._file.execute("select key, role, model, rubric, reply, created_s from replies limit 1")
 
     def get(self, key: str) -> str | None:
         try:
@@ -92,3 +111,14 @@ class JudgeCache:
         if not self._reported:
             log.warning("%s: %s; judges are asked again where it does not serve", self.path, error)
         self._reported = True
+
+
+def _is_busy(error: sqlite3.Error) -> bool:
+    """Whether another connection was in the way: the low byte of SQLite's extended codes is the code."""
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF == sqlite3.SQLITE_BUSY
+
+
+def _unusable(path: Path, error: Exception) -> UserError:
+    if isinstance(error, sqlite3.Error) and _is_busy(error):
+        return UserError(f"{path}: found a cache locked for {OPEN_S:g} s; accepted: one that no other program holds")
+    return UserError(f"{path}: found no usable cache ({error}); accepted: a new file, or a cache")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from rewards.fault_proxy import Behaviour, running
 from rewards.judge_cases import ROLE, RUBRIC, call, client_of, is_right
 
 from tempact.errors import UserError
+from tempact.rewards import judge_cache
 from tempact.rewards.judge_cache import JudgeCache, cache_key
 from tempact.rewards.judge_types import JudgeCall
 from tempact.types import Missing
@@ -88,6 +92,39 @@ def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
         file.execute("create table replies (something text)")
     with pytest.raises(UserError, match="other.sqlite: found no usable cache"):
         JudgeCache(tmp_path / "other.sqlite")
+
+
+def test_ranks_open_a_new_cache_together(tmp_path: Path) -> None:
+    """All turn the file to WAL at once, which SQLite refuses to all but one of them without waiting."""
+    for n in range(50):
+        barrier = threading.Barrier(4)
+
+        def opened(path: Path = tmp_path / f"{n}.sqlite", barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            JudgeCache(path).close()
+
+        with ThreadPoolExecutor(4) as ranks:
+            for rank in [ranks.submit(opened) for _ in range(4)]:
+                rank.result()
+
+
+def test_a_locked_cache_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge_cache, "BUSY_S", 0.01)
+    with closing(sqlite3.connect(tmp_path / "cache.sqlite", isolation_level=None, check_same_thread=False)) as holder:
+        holder.execute("begin exclusive")
+        release = threading.Timer(0.3, holder.rollback)
+        release.start()
+        JudgeCache(tmp_path / "cache.sqlite").close()
+        release.join()
+
+
+def test_a_cache_that_stays_locked_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge_cache, "BUSY_S", 0.01)
+    monkeypatch.setattr(judge_cache, "OPEN_S", 0.1)
+    with closing(sqlite3.connect(tmp_path / "cache.sqlite", isolation_level=None)) as holder:
+        holder.execute("begin exclusive")
+        with pytest.raises(UserError, match=r"cache.sqlite: found a cache locked for 0\.1 s"):
+            JudgeCache(tmp_path / "cache.sqlite")
 
 
 def test_a_cache_that_fails_costs_calls_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
