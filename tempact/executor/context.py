@@ -127,20 +127,29 @@ class History:
 
     @torch.no_grad()
     def recache(self, branches: Sequence[int], latents: Tensor, text: TextKV) -> None:
-        """Rewrites the window's K/V under a new text, in one bidirectional pass.
+        """Rewrites the window's K/V under a new text, in one bidirectional pass a branch.
 
         latents [B, C, S, H, W] are the last S committed frames, or all; a window's length is enough. A sink beyond
         the rewritten frames keeps the old text and is attended to (BACKBONES.md section 2, "LL re-cache").
+
+        The old K/V are given up first, since no pass reads them, and new ones that no later chunk attends to at once:
+        the cache never holds more than windows. If a pass fails the old ones are gone, and the branches can only be
+        given back. A pass has a chunk's tokens several times over: a batch of branches would be no faster, only larger.
         """
         total = self.frames(branches[0])
         frames = self.window.recached(total)
+        for branch in branches:
+            self.cache.drop(branch, frames[0] * self.frame_tokens, total * self.frame_tokens)
         kept_positions, own_positions = self.window.recache_positions(total)
         kept = list(range(len(kept_positions)))
         positions = torch.arange(own_positions[0], own_positions[-1] + 1, device=self.device)
-        with self.cache.reserve(branches, len(frames) * self.frame_tokens) as reservation:
-            context = self._context(branches, kept, kept_positions)
-            self._write(reservation, latents[:, :, -len(frames) :], text, positions, context)
-            self.cache.replace(reservation, frames[0] * self.frame_tokens)
+        for row, branch in enumerate(branches):
+            with self.cache.reserve([branch], len(frames) * self.frame_tokens) as reservation:
+                context = self._context([branch], kept, kept_positions)
+                own = latents[row : row + 1, :, -len(frames) :]
+                self._write(reservation, own, text.row(row), positions, context)
+                self.cache.replace(reservation, frames[0] * self.frame_tokens)
+            self._forget([branch], total)
 
     def _write(
         self, reservation: Reservation, latents: Tensor, text: TextKV, positions: Tensor, context: Context

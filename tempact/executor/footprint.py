@@ -6,7 +6,6 @@ same amount with each. They do so with the rows of a batch, too.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -132,32 +131,29 @@ def update(sizes: Sizes, rows: int, context_frames: int, *, checkpointing: bool 
     return _by_rows(partial(_update, sizes, context_frames, checkpointing), rows)
 
 
-def cache_rows(settings: RolloutSettings, plans: int, continuations: int, fork: int) -> int:
-    """Rows of the cache's pools, in latent frames, after a rollout whose plans all fork at frame `fork`.
-
-    The cache's own bookkeeping is run, with few rows a latent frame.
-    """
-    with _Bookkeeping(settings) as history:
+def cache_rows(settings: RolloutSettings, plans: int, continuations: int, fork: int, frame_tokens: int) -> int:
+    """Rows of the cache's pools after a rollout whose plans all fork at frame `fork`, by the books of a cache."""
+    with _Bookkeeping(settings, frame_tokens) as history:
         branches = [history.new_branch() for _ in range(plans)]
         for start in range(0, settings.frames, settings.chunk):
             if start and settings.text_switch == "recache":  # a switch at every chunk is the most there can be
-                history.recache(branches, torch.empty(len(branches), 1, start, 1, 1), cast(TextKV, None))
+                history.recache(branches, torch.empty(len(branches), 1, start, 1, 1), TextKV([]))
             if start == fork and continuations > 1:
                 branches = [new for branch in branches for new in history.fork(branch, continuations)]
             history.context(branches, start)
             if start + settings.chunk < settings.frames:
-                history.commit(branches, torch.empty(0), cast(TextKV, None))
-        return math.ceil(history.cache.rows_total / history.frame_tokens)
+                history.commit(branches, torch.empty(0), TextKV([]))
+        return history.cache.rows_total
 
 
 class _Bookkeeping(History):
-    """A history of frames of 16 tokens, of which nothing is ever computed."""
+    """A history of which nothing is ever computed, with the smallest rows there are."""
 
-    def __init__(self, settings: RolloutSettings):
+    def __init__(self, settings: RolloutSettings, frame_tokens: int):
         with torch.device("cpu"):
             model = WanTransformer(WanConfig(dim=4, ffn_dim=4, freq_dim=4, text_dim=4, heads=1, layers=1, in_dim=1,
                                              out_dim=1, patch=(1, 1, 1)))  # fmt: skip
-        super().__init__(Calls(model, tuple), settings.window, settings.chunk, (4, 4))
+        super().__init__(Calls(model, tuple), settings.window, settings.chunk, (frame_tokens, 1))
 
     def _turn(self, reservation: Reservation, *_: object) -> None:
         pass

@@ -161,12 +161,13 @@ def _adapter(who: str, trained: int, *, ema: bool = False) -> list[Item]:
 def _kept_of_a_rollout(run: Run) -> list[Item]:
     """The cache keeps its size; text rows, latents and recorded transitions stay until the next iteration."""
     sizes, settings, n = run.sizes, run.settings, run.config.executor.continuations
-    frames = footprint.cache_rows(settings, run.together // n, n, run.fork)
+    tokens = sizes.frame_tokens
+    rows = footprint.cache_rows(settings, run.together // n, n, run.fork, tokens)
     texts = min(TEXTS_KEPT, run.plans * _texts(run)) * PROMPT_ROWS * sizes.model.text_dim * sizes.dtype.itemsize
     transitions = settings.schedule.transitions
     recorded = run.branches * sizes.latent_bytes(settings.frames) + _transitions(run, 2 * transitions + 1)
     return [
-        Item(f"K/V cache, {frames} latent frames", frames * sizes.frame_bytes, EXACT),
+        Item(f"K/V cache, {rows / tokens:.0f} latent frames", rows * sizes.frame_bytes // tokens, EXACT),
         Item("text rows of prompts seen", texts, ESTIMATED),
         Item("latents and recorded transitions", recorded, EXACT),
     ]
@@ -183,13 +184,13 @@ def _texts(run: Run) -> int:
 
 
 def _rollout_activations(run: Run) -> int:
-    """Of the widest call: a chunk of all branches, or the pass that rewrites their window under a new text."""
+    """Of the widest call: a chunk of all branches, or the pass that rewrites a branch's window under a new text."""
     settings = run.settings
-    calls = [(max(run.attended.values()), settings.chunk)]
+    calls = [(run.together, max(run.attended.values()), settings.chunk)]
     if settings.text_switch == "recache":
-        rewritten = max((len(settings.window.recached(start)), start) for start in run.attended)
-        calls.append((min(settings.window.sink, rewritten[1] - rewritten[0]), rewritten[0]))
-    return max(footprint.denoise(run.sizes, run.together, *call).bytes for call in calls if call[1])
+        rewritten, start = max((len(settings.window.recached(start)), start) for start in run.attended)
+        calls.append((1, min(settings.window.sink, start - rewritten), rewritten))
+    return max(footprint.denoise(run.sizes, *call).bytes for call in calls if call[2])
 
 
 def _rollout(run: Run) -> list[Item]:

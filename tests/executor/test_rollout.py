@@ -158,9 +158,8 @@ def test_memory_stays_constant_once_the_window_is_full(make_executor: Make) -> N
     assert used == [tokens] * 3
 
 
-@pytest.mark.parametrize("act", ["commit", "recache"])
 def test_a_context_pass_that_fails_leaves_the_history_as_it_was(
-    make_executor: Make, monkeypatch: pytest.MonkeyPatch, act: str
+    make_executor: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     executor = make_executor(window="longlive")
     book = PromptBook(executor.model, executor.encode, ["one"])
@@ -169,8 +168,43 @@ def test_a_context_pass_that_fails_leaves_the_history_as_it_was(
     held = history.cache.rows_used, history.frames(branch)
     monkeypatch.setattr(executor.model, "write_context", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        getattr(history, act)([branch], torch.zeros(1, 3, 6 if act == "recache" else 3, 8, 8), book(["one"]))
+        history.commit([branch], torch.zeros(1, 3, 3, 8, 8), book(["one"]))
     assert (history.cache.rows_used, history.frames(branch), history.cache.rows_reserved) == (*held, 0)
+
+
+def test_a_recache_that_fails_ends_the_videos_and_nothing_else(
+    make_executor: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = make_executor(window="longlive", text_switch="recache")
+    noise = gaussian_noise(0, executor.noise_shape(2, 2), CPU)
+    before = executor.rollout(PLANS, [3, 9], noise).latents
+    own, passes = executor.model.write_context, []
+
+    def fails(x: torch.Tensor, *rest: object) -> None:
+        passes.append(x.shape[2])
+        if passes.count(6) == 2:  # a switch at frame 6: the second branch's
+            raise RuntimeError("out of memory")
+        own(x, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(executor.model, "write_context", fails)
+        executor.rollout([plan(0, 6, 18)] * 2, [3, 3], noise)
+    cache = executor.calls.cache(1)
+    assert passes[-2:] == [6, 6] and not cache.branches and not cache.rows_used and not cache.rows_reserved
+    assert torch.equal(executor.rollout(PLANS, [3, 9], noise).latents, before)
+
+
+def test_each_branch_is_rewritten_under_its_own_text_from_its_own_latents(make_executor: Make) -> None:
+    executor = make_executor(window="longlive", text_switch="recache")
+    book = PromptBook(executor.model, executor.encode, ["one", "two", "three"])
+    prefix = torch.randn(2, 3, 6, 8, 8, generator=torch.Generator().manual_seed(0))
+    prompts = [["one", "one", "two"], ["one", "one", "three"]]
+    with rebuild_context(executor.calls, book, prefix, prompts, executor.settings) as history:
+        both = [view.gather() for view in history.context(history.branches, 6)]
+        for p in range(2):
+            with rebuild_context(executor.calls, book, prefix[p : p + 1], [prompts[p]], executor.settings) as alone:
+                for pair, own in zip(both, alone.context(alone.branches, 6), strict=True):
+                    assert all(torch.allclose(x[p], y[0], atol=1e-6) for x, y in zip(pair, own.gather(), strict=True))
 
 
 def test_chunk_prompts_follow_spans_and_smoothing(make_executor: Make) -> None:

@@ -75,6 +75,10 @@ class TextKV:
         # index_select: the backward of plain indexing sorts the index, which takes longer than attention
         return TextKV([(k.index_select(0, index), v.index_select(0, index)) for k, v in self.layers])
 
+    def row(self, row: int) -> TextKV:
+        """One text, without a copy."""
+        return TextKV([(k[row : row + 1], v[row : row + 1]) for k, v in self.layers])
+
 
 class Attend:
     """Whom the tokens of a chunk attend to, and what they leave behind: here the own frames, and nothing."""
