@@ -21,6 +21,7 @@ from tempact import train
 from tempact.cli import EXIT_USER_ERROR
 from tempact.infra.checkpoint import defect, latest, load
 from tempact.infra.metrics import read_metrics
+from tempact.rewards import judge_client
 from tempact.run import EXIT_ABORTED
 
 ITERATIONS = 4
@@ -67,6 +68,16 @@ def after_the_first_iteration(folder: Path, act: Callable[[], None]) -> threadin
     return thread
 
 
+def telling(noticed: threading.Event, warning: Callable[..., None]) -> Callable[..., None]:
+    """The logger's method, which also says that there was a warning."""
+
+    def warn(*given: object) -> None:
+        warning(*given)
+        noticed.set()
+
+    return warn
+
+
 def check_whole(folder: Path) -> None:
     """Every iteration is there once and every score is a judge's."""
     assert [row["step"] for row in rows(folder)] == list(range(1, ITERATIONS + 1))
@@ -96,10 +107,13 @@ def test_a_run_waits_for_its_judges(tmp_path: Path, monkeypatch, capfd: pytest.C
         for name, value in environment(server).items():
             monkeypatch.setenv(name, value)
         waited: list[int] = []
+        noticed = threading.Event()
+        monkeypatch.setattr(judge_client.log, "warning", telling(noticed, judge_client.log.warning))
 
         def away() -> None:
             server.die()
-            time.sleep(2)
+            noticed.wait(60)
+            time.sleep(1)
             waited.append(len(rows(tmp_path)))
             server.revive()
 
