@@ -301,8 +301,9 @@ def weights_folder(part: str, weights: str) -> Path:
     if part == "planner" and not folder.exists() and HUB_NAME.fullmatch(weights):
         return _fetched(weights)
     if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
         raise UserError(
-            f"{part}.weights: {folder} is not a folder; accepted: {SHAPEWORLD}, a folder with weights{more}"
+            f"{part}.weights: found {found} at {folder}; accepted: {SHAPEWORLD}, a folder with weights{more}"
         )
     return folder
 

@@ -81,7 +81,7 @@ def test_a_published_checkpoint_is_rolled_out_and_updated(release: Path, tmp_pat
         ({"video_size": (16, 24)}, "executor.video_size: found 16x24; accepted: multiples of 16x16"),
         ({"weights": "shapeworld", "frames": 24, "precision": "bf16"}, "accepted: none and fp32 in ShapeWorld"),
         ({"weights": "shapeworld", "frames": 24, "adapters": ("x",)}, "accepted: none and fp32 in ShapeWorld"),
-        ({"weights": "gone.pt"}, "gone.pt is not a folder; accepted: shapeworld, a folder with weights, a Wan check"),
+        ({"weights": "gone.pt"}, "found nothing at gone.pt; accepted: shapeworld, a folder with weights, a Wan check"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(release: Path, tmp_path: Path, changes: dict, message: str) -> None:

@@ -259,7 +259,7 @@ def test_the_planner_of_a_run_plans(
         (["--prompt", "x", "--frames", "10"], "executor.frames: found 10; accepted: a positive multiple"),
         (["--prompt", "x", "--plan", "gone.json"], "gone.json: cannot be read"),
         (["--prompt", "x", "--adapter", "gone"], "--adapter: found no config.yaml or adapter_config.json in gone"),
-        (["--prompt", "x", "--executor.weights", "gone.pt"], "gone.pt is not a folder"),
+        (["--prompt", "x", "--executor.weights", "gone.pt"], "found nothing at gone.pt"),
         (["--prompt", "x", "--executor.weights", ""], "the preset longlive has none of its own; accepted"),
     ],
 )

@@ -170,7 +170,7 @@ def test_two_iterations_from_random_weights(
     ("change", "words"),
     [
         (["--executor.weights", ""], "executor.weights: found nothing, and the preset longlive has none of its own"),
-        (["--executor.weights", "/nowhere/x.pt"], "executor.weights: /nowhere/x.pt is not a folder; accepted: "),
+        (["--executor.weights", "/nowhere/x.pt"], "executor.weights: found nothing at /nowhere/x.pt; accepted: "),
         (["--data.prompts", ""], "data.prompts: found nothing, which does not serve executor.weights random-tiny"),
         (["--data.prompts", "shapeworld"], "accepted: a CSV, JSONL, parquet or text file of prompts"),
         (["--data.prompts", "gone.csv"], "gone.csv: cannot be read"),

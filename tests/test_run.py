@@ -294,8 +294,8 @@ def test_a_run_whose_judges_are_gone_saves_and_stops(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--planner.weights", "/nowhere/planner"], "planner.weights: /nowhere/planner is not a folder; accepted: "),
-        (["--executor.weights", "/nowhere/executor"], "executor.weights: /nowhere/executor is not a folder"),
+        (["--planner.weights", "/nowhere/planner"], "planner.weights: found nothing at /nowhere/planner; accepted: "),
+        (["--executor.weights", "/nowhere/executor"], "executor.weights: found nothing at /nowhere/executor"),
         (["--planner.weights", "EMPTY"], "no config.json there"),
         (["--executor.weights", "EMPTY"], "transformer.json: not found; accepted: "),
         (["--executor.weights", "DAMAGED"], "not readable"),

@@ -32,7 +32,8 @@ def random_codec(name: str, dtype: torch.dtype, device: torch.device) -> WanCode
     """A VAE drawn from torch's global generator."""
     with device:
         vae = AutoencoderKLWan(base_dim=RANDOM[name][1])
-    return WanCodec(vae.to(dtype).eval().requires_grad_(False))
+    nn.Module.to(vae, dtype)  # diffusers' own warns of modules to be kept in fp32, of which this one names none
+    return WanCodec(vae.eval().requires_grad_(False))
 
 
 class RandomText(nn.Module):
