@@ -81,6 +81,17 @@ class Run:
         return {start: len(s.window.attended(start, s.chunk)) for start in range(0, s.frames, s.chunk)}
 
     @property
+    def switches(self) -> list[int]:
+        """Frames at which the prompt changes, the earliest of them the fork."""
+        starts = range(self.fork, self.settings.frames, CHUNKS_A_PROMPT * self.settings.chunk)
+        return [*starts][: _texts(self) - 1] if self.fork else []
+
+    def recached(self, start: int) -> tuple[int, int]:
+        """Latent frames whose K/V a switch at `start` attends to, and those that it rewrites."""
+        frames = self.settings.window.recached(start)
+        return min(self.settings.window.sink, frames[0] if frames else 0), len(frames)
+
+    @property
     def update_rows(self) -> int:
         """(continuation, transition) pairs of the largest micro-batch."""
         steps = self.settings.schedule.transitions
@@ -188,8 +199,7 @@ def _rollout_activations(run: Run) -> int:
     settings = run.settings
     calls = [(run.together, max(run.attended.values()), settings.chunk)]
     if settings.text_switch == "recache":
-        rewritten, start = max((len(settings.window.recached(start)), start) for start in run.attended)
-        calls.append((1, min(settings.window.sink, start - rewritten), rewritten))
+        calls.append((1, *max((run.recached(start) for start in run.attended), key=lambda call: call[1])))
     return max(footprint.denoise(run.sizes, *call).bytes for call in calls if call[2])
 
 
@@ -260,6 +270,9 @@ def work_of(run: Run) -> Work:
     calls = len(s.schedule.sigmas)  # one for each noise level, and the context pass
     chunks = [(run.branches if start >= run.fork else run.plans) * adapted(a) for start, a in run.attended.items()]
     phases = {"rollout": calls * sum(chunks) - chunks[-1]}  # the last chunk leaves no context
+    if s.text_switch == "recache":
+        passes = {start: footprint.denoise(sizes, 1, *run.recached(start)).flops for start in run.switches}
+        phases["rollout"] += sum((run.branches if start > run.fork else run.plans) * passes[start] for start in passes)
     if run.wan:
         decoder = decoder_of(sizes, run.on_gpu)
         shared, whole = decoder.flops(run.fork), decoder.flops(s.frames)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rewards.tiny_clip import tiny_clip
 
 from csrc_triton import runtime
 from tempact.cli import from_yaml
@@ -28,7 +26,6 @@ from tempact.models.wan.transformer import WanConfig
 from tempact.planner.footprint import PUBLISHED, _qwen3, _row_bytes, _traced_row, measure
 from tempact.planner.head import LOGITS_AT_ONCE
 from tempact.preflight import report
-from tempact.preflight.missing import missing_paths
 from tempact.preflight.models import Decoder
 from tempact.preflight.needs import Run, needs_of, work_of
 from tempact.preflight.report import _fit, dry_run, run_of
@@ -41,16 +38,13 @@ SMALL = WanConfig(dim=64, ffn_dim=96, freq_dim=16, text_dim=24, text_len=8, head
 TINY = Sizes(SMALL, replace(SETTINGS, lora=LoraConfig(4, 4, SELF_FORCING_TARGETS), precision="fp32"), (4, 8))
 
 
+pytestmark = pytest.mark.usefixtures("no_judges")
+
+
 @pytest.fixture(autouse=True)
 def few_branches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large counts are not asked for: they take their time."""
     monkeypatch.setattr(report, "MOST_BRANCHES", 64)
-
-
-@pytest.fixture(autouse=True)
-def no_judges(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith(("TEMPACT_JUDGE_", "VLLM_", "LLM_"))]:
-        monkeypatch.delenv(name)
 
 
 # against BACKBONES.md and what was measured
@@ -73,6 +67,18 @@ def test_the_81_frames_of_self_forcing_take_990_tera_and_adapters_more() -> None
     widths = 4 * (1536 + 1536) + 2 * (1536 + 8960)
     more = footprint.denoise(FULL, 1, 0, 3).flops - calls[0]
     assert more == 2 * n * 256 * widths * 30
+
+
+def test_a_switch_that_rewrites_the_window_takes_operations_of_its_own() -> None:
+    """At frame 3 once a plan, behind the fork once a video; 9 frames, the sink is attended to beyond the window."""
+    preset = get_preset("longlive")
+    plain = replace(preset, executor=replace(preset.executor, text_switch="cross_attention"))
+    run, without = (Run(config, FULL, None, wan=False, on_gpu=True) for config in (preset, plain))
+    found = [work_of(each).phases["rollout"] for each in (run, without)]
+    assert run.switches == [3, 9, 15, 21]
+    passes = [footprint.denoise(FULL, 1, *shape).flops for shape in ((0, 3), (0, 9), (3, 9), (3, 9))]
+    assert found[0] - found[1] == 64 * passes[0] + 512 * sum(passes[1:])
+    assert 0.15 < found[0] / found[1] - 1 < 0.25
 
 
 def test_weights_adapters_and_caches_have_the_published_sizes() -> None:
@@ -325,52 +331,6 @@ def test_a_dry_run_of_a_backbone_takes_less_than_30_seconds(preset: str, tmp_pat
     assert "most prompts an iteration at 4 plans x 8 continuations" in done.stdout  # of an H100, which holds fewer
     (tmp_path / "run.yaml").write_text(done.stdout)
     assert from_yaml(tmp_path / "run.yaml").preset == preset  # the plan is a comment
-
-
-def test_every_missing_path_is_told(tmp_path: Path) -> None:
-    base = get_preset("longlive")
-    executor = replace(
-        base.executor, weights=str(tmp_path / "gone.pt"), adapters=(str(tmp_path / "lora.pt"),),
-        wan_folder=str(tmp_path), text_cache="/proc/text",
-    )  # fmt: skip
-    data = replace(base.data, prompts=str(tmp_path / "prompts.csv"))
-    planner = replace(base.planner, weights=str(tmp_path / "qwen"))
-    judges = replace(base.judges, cache="/proc/judges.sqlite", aesthetics_weights=str(tmp_path / "pickscore"))
-    config = replace(base, executor=executor, data=data, planner=planner, judges=judges, output="/proc/run")
-    lines = missing_paths(config, WanConfig())
-    keys = [line.split(":")[0] for line in lines]
-    assert keys == [
-        "executor.weights", "executor.adapters", "executor.wan_folder", "executor.wan_folder", "planner.weights",
-        "data.prompts", "judges", "judges", "judges", "judges.aesthetics_weights", "judges.aesthetics_processor",
-        "output", "executor.text_cache", "judges.cache",
-    ]  # fmt: skip
-    assert all("accepted: " in line for line in lines if "gone.pt" not in line), lines
-    nothing = missing_paths(replace(base, output=str(tmp_path)), WanConfig())
-    assert nothing[0].startswith("executor.weights: found nothing; accepted: the backbone's checkpoint")
-
-
-def test_judges_and_pickscore_that_are_there_are_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clip, processor = tiny_clip()
-    clip.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    folder = str(tmp_path)
-    base = get_preset("longlive")
-    judges = replace(
-        base.judges, aesthetics_weights=folder, aesthetics_processor=folder, cache=f"{folder}/judges.sqlite"
-    )
-
-    def missed() -> list[str]:
-        lines = missing_paths(replace(base, judges=judges), WanConfig())
-        return [line for line in lines if line.startswith("judges")]
-
-    lines = missed()
-    assert [line.startswith("judges: environment: found no address of the judge ") for line in lines] == [True] * 3
-    monkeypatch.setenv("TEMPACT_JUDGE_BASE_URL", "http://127.0.0.1:8001/v1")
-    assert [line[:29] for line in missed()] == ["judges: TEMPACT_JUDGE_MODEL: "] * 3
-    monkeypatch.setenv("TEMPACT_JUDGE_MODEL", "m")
-    assert missed() == []
-    (tmp_path / "tokenizer_config.json").unlink()
-    assert [line.split(":")[0] for line in missed()] == ["judges.aesthetics_processor"]
 
 
 def test_small_random_weights_are_planned_on_the_torch_path() -> None:
