@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from tempact.errors import UserError
 
+LARGEST_SEED = 2**62  # generators take 64 bits, and the seeds of further videos count on from here
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -183,10 +185,13 @@ def validate(config: RunConfig) -> None:
     """Raises UserError in one line for the first value that cannot work."""
     executor, planner, trainer, evaluation = config.executor, config.planner, config.trainer, config.evaluation
     _check_judges(config.judges)
+    _check_ranges(config)
     counts = {
         "planner.lora.rank": planner.lora.rank,
+        "planner.lora.alpha": planner.lora.alpha,
         "planner.max_new_tokens": planner.max_new_tokens,
         "executor.lora.rank": executor.lora.rank,
+        "executor.lora.alpha": executor.lora.alpha,
         "executor.chunk_frames": executor.chunk_frames,
         "executor.micro_batch": executor.micro_batch,
         "data.prompts_per_iteration": config.data.prompts_per_iteration,
@@ -203,9 +208,6 @@ def validate(config: RunConfig) -> None:
     for key, count in counts.items():
         if count < 1:
             raise UserError(f"{key}: found {count}; accepted: at least 1")
-    for name, optim in (("planner", planner.optim), ("executor", executor.optim)):
-        if not 0 < optim.lr_end <= 1:
-            raise UserError(f"{name}.optim.lr_end: found {optim.lr_end}; accepted: above 0, at most 1")
     checks = [
         (executor.frames > 0 and executor.frames % executor.chunk_frames == 0, "executor.frames", executor.frames,
          f"a positive multiple of executor.chunk_frames ({executor.chunk_frames})"),
@@ -220,9 +222,46 @@ def validate(config: RunConfig) -> None:
         (bool(executor.lora.targets), "executor.lora.targets", executor.lora.targets, "at least one"),
         (bool(planner.lora.targets), "planner.lora.targets", planner.lora.targets, "at least one"),
         (0 < executor.eta <= 1, "executor.eta", executor.eta, "above 0, at most 1 (0 leaves nothing to learn from)"),
-        (executor.max_rollout_gap > 0, "executor.max_rollout_gap", executor.max_rollout_gap, "above 0"),
-        (executor.clip_velocity_rms > 0, "executor.clip_velocity_rms", executor.clip_velocity_rms, "above 0"),
     ]  # fmt: skip
+    for good, key, found, accepted in checks:
+        if not good:
+            raise UserError(f"{key}: found {found}; accepted: {accepted}")
+
+
+def _check_ranges(config: RunConfig) -> None:
+    """Numbers that would turn the learning around, or stop a run long after it began."""
+    planner, executor, rewards = config.planner, config.executor, config.rewards
+    above: dict[str, float] = {
+        "planner.clip_low": planner.clip_low,
+        "planner.clip_high": planner.clip_high,
+        "planner.advantage_clip": planner.advantage_clip,
+        "executor.clip_velocity_rms": executor.clip_velocity_rms,
+        "executor.advantage_clip": executor.advantage_clip,
+        "executor.max_rollout_gap": executor.max_rollout_gap,
+    }
+    least: dict[str, float] = {
+        "planner.kl_weight": planner.kl_weight,
+        "executor.kl_weight": executor.kl_weight,
+        "trainer.max_skipped_updates": config.trainer.max_skipped_updates,
+        "evaluation.strips": config.evaluation.strips,
+        "threads": config.threads,
+        **{f"rewards.{name}": value for name, value in vars(rewards).items() if type(value) is float},
+    }
+    checks: list[tuple[bool, str, object, str]] = [
+        (0 <= executor.ema_decay <= 1, "executor.ema_decay", executor.ema_decay, "0 to 1"),
+        (bool(config.output.strip()), "output", repr(config.output), "a folder"),
+    ]
+    for name, optim in (("planner", planner.optim), ("executor", executor.optim)):
+        above[f"{name}.optim.grad_clip"] = optim.grad_clip
+        least |= {f"{name}.optim.{key}": getattr(optim, key) for key in ("lr", "weight_decay", "eps")}
+        checks += [
+            (0 < optim.lr_end <= 1, f"{name}.optim.lr_end", optim.lr_end, "above 0, at most 1"),
+            (all(0 <= beta < 1 for beta in optim.betas), f"{name}.optim.betas", optim.betas, "each 0 to below 1"),
+        ]
+    for key, seed in (("seed", config.seed), ("evaluation.seed", config.evaluation.seed)):
+        checks.append((0 <= seed <= LARGEST_SEED, key, seed, f"0 to {LARGEST_SEED}"))
+    checks += [(value > 0, key, value, "above 0") for key, value in above.items()]
+    checks += [(value >= 0, key, value, "at least 0") for key, value in least.items()]
     for good, key, found, accepted in checks:
         if not good:
             raise UserError(f"{key}: found {found}; accepted: {accepted}")

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tempact.cli import guarded, parse_run
-from tempact.config import RunConfig
+from tempact.config import RunConfig, validate
 from tempact.errors import UserError
 from tempact.presets import PRESETS
 from tempact.temporal_order.options import SHAPEWORLD, SUITES, order_options, parser, shapeworld_counts
@@ -58,7 +58,9 @@ def _configured(arguments: argparse.Namespace, options: list[str]) -> tuple[RunC
     source = ["--config", str(run / "config.yaml")] if known else [arguments.target]
     config = parse_run([*source, *options], PROGRAM)[0]
     evaluation = config.evaluation if arguments.seed is None else replace(config.evaluation, seed=arguments.seed)
-    return replace(config, evaluation=evaluation, device=arguments.device or config.device), run if known else None
+    config = replace(config, evaluation=evaluation, device=arguments.device or config.device)
+    validate(config)
+    return config, run if known else None
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tempact.build import SHAPEWORLD, build_executor, build_planner, device_of, is_random
-from tempact.config import RunConfig
+from tempact.config import LARGEST_SEED, RunConfig
 from tempact.errors import UserError
 from tempact.executor.policy import Executor
 from tempact.executor.rollout import gaussian_noise
@@ -23,7 +23,7 @@ from tempact.infra.generated import write_video
 from tempact.infra.progress import Progress
 from tempact.models.wan.codec import Codec
 from tempact.planner.policy import Planner
-from tempact.planner.requests import LARGEST_SEED, Request
+from tempact.planner.requests import Request
 from tempact.shapeworld.grammar import parse_instruction
 from tempact.types import Plan
 

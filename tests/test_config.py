@@ -50,7 +50,7 @@ def test_every_preset_is_valid_and_survives_yaml(name: str, write) -> None:
 
 def test_values_that_yaml_could_bend_come_back_equal(write) -> None:
     config = parse(
-        "--output", "1e-3", "--wandb_project", "no: ü #1", "--planner.optim.lr", "1e-22", "--seed", "-3",
+        "--output", "1e-3", "--wandb_project", "no: ü #1", "--planner.optim.lr", "1e-22", "--seed", "3",
         "--executor.ema_decay", "0.1", "--executor.timesteps", "900", "--planner.lora.targets", "null", "~",
     )  # fmt: skip
     again = from_yaml(write(to_yaml(config)))
@@ -115,6 +115,19 @@ def test_options_and_their_forms() -> None:
         (["--planner.plans_per_prompt", "1"], "planner.plans_per_prompt: found 1; accepted: at least 2"),
         (["--executor.continuations", "1"], "executor.continuations: found 1; accepted: at least 2"),
         (["--trainer.samples_every", "0"], "trainer.samples_every: found 0; accepted: at least 1"),
+        (["--executor.optim.lr", "-1"], "executor.optim.lr: found -1.0; accepted: at least 0"),
+        (["--executor.optim.betas", "0.9", "1"], r"betas: found \(0.9, 1.0\); accepted: each 0 to below 1"),
+        (["--planner.optim.grad_clip", "-1"], "planner.optim.grad_clip: found -1.0; accepted: above 0"),
+        (["--planner.lora.alpha", "0"], "planner.lora.alpha: found 0; accepted: at least 1"),
+        (["--planner.clip_low", "-1"], "planner.clip_low: found -1.0; accepted: above 0"),
+        (["--executor.kl_weight", "-1"], "executor.kl_weight: found -1.0; accepted: at least 0"),
+        (["--executor.ema_decay", "2.5"], "executor.ema_decay: found 2.5; accepted: 0 to 1"),
+        (["--rewards.format_penalty", "-1"], "rewards.format_penalty: found -1.0; accepted: at least 0"),
+        (["--trainer.max_skipped_updates", "-1"], "trainer.max_skipped_updates: found -1; accepted: at least 0"),
+        (["--evaluation.seed", "-1"], "evaluation.seed: found -1; accepted: 0 to 4611686018427387904"),
+        (["--seed", "99999999999999999999"], "seed: found 99999999999999999999; accepted: 0 to"),
+        (["--threads", "-2"], "threads: found -2; accepted: at least 0"),
+        (["--output", ""], "output: found ''; accepted: a folder"),
         (["--config", "/nowhere/run.yaml"], "/nowhere/run.yaml: cannot be read .No such file"),
     ],
 )  # fmt: skip

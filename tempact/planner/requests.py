@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tempact.config import LARGEST_SEED
 from tempact.errors import UserError
 from tempact.infra.prompt_file import SHOWN, PromptRow, check_ids, read_rows
 from tempact.planner.plan_file import plan_of
 from tempact.types import Plan, Prompt
-
-LARGEST_SEED = 2**62  # generators take 64 bits, and the seeds of further videos count on from here
 
 
 @dataclass(frozen=True)

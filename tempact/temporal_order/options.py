@@ -72,13 +72,14 @@ def order_options(arguments: argparse.Namespace, config: RunConfig, trained: boo
     if not judges and not pickscore and not arguments.export:
         raise UserError("--judge: found none, and neither --pickscore nor --export; accepted: one of them")
     prompts = choose_prompts(arguments.prompts or (), {"simple": arguments.simple, "hard": arguments.hard})
-    methods = [CONDITIONS[name] for name in dict.fromkeys(arguments.conditions or ())]
+    named = list(dict.fromkeys(arguments.conditions or ()))
+    methods = [CONDITIONS[name] for name in named]
     shown = (SINGLE, STEP, BOTH) if trained else (SINGLE, STEP)
     methods = methods or [method for method in CONDITIONS.values() if method.name in shown]
-    untaught = next((method for method in methods if method.trained and not trained), None)
+    untaught = next((name for name in named if CONDITIONS[name].trained and not trained), None)
     if untaught is not None:
         accepted = "single-prompt, step-prompt; the others need the folder of a training run"
-        raise UserError(f"--conditions: found {untaught.name!r} for an untrained preset; accepted: {accepted}")
+        raise UserError(f"--conditions: found {untaught!r} for an untrained preset; accepted: {accepted}")
     frames = _lengths(arguments.frames or (), config, list(prompts))
     return OrderOptions(
         prompts, frames, methods, seeds, judges, pickscore, bool(arguments.export), bool(arguments.retry_missing)
