@@ -9,7 +9,7 @@ from tempact.cli import LineParser, guarded
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 for a folder that is no run."""
+    """Exit codes: 0 done, 2 for a folder that is no run or has a damaged file."""
     parser = LineParser("python -m tempact.report", description="Writes report.html into a run folder.")
     parser.add_argument("run", type=Path, help="a run folder, also of a run still going")
     return guarded(lambda: _report(parser.parse_args(argv).run))

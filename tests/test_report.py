@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -163,3 +165,25 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert main([str(tmp_path / "absent")]) == 2
     shown = capsys.readouterr()
     assert shown.out == "" and len(shown.err.strip().splitlines()) == 1 and "config.yaml" in shown.err
+
+
+FILES = (
+    "evaluation.json", "evaluation_scores.jsonl", "comparisons.json", "environment.json", "videos/index.json",
+    "samples/step-000060.jsonl",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [("config.yaml", b"{"), ("config.yaml", b"\xff\xfe"), *product(FILES, (b"{", b"\xff\xfe", b"[1]"))],
+)
+def test_a_damaged_file_of_a_run_is_named(
+    name: str, damage: bytes, finished: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(damage)
+    before = (tmp_path / "run" / "report.html").read_bytes()
+    assert main([str(tmp_path / "run")]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and f"{name}: cannot be read (" in shown and "accepted: the file as" in shown
+    assert (tmp_path / "run" / "report.html").read_bytes() == before

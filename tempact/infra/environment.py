@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from tempact.infra.files import write_atomic
+from tempact.infra.files import reading, write_atomic
 
 ENVIRONMENT = "environment.json"
 PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "numpy")
@@ -44,7 +44,8 @@ def record_environment(run_folder: Path, from_step: int) -> None:
 def read_environment(run_folder: Path) -> list[Session]:
     """Sessions of a run in order, none if nothing was noted."""
     path = Path(run_folder) / ENVIRONMENT
-    return [Session(**session) for session in json.loads(path.read_text())] if path.is_file() else []
+    with reading(path):
+        return [Session(**session) for session in json.loads(path.read_text())] if path.is_file() else []
 
 
 def _this_session(from_step: int) -> Session:

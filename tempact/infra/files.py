@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
+
 from tempact.errors import UserError
 
 NAME_LIMIT = 48  # characters of a file name made from a prompt, before its hash
@@ -42,6 +44,16 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         raise UserError(f"{path}: found no space left on the disk; accepted: {len(raw)} free bytes") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Around the parsing of a file that a run wrote: UserError with its name if it is not as it was written."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: cannot be read ({reason}); accepted: the file as the run wrote it") from error
 
 
 def disk_full(error: BaseException | None) -> bool:

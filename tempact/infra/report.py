@@ -16,7 +16,7 @@ import yaml
 from tempact.errors import UserError
 from tempact.infra.curves import curves_svg
 from tempact.infra.environment import Session, read_environment
-from tempact.infra.files import write_atomic
+from tempact.infra.files import reading, write_atomic
 from tempact.infra.metrics import METRICS, SAMPLES, read_metrics
 from tempact.infra.progress import duration
 from tempact.infra.showcase import EXTREMES, INDEX, VIDEOS
@@ -75,7 +75,7 @@ class Missing:
 def write_report(run_folder: Path | str) -> Path:
     """Writes report.html into a run folder. Parts that the run has not made yet are said to be missing.
 
-    UserError if the folder holds neither config.yaml nor metrics.jsonl.
+    UserError if the folder holds neither config.yaml nor metrics.jsonl, or a file that is not as the run wrote it.
     """
     run = Path(run_folder)
     if not (run / CONFIG).is_file() and not (run / METRICS).is_file():
@@ -133,7 +133,8 @@ def _config(run: Path) -> dict[str, object]:
         else:
             flat[prefix] = value
 
-    walk("", yaml.safe_load((run / CONFIG).read_text()) or {})
+    with reading(run / CONFIG):
+        walk("", yaml.safe_load((run / CONFIG).read_text()) or {})
     return flat
 
 
@@ -187,11 +188,12 @@ def _showcase(run: Path) -> list[dict]:
     index = run / VIDEOS / INDEX
     if not index.is_file():
         return []
-    entries = json.loads(index.read_text())
-    for entry in entries:
-        entry["strip"] = _picture(run / VIDEOS / Path(entry["strip"]).name)
-        for video in entry["videos"]:
-            video["gif"] = _picture(run / VIDEOS / Path(video["gif"]).name)
+    with reading(index):
+        entries = json.loads(index.read_text())
+        for entry in entries:
+            entry["strip"] = _picture(run / VIDEOS / Path(entry["strip"]).name)
+            for video in entry["videos"]:
+                video["gif"] = _picture(run / VIDEOS / Path(video["gif"]).name)
     return entries
 
 
@@ -200,10 +202,11 @@ def _samples(run: Path) -> dict | None:
     tables = sorted((run / SAMPLES).glob("step-*.jsonl"))
     if not tables:
         return None
-    rows = [json.loads(line) for line in tables[-1].read_text().splitlines()]
-    scored = sorted(
-        (row for row in rows if row["temporal_following"] is not None), key=lambda r: r["temporal_following"]
-    )
+    with reading(tables[-1]):
+        rows = [json.loads(line) for line in tables[-1].read_text().splitlines()]
+        scored = sorted(
+            (row for row in rows if row["temporal_following"] is not None), key=lambda r: r["temporal_following"]
+        )
     if not scored:
         return None
     shown = min(EXTREMES, max(1, len(scored) // 2))

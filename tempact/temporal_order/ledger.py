@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tempact.errors import UserError
-from tempact.infra.files import disk_full, write_atomic
+from tempact.infra.files import disk_full, reading, write_atomic
 
 log = logging.getLogger(__name__)
 Key = tuple[str | int, ...]
@@ -91,7 +91,8 @@ def register(path: Path, settings: Mapping[str, str | int | float]) -> None:
     New keys (another judge, more prompts) are added. UserError for a key that had another value: its scores would
     be mixed with others that were obtained differently.
     """
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    with reading(path):
+        known = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
     for key, value in settings.items():
         if known.get(key, value) != value:
             raise UserError(

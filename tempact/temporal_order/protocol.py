@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tempact.infra.files import reading
+
 BASELINE = "step-prompt"  # untrained planner and executor; relative changes are against it
 TRAINED = "+ TempAct"  # both trained
 AVERAGE = "average"  # the set, and the judge, of the mean over all cells
@@ -121,26 +123,29 @@ def write_evaluation(run_folder: Path, scores: Sequence[MethodScores], resamples
 def read_evaluation(run_folder: Path) -> list[Row]:
     """Rows of evaluation.json, none if the run has not been evaluated."""
     path = Path(run_folder) / EVALUATION
-    rows = json.loads(path.read_text()) if path.is_file() else []
-    return [Row(**{**row, "score": _number(row["score"]), "ci95": _pair(row["ci95"])}) for row in rows]
+    with reading(path):
+        rows = json.loads(path.read_text()) if path.is_file() else []
+        return [Row(**{**row, "score": _number(row["score"]), "ci95": _pair(row["ci95"])}) for row in rows]
 
 
 def read_scores(run_folder: Path) -> list[MethodScores]:
     """Scores of every video, none if the run has not been evaluated."""
     path = Path(run_folder) / SCORES
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return [MethodScores(**{**row, "scores": [_number(score) for score in row["scores"]]}) for row in rows]
+    with reading(path):
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        return [MethodScores(**{**row, "scores": [_number(score) for score in row["scores"]]}) for row in rows]
 
 
 def read_comparisons(run_folder: Path) -> list[Comparison]:
     """Paired differences, none if the run has not been evaluated."""
     path = Path(run_folder) / COMPARISONS
-    rows = json.loads(path.read_text()) if path.is_file() else []
     numbers, pairs = ("difference", "relative"), ("ci95", "relative_ci95")
-    return [
-        Comparison(**{**row, **{k: _number(row[k]) for k in numbers}, **{k: _pair(row[k]) for k in pairs}})
-        for row in rows
-    ]
+    with reading(path):
+        rows = json.loads(path.read_text()) if path.is_file() else []
+        return [
+            Comparison(**{**row, **{k: _number(row[k]) for k in numbers}, **{k: _pair(row[k]) for k in pairs}})
+            for row in rows
+        ]
 
 
 def _row(

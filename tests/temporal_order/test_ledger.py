@@ -64,3 +64,12 @@ def test_settings_may_grow_but_not_change(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="judge.a: found 'm 2', but what is scored there had 'm 1'"):
         register(path, {"judge.a": "m 2"})
     assert json.loads(path.read_text())["judge.a"] == "m 1"
+
+
+@pytest.mark.parametrize("damage", ["{", "[1]", ""])
+def test_damaged_settings_are_named_and_kept(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text(damage)
+    with pytest.raises(UserError, match="settings.json: cannot be read .*accepted: the file as the run wrote it"):
+        register(path, {"seed": 1})
+    assert path.read_text() == damage
