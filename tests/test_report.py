@@ -83,10 +83,10 @@ def make_sampled(run: Path, step: int) -> None:
     write_extremes(run, step, plans, Rollout(torch.empty(0), frames), scored)
 
 
-def make_evaluated(run: Path) -> None:
+def make_evaluated(run: Path, levels: dict[str, float] = LEVELS) -> None:
     scores = [
         MethodScores(method, name, judge, [level + 0.01 * (i % 5) for i in range(20)])
-        for method, level in LEVELS.items()
+        for method, level in levels.items()
         for name in ("simple", "hard")
         for judge in ("verifier", "matcher", "picture quality", "duplicates")
     ]
@@ -128,6 +128,16 @@ def test_a_finished_run_shows_numbers_videos_and_how_it_was_run(finished: tuple[
     assert html.count("data:image/png") == 3  # one strip before and after, worst, best
     assert f"torch {torch.__version__.split('+')[0]}" in html
     assert "Not evaluated yet" not in html and "; 1 without a score" in html
+
+
+@pytest.mark.parametrize(("trained", "change", "colour"), [(0.6, "+47.6%", "change"), (0.28, "-28.6%", "soft"),
+                                                           (0.4, "+0.0%", "soft")])  # fmt: skip
+def test_only_a_gain_has_the_colour_of_gains(trained: float, change: str, colour: str, tmp_path: Path) -> None:
+    make_started_run(tmp_path, 2)
+    make_evaluated(tmp_path, LEVELS | {"+ TempAct": trained})
+    html = write_report(tmp_path).read_text()
+    assert re.search(rf'<div class="tile{" gained" if colour == "change" else ""}"><b>{re.escape(change)}</b>', html)
+    assert f'<span class="{colour}">{change}</span>' in html
 
 
 def test_the_file_needs_nothing_else_and_runs_nothing(finished: tuple[Path, str]) -> None:

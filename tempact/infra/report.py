@@ -32,7 +32,7 @@ from tempact.temporal_order.protocol import (
     read_scores,
     relative_change,
 )
-from tempact.temporal_order.table import build_table, percent
+from tempact.temporal_order.table import build_table, gained, percent
 
 REPORT, CONFIG = "report.html", "config.yaml"
 # keys of weights, and values in whose place random weights stand
@@ -59,6 +59,7 @@ class Tile:
     value: str
     label: str
     detail: str = ""
+    gained: bool = False  # shown in the colour of gains
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _tiles(run: Path, rows: Sequence[Row], metrics: Sequence[dict]) -> list[Tile
             if (one.method, one.set) == (TRAINED, AVERAGE):
                 detail = f"95% interval {percent(one.relative_ci95[0])} to {percent(one.relative_ci95[1])}"
         change = percent(relative_change(after.score, before.score))
-        tiles.append(Tile(change, "temporal order, against step-prompt", detail))
+        tiles.append(Tile(change, "temporal order, against step-prompt", detail, gained(change)))
         tiles.append(Tile(f"{before.score:.3f} \u2192 {after.score:.3f}", "average score, before and after"))
     before, after = found.get((BASELINE, PICTURE_QUALITY)), found.get((TRAINED, PICTURE_QUALITY))
     if before and after:

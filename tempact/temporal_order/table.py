@@ -21,6 +21,11 @@ class Cell:
     interval: str = ""
     change: str = ""
 
+    @property
+    def gained(self) -> bool:
+        """Is there a change, and is it better, as it is shown?"""
+        return gained(self.change)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -73,6 +78,11 @@ def _cell(row: Row | None, base: Row | None) -> Cell:
 def percent(change: float) -> str:
     """ "+20.8%"; nothing for NaN."""
     return "" if math.isnan(change) else f"{change:+.1%}"
+
+
+def gained(change: str) -> bool:
+    """Is what `percent` shows above zero?"""
+    return change.startswith("+") and change != percent(0.0)
 
 
 def _heading(set_name: str, judge: str) -> str:
