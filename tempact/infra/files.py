@@ -47,6 +47,24 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """The name under which to write `path`, for writers that want a file: it takes its place whole or not at all.
+
+    UserError when the disk is full.
+    """
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield partial
+        partial.replace(path)
+    except Exception as error:
+        if not disk_full(error):
+            raise
+        raise UserError(f"{path}: found no space left on the disk; accepted: a disk with space left") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Around the parsing of a file that a run wrote: UserError with its name if it is not as it was written."""
     try:

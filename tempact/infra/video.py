@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from tempact.errors import UserError
+from tempact.infra.files import writing
 from tempact.types import Step
 
 FPS = 8.0
@@ -149,16 +150,14 @@ def save_gif(frames: Tensor, path: Path, fps: float = FPS) -> None:
     """A GIF that repeats for ever. `frames` uint8 [F, 3, h, w]."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pictures = [Image.fromarray(picture).convert("P", palette=Image.Palette.ADAPTIVE) for picture in enlarge(frames)]
-    partial = path.with_name(f".{path.stem}.partial.gif")
-    pictures[0].save(partial, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
-    partial.replace(path)
+    with writing(path) as partial:
+        pictures[0].save(partial, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
 
 
 def save_strip(strip: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial.png")
-    strip.save(partial, optimize=True)
-    partial.replace(path)
+    with writing(path) as partial:
+        strip.save(partial, optimize=True)
 
 
 def film_strip(rows: Sequence[StripRow], title: str = "", columns: int = 12) -> Image.Image:

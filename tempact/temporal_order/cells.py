@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tempact.infra.files import safe_name
+from tempact.infra.files import safe_name, writing
 from tempact.temporal_order.ledger import Ledger
 from tempact.temporal_order.protocol import MethodScores
 from tempact.types import Plan, Prompt, Step
@@ -56,9 +56,9 @@ class CellStore:
     def save(self, method: str, set_name: str, prompts: Sequence[Prompt], cell: Cell) -> None:
         """Writes a finished cell; of one that was cut off by a kill, what is missing."""
         path = self._samples(method, set_name)
-        partial = path.with_name(f".{path.name}.partial")
-        save_file({FRAMES: cell.frames.contiguous()}, partial, {PLANS: json.dumps([asdict(p) for p in cell.plans])})
-        partial.replace(path)
+        plans = json.dumps([asdict(plan) for plan in cell.plans])
+        with writing(path) as partial:
+            save_file({FRAMES: cell.frames.contiguous()}, partial, {PLANS: plans})
         rows = [
             {"prompt_id": prompt.prompt_id, "condition": method, "seed": self.seed, "judge": one.judge,
              "set": set_name, "score": None if math.isnan(score) else score}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tempact.infra.files import reading
+from tempact.infra.files import reading, write_atomic
 
 BASELINE = "step-prompt"  # untrained planner and executor; relative changes are against it
 TRAINED = "+ TempAct"  # both trained
@@ -113,10 +113,10 @@ def write_evaluation(run_folder: Path, scores: Sequence[MethodScores], resamples
     line a method, set and judge, in the order of the set's videos, null where missing); returns the rows."""
     rows = evaluation_rows(scores, resamples, seed)
     lines = [json.dumps(_plain({**asdict(one), "scores": list(one.scores)})) for one in scores]
-    _write(Path(run_folder) / SCORES, "\n".join(lines) + "\n")
+    write_atomic(Path(run_folder) / SCORES, "\n".join(lines) + "\n")
     comparisons = [_plain(asdict(one)) for one in compare(scores, resamples, seed)]
-    _write(Path(run_folder) / COMPARISONS, json.dumps(comparisons, indent=1) + "\n")
-    _write(Path(run_folder) / EVALUATION, json.dumps([_plain(asdict(row)) for row in rows], indent=1) + "\n")
+    write_atomic(Path(run_folder) / COMPARISONS, json.dumps(comparisons, indent=1) + "\n")
+    write_atomic(Path(run_folder) / EVALUATION, json.dumps([_plain(asdict(row)) for row in rows], indent=1) + "\n")
     return rows
 
 
@@ -253,9 +253,3 @@ def _number(value: float | None) -> float:
 
 def _pair(values: Sequence[float | None]) -> tuple[float, float]:
     return _number(values[0]), _number(values[1])
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
+from tempact.errors import UserError
 from tempact.infra.showcase import write_showcase
 from tempact.infra.video import (
     BORDER,
@@ -24,6 +26,7 @@ from tempact.infra.video import (
     film_strip,
     save_gif,
     save_mp4,
+    save_strip,
     shown_frames,
 )
 from tempact.types import Plan, Prompt, Step
@@ -120,3 +123,20 @@ def test_a_showcase_lists_its_files_in_order_under_safe_names(tmp_path: Path) ->
         v[kind] for e in index for v in e["videos"] for kind in ("mp4", "gif")
     }
     assert {path.name for path in (tmp_path / "videos").iterdir()} == named | {"index.json"} and len(named) == 10
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png"])
+def test_a_full_disk_is_one_line_and_keeps_the_old_picture(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"old")
+
+    def full(image: Image.Image, file: Path, **options: object) -> None:
+        Path(file).write_bytes(b"a part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(UserError, match=f"{name}: found no space left on the disk"):
+        save_gif(clip(), path) if name == "a.gif" else save_strip(Image.new("RGB", (4, 4)), path)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
