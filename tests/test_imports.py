@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tempact.planner": EVERYONE | MODELS | {"tempact.rl", "tempact.infra"},
     "tempact.executor": EVERYONE | MODELS | {"tempact.rl", "tempact.infra"},
     "tempact.trainer": EVERYONE | LEARNING,
-    "tempact.shapeworld": EVERYONE | LEARNING | {"tempact.temporal_order"},
+    "tempact.shapeworld": EVERYONE | LEARNING | {"tempact.temporal_order", "tempact.cli"},
     "tempact.build": EVERYONE | BUILT,
     "tempact.preflight": EVERYONE | BUILT,
     "tempact.run": EVERYONE | BUILT | COMMAND_LINE,

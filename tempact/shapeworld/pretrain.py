@@ -11,11 +11,16 @@ import argparse
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
+
+from tempact.cli import LineParser, guarded
+from tempact.config import LARGEST_SEED
+from tempact.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +32,11 @@ SIZE_LIMIT_MIB = 16
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 a course failed, 2 bad input."""
+    return guarded(lambda: _pretrain(argv))
+
+
+def _pretrain(argv: list[str] | None) -> int:
     arguments = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if arguments.stage:
@@ -42,14 +52,29 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tempact.shapeworld.pretrain", description=__doc__)
+    """UserError for what cannot be done, before a course begins."""
+    parser = LineParser(prog="python -m tempact.shapeworld.pretrain", description=__doc__)
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of the weights (default: the shipped)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every course, for trials")
     parser.add_argument("--stage", choices=tuple(STEPS), help="train only this one, in this process")
     parser.add_argument("--fresh", action="store_true", help="start over instead of going on from checkpoints")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if not 0 < arguments.scale < math.inf:
+        raise UserError(f"--scale: found {arguments.scale}; accepted: a finite number above 0")
+    if not 0 <= arguments.seed <= LARGEST_SEED:
+        raise UserError(f"--seed: found {arguments.seed}; accepted: 0 to {LARGEST_SEED}")
+    if arguments.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("--device: found cuda, but torch sees no GPU; accepted: cpu here, which takes far longer")
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: cannot make {arguments.out} ({error.strerror}); accepted: a folder") from error
+    return arguments
 
 
 def run_stages(arguments: argparse.Namespace, argv: list[str]) -> dict[str, int]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tempact.shapeworld import training
+from tempact.shapeworld import pretrain, training
 from tempact.shapeworld.executor_training import teacher_forcing_mask
 from tempact.shapeworld.pretrain import DEFAULT_OUT, MANIFEST, SIZE_LIMIT_MIB, STEPS
 from tempact.shapeworld.training import Course, train
@@ -79,3 +79,26 @@ def test_shipped_weights_are_those_of_the_manifest() -> None:
         assert course["steps"] == steps and course["seed"] == 0 and course["hardware"]
     weights = load_file(DEFAULT_OUT / "executor" / "transformer.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--scale", "nan"], "--scale: found nan; accepted: a finite number above 0"),
+        (["--scale", "0"], "--scale: found 0.0; accepted"),
+        (["--seed", "-1"], "--seed: found -1; accepted: 0 to"),
+        (["--scal"], "argument --scale: expected one argument"),
+        (["--device", "cuda"], "--device: found cuda, but torch sees no GPU; accepted: cpu here"),
+        (["--out", "file/weights", "--device", "cpu"], "--out: cannot make file/weights (Not a directory); accepted"),
+    ],
+)
+def test_bad_options_are_one_line_before_a_course_begins(
+    given: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(pretrain, "run_stages", lambda *_: pytest.fail("a course began"))
+    (tmp_path / "file").touch()
+    assert pretrain.main([*(["--out", "w"] if "--out" not in given else []), *given]) == 2
+    shown = capsys.readouterr().err
+    assert words in shown and shown.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["file"]
