@@ -80,7 +80,9 @@ class Planner:
         self.head = model.get_output_embeddings()
         self.fused_loss = serves == "all"
         if config.checkpoint_activations:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # early versions of transformers 5 have only the second name, later ones warn of it and v6 drops it
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
 
     @classmethod
     def load(

@@ -105,6 +105,11 @@ def test_recomputed_layers_give_the_same_gradients_from_less_memory(make_planner
     close(found[True][2], found[False][2], atol=1e-7, rtol=1e-5)
 
 
+def test_recomputed_layers_are_asked_for_without_a_warning(make_planner, recwarn: pytest.WarningsRecorder):
+    make_planner(checkpoint_activations=True)
+    assert [str(one.message) for one in recwarn if "checkpointing_enable" in str(one.message)] == []
+
+
 def test_bf16_weights_under_fp32_adapters(make_planner, move):
     planner, exact = make_planner(dtype=torch.bfloat16, kl_weight=0.1), make_planner(kl_weight=0.1)
     assert {p.dtype for p in planner.parameters().values()} == {torch.float32}
