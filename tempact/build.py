@@ -300,10 +300,11 @@ def weights_folder(part: str, weights: str) -> Path:
     more = {"executor": ", a Wan checkpoint", "planner": ", a name on the Hugging Face hub"}.get(part, "")
     if part == "planner" and not folder.exists() and HUB_NAME.fullmatch(weights):
         return _fetched(weights)
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing"
+    if not weights or not folder.is_dir():
+        found = "a file" if folder.is_file() else "nothing"
         raise UserError(
-            f"{part}.weights: found {found} at {folder}; accepted: {SHAPEWORLD}, a folder with weights{more}"
+            f"{part}.weights: found {found} at {weights or repr(weights)}; accepted: {SHAPEWORLD}, a folder with "
+            f"weights{more}"
         )
     return folder
 

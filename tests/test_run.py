@@ -294,6 +294,10 @@ def test_a_run_whose_judges_are_gone_saves_and_stops(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (
+            ["--planner.weights", ""],
+            "planner.weights: found nothing at ''; accepted: shapeworld, a folder with weights",
+        ),
         (["--planner.weights", "/nowhere/planner"], "planner.weights: found nothing at /nowhere/planner; accepted: "),
         (["--executor.weights", "/nowhere/executor"], "executor.weights: found nothing at /nowhere/executor"),
         (["--planner.weights", "EMPTY"], "no config.json there"),
