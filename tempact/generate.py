@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tempact.cli import LineParser, guarded, parse_run
@@ -74,7 +75,8 @@ def _configured(arguments: argparse.Namespace, options: list[str]) -> RunConfig:
     elif adapter is not None:
         raise UserError(f"--adapter: found no config.yaml or {CONFIG} in {adapter}; accepted: a run, a PEFT folder")
     frames = ["--executor.frames", arguments.frames] if arguments.frames else []
-    return parse_run([*source, *frames, *options], PROGRAM)[0]
+    config = parse_run([*source, *frames, *options], PROGRAM)[0]
+    return replace(config, planner=replace(config.planner, train=False))  # any sampling setting may be tried
 
 
 if __name__ == "__main__":

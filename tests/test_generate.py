@@ -106,6 +106,13 @@ def test_a_shapeworld_video_is_the_rollout_of_its_plan(tmp_path: Path, capsys: p
     assert again[0].read_bytes() == mp4.read_bytes()  # what is told is enough to make it again
 
 
+def test_the_planner_may_sample_as_it_is_not_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In training, other settings than those of the full distribution are refused."""
+    options = ["--prompt", INSTRUCTION, "--output", tmp_path / "out", "--device", "cpu"]
+    assert len(run(capsys, *options, "--planner.temperature", 0.1, "--planner.top_p", 0.9)) == 3
+    assert "planner.temperature: found 0.0; accepted: above 0" in refused(capsys, *options, "--planner.temperature", 0)
+
+
 def test_random_weights_are_named_on_every_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = run(
         capsys, "--prompt", "A cat.", "--plan", plan_file(tmp_path), "--count", 2, "--output", tmp_path / "out",

@@ -198,7 +198,7 @@ def test_codec_encodes_as_diffusers_and_refuses_what_it_cannot(vae: AutoencoderK
     assert codec.latent_size(480, 832) == FULL_SIZE and codec.pixel_frames(21) == 81
     assert codec.decode(latents).shape == frames.shape
     for call, message in (
-        (lambda: codec.latent_size(481, 832), "video size: found 481x832; accepted: positive multiples of 8"),
+        (lambda: codec.latent_size(481, 832), "executor.video_size: found 481x832; accepted: positive multiples of 8"),
         (lambda: codec.encode(frames[:, :4]), "video: found 4 frames; accepted: 1 \\+ 4 n"),
         (lambda: WanCodec(None, codec.decoder).encode(frames), "found a decoder alone"),
         (lambda: WanDecoder(AutoencoderKLWan(base_dim=8, is_residual=True)), "vae: found is_residual True"),

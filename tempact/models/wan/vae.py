@@ -46,7 +46,8 @@ class WanCodec:
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """(H, W) of the latents of a height x width video; UserError unless both are multiples of 8."""
         if height < 1 or width < 1 or height % SPACE_STRIDE or width % SPACE_STRIDE:
-            raise UserError(f"video size: found {height}x{width}; accepted: positive multiples of {SPACE_STRIDE}")
+            accepted = f"positive multiples of {SPACE_STRIDE}"
+            raise UserError(f"executor.video_size: found {height}x{width}; accepted: {accepted}")
         return height // SPACE_STRIDE, width // SPACE_STRIDE
 
     def pixel_frames(self, latent_frames: int) -> int:
