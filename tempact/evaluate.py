@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tempact.cli import guarded, parse_run
-from tempact.config import RunConfig, validate
+from tempact.config import RunConfig
 from tempact.errors import UserError
 from tempact.presets import PRESETS
 from tempact.temporal_order.options import SHAPEWORLD, SUITES, order_options, parser, shapeworld_counts
@@ -56,11 +56,9 @@ def _configured(arguments: argparse.Namespace, options: list[str]) -> tuple[RunC
         presets = ", ".join(PRESETS)
         raise UserError(f"{run}: holds no config.yaml; accepted: the folder of a training run, or a preset: {presets}")
     source = ["--config", str(run / "config.yaml")] if known else [arguments.target]
-    config = parse_run([*source, *options], PROGRAM)[0]
-    evaluation = config.evaluation if arguments.seed is None else replace(config.evaluation, seed=arguments.seed)
-    config = replace(config, evaluation=evaluation, device=arguments.device or config.device)
-    validate(config)
-    return config, run if known else None
+    own = {"evaluation.seed": arguments.seed, "device": arguments.device}
+    given = [word for key, value in own.items() if value is not None for word in (f"--{key}", str(value))]
+    return parse_run([*source, *options, *given], PROGRAM)[0], run if known else None
 
 
 if __name__ == "__main__":

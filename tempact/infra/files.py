@@ -31,35 +31,26 @@ def safe_name(text: str) -> str:
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Writes `path` whole or not at all; UserError when the disk is full."""
     raw = data.encode() if isinstance(data, str) else data
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        if not disk_full(error):
-            raise
-        raise UserError(f"{path}: found no space left on the disk; accepted: {len(raw)} free bytes") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path, f"{len(raw)} free bytes") as partial, partial.open("wb") as file:
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Path]:
+def writing(path: Path, accepted: str = "a disk with space left") -> Iterator[Path]:
     """The name under which to write `path`, for writers that want a file: it takes its place whole or not at all.
 
-    UserError when the disk is full.
+    UserError when the disk is full, which says what is accepted.
     """
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")  # by the ending some know the format
     try:
         yield partial
         partial.replace(path)
-    except Exception as error:
+    except Exception as error:  # not every writer has an OSError for a full disk
         if not disk_full(error):
             raise
-        raise UserError(f"{path}: found no space left on the disk; accepted: a disk with space left") from error
+        raise UserError(f"{path}: found no space left on the disk; accepted: {accepted}") from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -106,6 +106,9 @@ def test_ranks_open_a_new_cache_together(tmp_path: Path) -> None:
         with ThreadPoolExecutor(4) as ranks:
             for rank in [ranks.submit(opened) for _ in range(4)]:
                 rank.result()
+        with closing(sqlite3.connect(tmp_path / f"{n}.sqlite")) as file:
+            assert file.execute("pragma journal_mode").fetchone() == ("wal",)
+            assert file.execute("select count(*) from replies").fetchone() == (0,)
 
 
 def test_a_locked_cache_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
