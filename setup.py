@@ -13,9 +13,9 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["csrc_triton*", "tempact*"]),
     package_data={
-        "tempact": ["infra/*.j2", "rewards/rubrics/*.md", "shapeworld/weights/**/*.json",
-                    "shapeworld/weights/**/*.safetensors", "shapeworld/weights/**/*.jinja", "temporal_order/*.j2",
-                    "temporal_order/*.jsonl"],
+        "tempact": ["reporting/*.j2", "rewards/rubrics/*.md", "shapeworld/weights/**/*.json",
+                    "shapeworld/weights/**/*.safetensors", "shapeworld/weights/**/*.jinja", "evaluation/*.j2",
+                    "evaluation/temporal_order/*.jsonl"],
     },
     install_requires=[
         "huggingface-hub>=1.0",

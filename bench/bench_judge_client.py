@@ -28,9 +28,9 @@ from rewards.fault_proxy import Apart, Behaviour
 from rewards.judge_cases import ROLE, call, client_of, is_right
 
 from bench.report import commit
-from tempact.infra.files import write_atomic
-from tempact.rewards.judge_client import JudgeClient
-from tempact.rewards.judge_types import JudgeCall, JudgeResult
+from tempact.files import write_atomic
+from tempact.rewards.judges.calls import JudgeCall, JudgeResult
+from tempact.rewards.judges.client import JudgeClient
 from tempact.types import Missing
 
 CONCURRENCY, DELAY_S = 32, 0.2

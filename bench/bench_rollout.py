@@ -24,20 +24,20 @@ from bench.bench_step import CHUNK_FRAMES, REFERENCE, TINY
 from bench.harness import OURS, Bench, Contender, Outputs
 from bench.report import Row
 from csrc_triton.runtime import backend
-from tempact.executor.attend import Context
-from tempact.executor.context import History
-from tempact.executor.graphs import Calls
-from tempact.executor.policy import Executor
-from tempact.executor.rollout import PromptBook, RolloutSettings, chunk_prompts, denoise_chunk, gaussian_noise
-from tempact.executor.schedule import Schedule
+from tempact.executor.attention import Context
+from tempact.executor.cuda_graphs import CudaGraphRunner
+from tempact.executor.executor import Executor
+from tempact.executor.kv_history import KVHistory
+from tempact.executor.rollout import PromptKV, RolloutSettings, chunk_prompts, denoise_chunk, gaussian_noise
+from tempact.executor.sampler import Schedule
 from tempact.executor.window import WINDOWS, WindowPolicy
-from tempact.models.wan.checkpoint_loading import set_precision
+from tempact.models.wan.checkpoints.load import set_precision
+from tempact.models.wan.codec import DecoderState, HostFrames, StreamDecoder, decode_chunk, decode_whole
 from tempact.models.wan.random_weights import RandomText
 from tempact.models.wan.tiny_decoder import TinyDecoder, TinyNetwork
 from tempact.models.wan.transformer import TextKV, WanConfig, WanTransformer
 from tempact.models.wan.vae import WanCodec
 from tempact.models.wan.vae_decoder import DecodeOptions, WanDecoder
-from tempact.models.wan.vae_stream import DecoderState, HostFrames, StreamDecoder, decode_chunk, decode_whole
 from tempact.presets import get_preset
 from tempact.types import Batch, Plan, Step, Transition
 
@@ -63,7 +63,7 @@ class WarmChunk:
         self.size = (bench.size(60, 4), bench.size(104, 6))
         window = replace(WINDOWS["longlive"], window=key_frames)
         self.settings = settings_of(window, key_frames // CHUNK_FRAMES + 2)
-        self.calls = Calls(self.model, tuple)
+        self.calls = CudaGraphRunner(self.model, tuple)
         self.calls.warm_calls = 1
         self.noise = self._draw(branches, len(SCHEDULE.sigmas) - 1, dtype=torch.float32)
         self.words = torch.randn(branches, config.text_len, config.text_dim, device=self.device, dtype=dtype)
@@ -73,9 +73,9 @@ class WarmChunk:
         shape = (*leading, self.model.config.in_dim, CHUNK_FRAMES, *self.size)
         return torch.randn(shape, device=self.device, dtype=dtype)
 
-    def filled(self) -> tuple[History, list[int]]:
+    def filled(self) -> tuple[KVHistory, list[int]]:
         """The history after the window is full, each branch's of its own behind the first chunk."""
-        history = History(self.calls, self.settings.window, CHUNK_FRAMES, self.size)
+        history = KVHistory(self.calls, self.settings.window, CHUNK_FRAMES, self.size)
         ids = [history.new_branch()]
         text = self.model.project_text(self.words)
         for start in range(0, self.start, CHUNK_FRAMES):
@@ -86,7 +86,7 @@ class WarmChunk:
                 ids = history.fork(ids[0], self.branches)
         return history, ids
 
-    def ours(self, history: History, ids: list[int], text: TextKV) -> Tensor:
+    def ours(self, history: KVHistory, ids: list[int], text: TextKV) -> Tensor:
         with self._autocast():
             context, positions = history.context(ids, self.start), history.positions(self.start)
             clean, _ = denoise_chunk(self.calls, self.noise, text, positions, context, self.settings)
@@ -98,7 +98,7 @@ class WarmChunk:
     def reference(self, context: list[tuple[Tensor, Tensor]], model: WanTransformer, branch: int = 0) -> Tensor:
         """One continuation."""
         own: Context = [(k.clone(), v.clone()) for k, v in context]
-        calls = Calls(model, tuple, graphs=False)
+        calls = CudaGraphRunner(model, tuple, graphs=False)
         positions = torch.arange(self.start, self.start + CHUNK_FRAMES, device=self.device)
         half = model.patch_embedding.weight.dtype == torch.bfloat16
         flash = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if half else nullcontext()
@@ -279,7 +279,7 @@ class OnePrompt:
     def _one_after_another(self) -> tuple[Tensor, Transition]:
         """The first plan's latents [N, C, F, H, W]; the shared context is made once, its cache copied at every call."""
         executor, settings = self.executor, self.executor.settings
-        calls = Calls(executor.model, tuple, graphs=False)
+        calls = CudaGraphRunner(executor.model, tuple, graphs=False)
         prompts = chunk_prompts(self.given[0], settings)
         latents = self.noise(0).new_zeros(BRANCHES, 16, self.frames, *executor.latent_size)
         states, noises = [], []
@@ -297,8 +297,8 @@ class OnePrompt:
                 if end < self.frames:
                     history.commit([branch], clean, text)
 
-        with History(calls, settings.window, settings.chunk, executor.latent_size) as history, executor.precision():
-            book = PromptBook(executor.model, executor.encode, prompts)
+        with KVHistory(calls, settings.window, settings.chunk, executor.latent_size) as history, executor.precision():
+            book = PromptKV(executor.model, executor.encode, prompts)
             root, shared = history.new_branch(), self.fork // settings.chunk
             advance(root, 0, 0, shared)
             for n in range(BRANCHES):

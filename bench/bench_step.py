@@ -16,10 +16,10 @@ from bench.timing import memory_of
 from csrc_triton import CacheView, ForkableKVCache
 from csrc_triton.runtime import backend
 from tempact.config import ExecutorConfig, LoraConfig, OptimConfig
-from tempact.executor.attend import Context
-from tempact.executor.graphs import Calls
-from tempact.executor.policy import Executor
-from tempact.models.wan.transformer import Attend, WanConfig, WanTransformer
+from tempact.executor.attention import Context
+from tempact.executor.cuda_graphs import CudaGraphRunner
+from tempact.executor.executor import Executor
+from tempact.models.wan.transformer import ChunkAttention, WanConfig, WanTransformer
 from tempact.rl.flow_grpo import clip_epsilon, flow_grpo_loss
 
 CHUNK_FRAMES = 3
@@ -82,7 +82,7 @@ def on_both(run: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
     return {OURS: run, REFERENCE: reference}
 
 
-class NoAttention(Attend):
+class NoAttention(ChunkAttention):
     """Stands in for self-attention where the rest is measured."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class NoAttention(Attend):
 def test_chunk_forward(bench: Bench, branches: int) -> None:
     """One denoiser call with nine context frames."""
     scene = Scene(bench, branches, 9)
-    calls, text, views = Calls(scene.model, tuple), scene.model.project_text(scene.text), scene.views()
+    calls, text, views = CudaGraphRunner(scene.model, tuple), scene.model.project_text(scene.text), scene.views()
     calls.warm_calls = 1
     latents, sigma, positions = scene.inputs()
     dtype = torch.float32 if bench.real else torch.float64
@@ -102,7 +102,7 @@ def test_chunk_forward(bench: Bench, branches: int) -> None:
     with backend("torch"):
         own = model.project_text(scene.text[:1].to(dtype))
         context = scene.exact_context(dtype)
-        exact = Calls(model, tuple).velocity(latents[:1].to(dtype), sigma[:1], own, positions, context)
+        exact = CudaGraphRunner(model, tuple).velocity(latents[:1].to(dtype), sigma[:1], own, positions, context)
     del model
     runs = on_both(lambda: calls.velocity(latents, sigma, text, positions, views))
     _measure_chunk(bench, scene, runs, exact, "a branch")
@@ -195,7 +195,7 @@ class Update:
     def in_precision(self, dtype: torch.dtype) -> Update:
         """A copy that computes in `dtype`."""
         other = copy.deepcopy(self)
-        other.executor.calls = Calls(other.executor.model, lambda: other.executor.parameters().values())
+        other.executor.calls = CudaGraphRunner(other.executor.model, lambda: other.executor.parameters().values())
         other.executor.peft.to(dtype)
         other.latents, other.text = self.latents.to(dtype), self.text.to(dtype)
         return other

@@ -2,6 +2,8 @@
 
 Both come to the same thing, values for dotted keys over a preset, and are read by the same strict rules.
 Nothing here imports torch: a wrong option is refused at once.
+
+What a PEFT folder says of itself, as options of a command line. Imports no torch, so that parsing stays quick.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import dataclasses
 import difflib
 import hashlib
 import importlib
+import json
 import logging
 import math
 import sys
@@ -288,6 +291,30 @@ def _flat(data: dict, sections: set[str], prefix: str = "") -> Iterable[tuple[st
 def fingerprint(config: RunConfig) -> str:
     """Short hash of all values."""
     return hashlib.sha256(to_yaml(config).encode()).hexdigest()[:12]
+
+
+CONFIG = "adapter_config.json"
+
+
+def lora_options(folder: Path, policy: str) -> list[str]:
+    """`--<policy>.lora.*` with the rank, alpha and targets of the adapter in `folder`; UserError where it has none.
+
+    Targets that are no list of names (PEFT also takes a pattern) are left to the configuration.
+    """
+    file = folder / CONFIG
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        rank, alpha, targets = settings["r"], settings["lora_alpha"], settings["target_modules"]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable ({error}); accepted: the JSON that PEFT writes") from error
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file}: found no {error}; accepted: r, lora_alpha and target_modules of a LoRA") from error
+    if isinstance(alpha, float) and alpha.is_integer():
+        alpha = int(alpha)
+    options = [f"--{policy}.lora.rank", str(rank), f"--{policy}.lora.alpha", str(alpha)]
+    if isinstance(targets, list) and targets:
+        options += [f"--{policy}.lora.targets", *sorted(map(str, targets))]
+    return options
 
 
 if __name__ == "__main__":

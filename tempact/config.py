@@ -37,7 +37,7 @@ class OptimConfig:
 @dataclass(frozen=True)
 class DataConfig:
     """Prompts. `prompts` is "shapeworld": drawn from the grammar's training split; or a CSV, JSONL, parquet
-    or text file of prompts (infra.prompt_file); "" where none are known yet."""
+    or text file of prompts (tempact.prompt_file); "" where none are known yet."""
 
     prompts: str = "shapeworld"
     prompts_per_iteration: int = 2

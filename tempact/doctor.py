@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tempact.cli import EXIT_USER_ERROR, LineParser, guarded
-from tempact.infra.check_versions import FAULT, NOTHING, versions
+from tempact.diagnostics.versions import FAULT, NOTHING, versions
 from tempact.presets import DEFAULT, get_preset
 
 JUDGES = "judges"
@@ -49,7 +49,7 @@ def _seconds(text: str) -> float:
 
 
 def _judges(arguments: argparse.Namespace) -> int:
-    from tempact.rewards.doctor_judges import findings
+    from tempact.diagnostics.judges import findings
 
     healthy = True
     for status, line in findings(arguments.timeout):
@@ -62,7 +62,7 @@ def _judges(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     findings = list(versions())
     if all(finding.found != NOTHING for finding in findings):  # the other checks need the packages
-        from tempact.infra.checks import device_of, machine_findings
+        from tempact.diagnostics.machine import device_of, machine_findings
 
         findings += machine_findings(device_of(arguments.device), arguments.output)
     healthy = all(finding.status != FAULT for finding in findings)

@@ -15,8 +15,8 @@ from pathlib import Path
 from tempact.cli import guarded, parse_run
 from tempact.config import RunConfig
 from tempact.errors import UserError
+from tempact.evaluation.options import SHAPEWORLD, SUITES, order_options, parser, shapeworld_counts
 from tempact.presets import PRESETS
-from tempact.temporal_order.options import SHAPEWORLD, SUITES, order_options, parser, shapeworld_counts
 
 PROGRAM = "python -m tempact.evaluate"
 
@@ -38,12 +38,12 @@ def _evaluate(arguments: argparse.Namespace, options: list[str]) -> int:
     if (arguments.suite or (SHAPEWORLD if config.executor.weights == SHAPEWORLD else SUITES[0])) == SHAPEWORLD:
         config = replace(config, evaluation=replace(config.evaluation, **shapeworld_counts(arguments)))
 
-        from tempact.evaluation import evaluate_shapeworld
+        from tempact.runs.evaluation import evaluate_shapeworld
 
         return evaluate_shapeworld(config, run)
     asked = order_options(arguments, config, trained=run is not None)
 
-    from tempact.evaluation import evaluate_benchmark
+    from tempact.runs.evaluation import evaluate_benchmark
 
     return evaluate_benchmark(config, run, asked, arguments.output)
 

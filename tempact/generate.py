@@ -7,10 +7,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from tempact.cli import LineParser, guarded, parse_run
+from tempact.cli import CONFIG, LineParser, guarded, lora_options, parse_run
 from tempact.config import RunConfig
 from tempact.errors import UserError
-from tempact.infra.adapter_options import CONFIG, lora_options
 from tempact.presets import DEFAULT
 
 PROGRAM = "python -m tempact.generate"
@@ -41,10 +40,9 @@ def parser() -> argparse.ArgumentParser:
 def _generate(arguments: argparse.Namespace, options: list[str]) -> int:
     config = _configured(arguments, options)
 
-    from tempact.generation import make_videos
-    from tempact.infra.progress import setup_logging
-    from tempact.planner.plan_file import read_plan
-    from tempact.planner.requests import Request, read_requests
+    from tempact.planner.plans import Request, read_plan, read_requests
+    from tempact.runs.generation import make_videos
+    from tempact.runs.logs import setup_logging
     from tempact.types import Prompt
 
     setup_logging()

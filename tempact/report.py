@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _report(run: Path) -> int:
-    from tempact.infra.report import write_report  # late: --help must not wait for matplotlib and torch
+    from tempact.reporting.report import write_report  # late: --help must not wait for matplotlib and torch
 
     sys.stdout.write(f"{write_report(run)}\n")
     return 0

@@ -15,14 +15,14 @@ def main(argv: list[str] | None = None) -> int:
 def _train(argv: list[str] | None) -> int:
     config, options = parse_run(argv, "python -m tempact.train")
     if options.dry_run:
-        from tempact.preflight.report import dry_run
+        from tempact.diagnostics.dry_run import dry_run
 
         lines = dry_run(config, options.gpu_gib)
         # the plan is a comment: what is printed is still a file that --config reads
         sys.stdout.write("".join([to_yaml(config), *(f"# {line}".rstrip() + "\n" for line in lines)]))
         return 0
-    from tempact.infra.progress import setup_logging
-    from tempact.run import train
+    from tempact.runs.logs import setup_logging
+    from tempact.runs.run import train
 
     setup_logging()
     return train(config, options.resume)

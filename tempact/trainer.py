@@ -19,12 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from tempact.config import OptimConfig, RunConfig
-from tempact.executor.policy import Executor
+from tempact.executor.executor import Executor
 from tempact.executor.rollout import gaussian_noise
-from tempact.infra.ema import EMA
-from tempact.infra.rng import derive_seed
-from tempact.planner.policy import Planner
-from tempact.rewards.combine import RewardSet
+from tempact.planner.planner import Planner
+from tempact.rewards.base import RewardSet
 from tempact.rl.advantages import (
     EXECUTION_EPS,
     PLAN_EPS,
@@ -33,6 +31,8 @@ from tempact.rl.advantages import (
     plan_rewards,
     shuffled,
 )
+from tempact.rl.optim import EMA
+from tempact.seeds import derive_seed
 from tempact.types import Batch, PlanBatch, Prompt, Rollout, Scored, missing_mask
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Iteration:
 
 
 @dataclass
-class Policy:
+class PolicyOptimizer:
     """A trained policy's optimiser, and how often in a row its update was refused."""
 
     parameters: dict[str, nn.Parameter]
@@ -127,8 +127,8 @@ class Trainer:
         self.planner, self.executor = planner, executor
         self.done = 0
         self.wide_gap = ""  # why the last executor update was refused, if it was for that
-        self.planner_policy = Policy(dict(planner.parameters()), config.planner.optim)
-        self.executor_policy = Policy(executor.parameters(), config.executor.optim)
+        self.planner_policy = PolicyOptimizer(dict(planner.parameters()), config.planner.optim)
+        self.executor_policy = PolicyOptimizer(executor.parameters(), config.executor.optim)
         self.ema = EMA(executor.parameters(), config.executor.ema_decay)
 
     def iterations(self, phase: Callable[[str], None]) -> Iterator[Iteration]:
@@ -262,7 +262,7 @@ class Trainer:
             self.ema.update(self.executor.parameters())
         return metrics
 
-    def _step(self, policy: Policy, name: str) -> dict[str, float]:
+    def _step(self, policy: PolicyOptimizer, name: str) -> dict[str, float]:
         metrics = policy.step(self.done / max(1, self.config.trainer.iterations - 1))
         if policy.skipped:
             log.warning("iteration %d: %s gradient is not finite; update left out", self.done + 1, name)

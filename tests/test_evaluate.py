@@ -18,11 +18,12 @@ from pathlib import Path
 import pytest
 from rewards.judge_server import GOOD, Server
 
-from tempact import evaluate, evaluation
+from tempact import evaluate
 from tempact.config import JudgeSettings
-from tempact.rewards.judge_types import JudgeOutage
-from tempact.temporal_order.judging import JudgedVideo, Verdict
-from tempact.temporal_order.ledger import Ledger
+from tempact.evaluation.judges import JudgedVideo, Verdict
+from tempact.evaluation.ledger import Ledger
+from tempact.rewards.judges.calls import JudgeOutage
+from tempact.runs import evaluation
 
 KEYS = ("prompt_id", "condition", "seed", "judge")
 KEY = "sk-canary-7c1f"
@@ -34,7 +35,8 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, str(Path("tests").resolve()))
 import test_evaluate
-from tempact import evaluate, evaluation
+from tempact import evaluate
+from tempact.runs import evaluation
 evaluation.served_judges = test_evaluate.fake_judges(Path(sys.argv[1]), pause_s=0.05)
 sys.exit(evaluate.main(sys.argv[2:]))
 """
@@ -193,7 +195,7 @@ def test_export_needs_no_judge(prompts: list[str], tmp_path: Path, capsys: pytes
 
 
 def test_shapeworlds_suite_goes_on_with_the_next_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tempact.shapeworld.evaluation import ShapeWorldSuite
+    from tempact.evaluation.shapeworld import ShapeWorldSuite
 
     real = ShapeWorldSuite._videos
     made: list[str] = []

@@ -15,18 +15,19 @@ from models import synthesise
 from test_build import SMALL, file_of
 from test_build import release as release  # a fixture: a pipeline's folder with small random weights
 
-from tempact import generate, generation
-from tempact.build import Policies, build_policies
+from tempact import generate
 from tempact.cli import to_yaml
 from tempact.config import LoraConfig, RunConfig
 from tempact.executor.rollout import gaussian_noise
 from tempact.executor.stream import stream_frames
-from tempact.infra.checkpoint import save
-from tempact.infra.video import enlarge
 from tempact.models.wan.codec import PixelCodec
-from tempact.planner.policy import Planner
+from tempact.planner.planner import Planner
 from tempact.presets import get_preset
+from tempact.runs import generation
+from tempact.runs.checkpoint import save
 from tempact.types import Plan, Step
+from tempact.video import enlarge
+from tempact.worlds import PolicyPair, build_policies
 
 STEPS = [{"start": 0, "end": 3, "prompt": "a cat"}, {"start": 3, "end": 9, "prompt": "a dog"}]
 TINY = ["--executor.weights", "random-tiny", "--executor.lora.rank", "4", "--executor.lora.alpha", "4"]
@@ -83,7 +84,7 @@ def steps_of(path: Path) -> tuple[Step, ...]:
     return tuple(Step(**step) for step in json.loads(path.read_text())["steps"])
 
 
-def rolled_out(policies: Policies, steps: tuple[Step, ...], seed: int) -> torch.Tensor:
+def rolled_out(policies: PolicyPair, steps: tuple[Step, ...], seed: int) -> torch.Tensor:
     """uint8 [T, 3, height, width] of one video."""
     executor = policies.executor
     noise = gaussian_noise(seed, executor.noise_shape(1, 1), executor.device)
@@ -203,14 +204,14 @@ def test_a_file_of_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert alone[0].read_bytes() == paths[0].read_bytes()  # whatever else the file holds
 
 
-def trained(policies: Policies) -> None:
+def trained(policies: PolicyPair) -> None:
     with torch.no_grad():
         for parameter in (*policies.executor.parameters().values(), *policies.planner.peft.parameters()):
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
 
 
-def a_run(folder: Path, config: RunConfig, policies: Policies) -> Path:
+def a_run(folder: Path, config: RunConfig, policies: PolicyPair) -> Path:
     """The folder that a training run leaves after two iterations."""
     folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(config))

@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tempact import run as run_module
 from tempact import train
 from tempact.cli import EXIT_USER_ERROR, from_yaml
-from tempact.infra.metrics import read_metrics
-from tempact.models.wan.checkpoint_conversion import convert
+from tempact.models.wan.checkpoints.convert import convert
 from tempact.models.wan.transformer import WanConfig
 from tempact.presets import get_preset
-from tempact.rewards.combine import RewardSet
-from tempact.shapeworld.planner_data import fit_tokenizer
+from tempact.reporting.records import read_metrics
+from tempact.rewards.base import RewardSet
+from tempact.runs import run as run_module
+from tempact.shapeworld.pretraining.planner import fit_tokenizer
 from tempact.types import Plan, PlanBatch, Rollout, Step
 
 SMALL = WanConfig(dim=48, ffn_dim=64, freq_dim=16, text_dim=16, text_len=512, heads=2, layers=2)
@@ -101,7 +101,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> None:
         return Plan(instruction, tuple(Step(a, b, w) for (a, b), w in zip(pairwise(bounds), words, strict=True)))
 
     rewards = RewardSet(Length(), Brightness(0), Brightness(9), Brightness(1))
-    monkeypatch.setattr("tempact.planner.policy.parse_plan", planned)
+    monkeypatch.setattr("tempact.planner.planner.parse_plan", planned)
     monkeypatch.setattr(run_module, "build_rewards", lambda config: rewards)
     monkeypatch.setattr(run_module, "write_extremes", lambda *given: None)  # a third of the time, and tested elsewhere
 

@@ -13,16 +13,16 @@ import torch
 from rewards.reward_cases import FakeJudges
 from rewards.tiny_clip import tiny_clip
 
-from tempact.build import build_policies, build_rewards, build_trainer, is_random
 from tempact.errors import UserError
 from tempact.executor.rollout import gaussian_noise
 from tempact.executor.window import WINDOWS
 from tempact.models.wan.random_weights import RANDOM, RandomText
 from tempact.presets import get_preset
-from tempact.rewards.aesthetics import PickScorer
-from tempact.rewards.judge_types import JudgeCall
+from tempact.rewards.judges.calls import JudgeCall
+from tempact.rewards.pickscore import PickScorer
 from tempact.rewards.real import RealRewards, real_rewards
 from tempact.types import Batch, Plan, PlanBatch, Prompt, Step
+from tempact.worlds import build_policies, build_rewards, build_trainer, is_random
 
 WAN = ("self-forcing", "causal-forcing", "causal-forcing-framewise", "longlive")
 
@@ -122,7 +122,7 @@ def test_names_of_random_weights_are_those_that_can_be_made() -> None:
 
 
 def test_without_the_packages_of_real_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempact.build.WAN_PACKAGES", ("diffusers", "no_such_package"))
+    monkeypatch.setattr("tempact.worlds.WAN_PACKAGES", ("diffusers", "no_such_package"))
     with pytest.raises(UserError, match="random-tiny needs no_such_package; accepted: after pip install -e"):
         build_policies(small("longlive"))
 

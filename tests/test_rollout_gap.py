@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tempact import run as run_module
 from tempact import train
-from tempact.build import build_policies, build_trainer
-from tempact.executor.policy import Executor
-from tempact.infra.checkpoint import load
-from tempact.infra.metrics import read_metrics
+from tempact.executor.executor import Executor
 from tempact.presets import get_preset
-from tempact.run import EXIT_ABORTED
+from tempact.reporting.records import read_metrics
+from tempact.runs import run as run_module
+from tempact.runs.checkpoint import load
+from tempact.runs.run import EXIT_ABORTED
 from tempact.trainer import RolloutGapTooWide, Trainer, too_wide
+from tempact.worlds import build_policies, build_trainer
 
 SIGMAS = ("1.000", "0.938", "0.833")
 SMOKE = ["shapeworld-smoke", "--device", "cpu", "--trainer.iterations", "2", "--trainer.checkpoint_every", "50"]

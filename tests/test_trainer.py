@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tempact.build import build_policies, build_suite, build_trainer
 from tempact.config import RunConfig, TrainerConfig
-from tempact.infra.rng import derive_seed
+from tempact.evaluation.methods import BOTH, EXECUTOR_ONLY, PLANNER_ONLY, SINGLE, STEP
+from tempact.evaluation.statistics import MethodScores
 from tempact.presets import get_preset
-from tempact.temporal_order.conditions import BOTH, EXECUTOR_ONLY, PLANNER_ONLY, SINGLE, STEP
-from tempact.temporal_order.protocol import MethodScores
+from tempact.seeds import derive_seed
 from tempact.trainer import Iteration, TooManySkippedUpdates, Trainer, split, switch_frames
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Scored, Step
+from tempact.worlds import build_policies, build_suite, build_trainer
 
 NAN = float("nan")
 

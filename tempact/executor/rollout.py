@@ -1,8 +1,11 @@
-"""Rolling out videos: shared context, fork, continuations in one batch, the transition chunk recorded."""
+"""From a plan's raw step prompts to what the executor reads.
+
+Rolling out videos: shared context, fork, continuations in one batch, the transition chunk recorded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,14 +15,25 @@ from torch import Tensor
 from csrc_triton.flow_sde import flow_sde_step
 from tempact.config import ExecutorConfig
 from tempact.errors import UserError
-from tempact.executor.attend import Context
-from tempact.executor.context import History
-from tempact.executor.graphs import Calls
-from tempact.executor.prompts import smooth_prompts
-from tempact.executor.schedule import Schedule
+from tempact.executor.attention import Context
+from tempact.executor.cuda_graphs import CudaGraphRunner
+from tempact.executor.kv_history import KVHistory
+from tempact.executor.sampler import Schedule
 from tempact.executor.window import WINDOWS, WindowPolicy
 from tempact.models.wan.transformer import TextKV, WanTransformer
 from tempact.types import Plan, Transition
+
+SEPARATOR = " Next: "
+
+
+def smooth_prompts(prompts: Sequence[str], separator: str = SEPARATOR) -> list[str]:
+    """Each prompt with the raw next one appended, so that a step prepares its successor; the last as it is.
+
+    Judges keep the raw prompts (ALGORITHM.md decision 3): the given sequence is not changed.
+    """
+    following = prompts[1:]
+    return [*(f"{prompt}{separator}{after}" for prompt, after in zip(prompts, following, strict=False)), *prompts[-1:]]
+
 
 TEXT_SWITCHES = ("cross_attention", "recache")  # what a new prompt changes: its own K/V, or the history's too
 NoiseSource = Callable[[int], Tensor]  # chunk index -> [P, N, K, C, c, H, W] fp32 standard normal
@@ -60,7 +74,7 @@ class RolloutSettings:
         return self.frames // self.chunk
 
 
-class PromptBook:
+class PromptKV:
     """Cross-attention K/V of the prompts of a batch, projected once under the current weights."""
 
     def __init__(self, model: WanTransformer, encode: Callable[[list[str]], Tensor], prompts: list[str]):
@@ -98,7 +112,7 @@ def gaussian_noise(seed: int, shape: tuple[int, ...], device: torch.device) -> N
 
 
 def denoise_chunk(
-    calls: Calls, noise: Tensor, text: TextKV, positions: Tensor, context: Context, settings: RolloutSettings
+    calls: CudaGraphRunner, noise: Tensor, text: TextKV, positions: Tensor, context: Context, settings: RolloutSettings
 ) -> tuple[Tensor, Tensor]:
     """K denoising steps of one chunk; noise [B, K, C, c, H, W], the first is where it starts.
 
@@ -134,7 +148,7 @@ class _Record:
 
 @torch.no_grad()
 def roll_out(
-    calls: Calls,
+    calls: CudaGraphRunner,
     encode: Callable[[list[str]], Tensor],
     plans: list[Plan],
     fork_frames: list[int],
@@ -148,11 +162,11 @@ def roll_out(
     Returns latents [P, N, C, F, H, W] and the recorded transition chunk (the first one after the fork).
     """
     prompts = [chunk_prompts(plan, settings) for plan in plans]
-    book = PromptBook(calls.model, encode, [prompt for plan in prompts for prompt in plan])
+    book = PromptKV(calls.model, encode, [prompt for plan in prompts for prompt in plan])
     first = noise(0)
     count, size = first.shape[1], (first.shape[-2], first.shape[-1])
     latents = first.new_zeros(len(plans), count, first.shape[3], settings.frames, *size)
-    with History(calls, settings.window, settings.chunk, size) as history:
+    with KVHistory(calls, settings.window, settings.chunk, size) as history:
         branches = [_Branch(p, list(range(count)), history.new_branch()) for p in range(len(plans))]
         record = _Record()
         for chunk in range(settings.chunks):
@@ -181,7 +195,7 @@ def roll_out(
     return latents, _transition(record, latents, fork_frames, prompts, settings)
 
 
-def _fork(branches: list[_Branch], history: History, plans: list[int]) -> list[_Branch]:
+def _fork(branches: list[_Branch], history: KVHistory, plans: list[int]) -> list[_Branch]:
     """The branches with those of `plans` forked into one a continuation."""
     grown: list[_Branch] = []
     for b in branches:
@@ -222,14 +236,14 @@ def joined(parts: list[Transition]) -> Transition:
 
 
 def rebuild_context(
-    calls: Calls, book: PromptBook, prefix: Tensor, prompts: list[list[str]], settings: RolloutSettings
-) -> History:
+    calls: CudaGraphRunner, book: PromptKV, prefix: Tensor, prompts: list[list[str]], settings: RolloutSettings
+) -> KVHistory:
     """The history after a shared context [P, C, S, H, W], under the current weights, without gradient.
 
     prompts[p] holds the prompt of each of plan p's chunks up to and including the one at S. `branches` of the
     returned history are the plans', in order; whoever asked for it ends it.
     """
-    history = History(calls, settings.window, settings.chunk, (prefix.shape[-2], prefix.shape[-1]))
+    history = KVHistory(calls, settings.window, settings.chunk, (prefix.shape[-2], prefix.shape[-1]))
     branches = [history.new_branch() for _ in prompts]
     try:
         for chunk in range(prefix.shape[2] // settings.chunk + 1):

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tempact.executor.context import History
-from tempact.executor.policy import Executor
-from tempact.executor.rollout import NoiseSource, PromptBook, chunk_prompts, denoise_chunk
-from tempact.models.wan.vae_stream import HostFrames
+from tempact.executor.executor import Executor
+from tempact.executor.kv_history import KVHistory
+from tempact.executor.rollout import NoiseSource, PromptKV, chunk_prompts, denoise_chunk
+from tempact.models.wan.codec import HostFrames
 from tempact.types import Plan
 
 
@@ -31,8 +31,8 @@ def stream_latents(executor: Executor, plan: Plan, noise: NoiseSource) -> Iterat
     kept = 0 if settings.text_switch != "recache" else settings.window.window or settings.frames  # for a recache
     # neither gradients nor precision are switched while the caller has the floor
     with torch.no_grad(), executor.precision():
-        book = PromptBook(calls.model, executor.encode, prompts)
-        history = History(calls, settings.window, settings.chunk, executor.latent_size)
+        book = PromptKV(calls.model, executor.encode, prompts)
+        history = KVHistory(calls, settings.window, settings.chunk, executor.latent_size)
     with history:
         branch = [history.new_branch()]
         past: Tensor | None = None

@@ -9,15 +9,12 @@ from pathlib import Path
 import torch
 
 from tempact.config import JudgeSettings
-from tempact.rewards.aesthetics import Aesthetics, PickScorer
-from tempact.rewards.base import VideoReward
-from tempact.rewards.combine import Known, RewardSet, Scores, VideoScores
-from tempact.rewards.judge_client import JudgeClient
-from tempact.rewards.judge_config import ROLES, JudgeConfig
-from tempact.rewards.pending import Judges
-from tempact.rewards.plan_quality import PlanQuality
-from tempact.rewards.step_following import StepFollowing
-from tempact.rewards.temporal_following import TemporalFollowing
+from tempact.rewards.base import Known, RewardSet, Scores, VideoReward, VideoScores
+from tempact.rewards.judged import PlanQuality, StepFollowing, TemporalFollowing
+from tempact.rewards.judges.calls import Judges
+from tempact.rewards.judges.client import JudgeClient
+from tempact.rewards.judges.config import ROLES, JudgeConfig
+from tempact.rewards.pickscore import Aesthetics, PickScorer
 from tempact.types import PlanBatch, Rollout
 
 

@@ -111,9 +111,9 @@ def train_stage(arguments: argparse.Namespace) -> None:
     from transformers.utils import logging as transformers_logging
 
     from csrc_triton import runtime
-    from tempact.shapeworld.executor_training import train_executor
-    from tempact.shapeworld.judge_training import train_judge
-    from tempact.shapeworld.planner_training import train_planner
+    from tempact.shapeworld.pretraining.executor import train_executor
+    from tempact.shapeworld.pretraining.matcher import train_judge
+    from tempact.shapeworld.pretraining.planner import train_planner
 
     transformers_logging.disable_progress_bar()
     torch.set_float32_matmul_precision("high")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tempact.config import ExecutorConfig, LoraConfig, OptimConfig
-from tempact.executor.policy import Executor
+from tempact.executor.executor import Executor
 from tempact.models.wan.codec import PixelCodec
 from tempact.models.wan.transformer import WanConfig, WanTransformer
 

@@ -9,7 +9,7 @@ import torch
 
 from csrc_triton import runtime
 from tempact.config import ExecutorConfig, LoraConfig, OptimConfig
-from tempact.executor.policy import Executor
+from tempact.executor.executor import Executor
 from tempact.executor.rollout import gaussian_noise
 from tempact.models.wan.codec import PixelCodec
 from tempact.models.wan.transformer import WanConfig, WanTransformer

@@ -10,8 +10,8 @@ import pytest
 import torch
 from executor.window_policies import POLICIES
 
-from tempact.executor.policy import Executor
-from tempact.executor.rollout import PromptBook, chunk_prompts, gaussian_noise, rebuild_context
+from tempact.executor.executor import Executor
+from tempact.executor.rollout import PromptKV, chunk_prompts, gaussian_noise, rebuild_context
 from tempact.executor.window import WINDOWS, WindowPolicy
 from tempact.types import Plan, Step
 
@@ -131,7 +131,7 @@ def test_recache_rewrites_the_context_and_cross_attention_does_not(make_executor
     for switch in ("cross_attention", "recache"):
         executor = make_executor(text_switch=switch)
         prompts = [["one", "one", "two"]]
-        book = PromptBook(executor.model, executor.encode, ["one", "two"])
+        book = PromptKV(executor.model, executor.encode, ["one", "two"])
         prefix = torch.randn(1, 3, 6, 8, 8, generator=torch.Generator().manual_seed(0))
         history = rebuild_context(executor.calls, book, prefix, prompts, executor.settings)
         caches[switch] = [pair.gather() for pair in history.context(history.branches, 6)]
@@ -147,7 +147,7 @@ def test_recache_rewrites_the_context_and_cross_attention_does_not(make_executor
 def test_memory_stays_constant_once_the_window_is_full(make_executor: Make) -> None:
     executor = make_executor(window="longlive", frames=36)
     settings = executor.settings
-    book = PromptBook(executor.model, executor.encode, ["one"])
+    book = PromptKV(executor.model, executor.encode, ["one"])
     used = []
     for frames in (15, 24, 33):
         with rebuild_context(
@@ -162,7 +162,7 @@ def test_a_context_pass_that_fails_leaves_the_history_as_it_was(
     make_executor: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     executor = make_executor(window="longlive")
-    book = PromptBook(executor.model, executor.encode, ["one"])
+    book = PromptKV(executor.model, executor.encode, ["one"])
     history = rebuild_context(executor.calls, book, torch.zeros(1, 3, 6, 8, 8), [["one"] * 3], executor.settings)
     (branch,) = history.branches
     held = history.cache.rows_used, history.frames(branch)
@@ -196,7 +196,7 @@ def test_a_recache_that_fails_ends_the_videos_and_nothing_else(
 
 def test_each_branch_is_rewritten_under_its_own_text_from_its_own_latents(make_executor: Make) -> None:
     executor = make_executor(window="longlive", text_switch="recache")
-    book = PromptBook(executor.model, executor.encode, ["one", "two", "three"])
+    book = PromptKV(executor.model, executor.encode, ["one", "two", "three"])
     prefix = torch.randn(2, 3, 6, 8, 8, generator=torch.Generator().manual_seed(0))
     prompts = [["one", "one", "two"], ["one", "one", "three"]]
     with rebuild_context(executor.calls, book, prefix, prompts, executor.settings) as history:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from executor.window_policies import POLICIES
 
-from tempact.executor.context import FIRST_FRAMES
-from tempact.executor.policy import Executor
+from tempact.executor.executor import Executor
+from tempact.executor.kv_history import FIRST_FRAMES
 from tempact.executor.rollout import gaussian_noise
 from tempact.executor.stream import stream_frames, stream_latents
 from tempact.types import Plan, Step

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tempact.executor.attend import AttendTo, Context
-from tempact.executor.policy import Executor
+from tempact.executor.attention import CachedAttention, Context
+from tempact.executor.executor import Executor
 from tempact.executor.rollout import gaussian_noise
-from tempact.models.wan.transformer import Attend
+from tempact.models.wan.transformer import ChunkAttention
 from tempact.types import Plan, Step
 
 Make = Callable[..., Executor]
@@ -43,11 +43,11 @@ class Recorder:
         )
 
 
-class Keys(Attend):
+class Keys(ChunkAttention):
     """Attention to the own frames, and to a context if there is one, that keeps the keys it is given."""
 
     def __init__(self, context: Context = None):
-        self.past, self.seen = AttendTo(context), []
+        self.past, self.seen = CachedAttention(context), []
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.seen.append(k)

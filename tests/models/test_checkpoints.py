@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tempact.errors import UserError
-from tempact.models.wan.checkpoint_files import listed
-from tempact.models.wan.checkpoint_loading import PRECISIONS, dtype_of, load_transformer, open_checkpoint, set_precision
-from tempact.models.wan.checkpoint_names import (
+from tempact.models.wan.checkpoints.files import listed
+from tempact.models.wan.checkpoints.load import PRECISIONS, dtype_of, load_transformer, open_checkpoint, set_precision
+from tempact.models.wan.checkpoints.names import (
     config_json,
     expected_shapes,
     read_config,

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tempact.errors import UserError
-from tempact.models.wan.checkpoint_adapters import open_adapter
-from tempact.models.wan.checkpoint_loading import load_transformer, open_checkpoint
+from tempact.models.wan.checkpoints.load import load_transformer, open_checkpoint
+from tempact.models.wan.checkpoints.lora import open_adapter
 from tempact.models.wan.transformer import WanConfig, WanTransformer
 
 CPU = torch.device("cpu")
@@ -289,7 +289,7 @@ def test_a_cut_adapter_is_refused(folder: Path, base: Path) -> None:
 
 def test_the_executors_own_adapter_can_be_merged(tmp_path: Path, base: Path) -> None:
     """A run's checkpoint is a PEFT folder of that kind: the merged model computes what the adapted one does."""
-    from tempact.infra.adapters import freeze_reference, save_adapter
+    from tempact.models.adapters import freeze_reference, save_adapter
 
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["self_attn.q", "ffn.2"], init_lora_weights=False)
     model = load_transformer(base, device=CPU)

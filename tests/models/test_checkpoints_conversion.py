@@ -18,11 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tempact.errors import UserError
-from tempact.models.wan import checkpoint_adapters, checkpoint_conversion, checkpoints
-from tempact.models.wan.checkpoint_adapters import open_adapter
-from tempact.models.wan.checkpoint_conversion import convert, verify
-from tempact.models.wan.checkpoint_loading import load_transformer
-from tempact.models.wan.checkpoint_names import config_json, read_config, to_diffusers
+from tempact.models.wan.checkpoints import __main__ as checkpoints
+from tempact.models.wan.checkpoints import convert as checkpoint_conversion
+from tempact.models.wan.checkpoints import lora as checkpoint_adapters
+from tempact.models.wan.checkpoints.convert import convert, verify
+from tempact.models.wan.checkpoints.load import load_transformer
+from tempact.models.wan.checkpoints.lora import open_adapter
+from tempact.models.wan.checkpoints.names import config_json, read_config, to_diffusers
 from tempact.models.wan.transformer import WanConfig
 
 CPU = torch.device("cpu")
@@ -275,7 +277,7 @@ def test_wrong_commands_are_one_line_and_write_nothing(
 
 def test_a_wrong_command_is_refused_before_torch_is_loaded() -> None:
     code = (
-        "import sys; from tempact.models.wan.checkpoints import main; code = main(['convert']); "
+        "import sys; from tempact.models.wan.checkpoints.__main__ import main; code = main(['convert']); "
         "print(code, {'torch', 'peft', 'safetensors'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)

@@ -24,7 +24,7 @@ def test_full_size_takes_hardly_more_memory_than_the_model(tmp_path: Path) -> No
     code = """if True:
         import sys, torch
         from pathlib import Path
-        from tempact.models.wan.checkpoint_loading import load_transformer
+        from tempact.models.wan.checkpoints.load import load_transformer
         def own_gib():
             lines = Path("/proc/self/status").read_text().splitlines()
             return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 2**20

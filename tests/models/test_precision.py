@@ -9,7 +9,7 @@ import torch
 from models import synthesise
 from torch import Tensor
 
-from tempact.models.wan.checkpoint_loading import PRECISIONS, load_transformer
+from tempact.models.wan.checkpoints.load import PRECISIONS, load_transformer
 from tempact.models.wan.transformer import Block, WanConfig, WanTransformer
 
 CPU = torch.device("cpu")

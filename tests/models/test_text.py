@@ -21,12 +21,12 @@ from tempact.errors import UserError
 from tempact.models.wan import text
 from tempact.models.wan.text import (
     CachedTextEncoder,
+    TextEncoder,
     clean_prompt,
     load_cached_text_encoder,
     load_text_encoder,
     source_of,
 )
-from tempact.models.wan.text_encoder import TextEncoder
 from tempact.models.wan.text_padding import collapse_padding
 
 CPU = torch.device("cpu")

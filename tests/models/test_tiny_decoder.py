@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from tempact.errors import UserError
+from tempact.models.wan.codec import DecoderState, decode_chunk, decode_whole
 from tempact.models.wan.tiny_decoder import (
     Agreement,
     TinyDecoder,
@@ -21,7 +22,6 @@ from tempact.models.wan.tiny_decoder import (
     compare,
 )
 from tempact.models.wan.vae import WanCodec
-from tempact.models.wan.vae_stream import DecoderState, decode_chunk, decode_whole
 from tempact.types import Scored
 
 CPU = torch.device("cpu")

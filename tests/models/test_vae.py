@@ -14,9 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tempact.errors import UserError
 from tempact.models.wan import vae_decoder
-from tempact.models.wan.vae import WanCodec, load_codec, load_vae
-from tempact.models.wan.vae_decoder import DecodeOptions, WanDecoder
-from tempact.models.wan.vae_stream import (
+from tempact.models.wan.checkpoints.files import EDGE_BYTES, fingerprint
+from tempact.models.wan.codec import (
     DecoderState,
     HostFrames,
     call_size,
@@ -26,7 +25,8 @@ from tempact.models.wan.vae_stream import (
     pixel_frames,
     to_bytes,
 )
-from tempact.models.wan.vae_weights import EDGE_BYTES, fingerprint
+from tempact.models.wan.vae import WanCodec, load_codec, load_vae
+from tempact.models.wan.vae_decoder import DecodeOptions, WanDecoder
 
 CPU = torch.device("cpu")
 CHANNELS_LAST = DecodeOptions(channels_last=True, latents_per_call=3)

@@ -7,7 +7,7 @@ import torch
 from csrc_triton.qk_norm_rope.naive import rotate
 from tempact.models.wan.codec import PixelCodec
 from tempact.models.wan.text_padding import cut_length
-from tempact.models.wan.transformer import Attend, WanConfig, WanTransformer, rope_tables
+from tempact.models.wan.transformer import ChunkAttention, WanConfig, WanTransformer, rope_tables
 
 SMALL = WanConfig(
     dim=48, ffn_dim=96, freq_dim=32, text_dim=16, text_len=6, heads=2, layers=2, in_dim=3, out_dim=3, patch=(1, 4, 4)
@@ -70,7 +70,7 @@ def test_texts_of_frame_groups_equal_separate_runs() -> None:
     text = torch.randn(2, 6, 16).double()
     sigma, positions = torch.full((1, 2), 0.7), torch.arange(2)
 
-    class OwnFrame(Attend):
+    class OwnFrame(ChunkAttention):
         def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             q, k, v = (t.unflatten(1, (2, -1)).flatten(0, 1).transpose(1, 2) for t in (q, k, v))
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
@@ -100,7 +100,7 @@ def test_timesteps_are_per_frame() -> None:
     x, text = torch.randn(1, 3, 2, 8, 8).double(), None
     text = model.project_text(torch.randn(1, 6, 16).double())
 
-    class Nobody(Attend):
+    class Nobody(ChunkAttention):
         def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return q
 

@@ -9,8 +9,8 @@ import torch
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from tempact.config import LoraConfig, OptimConfig, PlannerConfig
-from tempact.planner.policy import Planner
-from tempact.shapeworld.planner_data import fit_tokenizer
+from tempact.planner.planner import Planner
+from tempact.shapeworld.pretraining.planner import fit_tokenizer
 
 
 @pytest.fixture(scope="session")

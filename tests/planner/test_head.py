@@ -8,7 +8,7 @@ from torch import nn
 from transformers import GraniteConfig, GraniteForCausalLM
 
 from tempact.errors import UserError
-from tempact.planner.head import check_head, chosen_log_probs
+from tempact.planner.language_model import check_head, chosen_log_probs
 
 WIDTH, VOCABULARY, TOKENS = 16, 200, 23
 

@@ -10,7 +10,7 @@ import pytest
 
 from tempact.config import LARGEST_SEED
 from tempact.errors import UserError
-from tempact.planner.requests import read_requests
+from tempact.planner.plans import read_requests
 from tempact.types import Prompt, Step
 
 STEPS = [{"start": 0, "end": 6, "prompt": "a"}, {"start": 6, "end": 18, "prompt": "b"}]

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from tempact.planner.loading import opens_thought, thought_length
-from tempact.planner.parsing import answer_of
+from tempact.planner.language_model import opens_thought, thought_length
+from tempact.planner.plans import answer_of
 from tempact.types import Prompt
 
 RESPONSES = [

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tempact.errors import UserError
-from tempact.planner.policy import Planner
+from tempact.planner.planner import Planner
 from tempact.rl.gspo import gspo_loss
 from tempact.types import Batch, PlanBatch, PlanTokens, Prompt
 

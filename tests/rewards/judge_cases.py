@@ -9,9 +9,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from rewards.fault_proxy import score_of
 
-from tempact.rewards.judge_client import JudgeClient
-from tempact.rewards.judge_config import EndpointConfig, JudgeConfig
-from tempact.rewards.judge_types import JudgeCall, JudgeResult, Rubric
+from tempact.rewards.judges.calls import JudgeCall, JudgeResult, Rubric
+from tempact.rewards.judges.client import JudgeClient
+from tempact.rewards.judges.config import EndpointConfig, JudgeConfig
 
 KEY = "sk-canary-5f2e9c71"
 ROLE = "plan_quality"

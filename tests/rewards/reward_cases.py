@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tempact.rewards.judge_schema import BadReply, read_reply
-from tempact.rewards.judge_types import JudgeCall, JudgeResult
+from tempact.rewards.judges.calls import JudgeCall, JudgeResult
+from tempact.rewards.judges.replies import BadReply, read_reply
 from tempact.types import Missing, Plan, PlanBatch, Prompt, Rollout, Step, Transition
 
 FRAMES, RATE = 30, 4  # latent frames; pixel frames of each after the first

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tempact.rewards.combine import RewardSet
+from tempact.rewards.base import RewardSet
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Step
 
 

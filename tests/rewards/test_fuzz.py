@@ -14,13 +14,11 @@ from rewards.judge_cases import KEY
 from torch import Tensor
 
 from tempact.config import JudgeSettings, RewardConfig
-from tempact.planner.parsing import parse_plan
-from tempact.rewards.judge_client import JudgeClient
-from tempact.rewards.judge_config import ROLES, EndpointConfig, JudgeConfig
-from tempact.rewards.plan_quality import PlanQuality
+from tempact.planner.plans import parse_plan
+from tempact.rewards.judged import PlanQuality, StepFollowing, TemporalFollowing
+from tempact.rewards.judges.client import JudgeClient
+from tempact.rewards.judges.config import ROLES, EndpointConfig, JudgeConfig
 from tempact.rewards.real import RealRewards
-from tempact.rewards.step_following import StepFollowing
-from tempact.rewards.temporal_following import TemporalFollowing
 from tempact.rl.advantages import execution_rewards, group_advantages, plan_rewards
 from tempact.trainer import switch_frames
 from tempact.types import PlanBatch, Prompt, Rollout, Transition
@@ -121,7 +119,7 @@ def check_plans(plans: PlanBatch) -> None:
 def test_fuzzed_plans_and_replies_are_scores_or_gaps(
     examples: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.ERROR, "tempact.rewards.judge_client")  # thousands of lines else
+    caplog.set_level(logging.ERROR, "tempact.rewards.judges.client")  # thousands of lines else
     draw, weights, settings = random.Random(6), RewardConfig(), JudgeSettings(video_frames=2, step_frames=2)
     seen: dict[str, list[Tensor]] = {"plan_quality": [], "temporal_following": [], "step_following": []}
     formats = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tempact.errors import UserError
-from tempact.rewards.judge_config import ROLES, EndpointConfig, JudgeConfig
+from tempact.rewards.judges.config import ROLES, EndpointConfig, JudgeConfig
 
 BASE = {"TEMPACT_JUDGE_BASE_URL": "http://a:8000/v1", "TEMPACT_JUDGE_MODEL": "m", "TEMPACT_JUDGE_API_KEY": "sk-shared"}
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from rewards.fault_proxy import MALFORMED, completion
 from rewards.judge_cases import Score
 
-from tempact.rewards.judge_schema import MAX_REPLY_CHARACTERS, BadBody, BadReply, read_body, read_reply
+from tempact.rewards.judges.replies import MAX_REPLY_CHARACTERS, BadBody, BadReply, read_body, read_reply
 
 GOOD = '{"score": 0.25, "reason": "x"}'
 

@@ -12,8 +12,8 @@ from rewards.fault_proxy import Behaviour, running
 from rewards.judge_cases import KEY, ROLE, Score, call
 from rewards.tiny_server import make_text_model, make_video_model, serving
 
-from tempact.rewards.judge_client import JudgeClient
-from tempact.rewards.judge_config import EndpointConfig, JudgeConfig
+from tempact.rewards.judges.client import JudgeClient
+from tempact.rewards.judges.config import EndpointConfig, JudgeConfig
 from tempact.types import Missing
 
 pytestmark = [

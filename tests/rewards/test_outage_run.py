@@ -16,13 +16,13 @@ import pytest
 from rewards.fault_proxy import Apart, Behaviour
 from rewards.judge_cases import KEY
 
-from tempact import run as run_module
 from tempact import train
 from tempact.cli import EXIT_USER_ERROR
-from tempact.infra.checkpoint import defect, latest, load
-from tempact.infra.metrics import read_metrics
-from tempact.rewards import judge_client
-from tempact.run import EXIT_ABORTED
+from tempact.reporting.records import read_metrics
+from tempact.rewards.judges import client as judge_client
+from tempact.runs import run as run_module
+from tempact.runs.checkpoint import defect, latest, load
+from tempact.runs.run import EXIT_ABORTED
 
 ITERATIONS = 4
 ROLES = ("plan_quality", "temporal_following", "step_following")

@@ -10,8 +10,8 @@ import torch
 from rewards.reward_cases import STEPS, FakeJudges, always, data_of, plan_batch
 from rewards.test_rubrics import PLANTED
 
-from tempact.rewards.judge_types import JudgeCall
-from tempact.rewards.plan_quality import PlanQuality, PlanVerdict, plan_call, plan_score
+from tempact.rewards.judged import PlanQuality, PlanVerdict, plan_call, plan_score
+from tempact.rewards.judges.calls import JudgeCall
 from tempact.types import Step
 
 GOOD = {"faithfulness": 0.8, "coverage": 0.5, "temporal": 1.0, "hallucination": 0.1}

@@ -13,9 +13,9 @@ from rewards.tiny_clip import tiny_clip
 
 from tempact.config import JudgeSettings, RewardConfig
 from tempact.errors import UserError
-from tempact.rewards.aesthetics import PickScorer
-from tempact.rewards.combine import RewardSet
-from tempact.rewards.judge_types import JudgeCall, JudgeOutage
+from tempact.rewards.base import RewardSet
+from tempact.rewards.judges.calls import JudgeCall, JudgeOutage
+from tempact.rewards.pickscore import PickScorer
 from tempact.rewards.real import RealRewards, open_judges, open_scorer, real_rewards
 from tempact.rl.advantages import execution_rewards, group_advantages, plan_rewards
 from tempact.types import PlanBatch, Step

@@ -10,11 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from tempact.rewards.judge_types import Rubric
-from tempact.rewards.plan_quality import PlanVerdict
-from tempact.rewards.rubrics import FOLDER, quoted, rubric
-from tempact.rewards.step_following import StepVerdict
-from tempact.rewards.temporal_following import video_fields
+from tempact.rewards.judged import FOLDER, PlanVerdict, StepVerdict, quoted, rubric, video_fields
+from tempact.rewards.judges.calls import Rubric
 
 FIELDS: dict[str, tuple[type[BaseModel], int]] = {
     "plan_quality": (PlanVerdict, 0),

@@ -9,8 +9,8 @@ import pytest
 import torch
 from rewards.reward_cases import STEPS, FakeJudges, always, data_of, plan_batch, rollout_of, tint, told
 
-from tempact.rewards.judge_types import JudgeCall
-from tempact.rewards.step_following import StepFollowing, StepVerdict, step_score
+from tempact.rewards.judged import StepFollowing, StepVerdict, step_score
+from tempact.rewards.judges.calls import JudgeCall
 from tempact.types import Step
 
 VERDICT = {"subject": 9, "scene": 7, "action": 5, "appearance": 3, "final": 6}

@@ -10,9 +10,8 @@ import pytest
 import torch
 from rewards.reward_cases import STEPS, FakeJudges, always, data_of, plan_batch, rollout_of, tint, told
 
-from tempact.rewards.judge_types import JudgeCall
-from tempact.rewards.rubrics import FOLDER
-from tempact.rewards.temporal_following import (
+from tempact.rewards.judged import (
+    FOLDER,
     HELD_OUT,
     TemporalFollowing,
     VideoVerdict,
@@ -20,6 +19,7 @@ from tempact.rewards.temporal_following import (
     video_fields,
     video_score,
 )
+from tempact.rewards.judges.calls import JudgeCall
 
 VERDICT: dict[str, Any] = {
     "frame_scores": [1, 2, 3, 4, 5, 9], "temporal_order": 7, "physical": 6, "consistency": 5, "alignment": 3,

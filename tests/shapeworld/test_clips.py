@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tempact.executor.prompts import smooth_prompts
-from tempact.shapeworld.clips import (
+from tempact.executor.rollout import smooth_prompts
+from tempact.shapeworld.grammar import parse_instruction, sample_story, split_of
+from tempact.shapeworld.pretraining.clips import (
     CORRUPTIONS,
     OPACITY,
     RADIUS,
@@ -23,7 +24,6 @@ from tempact.shapeworld.clips import (
     sample_clip,
     tell,
 )
-from tempact.shapeworld.grammar import parse_instruction, sample_story, split_of
 from tempact.shapeworld.renderer import coverage, draw, entity_track
 from tempact.shapeworld.story import CHUNK, CHUNKS, COLOURS, FRAMES, JUMP_HEIGHT, RADII, Entity, Event, states
 

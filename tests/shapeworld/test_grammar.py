@@ -20,8 +20,8 @@ from tempact.shapeworld.grammar import (
     sample_story,
     write_instruction,
 )
-from tempact.shapeworld.prompts import ShapeWorldPrompts, held_out_prompts
 from tempact.shapeworld.story import CHUNKS, FRAMES, KINDS, Story, states
+from tempact.shapeworld.world import ShapeWorldPrompts, held_out_prompts
 
 SETS = [(split, category) for split in SPLITS for category in ("simple", "hard")]
 

@@ -10,21 +10,25 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from tempact.config import LoraConfig, OptimConfig, PlannerConfig
-from tempact.planner.parsing import parse_plan
-from tempact.planner.policy import Planner
-from tempact.shapeworld import planner_training, training
+from tempact.planner.planner import Planner
+from tempact.planner.plans import parse_plan
 from tempact.shapeworld.grammar import describe_event, parse_instruction, sample_story, split_of
-from tempact.shapeworld.planner_data import (
+from tempact.shapeworld.pretraining import course as training
+from tempact.shapeworld.pretraining import planner as planner_training
+from tempact.shapeworld.pretraining.planner import (
     CONTEXT,
+    IGNORED,
     MERGED_SHARE,
     SWAPPED_SHARE,
     VOCABULARY,
+    PlannerCourse,
     draw_examples,
     fit_tokenizer,
     imperfect_plan,
     planner_config,
+    token_table,
+    train_planner,
 )
-from tempact.shapeworld.planner_training import IGNORED, PlannerCourse, token_table, train_planner
 from tempact.shapeworld.story import CHUNK, FRAMES, states
 from tempact.types import Prompt
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tempact.shapeworld import pretrain, training
-from tempact.shapeworld.executor_training import teacher_forcing_mask
+from tempact.shapeworld import pretrain
 from tempact.shapeworld.pretrain import DEFAULT_OUT, MANIFEST, SIZE_LIMIT_MIB, STEPS
-from tempact.shapeworld.training import Course, train
+from tempact.shapeworld.pretraining import course as training
+from tempact.shapeworld.pretraining.course import Course, train
+from tempact.shapeworld.pretraining.executor import teacher_forcing_mask
 
 
 class Line(Course):

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tempact.shapeworld.clips import corrupt, relaxed_cues, shape_indices, tell
 from tempact.shapeworld.grammar import sample_story
-from tempact.shapeworld.quality import duplicates, picture_quality
+from tempact.shapeworld.pretraining.clips import corrupt, relaxed_cues, shape_indices, tell
 from tempact.shapeworld.renderer import draw
 from tempact.shapeworld.story import CHUNK, Entity, Event, Story
+from tempact.shapeworld.verifier.quality import duplicates, picture_quality
 
 
 def picture(tracks: list[np.ndarray], shapes: list[np.ndarray]) -> Tensor:

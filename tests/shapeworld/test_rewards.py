@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from tempact.shapeworld.clips import Cue, reference_cues, shape_indices, tell
 from tempact.shapeworld.grammar import parse_instruction, reference_plan
+from tempact.shapeworld.pretraining.clips import Cue, reference_cues, shape_indices, tell
 from tempact.shapeworld.renderer import draw
-from tempact.shapeworld.rewards import PlanVerdict, judge_plan, shapeworld_rewards
 from tempact.shapeworld.story import CHUNK, FRAMES
+from tempact.shapeworld.world import PlanVerdict, judge_plan, shapeworld_rewards
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Step, Transition
 
 TEXT = (

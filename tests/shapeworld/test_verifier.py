@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tempact.errors import UserError
-from tempact.shapeworld.clips import Cue, corrupt, reference_cues, relaxed_cues, shape_indices, tell
 from tempact.shapeworld.grammar import sample_story
+from tempact.shapeworld.pretraining.clips import Cue, corrupt, reference_cues, relaxed_cues, shape_indices, tell
 from tempact.shapeworld.renderer import TRACK, draw
 from tempact.shapeworld.story import (
     COLUMN_X,
@@ -27,8 +27,8 @@ from tempact.shapeworld.story import (
     Event,
     Story,
 )
-from tempact.shapeworld.tracking import track
-from tempact.shapeworld.verifier import verify, verify_steps
+from tempact.shapeworld.verifier.tracking import track
+from tempact.shapeworld.verifier.verify import verify, verify_steps
 
 X, Y, RADIUS, OPACITY = range(4)
 CIRCLE = Entity("circle", "red", 0, 0)

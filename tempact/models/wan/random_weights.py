@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from tempact.models.wan.checkpoint_loading import set_precision
+from tempact.models.wan.checkpoints.load import set_precision
 from tempact.models.wan.transformer import WanConfig, WanTransformer
 from tempact.models.wan.vae import WanCodec
 

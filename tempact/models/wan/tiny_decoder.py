@@ -19,9 +19,9 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from tempact.errors import UserError
+from tempact.models.wan.checkpoints.files import fill, fingerprint, read_weights
+from tempact.models.wan.codec import LATENT_STRIDE, DecoderState
 from tempact.models.wan.vae_decoder import CALL_ELEMENTS
-from tempact.models.wan.vae_stream import LATENT_STRIDE, DecoderState
-from tempact.models.wan.vae_weights import fill, fingerprint, read_weights
 from tempact.types import Scored
 
 WIDTHS = (256, 128, 64, 64)  # channels at 1, 2, 4 and 8 times the latents' rows and columns

@@ -1,7 +1,7 @@
 """The causal Wan2.1 diffusion transformer.
 
 Module and parameter names, shapes and arithmetic are those of the published checkpoints (825 tensors
-at full size). One class serves every backbone: what a chunk attends to is the caller's `Attend`.
+at full size). One class serves every backbone: what a chunk attends to is the caller's `ChunkAttention`.
 Arithmetic: the residual stream, norms and gates stay in the dtype of the weights; where some are kept in
 fp32 (`checkpoint_loading.PRECISIONS`), the time MLP and the gates are computed in it. RoPE angles are
 computed in fp64 and rounded once.
@@ -80,7 +80,7 @@ class TextKV:
         return TextKV([(k[row : row + 1], v[row : row + 1]) for k, v in self.layers])
 
 
-class Attend:
+class ChunkAttention:
     """Whom the tokens of a chunk attend to, and what they leave behind: here the own frames, and nothing."""
 
     def rows(self, layer: int) -> CacheRows | None:
@@ -92,7 +92,7 @@ class Attend:
         return fork_attention(q, k, v)
 
 
-OWN_CHUNK = Attend()
+OWN_CHUNK = ChunkAttention()
 
 
 class Stream(NamedTuple):
@@ -127,7 +127,7 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Projections and norms; who attends to whom is decided by `Attend`."""
+    """Projections and norms; who attends to whom is decided by `ChunkAttention`."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -139,16 +139,16 @@ class SelfAttention(nn.Module):
         """[B, L, dim] by heads: [B, L, heads, head_dim]."""
         return x.unflatten(-1, (self.heads, -1))
 
-    def forward(self, x: Tensor, rope: Rope, attend: Attend, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, attend: ChunkAttention, layer: int) -> Tensor:
         q, k, v = self.norm_rope(self.q(x), x, rope, attend, layer)
         return self.o(attend(layer, q, k, v).flatten(2))
 
-    def store(self, x: Tensor, rope: Rope, attend: Attend, layer: int) -> None:
+    def store(self, x: Tensor, rope: Rope, attend: ChunkAttention, layer: int) -> None:
         """Only what `attend` keeps of this layer."""
         self.norm_rope(None, x, rope, attend, layer)
 
     def norm_rope(
-        self, q: Tensor | None, x: Tensor, rope: Rope, attend: Attend, layer: int
+        self, q: Tensor | None, x: Tensor, rope: Rope, attend: ChunkAttention, layer: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k with RoPE and v by heads, both k and v stored where `attend` says; without q, k stands in for it."""
         k, v, rows = self.k(x), self.v(x), attend.rows(layer)
@@ -236,7 +236,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
     def forward(
-        self, stream: Stream, e0: Tensor, rope: Rope, text: tuple[Tensor, Tensor], attend: Attend, layer: int
+        self, stream: Stream, e0: Tensor, rope: Rope, text: tuple[Tensor, Tensor], attend: ChunkAttention, layer: int
     ) -> Stream:
         m = (self.modulation + e0).unbind(2)
         x, normed = stream.adaln(m[0], m[1], self.eps)
@@ -244,7 +244,7 @@ class Block(nn.Module):
         x, normed = Stream(x, self.cross_attn(normed, text)).adaln(m[3], m[4], self.eps)
         return Stream(x, self.ffn(normed), m[5])
 
-    def store(self, stream: Stream, e0: Tensor, rope: Rope, attend: Attend, layer: int) -> None:
+    def store(self, stream: Stream, e0: Tensor, rope: Rope, attend: ChunkAttention, layer: int) -> None:
         """What `attend` keeps of this block's self-attention, and nothing after it."""
         m = (self.modulation + e0).unbind(2)
         self.self_attn.store(stream.adaln(m[0], m[1], self.eps)[1], rope, attend, layer)
@@ -303,7 +303,7 @@ class WanTransformer(nn.Module):
         sigma: Tensor,
         text: TextKV,
         positions: Tensor,
-        attend: Attend = OWN_CHUNK,
+        attend: ChunkAttention = OWN_CHUNK,
     ) -> Tensor:
         """Velocity of the given frames.
 
@@ -324,7 +324,7 @@ class WanTransformer(nn.Module):
             return out
         return (x - out) / sigma[:, None, :, None, None].clamp_min(1.0 / TIMESTEP_SCALE)
 
-    def write_context(self, x: Tensor, sigma: Tensor, text: TextKV, positions: Tensor, attend: Attend) -> None:
+    def write_context(self, x: Tensor, sigma: Tensor, text: TextKV, positions: Tensor, attend: ChunkAttention) -> None:
         """The context pass: as `forward`, but stops at the last layer's K and V, which nothing follows."""
         stream, _, e0, rope = self._embed(x, sigma, positions)
         last = len(self.blocks) - 1

@@ -12,8 +12,8 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor
 
 from tempact.errors import UserError
-from tempact.models.wan.vae_decoder import DecodeOptions, WanDecoder
-from tempact.models.wan.vae_stream import (
+from tempact.models.wan.checkpoints.files import fill, read_weights
+from tempact.models.wan.codec import (
     LATENT_STRIDE,
     DecoderState,
     HostFrames,
@@ -23,7 +23,7 @@ from tempact.models.wan.vae_stream import (
     decode_whole,
     pixel_frames,
 )
-from tempact.models.wan.vae_weights import fill, read_weights
+from tempact.models.wan.vae_decoder import DecodeOptions, WanDecoder
 
 SPACE_STRIDE = 8  # pixels of a latent's side
 ORIGINAL_FILE = "Wan2.1_VAE.pth"  # in the folder of Wan's own release

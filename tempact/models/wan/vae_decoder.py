@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from csrc_triton.feature_maps import enlarge, norm_silu
 from tempact.errors import UserError
-from tempact.models.wan.vae_stream import LATENT_STRIDE, DecoderState
+from tempact.models.wan.codec import LATENT_STRIDE, DecoderState
 
 MEMORY = 2  # frames that a causal convolution looks back
 # numbers of the largest tensor in one call: 3 latent frames at 480x832; with it the workspace stays at a few GiB, and

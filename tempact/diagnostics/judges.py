@@ -1,0 +1,186 @@
+"""`python -m tempact.doctor judges`: one canned plan and one canned video to every judge of the environment."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+from tempact.errors import UserError
+from tempact.rewards.judged import HELD_OUT, PlanQuality, StepFollowing, TemporalFollowing
+from tempact.rewards.judges.calls import JudgeCall, JudgeOutage, JudgeResult, Pending
+from tempact.rewards.judges.client import JudgeClient
+from tempact.rewards.judges.config import NO_KEY, PREFIX, ROLES, EndpointConfig, JudgeConfig
+from tempact.types import Missing, Plan, PlanBatch, Prompt, Rollout, Step, Transition
+
+CONNECTING_S = 3.0
+SHOWN_MODELS = 5
+SHOWN_CHARACTERS = 400  # of what a server says is wrong
+OK, NOTE, FAULT = "ok", "note", "fault"
+LEAST_SCORE = 0.5  # the canned plan is right and the canned video follows it
+INSTRUCTION = "A red ball rolls over a grey floor from the left to the right. Then a blue box appears in the middle."
+STEPS = (
+    "A red ball rolls over a grey floor from the left side to the right side.",
+    "The red ball lies still on the right of the grey floor. A blue box appears in the middle of the floor.",
+)
+LATENT_FRAMES, SWITCH, RATE = 12, 6, 4  # RATE pixel frames of a latent frame, as of Wan's VAE
+HEIGHT, WIDTH = 240, 416
+RED, BLUE, GREY = (210, 40, 40), (40, 70, 200), (150, 150, 150)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of asking one server: its score in [0, 1], or why there is none."""
+
+    score: float
+    seconds: float
+    reason: str = ""
+
+
+def findings(timeout_s: float, environment: Mapping[str, str] | None = None) -> Iterator[tuple[str, str]]:
+    """Status and line of every role and server, one after the other. Keys are not shown.
+
+    The roles are those of training, and the held-out judge if the environment has an address of its own for it.
+    """
+    given = os.environ if environment is None else environment
+    held_out = given.get(f"{PREFIX}{HELD_OUT.upper()}_BASE_URL", "").strip()
+    for role, fallback in (ROLES | ({HELD_OUT: ""} if held_out else {})).items():
+        try:
+            config = JudgeConfig.from_environment({role: fallback}, given)
+        except UserError as error:
+            yield FAULT, f"judge {role}: {error}"
+            continue
+        for endpoint in config.roles[role]:
+            where = f"judge {role}: {endpoint.shown}, {endpoint.model}"
+            try:
+                answer = ask(role, endpoint, timeout_s)
+            except UserError as error:  # the package openai is not there
+                yield FAULT, f"judge {role}: {error}"
+                continue
+            if answer.reason:
+                reason = " ".join(config.redact(answer.reason).split())[:SHOWN_CHARACTERS]
+                yield FAULT, f"{where}: no score after {answer.seconds:.1f} s: {reason}"
+            elif answer.score < LEAST_SCORE:
+                found = f"score {answer.score:.2f} in {answer.seconds:.1f} s"
+                yield NOTE, f"{where}: {found}; what is sent deserves {LEAST_SCORE} or more: is it the model you meant?"
+            else:
+                yield OK, f"{where}: score {answer.score:.2f} in {answer.seconds:.1f} s"
+
+
+def ask(role: str, endpoint: EndpointConfig, timeout_s: float) -> Answer:
+    """One call to one server, without retries and without the cache, through the reward that a run would use."""
+    started = time.monotonic()
+    if reason := why_unreachable(endpoint.base_url):
+        return Answer(float("nan"), time.monotonic() - started, reason)
+    config = JudgeConfig(
+        {role: (endpoint,)}, deadline_s=timeout_s, attempt_s=timeout_s, outage_s=2 * timeout_s, attempts=1
+    )
+    with closing(JudgeClient(config)) as client:  # says so if the package openai is not there
+        if reason := why_not_served(endpoint, timeout_s):
+            return Answer(float("nan"), time.monotonic() - started, reason)
+        recorder = _Recorder(client)
+        started = time.monotonic()
+        try:
+            score = float(_pending(role, recorder).result().flatten()[0])
+        except JudgeOutage as error:
+            return Answer(float("nan"), time.monotonic() - started, str(error))
+    missing = [found.reason for found in (reply.result() for reply in recorder.replies) if isinstance(found, Missing)]
+    return Answer(score, time.monotonic() - started, "; ".join(missing))
+
+
+class _Recorder:
+    """Keeps the futures: a reward only says that a score is missing, its future says why."""
+
+    def __init__(self, client: JudgeClient):
+        self._client, self.replies = client, list[Future[JudgeResult]]()
+
+    def submit(self, calls: Sequence[JudgeCall]) -> list[Future[JudgeResult]]:
+        replies = self._client.submit(calls)
+        self.replies += replies
+        return replies
+
+    def stats(self) -> dict[str, float]:
+        return self._client.stats()
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def _pending(role: str, judges: _Recorder) -> Pending:
+    plans, rollout = canned()
+    if role == "plan_quality":
+        return PlanQuality(judges).start(plans)
+    reward = StepFollowing(judges) if role == "step_following" else TemporalFollowing(judges, role=role)
+    return reward.start(plans, rollout)
+
+
+def why_unreachable(address: str) -> str:
+    """Why nothing can be connected to there, "" if it can or if a proxy stands between. It takes CONNECTING_S at most
+    for each of the host's addresses, where the client would wait for an outage."""
+    parts = urlsplit(address)
+    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname or ""):
+        return ""
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname or "", port), CONNECTING_S).close()
+    except OSError as error:
+        return (
+            f"nothing answers at {parts.hostname}:{port} ({error.strerror or error}); start the server (docs/judges.md)"
+        )
+    return ""
+
+
+def why_not_served(endpoint: EndpointConfig, timeout_s: float) -> str:
+    """Why the server will not judge with this key and model, "" if nothing speaks against it. The client would go on
+    asking until an outage, as it must during a run; a server that lists no models is not held to it."""
+    import openai
+
+    server = openai.OpenAI(
+        base_url=endpoint.base_url, api_key=endpoint.api_key or NO_KEY, timeout=timeout_s, max_retries=0
+    )
+    try:
+        with server:
+            served = [model.id for model in server.models.list().data or []]
+    except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+        return f"HTTP {error.status_code}: {error.message}; correct the API_KEY of this address"
+    except (openai.OpenAIError, ValueError, AttributeError):
+        return ""
+    if not served or endpoint.model in served:
+        return ""
+    shown = ", ".join(served[:SHOWN_MODELS]) + (", ..." if len(served) > SHOWN_MODELS else "")
+    return f"the server has no model {endpoint.model}; it serves {shown}"
+
+
+def canned() -> tuple[PlanBatch, Rollout]:
+    """A plan of two steps that is right, and a video that follows it: one continuation, forked at the second step."""
+    steps = (Step(0, SWITCH, STEPS[0]), Step(SWITCH, LATENT_FRAMES, STEPS[1]))
+    plans = PlanBatch([Prompt("canned", INSTRUCTION)], [Plan(INSTRUCTION, steps)], 1)
+    empty = torch.empty(0)
+    switch = Transition(empty, empty, torch.tensor([SWITCH]), empty, [[]])
+    return plans, Rollout(empty, canned_video()[None, None], switch)
+
+
+def canned_video() -> Tensor:
+    """uint8 [45, 3, HEIGHT, WIDTH]: a disc moves until the switch, then a square stands in the middle."""
+    frames, switch = RATE * (LATENT_FRAMES - 1) + 1, RATE * (SWITCH - 1) + 1
+    rows, columns = torch.meshgrid(torch.arange(HEIGHT), torch.arange(WIDTH), indexing="ij")
+    floor = torch.where(rows[..., None] < HEIGHT // 2, torch.tensor((235, 235, 235)), torch.tensor(GREY))
+    pictures = []
+    for frame in range(frames):
+        x = WIDTH // 8 + min(frame, switch) * (3 * WIDTH // 4) // switch
+        ball = (rows - 3 * HEIGHT // 4).square() + (columns - x).square() < (HEIGHT // 8) ** 2
+        picture = torch.where(ball[..., None], torch.tensor(RED), floor)
+        if frame > switch:
+            box = (abs(rows - 5 * HEIGHT // 8) < HEIGHT // 8) & (abs(columns - WIDTH // 2) < HEIGHT // 8)
+            picture = torch.where(box[..., None], torch.tensor(BLUE), picture)
+        pictures.append(picture.permute(2, 0, 1).to(torch.uint8))
+    return torch.stack(pictures)

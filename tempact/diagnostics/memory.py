@@ -1,0 +1,415 @@
+"""A memory plan: what is held all the time, what each phase adds, what fits into a GPU. Numbers come from outside.
+
+Bytes and operations of an iteration, from the traces of its parts.
+
+Plans and switches are not known beforehand. Memory is that of the worst case: every plan forks after its first chunk,
+from where its continuations share nothing. A plan is taken to have a prompt every other chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from tempact.config import RunConfig
+from tempact.diagnostics import footprints as footprint
+from tempact.diagnostics.planner_footprint import PlannerSizes
+from tempact.diagnostics.sizes import Decoder, decoder_of, scorer_bytes, text_encoder_bytes, video_bytes
+from tempact.executor.executor import TEXTS_KEPT
+from tempact.executor.rollout import RolloutSettings
+from tempact.executor.sampler import Schedule
+from tempact.executor.window import WINDOWS
+from tempact.worlds import is_random
+
+GIB = 2**30
+TERA = 10**12
+# what torch's count of tensors leaves out: the CUDA context and libraries' workspaces, and holes between tensors
+CONTEXT_BYTES = 1 * GIB
+HOLES = 0.05
+HOPELESS = 2
+EXACT, TRACED, ESTIMATED = "exact", "traced", "estimated"  # shapes; the code on fake tensors; a formula
+
+
+@dataclass(frozen=True)
+class Item:
+    """Bytes of one thing, and where the number is from: EXACT, TRACED or ESTIMATED."""
+
+    what: str
+    bytes: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of an iteration, and what it holds beside what is always there."""
+
+    name: str
+    items: tuple[Item, ...]
+
+    @property
+    def bytes(self) -> int:
+        return total(self.items)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """A run's memory: kept for the whole iteration, by phase, and on the host."""
+
+    kept: tuple[Item, ...]
+    phases: tuple[Phase, ...]
+    host: tuple[Item, ...]
+
+    @property
+    def worst(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.bytes)
+
+    @property
+    def peak(self) -> int:
+        """Bytes on the device at the worst moment."""
+        return total(self.kept) + self.worst.bytes
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A device's memory; on_gpu: tensors cannot have all of it, and what is on the host is elsewhere."""
+
+    name: str
+    bytes: int
+    on_gpu: bool = True
+
+    @property
+    def usable(self) -> int:
+        return int((self.bytes - CONTEXT_BYTES) * (1 - HOLES)) if self.on_gpu else self.bytes
+
+    def taken(self, needs: Needs) -> int:
+        """Bytes of this memory at the worst moment."""
+        return needs.peak + (0 if self.on_gpu else total(needs.host))
+
+    def fits(self, needs: Needs) -> bool:
+        return self.taken(needs) <= self.usable
+
+
+# planned for where there is no GPU and none is named; as nvidia-smi counts them
+USUAL_GPUS = (Budget("an H100 of 80 GB", 81_559 * 2**20), Budget("an H200 of 141 GB", 143_771 * 2**20))
+
+
+def total(items: Iterable[Item]) -> int:
+    return sum(item.bytes for item in items)
+
+
+def largest(taken: Callable[[int], int], room: int, least: int, most: int) -> int:
+    """The largest count within [least, most] whose bytes fit into `room`, 0 if none does.
+
+    Counts are asked one by one: the cache grows by eighths, so that one more may take less. What takes
+    HOPELESS times the room ends it.
+    """
+    found = 0
+    for count in range(least, most + 1):
+        needed = taken(count)
+        if needed <= room:
+            found = count
+        elif needed > HOPELESS * room:
+            break
+    return found
+
+
+def table(needs: Needs) -> list[str]:
+    """Lines: what is kept, then each phase with its sum and that of everything."""
+    kept = total(needs.kept)
+    lines = [f"kept all the time: {size(kept)}", *_items(needs.kept)]
+    for phase in needs.phases:
+        lines += [f"{phase.name}: {size(phase.bytes)}, in all {size(kept + phase.bytes)}", *_items(phase.items)]
+    return [*lines, f"on the host: {size(total(needs.host))}", *_items(needs.host)]
+
+
+def _items(items: Iterable[Item]) -> list[str]:
+    return [f"  {size(item.bytes):>12}  {item.what} ({item.source})" for item in items]
+
+
+def size(count: int) -> str:
+    """Bytes as people read them: 3.45 GiB, 12.0 MiB."""
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit:
+            value = count / unit
+            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {name}"
+    return f"{count} B"
+
+
+def tera(flops: float) -> str:
+    """Operations as people read them: 28.3 TF, 8.93 PF."""
+    for unit, name in ((1000 * TERA, "PF"), (TERA, "TF"), (TERA // 1000, "GF")):
+        if flops >= unit:
+            value = flops / unit
+            return f"{value:.{2 if value < 10 else 1}f} {name}"
+    return f"{flops / 10**6:.2f} MF"
+
+
+FP32 = 4  # bytes of a number
+CHUNKS_A_PROMPT = 2
+PROMPT_ROWS = 128  # text rows of a prompt of a step, without padding
+ADAPTER_COPIES = 2  # trained and reference
+ADAM_STATES = 2
+PLANNING = ("plan", "planner update")  # phases of the planner
+
+
+@dataclass(frozen=True)
+class Run:
+    """A configuration with all that its numbers follow from; planner None: a model of unknown size."""
+
+    config: RunConfig
+    sizes: footprint.Sizes
+    planner: PlannerSizes | None
+    wan: bool
+    on_gpu: bool
+
+    @property
+    def plans(self) -> int:
+        return self.config.data.prompts_per_iteration * self.config.planner.plans_per_prompt
+
+    @property
+    def branches(self) -> int:
+        return self.plans * self.config.executor.continuations
+
+    @property
+    def together(self) -> int:
+        """Branches that are rolled out in one batch: those of as many plans as `executor.rollout_videos` lets in."""
+        n, most = self.config.executor.continuations, self.config.executor.rollout_videos
+        return (min(self.plans, max(1, most // n)) if most else self.plans) * n
+
+    @property
+    def settings(self) -> RolloutSettings:
+        c = self.config.executor
+        schedule = Schedule.from_timesteps(c.timesteps, c.shift)
+        window = WINDOWS[c.window]
+        return RolloutSettings(c.frames, c.chunk_frames, window, c.text_switch, schedule, c.eta, c.smooth_prompts)
+
+    @property
+    def fork(self) -> int:
+        """Latent frame of the earliest switch."""
+        return min(self.config.executor.chunk_frames, self.config.executor.frames - self.config.executor.chunk_frames)
+
+    @property
+    def graphs(self) -> bool:
+        return self.on_gpu and self.sizes.kernels and self.config.executor.cuda_graphs
+
+    @property
+    def offloaded(self) -> bool:
+        """Do a text encoder's weights wait on the host?"""
+        return self.wan and self.config.executor.offload_text_encoder and not is_random(self.config.executor.weights)
+
+    @property
+    def attended(self) -> dict[int, int]:
+        """Latent frames that the chunk at each frame attends to."""
+        s = self.settings
+        return {start: len(s.window.attended(start, s.chunk)) for start in range(0, s.frames, s.chunk)}
+
+    @property
+    def switches(self) -> list[int]:
+        """Frames at which the prompt changes, the earliest of them the fork."""
+        starts = range(self.fork, self.settings.frames, CHUNKS_A_PROMPT * self.settings.chunk)
+        return [*starts][: _texts(self) - 1] if self.fork else []
+
+    def recached(self, start: int) -> tuple[int, int]:
+        """Latent frames whose K/V a switch at `start` attends to, and those that it rewrites."""
+        frames = self.settings.window.recached(start)
+        return min(self.settings.window.sink, frames[0] if frames else 0), len(frames)
+
+    @property
+    def update_rows(self) -> int:
+        """(continuation, transition) pairs of the largest micro-batch."""
+        steps = self.settings.schedule.transitions
+        each, most = self.config.executor.continuations * steps, self.config.executor.micro_batch
+        if most >= each:
+            return min(most // each, self.plans) * each
+        return min(most // steps, each // steps) * steps if most >= steps else min(most, steps)
+
+    def changed(self, *, continuations: int | None = None, prompts: int | None = None) -> Run:
+        """The same with another N or another number of prompts."""
+        config = self.config
+        executor = replace(config.executor, continuations=continuations or config.executor.continuations)
+        data = replace(config.data, prompts_per_iteration=prompts or config.data.prompts_per_iteration)
+        return replace(self, config=replace(config, executor=executor, data=data))
+
+
+def needs_of(run: Run, *, planning: bool = True) -> Needs:
+    """The memory of a training run; planning: with the planner's phases."""
+    decoder = decoder_of(run.sizes, run.on_gpu) if run.wan else None
+    activations = _rollout_activations(run)
+    training = update_cost(run).bytes
+    held = max(activations, training) if run.graphs else 0
+    kept = [*_weights(run, decoder), *_kept_of_a_rollout(run)]
+    if held:
+        kept.append(Item("activations of rollout and update, held by CUDA graphs", held, TRACED))
+    rollout = [*_rollout(run)]
+    update = [Item("velocities of the reference", _transitions(run, run.settings.schedule.transitions), EXACT)]
+    if not held:
+        rollout.append(Item(f"activations, {run.together} branches", activations, TRACED))
+        update.append(Item(f"activations, {run.update_rows} transitions", training, TRACED))
+    videos = run.branches * video_bytes(run.sizes, run.settings.frames, wan=run.wan)
+    host = [Item(f"{run.branches} videos, uint8", videos, EXACT)]
+    phases = _planner_phases(run) if planning else []
+    if run.offloaded:
+        text = Item("text encoder", text_encoder_bytes(run.config.executor, run.sizes.dtype), EXACT)
+        host.append(text)
+        phases.append(Phase("text", (text,)))
+    phases.append(Phase("rollout", tuple(rollout)))
+    if decoder is not None:
+        phases.append(_decoding(run, decoder))
+    if run.config.executor.train:
+        phases.append(Phase("executor update", tuple(update)))
+    return Needs(tuple(kept), tuple(phases), tuple(host))
+
+
+def update_cost(run: Run) -> footprint.Cost:
+    """Of the largest micro-batch of the executor's update."""
+    again = run.config.executor.checkpoint_activations
+    return footprint.update(run.sizes, run.update_rows, max(run.attended.values()), checkpointing=again)
+
+
+def _weights(run: Run, decoder: Decoder | None) -> list[Item]:
+    """What is loaded, and what belongs to the adapters."""
+    parameters = footprint.parameters_of(run.sizes)
+    items = [Item("executor's weights", parameters.weight_bytes, EXACT)]
+    items += _adapter("executor", parameters.trained * FP32, ema=True)
+    if run.planner is not None:
+        items.append(Item("planner's weights", run.planner.weights, EXACT))
+        items += _adapter("planner", run.planner.trained * FP32)
+    if not run.offloaded:
+        items.append(Item("text encoder", text_encoder_bytes(run.config.executor, run.sizes.dtype), EXACT))
+    if decoder is not None:
+        items.append(Item("VAE", decoder.weights, EXACT))
+        scorer = scorer_bytes(run.config.judges.aesthetics_weights, on_gpu=run.on_gpu)
+        items.append(Item("PickScore", scorer, EXACT))
+    return items
+
+
+def _adapter(who: str, trained: int, *, ema: bool = False) -> list[Item]:
+    average = " and average" if ema else ""
+    states = 1 + ADAM_STATES + ema  # gradients, too
+    return [
+        Item(f"{who}'s adapter and its frozen start", ADAPTER_COPIES * trained, EXACT),
+        Item(f"{who}'s gradients, Adam's moments{average}", states * trained, EXACT),
+    ]
+
+
+def _kept_of_a_rollout(run: Run) -> list[Item]:
+    """The cache keeps its size; text rows, latents and recorded transitions stay until the next iteration."""
+    sizes, settings, n = run.sizes, run.settings, run.config.executor.continuations
+    tokens = sizes.frame_tokens
+    rows = footprint.cache_rows(settings, run.together // n, n, run.fork, tokens)
+    texts = min(TEXTS_KEPT, run.plans * _texts(run)) * PROMPT_ROWS * sizes.model.text_dim * sizes.dtype.itemsize
+    transitions = settings.schedule.transitions
+    recorded = run.branches * sizes.latent_bytes(settings.frames) + _transitions(run, 2 * transitions + 1)
+    return [
+        Item(f"K/V cache, {rows / tokens:.0f} latent frames", rows * sizes.frame_bytes // tokens, EXACT),
+        Item("text rows of prompts seen", texts, ESTIMATED),
+        Item("latents and recorded transitions", recorded, EXACT),
+    ]
+
+
+def _transitions(run: Run, each: int) -> int:
+    """fp32 chunks, so many of them for every continuation."""
+    return run.branches * each * run.sizes.latent_bytes(run.settings.chunk)
+
+
+def _texts(run: Run) -> int:
+    """Prompts of a plan."""
+    return math.ceil(run.settings.chunks / CHUNKS_A_PROMPT)
+
+
+def _rollout_activations(run: Run) -> int:
+    """Of the widest call: a chunk of all branches, or the pass that rewrites a branch's window under a new text."""
+    settings = run.settings
+    calls = [(run.together, max(run.attended.values()), settings.chunk)]
+    if settings.text_switch == "recache":
+        calls.append((1, *max((run.recached(start) for start in run.attended), key=lambda call: call[1])))
+    return max(footprint.denoise(run.sizes, *call).bytes for call in calls if call[2])
+
+
+def _rollout(run: Run) -> list[Item]:
+    """Beside the cache and the activations."""
+    sizes, settings = run.sizes, run.settings
+    steps = len(settings.schedule.sigmas) - 1
+    plans = run.together // run.config.executor.continuations
+    prompts = plans * _texts(run)
+    # a graph reads copies of its own; there are two of each batch, for denoiser calls and for context passes
+    copies = run.together + (2 * (run.together + plans) if run.graphs else 0)
+    noise = run.together * 2 * steps * sizes.latent_bytes(settings.chunk)
+    if run.together < run.branches:  # it is drawn for all plans, whose share is then given up
+        noise += _transitions(run, steps)
+    return [
+        Item("K/V of the prompts, and copies a branch", (prompts + copies) * sizes.text_bytes, ESTIMATED),
+        Item("noise of the first and of this chunk", noise, EXACT),
+        Item("states of this chunk, and the record's copy", _transitions(run, steps + 2 * steps), ESTIMATED),
+    ]
+
+
+def _decoding(run: Run, decoder: Decoder) -> Phase:
+    videos = min(decoder.videos, run.config.executor.continuations)
+    frames = videos * video_bytes(run.sizes, decoder.latents + 1, wan=True)
+    return Phase(
+        "decode",
+        (
+            Item(f"decoder's state of {videos} videos and their beginning", (videos + 1) * decoder.state, TRACED),
+            Item(f"a call of {videos} x {decoder.latents} latent frames, at most", videos * decoder.call, TRACED),
+            Item("frames on their way to the host", frames, EXACT),
+        ),
+    )
+
+
+def _planner_phases(run: Run) -> list[Phase]:
+    if run.planner is None:
+        return []
+    sizes, tokens = run.planner, run.planner.tokens
+    together = min(run.plans, run.config.planner.sampled_together or run.plans)
+    cached = together * tokens * sizes.cached
+    phases = [Phase(PLANNING[0], (Item(f"K/V of {together} plans, {tokens} tokens each", cached, ESTIMATED),))]
+    if run.config.planner.train:
+        rows = math.ceil(run.plans / run.config.trainer.updates_per_iteration)
+        rows = min(rows, run.config.planner.micro_batch or rows)
+        logits = sizes.logits_bytes(rows, run.config.planner.max_new_tokens)
+        items = (
+            Item(f"activations, {rows} plans of {tokens} tokens", rows * sizes.row_bytes, TRACED),
+            Item("their logits", logits, ESTIMATED),
+        )
+        phases.append(Phase(PLANNING[1], items))
+    return phases
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations: a denoiser call without adapters by frames attended to (own ones included); phases of an
+    iteration."""
+
+    calls: dict[int, int]
+    phases: dict[str, int]
+
+
+def work_of(run: Run) -> Work:
+    """The executor's operations; a plan that switches after its first chunk has the most."""
+    s, sizes = run.settings, run.sizes
+    bare = _affine(run, adapters=False)
+    adapted = _affine(run, adapters=True)
+    calls = len(s.schedule.sigmas)  # one for each noise level, and the context pass
+    chunks = [(run.branches if start >= run.fork else run.plans) * adapted(a) for start, a in run.attended.items()]
+    phases = {"rollout": calls * sum(chunks) - chunks[-1]}  # the last chunk leaves no context
+    if s.text_switch == "recache":
+        passes = {start: footprint.denoise(sizes, 1, *run.recached(start)).flops for start in run.switches}
+        phases["rollout"] += sum((run.branches if start > run.fork else run.plans) * passes[start] for start in passes)
+    if run.wan:
+        decoder = decoder_of(sizes, run.on_gpu)
+        shared, whole = decoder.flops(run.fork), decoder.flops(s.frames)
+        phases["decode"] = run.plans * shared + run.branches * (whole - shared)
+    if run.config.executor.train:
+        own = update_cost(run)
+        phases["executor update"] = own.flops * run.branches * s.schedule.transitions // run.update_rows
+    return Work({a + s.chunk: bare(a) for a in sorted(set(run.attended.values()))}, phases)
+
+
+def _affine(run: Run, *, adapters: bool) -> Callable[[int], int]:
+    """Operations of one video's call by the frames of its context: they grow by the same amount with each."""
+    most = max(run.attended.values())
+    chunk = run.settings.chunk
+    none, all_ = (footprint.denoise(run.sizes, 1, a, chunk, adapters=adapters).flops for a in (0, most))
+    return lambda frames: none + (all_ - none) * frames // max(1, most)

@@ -1,0 +1,102 @@
+"""Append-only JSONL files of what an evaluation has done, so that a killed one goes on where it stopped.
+
+Every row has a key; a key stands once in a file, unless it is asked again on purpose, and then the last row counts.
+Rows are on the disk when `add` returns. What a kill left of a last line is cut off when the file is opened again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tempact.errors import UserError
+from tempact.files import disk_full, reading, write_atomic
+
+log = logging.getLogger(__name__)
+Key = tuple[str | int, ...]
+Row = dict[str, Any]
+
+
+class Ledger:
+    """Rows of one file by the values of their `key` fields, in the order they were written."""
+
+    def __init__(self, path: Path, key: tuple[str, ...]):
+        """UserError that names the line for a file that is not a ledger with this key."""
+        self.path, self.key = path, key
+        self._rows: dict[Key, Row] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._read()
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._rows
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows.values())
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def get(self, key: Key) -> Row | None:
+        return self._rows.get(key)
+
+    def key_of(self, row: Mapping[str, Any]) -> Key:
+        return tuple(row[name] for name in self.key)
+
+    def add(self, rows: Iterable[Row], *, again: bool = False) -> None:
+        """Writes rows; `again` allows keys that are there already. UserError when the disk is full."""
+        rows = list(rows)
+        for row in rows:
+            assert again or self.key_of(row) not in self._rows, f"{self.path}: {self.key_of(row)} twice"
+        if not rows:
+            return
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        try:
+            with self.path.open("ab") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if not disk_full(error):
+                raise
+            raise UserError(
+                f"{self.path}: found no space left on the disk; accepted: {len(data)} free bytes"
+            ) from error
+        for row in rows:
+            self._rows[self.key_of(row)] = row
+
+    def _read(self) -> None:
+        data = self.path.read_bytes() if self.path.is_file() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            log.warning("%s: the last line was cut off; left out", self.path)
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                self._rows[self.key_of(row)] = row
+            except (ValueError, KeyError, TypeError) as error:
+                found = line[:80].decode(errors="replace")
+                accepted = f"a JSON object with {', '.join(self.key)}"
+                raise UserError(f"{self.path} line {number}: found {found!r}; accepted: {accepted}") from error
+
+
+def register(path: Path, settings: Mapping[str, str | int | float]) -> None:
+    """Writes down the settings of an evaluation before it begins, and holds a later one in its folder to them.
+
+    New keys (another judge, more prompts) are added. UserError for a key that had another value: its scores would
+    be mixed with others that were obtained differently.
+    """
+    with reading(path):
+        known = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    for key, value in settings.items():
+        if known.get(key, value) != value:
+            raise UserError(
+                f"{path}: {key}: found {value!r}, but what is scored there had {known[key]!r}; accepted: the same, or "
+                "another --output"
+            )
+    write_atomic(path, json.dumps({**known, **settings}, indent=1, ensure_ascii=False))

@@ -1,0 +1,286 @@
+"""The executor's calls of its transformer, as CUDA graphs where the kernels serve.
+
+A chunk of one video keeps a GPU busy for about as long as the host takes to launch it. A graph launches in one go what
+was recorded once. Inputs are copied to where the recording read them; contexts are segment tables over the cache's
+pools, which stay in place, so one graph serves every chunk of a video.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from csrc_triton import CacheRows, CacheView, ForkableKVCache, runtime
+from csrc_triton.fork_attention import HEAD_DIMS
+from tempact.executor.attention import CachedAttention, Context, StoringAttention
+from tempact.models.wan.transformer import TextKV, WanTransformer
+
+SLOTS = 4  # segment tables are widened to a multiple of it, so that their width seldom changes
+MOST_GRAPHS = 24  # each holds its inputs and outputs; calls of other shapes run as they are
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Graph:
+    """One call: run as it is at first, then recorded, then replayed."""
+
+    calls: int = 0
+    inputs: list[Tensor] = field(default_factory=list)
+    output: Tensor | None = None
+    forward: torch.cuda.CUDAGraph | None = None
+    backward: torch.cuda.CUDAGraph | None = None
+    output_grad: Tensor | None = None
+    given: list[tuple[weakref.ref[Tensor], int]] = field(default_factory=list)  # what `inputs` are copies of
+
+    def load(self, inputs: Sequence[Tensor]) -> None:
+        """Copies what has changed since the last call."""
+        pairs = []
+        for i, (own, new) in enumerate(zip(self.inputs, inputs, strict=True)):
+            source, version = self.given[i]
+            if source() is not new or version != new._version:
+                pairs.append((own, new.detach()))
+                self.given[i] = weakref.ref(new), new._version
+        if pairs:
+            torch._foreach_copy_([own for own, _ in pairs], [new for _, new in pairs])
+
+
+class _Replay(torch.autograd.Function):
+    """A recorded forward whose backward adds to the parameters' gradients, as the recording does."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, graph: _Graph, gradients: Callable[[], None]) -> Tensor:
+        assert graph.forward is not None and graph.output is not None
+        ctx.graph, ctx.gradients = graph, gradients
+        graph.forward.replay()
+        return graph.output.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        ctx.graph.output_grad.copy_(grad)
+        ctx.gradients()
+        ctx.graph.backward.replay()
+        return None, None, None
+
+
+class CudaGraphRunner:
+    """The calls of one transformer, and the K/V cache that they share.
+
+    parameters: the trained ones. graphs: use CUDA graphs where the model is on a GPU and the kernels serve; a call is
+    recorded after `warm_calls` of its shape, since recording takes as long as many calls.
+    """
+
+    warm_calls = 5
+
+    def __init__(self, model: WanTransformer, parameters: Callable[[], Iterable[nn.Parameter]], *, graphs: bool = True):
+        self.model, self.parameters = model, parameters
+        weight = model.patch_embedding.weight
+        # the torch path waits for the device, which a recording must not
+        served = model.config.head_dim in HEAD_DIMS and runtime.why_not_triton(weight.device, weight.dtype) is None
+        self.graphs = graphs and served
+        self._cache: ForkableKVCache | None = None
+        self._graphs: dict[Hashable, _Graph] = {}
+        self._grads: dict[nn.Parameter, Tensor] = {}
+        self._pools: tuple[int, ...] = ()
+        self._memory: Any = None
+        self._stream: torch.cuda.Stream | None = None
+        self._adapted: nn.Module | None = None
+        self._anchor = torch.zeros((), requires_grad=True)
+
+    def cache(self, rows: int) -> ForkableKVCache:
+        """The cache of all histories, `rows` rows large at first; it grows, and keeps its size."""
+        if self._cache is None:
+            config, weight = self.model.config, self.model.patch_embedding.weight
+            self._cache = ForkableKVCache(
+                config.layers, config.heads, config.head_dim, rows=rows, dtype=weight.dtype, device=weight.device
+            )
+        return self._cache
+
+    def velocity(self, x: Tensor, sigma: Tensor, text: TextKV, positions: Tensor, context: Context) -> Tensor:
+        """`WanTransformer.forward` without gradient; context as `KVHistory.context` gives it."""
+        past, rebuild = _unpacked(context)
+        words = [tensor for pair in text.layers for tensor in pair]
+
+        def call(x: Tensor, sigma: Tensor, positions: Tensor, *rest: Tensor) -> Tensor:
+            attend = CachedAttention(rebuild(rest[len(words) :]))
+            return self.model(x, sigma, _text(rest[: len(words)]), positions, attend)
+
+        return self._run("velocity", call, [x, sigma, positions, *words, *past], context)
+
+    def write_context(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        text: TextKV,
+        positions: Tensor,
+        context: Context,
+        rows: list[CacheRows],
+    ) -> None:
+        """`WanTransformer.write_context` into `rows`, one entry a layer."""
+        past, rebuild = _unpacked(context)
+        words = [tensor for pair in text.layers for tensor in pair]
+        length = rows[0].length
+
+        def call(x: Tensor, sigma: Tensor, positions: Tensor, first: Tensor, *rest: Tensor) -> Tensor:
+            places = [CacheRows(row.k, row.v, first, length) for row in rows]
+            attend = StoringAttention(rebuild(rest[len(words) :]), places)
+            self.model.write_context(x, sigma, _text(rest[: len(words)]), positions, attend)
+            return first
+
+        inputs = [x, sigma, positions, rows[0].first_rows, *words, *past]
+        self._run(("write", length), call, inputs, context)
+
+    def policy_velocity(
+        self, x: Tensor, sigma: Tensor, words: Tensor, index: Tensor, positions: Tensor, context: Context
+    ) -> Tensor:
+        """The velocity with the gradient of everything trained, where gradients are on.
+
+        words: rows of the text encoder [n, text_len, text_dim]; index [B] int64: the text of each batch row.
+        """
+        past, rebuild = _unpacked(context)
+
+        def call(x: Tensor, sigma: Tensor, words: Tensor, index: Tensor, positions: Tensor, *rest: Tensor) -> Tensor:
+            text = self.model.project_text(words).select(index)
+            return self.model(x, sigma, text, positions, CachedAttention(rebuild(rest)))
+
+        return self._run("policy", call, [x, sigma, words, index, positions, *past], context)
+
+    def _run(self, name: Hashable, call: Callable[..., Tensor], inputs: list[Tensor], context: Context) -> Tensor:
+        if not (self.graphs and inputs[0].is_cuda and runtime.get_backend() != "torch"):
+            return call(*inputs)
+        self._forget_moved_pools()
+        shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
+        kind = type(context[0]).__name__ if context else ""
+        key = name, torch.is_grad_enabled(), self._adapter(), kind, shapes, runtime.get_backend()
+        graph = self._graphs.setdefault(key, _Graph())
+        graph.calls += 1
+        if graph.forward is None and (graph.calls <= self.warm_calls or self._recorded() >= MOST_GRAPHS):
+            return self._plain(call, inputs)  # also compiles what must be compiled
+        if graph.forward is None:
+            self._record(graph, call, inputs)
+        else:
+            graph.load(inputs)
+        assert graph.forward is not None and graph.output is not None
+        if torch.is_grad_enabled():
+            return _Replay.apply(self._anchor, graph, self._use_own_gradients)
+        graph.forward.replay()
+        return graph.output.clone()
+
+    def _plain(self, call: Callable[..., Tensor], inputs: list[Tensor]) -> Tensor:
+        """The call as it is. With gradients it runs on the stream that recordings are made on: autograd adds to a
+        parameter's gradient on the stream where the parameter was first used, and that one must take part in them."""
+        if not torch.is_grad_enabled():
+            return call(*inputs)
+        stream, current = self._side_stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            out = call(*inputs)
+        current.wait_stream(stream)
+        return out
+
+    def _side_stream(self) -> torch.cuda.Stream:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        return self._stream
+
+    def _record(self, graph: _Graph, call: Callable[..., Tensor], inputs: list[Tensor]) -> None:
+        graph.inputs = [tensor.detach().clone() for tensor in inputs]
+        graph.given = [(weakref.ref(tensor), tensor._version) for tensor in inputs]
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
+        # one pool of memory: no two graphs run at once, and outputs are copied before the next one
+        graph.forward = torch.cuda.CUDAGraph()
+        with self._recording(graph.forward):
+            graph.output = call(*graph.inputs)
+        if torch.is_grad_enabled():
+            self._use_own_gradients()
+            graph.output_grad = torch.empty_like(graph.output)
+            graph.backward = torch.cuda.CUDAGraph()
+            with self._recording(graph.backward):
+                torch.autograd.backward(graph.output, graph.output_grad)
+            graph.output = graph.output.detach()
+        logger.debug("CUDA graph %d of at most %d recorded", self._recorded(), MOST_GRAPHS)
+
+    @contextmanager
+    def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        """As `torch.cuda.graph`, which also gives the host's pinned memory back: that of an iteration's videos is
+        gigabytes, and takes over a second to pin again."""
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        with torch.cuda.stream(self._side_stream()):
+            graph.capture_begin(pool=self._memory)
+            try:
+                yield
+            finally:
+                graph.capture_end()
+
+    def _recorded(self) -> int:
+        return sum(graph.forward is not None for graph in self._graphs.values())
+
+    def _use_own_gradients(self) -> None:
+        """Makes the gradients that recordings add to those of the parameters, with the values these have now."""
+        missing = []
+        for parameter in self.parameters():
+            if parameter not in self._grads:
+                self._grads[parameter] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            own = self._grads[parameter]
+            if parameter.grad is None:
+                missing.append(own)
+            elif parameter.grad is not own:
+                own.copy_(parameter.grad)
+            parameter.grad = own
+        if missing:
+            torch._foreach_zero_(missing)
+
+    def _forget_moved_pools(self) -> None:
+        """Recordings read the cache's pools where they were."""
+        pools = () if self._cache is None else self._cache.addresses
+        if pools != self._pools:
+            self.forget()
+            self._pools = pools
+
+    def forget(self) -> None:
+        """Gives up all recordings and their memory."""
+        self._graphs.clear()
+        self._memory = None  # freed with the last of them
+
+    def _adapter(self) -> tuple[str, ...]:
+        """The active adapter, by one layer that has one: they are switched together."""
+        if self._adapted is None:
+            layers = (module for module in self.model.modules() if isinstance(module, BaseTunerLayer))
+            self._adapted = next(layers, self.model)
+        layer = self._adapted
+        return () if not isinstance(layer, BaseTunerLayer) or layer.disable_adapters else tuple(layer.active_adapters)
+
+
+def _text(tensors: Sequence[Tensor]) -> TextKV:
+    return TextKV(list(zip(tensors[::2], tensors[1::2], strict=True)))
+
+
+def _unpacked(context: Context) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Context]]:
+    """A context's tensors but for the pools, and how a context is made of such tensors."""
+    if context is None:
+        return [], lambda _: None
+    if isinstance(context[0], CacheView):
+        views = [view for view in context if isinstance(view, CacheView)]
+        table = views[0].table
+        wide = F.pad(table, (0, 0, 0, -table.shape[1] % SLOTS))
+
+        def rebuild(tensors: Sequence[Tensor]) -> Context:
+            own = tensors[0]
+            if own is wide:  # not recorded: the views know their segments, which the torch path needs
+                return views
+            return [CacheView(view.k, view.v, own) for view in views]
+
+        return [wide], rebuild
+    flat = [tensor for pair in context if isinstance(pair, tuple) for tensor in pair]
+    return flat, lambda tensors: list(zip(tensors[::2], tensors[1::2], strict=True))

@@ -1,0 +1,162 @@
+"""What a run went on: versions, hardware and command, noted each time it starts or resumes.
+
+What a run records while it goes: metrics.jsonl and the sample tables.
+
+The local file is the record. Weights & Biases, if asked for, is fed by a process of its own that reads that
+file (`wandb_tracker.py`), so that no tracker can slow, hang or fail a run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tempact.files import reading, write_atomic
+from tempact.types import Batch, PlanBatch, Scored
+
+log = logging.getLogger(__name__)
+
+ENVIRONMENT = "environment.json"
+PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Session:
+    """One start of a run. `started` is UTC, `versions` maps packages to versions, memory is in GiB."""
+
+    started: str
+    from_step: int
+    command: str
+    versions: dict[str, str]
+    cpu: str
+    cores: int
+    memory_gib: float
+    gpus: list[str]
+
+
+def record_environment(run_folder: Path, from_step: int) -> None:
+    """Adds this process to `run_folder`/environment.json."""
+    sessions = [*read_environment(run_folder), _this_session(from_step)] if from_step else [_this_session(0)]
+    path = Path(run_folder) / ENVIRONMENT
+    write_atomic(path, json.dumps([asdict(session) for session in sessions], indent=1) + "\n")
+
+
+def read_environment(run_folder: Path) -> list[Session]:
+    """Sessions of a run in order, none if nothing was noted."""
+    path = Path(run_folder) / ENVIRONMENT
+    with reading(path):
+        return [Session(**session) for session in json.loads(path.read_text())] if path.is_file() else []
+
+
+def _this_session(from_step: int) -> Session:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return Session(
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        from_step=from_step,
+        command=shlex.join(["python", *sys.orig_argv[1:]]),
+        versions=versions,
+        cpu=_cpu_name(),
+        cores=len(os.sched_getaffinity(0)),
+        memory_gib=round(memory, 1),
+        gpus=gpus,
+    )
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+METRICS, SAMPLES = "metrics.jsonl", "samples"
+
+
+def read_metrics(run_folder: Path) -> list[dict]:
+    """Rows of metrics.jsonl in order; a last line cut by a kill and a tracker's end mark are left out."""
+    path = Path(run_folder) / METRICS
+    if not path.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            log.warning("%s: row %d is not whole and is left out", path, number)
+            continue
+        if isinstance(row, dict) and "step" in row and "time_s" in row:
+            rows.append(row)
+    return rows
+
+
+def write_samples(run_folder: Path, step: int, plans: PlanBatch, scored: Scored, batch: Batch) -> Path:
+    """samples/step-000040.jsonl: one row a continuation with its prompt, plan, rewards and advantages.
+
+    Missing rewards and masked advantages are null.
+    """
+    rows = []
+    for p, plan in enumerate(plans.plans):
+        prompt = plans.prompt_of(p)
+        for n in range(scored.temporal_following.shape[1]):
+            rows.append(
+                {
+                    "step": step,
+                    "prompt_id": prompt.prompt_id,
+                    "category": prompt.category,
+                    "prompt": prompt.text,
+                    "plan_index": p,
+                    "continuation": n,
+                    "plan": [{"start": s.start, "end": s.end, "prompt": s.prompt} for s in plan.steps],
+                    "repairs": list(plan.repairs),
+                    "format_score": _at(scored.format_score, p),
+                    "plan_quality": _at(scored.plan_quality, p),
+                    "temporal_following": _at(scored.temporal_following, p, n),
+                    "step_following": _at(scored.step_following, p, n),
+                    "aesthetics": _at(scored.aesthetics, p, n),
+                    "plan_advantage": _at(batch.plan_advantage, p) if batch.plan_mask[p] else None,
+                    "execution_advantage": _at(batch.execution_advantage, p, n) if batch.execution_mask[p, n] else None,
+                }
+            )
+    path = Path(run_folder) / SAMPLES / f"step-{step:06d}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    return path
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no NaN: null says that there is no value."""
+    return value if math.isfinite(value) else None
+
+
+def _at(values: Tensor, *index: int) -> float | None:
+    return finite_or_none(round(values[index].item(), 6))
+
+
+def duration(seconds: float) -> str:
+    """ "42 s", "3:07 min" or "2:05 h"."""
+    if seconds != seconds:
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"

@@ -1,0 +1,392 @@
+"""The one judge client: OpenAI's chat-completions protocol, off the training thread.
+
+A call ends in one of three ways: with a validated reply, as Missing, or, when no server has answered any call for
+`outage_s`, with JudgeOutage for the trainer. It is asked again after 408, 409, 429, 5xx, broken connections, broken
+bodies and replies that are not as asked for; other endpoints are preferred then. Identical calls that wait at the same
+time are one request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import email.utils
+import functools
+import itertools
+import logging
+import random
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from tempact.errors import UserError
+from tempact.rewards.judges.cache import JudgeCache, cache_key
+from tempact.rewards.judges.calls import JudgeCall, JudgeOutage, JudgeResult, JudgeStats
+from tempact.rewards.judges.config import NO_KEY, JudgeConfig
+from tempact.rewards.judges.endpoints import RETRY_AFTER_MAX_S, Dispatcher, Lease, Pool
+from tempact.rewards.judges.replies import BadBody, BadReply, read_body, read_reply
+from tempact.types import Missing
+
+log = logging.getLogger(__name__)
+
+RETRIED = {408, 409, 429}  # and 5xx
+UNUSABLE = {401, 403, 404}  # at a server that has never answered: a wrong key, address or model, whatever the call
+GATEWAY = {502, 503, 504}  # nobody is behind the address
+BACKOFF_MAX_S = 8.0
+REASON_CHARACTERS = 200
+LOGGED_CHARACTERS = 2000  # of a reply that is not as asked for
+CLOSING_S = 10.0
+
+
+class Retry(Exception):
+    """This request brought no result; another may.
+
+    charged  it counts as one of the call's attempts
+    pause_s  the server wants the call to wait that long
+    """
+
+    def __init__(self, reason: str, charged: bool = True, pause_s: float = 0.0):
+        super().__init__(reason)
+        self.charged, self.pause_s = charged, pause_s
+
+
+class Rejected(Exception):
+    """The server will not take this call, however often it is asked."""
+
+
+@dataclass
+class _Running:
+    """A call on its way, and everybody who waits for it."""
+
+    task: asyncio.Task[JudgeResult]
+    waiters: list[tuple[str, Future[JudgeResult]]] = field(default_factory=list)
+
+
+class JudgeClient:
+    """Asks the judges of a configuration on a thread of its own. `submit` may be called from any thread."""
+
+    def __init__(self, config: JudgeConfig):
+        """UserError if the `openai` package is not there or the cache cannot be used."""
+        self.config = config
+        self._openai = _import_openai()
+        self._stats = JudgeStats(config.roles)
+        self._parameters = {"temperature": config.temperature, "max_tokens": config.max_tokens}
+        self._cache = JudgeCache(config.cache) if config.cache else None
+        self._outage: JudgeOutage | None = None
+        self._closed = False
+        self._order = itertools.count()
+        self._running: dict[str, _Running] = {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="judges", daemon=True)
+        self._thread.start()
+        try:
+            asyncio.run_coroutine_threadsafe(self._prepare(), self._loop).result()
+        except BaseException:
+            self._end()
+            raise
+
+    def submit(self, calls: Sequence[JudgeCall]) -> list[Future[JudgeResult]]:
+        """Starts the calls, in this order, and returns at once.
+
+        A future holds an instance of the call's `rubric.fields`, or Missing, or raises JudgeOutage; it can be
+        cancelled only by `close`. Raises JudgeOutage itself once there has been one.
+        """
+        if self._outage is not None:
+            raise self._outage
+        unknown = {call.role for call in calls} - set(self.config.roles)
+        assert not unknown and not self._closed, f"{unknown or 'closed'}"
+        futures: list[Future[JudgeResult]] = [Future() for _ in calls]
+        for future in futures:
+            future.set_running_or_notify_cancel()
+        self._loop.call_soon_threadsafe(self._start, list(zip(calls, futures, strict=True)))
+        return futures
+
+    def stats(self) -> dict[str, float]:
+        """`judge/<role>/...` of the calls that ended since the last call of this."""
+        return self._stats.take()
+
+    def close(self) -> None:
+        """Ends the thread; what has no result yet is cancelled."""
+        if not self._closed:
+            self._closed = True
+            asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(CLOSING_S)
+            self._end()
+
+    def _end(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CLOSING_S)
+
+    def __enter__(self) -> JudgeClient:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # all below runs on the client's own thread
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
+
+    async def _prepare(self) -> None:
+        self._dispatcher = Dispatcher(self.config.roles.items())
+        self._servers = {
+            config: self._openai.AsyncOpenAI(
+                base_url=config.base_url,
+                api_key=config.api_key or NO_KEY,
+                max_retries=0,  # retries are counted here
+                timeout=self.config.attempt_s,
+            )
+            for config in self._dispatcher.endpoints
+        }
+        self._watcher = self._loop.create_task(self._watch())
+
+    async def _stop(self) -> None:
+        tasks = [self._watcher, *(running.task for running in self._running.values())]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for server in self._servers.values():
+            await server.close()
+        if self._cache is not None:
+            self._cache.close()
+
+    async def _watch(self) -> None:
+        """Looks for outages."""
+        limit = self.config.outage_s
+        while True:
+            await asyncio.sleep(min(1.0, limit / 10))
+            for role, pool in self._dispatcher.pools.items():
+                if pool.silent_s() > limit and self._outage is None:
+                    servers = ", ".join(endpoint.config.shown for endpoint in pool.endpoints)
+                    self._outage = JudgeOutage(f"judge {role}: no answer from {servers} for {limit:g} s")
+                    log.error("%s", self._outage)
+                    for running in list(self._running.values()):
+                        running.task.cancel()
+
+    def _start(self, batch: list[tuple[JudgeCall, Future[JudgeResult]]]) -> None:
+        for call, future in batch:
+            if self._closed or self._outage is not None:
+                self._abandon(future)
+                continue
+            model = self.config.roles[call.role][0].model
+            try:
+                key = cache_key(call, model, self._parameters)
+            except (TypeError, ValueError) as error:  # no call at all: its caller is told, the others go on
+                future.set_exception(error)
+                continue
+            running = self._running.get(key)
+            if running is None:
+                running = _Running(self._loop.create_task(self._result(call, key, model, next(self._order))))
+                self._running[key] = running
+                running.task.add_done_callback(functools.partial(self._finish, key))
+            running.waiters.append((call.role, future))
+
+    def _finish(self, key: str, _: asyncio.Task[JudgeResult]) -> None:
+        running = self._running.pop(key)
+        for role, future in running.waiters:
+            if running.task.cancelled():
+                self._abandon(future)
+            elif error := running.task.exception():
+                future.set_exception(error)
+            else:
+                result = running.task.result()
+                self._stats.ended(role, missing=isinstance(result, Missing))
+                future.set_result(result)
+
+    def _abandon(self, future: Future[JudgeResult]) -> None:
+        future.set_exception(self._outage or CancelledError())
+
+    async def _result(self, call: JudgeCall, key: str, model: str, order: int) -> JudgeResult:
+        """From the cache, else from a judge."""
+        if (reply := self._cached(call, key)) is not None:
+            self._stats.hit(call.role)
+            return reply
+        pool = self._dispatcher.pools[call.role]
+        pool.enter()
+        try:
+            result = await self._ask(call, pool, order)
+        finally:
+            pool.leave()
+        if self._cache is not None and not isinstance(result, Missing):
+            text = result.model_dump_json()
+            if self.config.redact(text) == text:  # what repeats a key is not written down
+                self._cache.put(key, call, model, text)
+        return result
+
+    def _cached(self, call: JudgeCall, key: str) -> JudgeResult | None:
+        text = self._cache.get(key) if self._cache is not None else None
+        if text is None:
+            return None
+        try:
+            return read_reply(text, call.rubric.fields)
+        except BadReply as error:
+            assert self._cache is not None
+            log.warning("%s: a reply that cannot be read (%s); asked again", self._cache.path, error)
+            self._cache.drop(key)
+            return None
+
+    async def _ask(self, call: JudgeCall, pool: Pool, order: int) -> JudgeResult:
+        """Requests until one brings a valid reply, the attempts are used up, or the deadline has passed."""
+        attempts, until = 0, float("inf")
+        avoid, reason = None, ""
+        began = 0.0
+        try:
+            while attempts < self.config.attempts:
+                lease = await self._dispatcher.acquire(pool, order, avoid, until)
+                if not began:
+                    began, until = time.monotonic(), pool.clock() + self.config.deadline_s
+                else:
+                    self._stats.retry(call.role)
+                try:
+                    reply = await self._request(call, lease, until - pool.clock())
+                    self._stats.latency(call.role, time.monotonic() - began)
+                    return reply
+                except Retry as retry:
+                    attempts += retry.charged
+                    avoid, reason, asked_s = lease.endpoint, str(retry), retry.pause_s
+                finally:
+                    self._dispatcher.release(lease)
+                if attempts < self.config.attempts and not lease.endpoint.broken:
+                    elsewhere = any(each is not avoid and not each.broken for each in pool.endpoints)
+                    pause = max(0.0 if elsewhere else asked_s, self._pause(attempts))
+                    await asyncio.sleep(min(pause, max(0.0, until - pool.clock())))
+            reason = f"{attempts} attempts; the last: {reason}"
+        except Rejected as error:
+            reason = str(error)
+        except TimeoutError:
+            reason = f"no reply within {self.config.deadline_s:g} s; the last: {reason or 'no answer'}"
+        self._stats.latency(call.role, time.monotonic() - began)
+        log.warning("judge %s: missing: %s", call.role, reason)
+        return Missing(reason)
+
+    def _pause(self, attempts: int) -> float:
+        """Before the next request, s: doubles up to BACKOFF_MAX_S, with jitter."""
+        return min(BACKOFF_MAX_S, self.config.backoff_s * 2 ** max(0, attempts - 1)) * random.uniform(0.5, 1.5)
+
+    async def _request(self, call: JudgeCall, lease: Lease, left_s: float) -> JudgeResult:
+        """One request. Raises Retry or Rejected, and TimeoutError where the call has no time left."""
+        if left_s <= 0:
+            raise TimeoutError
+        openai, endpoint = self._openai, lease.endpoint
+        where = endpoint.config.shown
+        try:
+            async with asyncio.timeout(min(self.config.attempt_s, left_s)):
+                body = await self._post(call, lease)
+            text = read_body(body)
+        except BadReply as error:
+            self._dispatcher.answered(lease)
+            raise self._not_as_asked(call, where, error, body.decode(errors="replace")) from None
+        except (TimeoutError, openai.APITimeoutError):
+            raise self._failure(lease, "no answer in time", blames_call=True) from None
+        except openai.APIStatusError as error:
+            raise self._refused(error, lease) from None
+        except BadBody as error:
+            self._not_as_asked(call, where, error, body.decode(errors="replace"))
+            raise self._failure(lease, str(error), blames_call=True) from None
+        except openai.OpenAIError as error:
+            cause = error.__cause__ or error
+            raise self._failure(lease, self._line(f"{type(cause).__name__}: {cause}")) from None
+        except (OSError, RuntimeError, ValueError) as error:  # of the HTTP library: nothing reaches the trainer
+            raise self._failure(lease, self._line(f"{type(error).__name__}: {error}"), blames_call=True) from None
+        self._dispatcher.answered(lease)
+        try:
+            return read_reply(text, call.rubric.fields)
+        except BadReply as error:
+            raise self._not_as_asked(call, where, error, text) from None
+
+    async def _post(self, call: JudgeCall, lease: Lease) -> bytes:
+        content: list[Any] = [{"type": "text", "text": _sendable(call.text)}]
+        for image in call.images:
+            url = f"data:image/jpeg;base64,{base64.b64encode(image).decode()}"
+            content.append({"type": "image_url", "image_url": {"url": url}})
+        system = {"role": "system", "content": _sendable(call.rubric.system)}
+        user = {"role": "user", "content": content if call.images else content[0]["text"]}
+        server = self._servers[lease.endpoint.config]
+        answer = await server.chat.completions.with_raw_response.create(
+            model=lease.endpoint.config.model,
+            messages=[system, user],
+            temperature=self.config.temperature,
+            max_tokens=self.config.max_tokens,
+        )
+        return answer.content
+
+    def _not_as_asked(self, call: JudgeCall, where: str, error: Exception, text: str) -> Retry:
+        """Logs what came instead of a reply."""
+        reason, shown = self._line(str(error)), self.config.redact(text)[:LOGGED_CHARACTERS]
+        log.warning("judge %s: %s: not as asked for (%s): %r", call.role, where, reason, shown)
+        return Retry(f"{where}: {reason}")
+
+    def _line(self, text: str) -> str:
+        """What a server says, as part of one line of a log: no key, no line ends, no odd characters."""
+        told = " ".join(self.config.redact(text).split())[:REASON_CHARACTERS]
+        return "".join(each if each.isprintable() else "?" for each in told)
+
+    def _failure(
+        self, lease: Lease, reason: str, *, blames_call: bool = False, at_once: bool = False, pause_s: float = 0.0
+    ) -> Retry:
+        """The endpoint's failure. A call that only probed a broken one loses no attempt, unless the fault may be its
+        own: a server may well be there and fail at this call alone."""
+        endpoint = lease.endpoint
+        before = endpoint.broken
+        self._dispatcher.failed(lease, at_once)
+        if endpoint.broken and not before:
+            log.warning("judges: %s does not answer (%s); trying again by and by", endpoint.config.shown, reason)
+        return Retry(f"{endpoint.config.shown}: {reason}", blames_call or not (before or at_once), pause_s)
+
+    def _refused(self, error: Any, lease: Lease) -> Exception:
+        """What an HTTP error (openai.APIStatusError) means for the call."""
+        status, where = error.status_code, lease.endpoint.config.shown
+        told = self._line(f"HTTP {status}: {error.message}")
+        pause = retry_after_s(error.response.headers.get("retry-after", ""))
+        if pause and (status in RETRIED or status >= 500):
+            lease.endpoint.limit(time.monotonic() + pause)
+        if status in UNUSABLE and not lease.endpoint.proven:
+            return self._failure(lease, told, at_once=True)
+        if status in UNUSABLE or status >= 500:
+            return self._failure(lease, told, blames_call=status not in GATEWAY, pause_s=pause)
+        if status in RETRIED:
+            self._dispatcher.alive(lease)
+            return Retry(f"{where}: {told}", pause_s=pause)
+        self._dispatcher.answered(lease)
+        return Rejected(f"{where}: {told}")
+
+
+def retry_after_s(header: str, now: float | None = None) -> float:
+    """Seconds that a Retry-After header asks for, 0 if it says nothing usable; at most RETRY_AFTER_MAX_S.
+
+    header: a number of seconds or an HTTP date; now: Unix time, for tests.
+    """
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            date = email.utils.parsedate_to_datetime(header)
+            seconds = date.timestamp() - (time.time() if now is None else now)
+        except (ValueError, TypeError, OverflowError):
+            return 0.0
+    return min(seconds, RETRY_AFTER_MAX_S) if seconds > 0 else 0.0  # false for NaN
+
+
+def _sendable(text: str) -> str:
+    """Lone surrogates, which a plan may hold, have no UTF-8."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _import_openai() -> ModuleType:
+    try:
+        import openai
+    except ImportError as error:
+        raise UserError("judges: found no package openai; accepted: pip install 'tempact[judges]'") from error
+    for name in ("openai", "httpx", "httpx2"):  # one line a request at INFO
+        logger = logging.getLogger(name)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.WARNING)
+    return openai

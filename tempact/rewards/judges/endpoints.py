@@ -1,0 +1,244 @@
+"""Which server a call goes to and when: slots, rate limits, circuit breakers and whose turn it is.
+
+For one asyncio loop. Every wait has an end: a slot is free after `attempt_s` at the latest, a breaker tries again
+after COOLDOWN_MAX_S, a server's Retry-After is believed up to RETRY_AFTER_MAX_S.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from tempact.rewards.judges.config import EndpointConfig
+
+BREAKS_AFTER = 5  # failures in a row
+COOLDOWN_S, COOLDOWN_MAX_S = 1.0, 15.0  # before a broken endpoint is probed; doubles with each failed probe
+RETRY_AFTER_MAX_S = 60.0
+
+
+class Endpoint:
+    """One server. Broken after BREAKS_AFTER failures in a row; then one request at a time probes it."""
+
+    def __init__(self, config: EndpointConfig, now: float):
+        self.config = config
+        self.in_flight = self.failures = self.limited = 0
+        self.broken = self.probing = False
+        self.proven = False  # it has answered in this run
+        self._cooldown = COOLDOWN_S
+        self._not_before = now  # of a cooldown, a Retry-After or the rate limit
+
+    def ready_at(self) -> float:
+        """When a request may go; infinity while that depends on another request."""
+        full = self.probing if self.broken else self.in_flight >= self.config.concurrency
+        return math.inf if full else self._not_before
+
+    @property
+    def load(self) -> float:
+        """In [0, 1]; broken endpoints count as the busiest."""
+        return 1.0 if self.broken else self.in_flight / self.config.concurrency
+
+    def take(self, now: float) -> Lease:
+        self.in_flight += 1
+        lease = Lease(self, probe=self.broken)
+        self.probing |= lease.probe
+        if self.config.requests_per_minute:
+            self.hold(max(now, self._not_before) + 60.0 / self.config.requests_per_minute)
+        return lease
+
+    def hold(self, until: float) -> None:
+        """No further request before that."""
+        self._not_before = max(self._not_before, until)
+
+    def alive(self) -> None:
+        """It can be reached: the breaker closes."""
+        self.failures, self.broken, self.probing, self._cooldown = 0, False, False, COOLDOWN_S
+
+    def limit(self, until: float) -> None:
+        """It asks for patience. Once that may be meant for one call; twice without an answer between, for all."""
+        self.limited += 1
+        if self.limited > 1:
+            self.hold(until)
+
+    def failed(self, now: float, probe: bool, at_once: bool) -> None:
+        """A request had no answer. at_once: no other will have one either (a wrong key, an unknown model)."""
+        self.failures += 1
+        if not self.broken and (at_once or self.failures >= BREAKS_AFTER):
+            self.broken, self.probing = True, False
+        elif not probe:
+            return  # sent before the breaker opened, or below its limit
+        self.hold(now + self._cooldown)
+        self._cooldown = min(2 * self._cooldown, COOLDOWN_MAX_S)
+
+    def give_back(self, probe: bool) -> None:
+        self.in_flight -= 1
+        if probe:
+            self.probing = False
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A slot of an endpoint, for one request."""
+
+    endpoint: Endpoint
+    probe: bool
+
+
+class Pool:
+    """The endpoints of a role, or of several that share them all, and the calls that wait for a turn."""
+
+    def __init__(self, endpoints: Sequence[Endpoint]):
+        self.endpoints = tuple(endpoints)
+        self.waiting: list[tuple[int, int, asyncio.Future[Lease], Endpoint | None]] = []
+        self.pending = 0  # calls between their start and their result
+        self._busy_since = self._silent_s = 0.0
+        self._down_since: float | None = None
+        self._down_s = 0.0
+
+    def clock(self) -> float:
+        """Seconds, standing still while every endpoint is broken."""
+        now = time.monotonic()
+        return now - self._down_s - (now - self._down_since if self._down_since is not None else 0.0)
+
+    @property
+    def down(self) -> bool:
+        return all(endpoint.broken for endpoint in self.endpoints)
+
+    def note_down(self, now: float) -> None:
+        if self.down and self._down_since is None:
+            self._down_since = now
+        elif not self.down and self._down_since is not None:
+            self._down_s += now - self._down_since
+            self._down_since = None
+
+    def enter(self) -> None:
+        if not self.pending:
+            self._busy_since = time.monotonic()
+        self.pending += 1
+
+    def leave(self) -> None:
+        self.pending -= 1
+        if not self.pending:
+            self._silent_s += time.monotonic() - self._busy_since
+
+    def heard(self, now: float) -> None:
+        """An endpoint has answered a call."""
+        self._silent_s, self._busy_since = 0.0, now
+
+    def silent_s(self) -> float:
+        """How long calls have waited since any of them had an answer; time without calls does not count."""
+        return self._silent_s + (time.monotonic() - self._busy_since if self.pending else 0.0)
+
+    def next_ready(self) -> float:
+        return min(endpoint.ready_at() for endpoint in self.endpoints)
+
+    def choose(self, now: float, avoid: Endpoint | None) -> Endpoint:
+        """The least busy of the ready endpoints, another than `avoid` (which has just failed the call) if there is
+        one."""
+        ready = [endpoint for endpoint in self.endpoints if endpoint.ready_at() <= now]
+        return min(ready, key=lambda endpoint: (endpoint is avoid, endpoint.load))
+
+    def pop_next(self, now: float) -> tuple[asyncio.Future[Lease], Endpoint]:
+        """Takes the first waiting call and where it goes; some endpoint must be ready.
+
+        A call that has just failed at a broken endpoint does not probe it again while others wait: it may be this
+        very call that breaks the server. It keeps its place in the queue.
+        """
+        entry, endpoint = self.waiting[0], self.choose(now, self.waiting[0][3])
+        if endpoint.broken and endpoint is entry[3]:
+            others = (each for each in self.waiting if each[3] is not endpoint and not each[2].done())
+            entry = min(others, default=entry, key=lambda each: each[:2])
+            endpoint = self.choose(now, entry[3])
+        self.waiting.remove(entry)
+        heapq.heapify(self.waiting)
+        return entry[2], endpoint
+
+    def drop_done(self) -> None:
+        while self.waiting and self.waiting[0][2].done():
+            heapq.heappop(self.waiting)
+
+
+class Dispatcher:
+    """Gives free slots to the calls that were submitted first, over all pools."""
+
+    def __init__(self, roles: Iterable[tuple[str, Sequence[EndpointConfig]]]):
+        now = time.monotonic()
+        self.endpoints: dict[EndpointConfig, Endpoint] = {}
+        pools: dict[tuple[EndpointConfig, ...], Pool] = {}
+        self.pools: dict[str, Pool] = {}
+        for role, configs in roles:
+            for config in configs:
+                self.endpoints.setdefault(config, Endpoint(config, now))
+            pool = pools.setdefault(tuple(configs), Pool([self.endpoints[config] for config in configs]))
+            self.pools[role] = pool
+        self._unique = list(pools.values())
+        self._tie = itertools.count()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def acquire(self, pool: Pool, order: int, avoid: Endpoint | None, until: float) -> Lease:
+        """A slot; calls with a smaller `order` come first. TimeoutError when the pool's clock passes `until`."""
+        turn: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+        heapq.heappush(pool.waiting, (order, next(self._tie), turn, avoid))
+        self.dispatch()
+        try:
+            while (left := until - pool.clock()) > 0:
+                await asyncio.wait([turn], timeout=None if left == math.inf else left)
+                if turn.done():
+                    return turn.result()
+            raise TimeoutError
+        except BaseException:
+            if turn.done():
+                self.release(turn.result())
+            turn.cancel()
+            raise
+
+    def release(self, lease: Lease) -> None:
+        lease.endpoint.give_back(lease.probe)
+        self.dispatch()
+
+    def answered(self, lease: Lease) -> None:
+        """A call was answered."""
+        now = time.monotonic()
+        lease.endpoint.proven, lease.endpoint.limited = True, 0
+        for pool in self._unique:
+            if lease.endpoint in pool.endpoints:
+                pool.heard(now)
+        self.alive(lease)
+
+    def alive(self, lease: Lease) -> None:
+        """The server is there, but has not answered the call: too many requests, say."""
+        lease.endpoint.alive()
+        self._changed()
+
+    def failed(self, lease: Lease, at_once: bool = False) -> None:
+        lease.endpoint.failed(time.monotonic(), lease.probe, at_once)
+        self._changed()
+
+    def _changed(self) -> None:
+        now = time.monotonic()
+        for pool in self._unique:
+            pool.note_down(now)
+
+    def dispatch(self) -> None:
+        """Serves every waiting call that can be served, and comes back when a clock lets the next one go."""
+        now = time.monotonic()
+        while True:
+            for pool in self._unique:
+                pool.drop_done()
+            waiting = [pool for pool in self._unique if pool.waiting]
+            served = [pool for pool in waiting if pool.next_ready() <= now]
+            if not served:
+                break
+            pool = min(served, key=lambda each: each.waiting[0][:2])
+            turn, endpoint = pool.pop_next(now)
+            turn.set_result(endpoint.take(now))
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        wake = min((pool.next_ready() for pool in waiting), default=math.inf)
+        if wake < math.inf:
+            self._timer = asyncio.get_running_loop().call_later(wake - now, self.dispatch)

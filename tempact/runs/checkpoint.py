@@ -1,0 +1,292 @@
+"""Checkpoints of planner and executor together.
+
+    checkpoints/step-000040/planner/   adapter_config.json, adapter_model.safetensors
+                            executor/  the same
+                            state/     state.pt (optimisers, averages, iteration), rng.pt, config.json
+                            COMPLETE   sizes and SHA-256 hashes of all files, written last
+
+A folder is filled under another name in the same place, synced, and renamed: whatever kills a save, the
+checkpoints before it stay valid. What COMPLETE does not confirm is never loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import torch
+from safetensors import SafetensorError
+
+from tempact.config import RunConfig
+from tempact.errors import UserError
+from tempact.files import disk_full
+from tempact.seeds import capture_rng
+
+log = logging.getLogger(__name__)
+
+FOLDER, COMPLETE = "checkpoints", "COMPLETE"
+SAVING, REPLACED = ".saving", ".replaced"  # suffixes of folders that a killed save may leave
+# keys that a resumed run may change: they do not touch what an iteration computes
+FREE_KEYS = (
+    "preset", "output", "device", "wandb_project", "threads", "trainer.iterations", "trainer.checkpoint_every",
+    "trainer.keep_checkpoints", "trainer.samples_every", "executor.max_rollout_gap", "evaluation.",
+    "judges.deadline_s", "judges.attempt_s", "judges.attempts", "judges.outage_s", "judges.cache",
+)  # fmt: skip
+
+
+class CorruptCheckpoint(UserError):
+    """A checkpoint whose files are not those that were saved."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: `state` as given to `save`, `rng` for `restore_rng`, `config` flattened."""
+
+    path: Path
+    step: int
+    state: dict
+    rng: dict
+    config: dict[str, object]
+
+    @property
+    def planner_dir(self) -> Path:
+        return self.path / "planner"
+
+    @property
+    def executor_dir(self) -> Path:
+        return self.path / "executor"
+
+
+def save(
+    run_folder: Path,
+    step: int,
+    writers: Mapping[str, Callable[[Path], None]],
+    state: dict,
+    config: RunConfig,
+    keep: int,
+) -> Path:
+    """Writes checkpoint `step` and keeps the newest `keep`; returns its folder.
+
+    `writers` map a sub-folder ("planner", "executor") to what fills it; `state` holds tensors and plain data
+    only. UserError when the disk is full: nothing that was saved before is lost.
+    """
+    assert keep >= 1
+    parent = Path(run_folder) / FOLDER
+    final = parent / _name(step)
+    saving = parent / (final.name + SAVING)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        _recover(parent)
+        _fill(saving, step, writers, state, config)
+        _swap_in(saving, final)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not disk_full(error):
+            raise
+        kept = latest(run_folder)
+        raise UserError(
+            f"{final}: no space left on the disk ({shutil.disk_usage(parent).free >> 20} MiB free); free some and go "
+            f"on with --resume auto from {kept.name if kept else 'the start'}"
+        ) from error
+    finally:
+        shutil.rmtree(saving, ignore_errors=True)
+    for _, old in _list(parent)[keep:]:
+        shutil.rmtree(old)
+    return final
+
+
+def load(path: Path) -> Checkpoint:
+    """Verifies and reads a checkpoint folder; CorruptCheckpoint if a file is not as it was saved."""
+    path = Path(path)
+    reason = defect(path)
+    if reason:
+        raise CorruptCheckpoint(f"{path}: {reason}; accepted: a checkpoint as it was saved")
+    state, rng = (torch.load(path / "state" / f, map_location="cpu", weights_only=True) for f in ("state.pt", "rng.pt"))
+    config = json.loads((path / "state" / "config.json").read_text())
+    return Checkpoint(path, int(path.name.removeprefix("step-")), state, rng, config)
+
+
+def latest(run_folder: Path) -> Path | None:
+    """The newest checkpoint that verifies. Others are passed over with a warning that says why."""
+    parent = Path(run_folder) / FOLDER
+    if parent.is_dir():
+        _recover(parent)
+    for _, path in _list(parent):
+        reason = defect(path)
+        if reason is None:
+            return path
+        log.warning("%s passed over: %s", path, reason)
+    return None
+
+
+def resolve_resume(value: str, run_folder: Path) -> Path | None:
+    """The checkpoint that `--resume` means, None for a run from the start.
+
+    "auto": the newest intact one of `run_folder`, if it has any. "none": a new run, refused where the folder
+    already holds checkpoints. Anything else is the path of a checkpoint or of a run folder.
+    """
+    present = [path for _, path in _list(Path(run_folder) / FOLDER)]
+    if value == "none":
+        if present:
+            raise UserError(
+                f"output: {run_folder} already holds {present[0].name} of another run; accepted: --resume auto to go "
+                f"on with it, or another --output"
+            )
+        return None
+    if value == "auto":
+        found = latest(run_folder)
+        if found is None and present:
+            raise UserError(
+                f"resume: none of the {len(present)} checkpoints in {run_folder} is intact; accepted: another --output"
+            )
+        return found
+    path = Path(value)
+    if (path / FOLDER).is_dir():
+        found = latest(path)
+        if found is None:
+            raise UserError(
+                f"resume: {path} holds no intact checkpoint; accepted: auto, none, a checkpoint or run folder"
+            )
+        return found
+    if not path.is_dir() or _step(path.name) is None:
+        raise UserError(f"resume: {value} is no checkpoint; accepted: auto, none, .../step-000040 or a run folder")
+    return path
+
+
+def check_config(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """UserError that lists the keys in which `config` differs from the checkpoint's, but for FREE_KEYS."""
+    now, then = flatten(config), checkpoint.config
+    changed = [
+        f"{key} ({json.dumps(then.get(key))} -> {json.dumps(now.get(key))})"
+        for key in sorted(now.keys() | then.keys())
+        if not key.startswith(FREE_KEYS) and (key in now, now.get(key)) != (key in then, then.get(key))
+    ]
+    if changed:
+        raise UserError(
+            f"{checkpoint.path}: saved with another configuration: {', '.join(changed)}; accepted: the same values"
+        )
+
+
+def flatten(config: RunConfig) -> dict[str, object]:
+    """Dotted keys to JSON values."""
+
+    def walk(prefix: str, value: object) -> dict[str, object]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {
+            k: v for key, inner in value.items() for k, v in walk(f"{prefix}.{key}" if prefix else key, inner).items()
+        }
+
+    return walk("", json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+def defect(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, None if every file has the size and hash of its saving."""
+    try:
+        manifest = json.loads((path / COMPLETE).read_bytes())
+        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        step = manifest["step"]
+    except FileNotFoundError:
+        return f"{COMPLETE} is missing (the save did not finish)"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{COMPLETE} is damaged"
+    if step != _step(path.name):
+        return f"{COMPLETE} is for step {step}"
+    needed = {"state/state.pt", "state/rng.pt", "state/config.json"}
+    if not needed <= files.keys():
+        return f"{COMPLETE} does not list {', '.join(sorted(needed - files.keys()))}"
+    for name, (size, digest) in files.items():
+        file = path / name
+        if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute() or file.is_symlink():
+            return f"{name} is not a file of the checkpoint"
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if _sha256(file) != digest:
+            return f"{name} does not have the hash it was saved with"
+    return None
+
+
+def _fill(
+    folder: Path, step: int, writers: Mapping[str, Callable[[Path], None]], state: dict, config: RunConfig
+) -> None:
+    for name, write in writers.items():
+        (folder / name).mkdir(parents=True)
+        write(folder / name)
+    (folder / "state").mkdir(parents=True)
+    _save_tensors(state, folder / "state" / "state.pt")
+    _save_tensors(capture_rng(), folder / "state" / "rng.pt")
+    (folder / "state" / "config.json").write_text(json.dumps(flatten(config), indent=1, sort_keys=True))
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for file in files:
+        _sync(file)
+    listed = {f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in files}
+    (folder / COMPLETE).write_text(json.dumps({"step": step, "files": listed}, indent=1))
+    for path in (folder / COMPLETE, *(p for p in folder.rglob("*") if p.is_dir()), folder):
+        _sync(path)
+
+
+def _save_tensors(value: dict, path: Path) -> None:
+    # by way of memory: torch's own file writer does not say that a disk is full
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    path.write_bytes(buffer.getbuffer())
+
+
+def _swap_in(saving: Path, final: Path) -> None:
+    """Renames; a checkpoint of the same step gives way only once the new one is whole."""
+    replaced = final.with_name(final.name + REPLACED)
+    if final.exists():
+        final.rename(replaced)
+    saving.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _recover(parent: Path) -> None:
+    """Clears what a killed save left: half-filled folders go, a replaced checkpoint without successor comes back."""
+    for folder in parent.glob(f"step-*{SAVING}"):
+        shutil.rmtree(folder)
+    for folder in parent.glob(f"step-*{REPLACED}"):
+        final = folder.with_name(folder.name.removesuffix(REPLACED))
+        if final.exists():
+            shutil.rmtree(folder)
+        else:
+            folder.rename(final)
+
+
+def _list(parent: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint, the newest first."""
+    if not parent.is_dir():
+        return []
+    return sorted(((step, path) for path in parent.iterdir() if (step := _step(path.name)) is not None), reverse=True)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _step(name: str) -> int | None:
+    return int(name.removeprefix("step-")) if re.fullmatch(r"step-\d{6,}", name) else None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

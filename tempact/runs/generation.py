@@ -1,0 +1,192 @@
+"""The files of a generated video, written while it is made: mp4, film strip and plan.
+
+Videos of instructions, with no training around: a plan each, made chunk by chunk and written as they come.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tempact.cli import CONFIG
+from tempact.config import LARGEST_SEED, RunConfig
+from tempact.errors import UserError
+from tempact.executor.executor import Executor
+from tempact.executor.rollout import gaussian_noise
+from tempact.executor.stream import stream_frames
+from tempact.files import claim_run_folder, safe_name, write_atomic
+from tempact.models.wan.codec import Codec
+from tempact.planner.planner import Planner
+from tempact.planner.plans import Request
+from tempact.runs.checkpoint import latest
+from tempact.runs.logs import Progress
+from tempact.shapeworld.grammar import parse_instruction
+from tempact.types import Plan
+from tempact.video import Mp4Writer, StripRow, film_strip, save_strip, shown_frames
+from tempact.worlds import SHAPEWORLD, build_executor, build_planner, device_of, is_random
+
+log = logging.getLogger(__name__)
+
+COLUMNS = 12  # pictures of a film strip
+
+
+def write_video(
+    folder: Path,
+    name: str,
+    plan: Plan,
+    frames: Iterable[Tensor],
+    latents: Sequence[int],
+    fps: float,
+    facts: Mapping[str, object],
+    note: str = "",
+) -> list[Path]:
+    """mp4, film strip (PNG) and plan (JSON, which is also a plan file) of one video; returns their paths.
+
+    frames: uint8 [n, 3, height, width], a few at a time; no more of them are held than the strip shows. latents: the
+    latent frame of each frame of the whole video. facts: what else the JSON tells. note: stands in every name, on
+    every frame of the mp4, on the strip and in the JSON.
+    """
+    stem = safe_name(note.replace(" ", "-")) + f"-{name}" if note else name
+    mp4, strip, told = (folder / f"{stem}{ending}" for ending in (".mp4", ".png", ".json"))
+    shown = shown_frames(len(latents), COLUMNS)
+    pictures: list[Tensor] = []
+    with Mp4Writer(mp4, fps, note) as writer:
+        for some in frames:
+            own = [frame - writer.frames for frame in shown if 0 <= frame - writer.frames < len(some)]
+            pictures.append(some[own])  # a copy
+            writer.write(some)
+        assert writer.frames == len(latents), (writer.frames, len(latents))
+    length = f"{len(latents) / fps:.1f} s"
+    row = StripRow(
+        f"{note}, {length}" if note else length,
+        torch.cat(pictures),
+        plan.steps,
+        tuple(latents[frame] for frame in shown),
+    )
+    title = f"({note}) {plan.instruction}" if note else plan.instruction
+    save_strip(film_strip([row], title, COLUMNS), strip)
+    steps = [asdict(step) for step in plan.steps]
+    content = {"instruction": plan.instruction, "steps": steps, "repairs": plan.repairs, **facts}
+    write_atomic(told, json.dumps({**content, "note": note} if note else content, indent=1))
+    return [mp4, strip, told]
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """PEFT folders; the planner's is None where only an executor's was given."""
+
+    executor: Path
+    planner: Path | None = None
+
+
+def find_adapters(path: Path) -> Adapters:
+    """Those of the newest checkpoint of a run, or the executor's own PEFT folder; UserError if there is none."""
+    if (path / CONFIG).is_file():
+        return Adapters(path)
+    checkpoint = latest(path)
+    if checkpoint is None:
+        raise UserError(f"{path}: holds no intact checkpoint; accepted: the folder of a training run, a PEFT folder")
+    return Adapters(checkpoint / "executor", checkpoint / "planner")
+
+
+def make_videos(
+    config: RunConfig, requests: Sequence[Request], seed: int, count: int, output: Path, adapter: Path | None
+) -> Iterator[Path]:
+    """`count` videos of every request under `output`; the paths of each come when it is written.
+
+    Video n of a request has the seed n further than the request's own, else than `seed`: of its noise, and of its
+    plan where the request has none. The planner is loaded only if a request needs it. Raises UserError, before
+    anything is loaded or written, for an instruction that ShapeWorld does not know, a seed out of range
+    and an adapter that is not there.
+    """
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"--seed: found {seed}; accepted: 0 to {LARGEST_SEED}")
+    if config.executor.weights == SHAPEWORLD:
+        for request in requests:
+            _check_instruction(request)
+    adapters = None if adapter is None else find_adapters(adapter)
+    device = device_of(config)
+    executor = build_executor(config, device)
+    planner = build_planner(config, device) if any(request.plan is None for request in requests) else None
+    if adapters is not None:
+        executor.load_adapter(adapters.executor)
+        if planner is not None and adapters.planner is not None:
+            planner.load_adapter(adapters.planner)
+    latents = latent_of_frames(executor.codec, executor.settings.frames)
+    chunks = len(requests) * count * executor.settings.chunks
+    with claim_run_folder(output) as folder, Progress("making chunks", chunks) as progress:
+        for number, request in enumerate(requests):
+            named = f"{number:03d}-" if len(requests) > 1 and not request.prompt.prompt_id else ""
+            stem = named + safe_name(request.prompt.prompt_id or request.prompt.text)
+            first = seed if request.seed is None else request.seed
+            for n in range(count):
+                plan = request.plan or _planned(planner, request, first + n)
+                name = stem if count == 1 else f"{stem}-{n:02d}"
+                facts = _facts(config, executor, request, first + n, adapters)
+                note = note_of(config, planned=request.plan is None)
+                frames = _streamed(executor, plan, first + n, progress)
+                yield from write_video(folder, name, plan, frames, latents, executor.codec.fps, facts, note)
+
+
+def note_of(config: RunConfig, *, planned: bool) -> str:
+    """What must be said of a video: "random weights", "random planner" where one made the plan, or nothing."""
+    if is_random(config.executor.weights):
+        return "random weights"
+    return "random planner" if planned and config.planner.weights == "random" else ""
+
+
+def latent_of_frames(codec: Codec, latent_frames: int) -> list[int]:
+    """The latent frame of every pixel frame of a video of `latent_frames`."""
+    counts = [codec.pixel_frames(n + 1) - codec.pixel_frames(n) for n in range(latent_frames)]
+    return [latent for latent, count in enumerate(counts) for _ in range(count)]
+
+
+def _check_instruction(request: Request) -> None:
+    try:
+        parse_instruction(request.prompt.text)
+    except UserError as error:
+        raise UserError(f"{request.where}: {error}") from error
+
+
+def _planned(planner: Planner | None, request: Request, seed: int) -> Plan:
+    assert planner is not None
+    plan = planner.sample([request.prompt], 1, seed).plans[0]
+    if plan.repairs:
+        log.warning("%s: the planner's answer: %s", request.where, ", ".join(plan.repairs))
+    return plan
+
+
+def _streamed(executor: Executor, plan: Plan, seed: int, progress: Progress) -> Iterator[Tensor]:
+    """The frames of one video, with its progress."""
+    began, frames = time.monotonic(), 0
+    noise = gaussian_noise(seed, executor.noise_shape(1, 1), executor.device)
+    for chunk in stream_frames(executor, plan, noise):
+        frames += len(chunk)
+        progress.step({"frames_per_s": frames / (time.monotonic() - began)})
+        yield chunk
+
+
+def _facts(
+    config: RunConfig, executor: Executor, request: Request, seed: int, adapters: Adapters | None
+) -> dict[str, object]:
+    """What it takes to make the video again."""
+    prompt, settings = request.prompt, config.executor
+    named = {"prompt_id": prompt.prompt_id, "category": prompt.category}
+    return {
+        **{key: value for key, value in named.items() if value},
+        "seed": seed,
+        "latent_frames": settings.frames,
+        "frames": executor.codec.pixel_frames(settings.frames),
+        "fps": executor.codec.fps,
+        "preset": config.preset,
+        "executor": {"weights": settings.weights, "adapters": settings.adapters, "precision": settings.precision},
+        "planner": "a plan given" if request.plan is not None else config.planner.weights,
+        **({"adapter": str(adapters.executor)} if adapters is not None else {}),
+    }

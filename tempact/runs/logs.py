@@ -1,0 +1,171 @@
+"""Progress of a run: a live bar on a terminal, plain log lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from tempact.errors import UserError
+from tempact.files import disk_full, write_atomic
+from tempact.reporting.records import METRICS, duration, finite_or_none, read_metrics, record_environment
+
+log = logging.getLogger(__name__)
+
+LINE_EVERY_S = 5.0  # plain lines come at most this often
+SMOOTHING = 0.2  # weight of the newest iteration in the mean that the ETA uses
+console = Console(stderr=True)
+
+
+def setup_logging(level: int = logging.INFO) -> None:
+    """Log lines on stderr, above the bar on a terminal; ranks other than 0 only warn, with their rank."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0 and console.is_terminal:
+        handler: logging.Handler = RichHandler(console=console, show_path=False, omit_repeated_times=False)
+        handler.setFormatter(logging.Formatter("%(message)s", datefmt="[%X]"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        who = f"rank {rank} " if rank else ""
+        handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=level if rank == 0 else max(level, logging.WARNING), handlers=[handler], force=True)
+
+
+class Progress:
+    """Shows `total` iterations (0: only phases), `done` of them already behind; the first line comes on entering.
+
+    On a terminal: a bar with the phase, rewards and the time left. Otherwise: a log line for the first
+    and last iteration and at most every LINE_EVERY_S between.
+    """
+
+    def __init__(self, title: str, total: int, done: int = 0, live: bool | None = None):
+        self.title, self.total, self.done = title, total, done
+        self._live = console.is_terminal if live is None else live
+        self._mean_s: float | None = None
+        self._last_step = self._last_line = time.monotonic()
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[eta]}  {task.fields[shown]}  [dim]{task.fields[phase]}"),
+        )
+        self._bar = Bar(*columns, console=console, disable=not self._live)
+        self._task = self._bar.add_task(title, total=total or None, completed=done, eta="", shown="", phase="starting")
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        if self.total:
+            log.info("%s: %d iterations%s", self.title, self.total, f", {self.done} already done" if self.done else "")
+        else:
+            log.info("%s: started", self.title)
+        self._last_step = time.monotonic()
+        self._last_line = self._last_step - LINE_EVERY_S
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def phase(self, name: str) -> None:
+        """What is being done now; seen on a terminal only."""
+        self._bar.update(self._task, phase=name)
+
+    def tell(self, text: str) -> None:
+        """What is being done now, worth a line of its own in a log."""
+        self.phase(text)
+        if not self._live:
+            log.info("%s: %s", self.title, text)
+
+    def step(self, metrics: Mapping[str, float]) -> None:
+        """One iteration is done; shows its `metrics` in the order given."""
+        now = time.monotonic()
+        took, self._last_step = now - self._last_step, now
+        self._mean_s = took if self._mean_s is None else (1 - SMOOTHING) * self._mean_s + SMOOTHING * took
+        self.done += 1
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        self._bar.update(self._task, completed=self.done, eta=f"{duration(self.left_s)} left", shown=shown)
+        if not self._live and (now - self._last_line >= LINE_EVERY_S or self.done >= self.total):
+            self._last_line = now
+            log.info(
+                "%s: %d/%d  %.1f s each, %s left  %s",
+                self.title, self.done, self.total, self._mean_s, duration(self.left_s), shown,
+            )  # fmt: skip
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that the remaining iterations will take at the recent pace; NaN before the first."""
+        return float("nan") if self._mean_s is None else self._mean_s * max(0, self.total - self.done)
+
+
+FINISHED = {"finished": True}  # last row, tells a tracker that no more will come
+
+
+class MetricsLogger:
+    """Appends one JSON object a step to `run_folder`/metrics.jsonl, flushed at once.
+
+    Rows beyond `resumed_step` (0 for a new run) are those of iterations that the resumed run does again: they
+    are cut off. Non-finite values are written as null. `wandb_project` None starts no tracker. Also notes in
+    environment.json what the run goes on.
+    """
+
+    def __init__(self, run_folder: Path, resumed_step: int = 0, wandb_project: str | None = None):
+        self.path = Path(run_folder) / METRICS
+        kept = [row for row in read_metrics(run_folder) if row["step"] <= resumed_step]
+        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        record_environment(run_folder, resumed_step)
+        self._before_s = max((row["time_s"] for row in kept), default=0.0)
+        self._started = time.monotonic()
+        self._file = self.path.open("a")
+        self._tracker = _start_tracker(self.path, wandb_project, resumed_step) if wandb_project else None
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds a row; `time_s` counts over resumed parts. UserError when the disk is full."""
+        elapsed = round(self._before_s + time.monotonic() - self._started, 3)
+        self._write({"step": step, "time_s": elapsed, **{key: finite_or_none(value) for key, value in metrics.items()}})
+
+    def close(self, tracker_deadline_s: float = 10.0) -> None:
+        """Closes the file, and gives the tracker that long to finish before it is stopped."""
+        if self._tracker is not None:
+            self._write(FINISHED)
+            try:
+                self._tracker.wait(tracker_deadline_s)
+            except subprocess.TimeoutExpired:
+                log.warning(
+                    "wandb did not finish in %.0f s and is stopped; %s is complete", tracker_deadline_s, self.path
+                )
+                self._tracker.kill()
+                self._tracker.wait()
+            self._tracker = None
+        self._file.close()
+
+    def _write(self, row: dict) -> None:
+        try:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            if not disk_full(error):
+                raise
+            raise UserError(
+                f"{self.path}: no space left on the disk; free some and go on with --resume auto"
+            ) from error
+
+
+def _start_tracker(path: Path, project: str, resumed_step: int) -> subprocess.Popen | None:
+    command = [sys.executable, "-m", "tempact.runs.wandb_tracker", str(path.absolute()), project, str(resumed_step)]
+    try:
+        # a session of its own: Ctrl-C goes to the run, which then closes the tracker in order
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    except OSError as error:
+        log.warning("wandb cannot be started (%s); metrics are in %s only", error, path)
+        return None

@@ -1,0 +1,439 @@
+"""The benchmark with policies that draw their noise: shared noise, nothing made or scored twice, tables, files."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+from tempact.runs.evaluation.temporal_order import vbench
+from torch import Tensor
+
+from tempact.errors import UserError
+from tempact.evaluation.harness import Maker, Suite, evaluate_suite
+from tempact.evaluation.judges import JudgedVideo, Verdict
+from tempact.evaluation.ledger import Ledger
+from tempact.evaluation.methods import METHODS, Method
+from tempact.evaluation.statistics import PICKSCORE
+from tempact.evaluation.tables import gather, write_results
+from tempact.evaluation.temporal_order.prompts import OrderPrompt
+from tempact.evaluation.temporal_order.vbench import export_vbench
+from tempact.executor.window import WINDOWS
+from tempact.rewards.judges.calls import JudgeOutage
+from tempact.runs.evaluation import harness as making
+from tempact.runs.evaluation import harness as suite_module
+from tempact.runs.evaluation import tables as results
+from tempact.types import Plan, PlanBatch, Prompt, Rollout, Step
+
+SINGLE, STEP, PLANNER_ONLY, EXECUTOR_ONLY, BOTH = METHODS
+SIDE = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    frames: int = 6
+    chunk: int = 3
+    window: object = WINDOWS["self-forcing"]  # at most 21 frames
+
+
+@dataclass
+class FakePlanner:
+    frames: int = 6
+    asked: list[tuple[str, bool, int]] = field(default_factory=list)
+
+    def sample(self, prompts: list[Prompt], plans_per_prompt: int, seed: int, *, reference: bool = False) -> PlanBatch:
+        self.asked += [(prompt.prompt_id, reference, seed) for prompt in prompts]
+        who = "start" if reference else "trained"
+        steps = [(Step(0, 3, f"{who} a"), Step(3, self.frames, f"{who} {seed}")) for _ in prompts]
+        plans = [Plan(p.text, own, 0.5, ("padded",), "raw") for p, own in zip(prompts, steps, strict=True)]
+        return PlanBatch(prompts, plans, plans_per_prompt)
+
+
+@dataclass
+class FakeExecutor:
+    """A video's first frames show its noise, darker by the trained policy."""
+
+    settings: Settings = Settings()
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    started: bool = False
+    made: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+
+    def noise_shape(self, plans: int, continuations: int) -> tuple[int, ...]:
+        return (plans, continuations, 1, 1, 3, 1, 1)
+
+    def rollout(self, plans: list[Plan], fork_frames: list[int], noise) -> Rollout:
+        drawn = noise(0)
+        assert drawn.shape[0] == len(plans) == len(fork_frames)
+        self.made += [f"{plan.instruction} | {plan.steps[-1].prompt}" for plan in plans]
+        self.lengths.append(self.settings.frames)
+        level = 100 + 40 * drawn[:, 0, 0, 0, 0, 0, 0].tanh() - (0 if self.started else 50)
+        frames = level[:, None, None, None, None].expand(-1, self.settings.frames, 3, SIDE, SIDE).to(torch.uint8)
+        return Rollout(torch.zeros(len(plans), 1), frames[:, None])
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        self.started = True
+        yield
+        self.started = False
+
+
+def noise(seed: int, shape: tuple[int, ...], device: torch.device):
+    return lambda chunk: torch.randn(shape, generator=torch.Generator().manual_seed(seed + chunk))
+
+
+@dataclass
+class FakeJudge:
+    """Scores by the condition's brightness; says what it was asked; fails where it is told to."""
+
+    name: str = "in-domain"
+    version: str = "model 1"
+    missing: tuple[str, ...] = ()
+    outage_after: int = 10**9
+    asked: list[str] = field(default_factory=list)
+
+    def submit(self, videos: Sequence[JudgedVideo]) -> list[Future[Verdict]]:
+        futures = []
+        for video in videos:
+            future: Future[Verdict] = Future()
+            if len(self.asked) >= self.outage_after:
+                future.set_exception(JudgeOutage("silent"))
+            else:
+                self.asked.append(video.prompt.prompt_id)
+                future.set_result(self.verdict(video))
+            futures.append(future)
+        return futures
+
+    def verdict(self, video: JudgedVideo) -> Verdict:
+        if video.prompt.prompt_id in self.missing:
+            return Verdict({}, "garbage")
+        level = video.frames.float().mean().item() / 255
+        return Verdict(
+            {PICKSCORE: 20 + level} if self.name == PICKSCORE else {"combined": level, "temporal_order": level / 2}
+        )
+
+
+def prompts(name: str, count: int) -> list[OrderPrompt]:
+    return [OrderPrompt(f"{name}-{i}", name, "object", f"{name} event {i}.", ("a", "b")) for i in range(count)]
+
+
+@dataclass
+class Bench:
+    """One evaluation in a folder, which can be begun again with other objects."""
+
+    folder: Path
+    judges: list[FakeJudge] = field(default_factory=lambda: [FakeJudge(), FakeJudge("held-out", "model 2")])
+    methods: Sequence[Method] = (SINGLE, STEP, BOTH)
+    counts: tuple[int, int] = (3, 2)
+    seeds: int = 2
+    frames: tuple[int, int] = (6, 9)
+
+    def __post_init__(self) -> None:
+        self.planner, self.executor = FakePlanner(), FakeExecutor()
+
+    @property
+    def suite(self) -> Suite:
+        sets = dict(zip(("simple", "hard"), map(prompts, ("simple", "hard"), self.counts), strict=True))
+        frames = dict(zip(sets, self.frames, strict=True))
+        return Suite(sets, frames, self.methods, self.seeds, self.judges)
+
+    @property
+    def maker(self) -> Maker:
+        return Maker(self.folder, self.planner, self.executor, noise, batch=2, seed=7, fps=8.0)
+
+    def run(self, **options) -> Ledger:
+        told = {"policies": "w", "tell": lambda text: None} | options
+        return evaluate_suite(self.folder, self.suite, self.maker, **told)
+
+    def levels(self, method: Method, seed: int = 0) -> list[float]:
+        rows = [self.maker.video(method, prompt, seed) for own in self.suite.prompts.values() for prompt in own]
+        return [read_video(self.folder / row["file"]).float().mean().item() for row in rows if row is not None]
+
+
+def read_video(path: Path) -> Tensor:
+    return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).view(-1, 3, SIDE, SIDE)
+
+
+@pytest.fixture(autouse=True)
+def quick_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain bytes in the place of mp4, whose encoder takes 0.1 s to start; test_evaluate has real files."""
+
+    def save(frames: Tensor, path: Path, fps: float) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(frames.contiguous().numpy().tobytes())
+
+    monkeypatch.setattr(making, "save_mp4", save)
+    for module in (suite_module, results):
+        monkeypatch.setattr(module, "read_video", read_video)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def test_every_video_is_made_once_and_scored_once_by_every_judge(bench: Bench) -> None:
+    ledger = bench.run()
+    assert len(ledger) == 5 * 3 * 2 * 2 and len(bench.executor.made) == 30
+    assert all(set(Counter(judge.asked).values()) == {6} for judge in bench.judges)
+    assert not bench.executor.started and bench.planner.frames == 6 and bench.executor.settings.frames == 6
+    assert Counter(bench.executor.lengths) == {6: 3 * 2 * 2, 9: 3 * 2}
+
+
+def test_conditions_share_noise_but_not_prompts_and_seeds(bench: Bench) -> None:
+    bench.run()
+    single, step, both = (bench.levels(method) for method in bench.methods)
+    assert single == step and len({round(level) for level in single}) == 5
+    assert [a - b for a, b in zip(step, both, strict=True)] == pytest.approx([50] * 5, abs=2)
+    assert all(abs(a - b) > 0.5 for a, b in zip(single, bench.levels(SINGLE, 1), strict=True))
+
+
+def test_noise_does_not_depend_on_the_batch(bench: Bench, tmp_path: Path) -> None:
+    bench.run()
+    other = Bench(tmp_path / "other", counts=(2, 2))  # other batches from the second prompt on
+    other.run()
+    assert other.levels(STEP)[:2] == bench.levels(STEP)[:2] and other.levels(STEP)[2:] == bench.levels(STEP)[3:]
+
+
+def test_planner_and_start_are_asked_with_the_same_seeds(bench: Bench) -> None:
+    bench.run()
+    asked = {who: [(p, seed) for p, start, seed in bench.planner.asked if start is who] for who in (True, False)}
+    assert asked[True] == asked[False] and len(asked[True]) == len(set(asked[True])) == 10
+    row = next(row for row in Ledger(bench.folder / "plans.jsonl", ("prompt_id", "planner", "seed")))
+    assert row["repairs"] == ["padded"] and row["response"] == "raw" and row["format_score"] == 0.5
+    made = Counter(made.partition(" | ")[2].split()[0] for made in bench.executor.made)
+    assert made["start"] == made["trained"] == 10 and made["simple"] + made["hard"] == 10
+
+
+def test_a_finished_evaluation_does_nothing_again(bench: Bench) -> None:
+    bench.run()
+    again = Bench(bench.folder)
+    assert len(again.run()) == 60
+    assert again.executor.made == again.planner.asked == again.judges[0].asked == []
+
+
+def test_an_outage_keeps_what_was_scored_and_the_next_start_goes_on(bench: Bench) -> None:
+    bench.judges[0].outage_after = 7
+    with pytest.raises(JudgeOutage):
+        bench.run()
+    again = Bench(bench.folder)
+    again.run()
+    assert len(bench.judges[0].asked) == 7 and len(again.judges[0].asked) == 30 - 7
+    assert len(bench.executor.made) + len(again.executor.made) == 30
+    asked = [(p, start, seed) for one in (bench, again) for p, start, seed in one.planner.asked]
+    assert len(asked) == len(set(asked))
+    unbroken = Bench(bench.folder / "unbroken")
+    unbroken.run()
+    assert [unbroken.levels(m) for m in bench.methods] == [again.levels(m) for m in bench.methods]
+
+
+def test_videos_that_were_made_but_not_scored_are_scored_from_their_files(bench: Bench) -> None:
+    bench.judges = []
+    bench.run()
+    again = Bench(bench.folder)
+    assert len(again.run()) == 60 and again.executor.made == []
+
+
+def test_more_prompts_seeds_and_judges_can_be_added(bench: Bench) -> None:
+    bench.judges, bench.counts, bench.seeds = bench.judges[:1], (2, 1), 1
+    assert len(bench.run()) == 9
+    again = Bench(bench.folder)
+    assert len(again.run()) == 60
+    assert len(again.executor.made) == 30 - 9 and len(again.judges[0].asked) == 21 and len(again.judges[1].asked) == 30
+
+
+def test_scores_under_other_settings_are_never_mixed(bench: Bench) -> None:
+    bench.run()
+    changed = {
+        "judge.in-domain": {"judges": [FakeJudge(version="model 9")]},
+        "latent_frames.hard": {"frames": (6, 12)},
+    }
+    for key, change in changed.items():
+        with pytest.raises(UserError, match=f"{key}: found .* another --output"):
+            replace(bench, **change).run()
+    with pytest.raises(UserError, match="policies: found 'v'"):
+        bench.run(policies="v")
+
+
+def test_a_length_that_the_window_cannot_make_is_refused(bench: Bench) -> None:
+    bench.frames = (6, 24)
+    with pytest.raises(UserError, match="found 24; accepted: at most 21"):
+        bench.run()
+    assert bench.planner.frames == 6 and bench.executor.settings.frames == 6
+
+
+def test_missing_scores_are_kept_until_they_are_asked_for_again(bench: Bench) -> None:
+    bench.judges[0].missing = ("hard-1", "simple-0")
+    ledger = bench.run()
+    assert [row["missing"] for row in ledger if row["scores"] is None] == ["garbage"] * 12
+    again = Bench(bench.folder)
+    again.run()
+    assert again.judges[0].asked == []
+    ledger = again.run(retry_missing=True)
+    assert sorted(again.judges[0].asked) == ["hard-1"] * 6 + ["simple-0"] * 6 and again.judges[1].asked == []
+    assert all(row["scores"] for row in ledger)
+
+
+def test_the_makers_do_not_run_away_from_slow_judges(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite_module, "WAITING", 4)
+    most = 0
+
+    class Slow(FakeJudge):
+        """Needs 10 ms for a video, one after another."""
+
+        worker = ThreadPoolExecutor(1)
+
+        def submit(self, videos: Sequence[JudgedVideo]) -> list[Future[Verdict]]:
+            nonlocal most
+            most = max(most, self.worker._work_queue.qsize())
+            return [self.worker.submit(self.answer, video) for video in videos]
+
+        def answer(self, video: JudgedVideo) -> Verdict:
+            time.sleep(0.01)
+            return self.verdict(video)
+
+    bench.judges = [Slow()]
+    assert len(bench.run()) == 30 and 2 <= most <= 4
+
+
+def test_tables_count_what_is_missing_and_keep_pickscore_apart(bench: Bench) -> None:
+    bench.judges = [FakeJudge(missing=("hard-1",)), FakeJudge("held-out", "m"), FakeJudge(PICKSCORE, "clip")]
+    ledger = bench.run()
+    found = gather(bench.suite, ledger, 200, 0)
+    combined, order = found.findings
+    cells = {(row.method, row.set, row.judge): row for row in combined.rows}
+    level = sum(bench.levels(STEP, seed)[i] for seed in (0, 1) for i in range(3)) / 6 / 255
+    assert cells["step-prompt", "simple", "in-domain"].score == pytest.approx(level, abs=1e-6)
+    halves = {(row.method, row.set, row.judge): row.score for row in order.rows}
+    assert halves["step-prompt", "simple", "in-domain"] == pytest.approx(level / 2, abs=1e-6)
+    assert cells["step-prompt", "hard", "in-domain"].n == 2 and cells["step-prompt", "hard", "held-out"].n == 4
+    four = [cells["+ TempAct", name, judge].score for name in ("simple", "hard") for judge in ("in-domain", "held-out")]
+    assert cells["+ TempAct", "average", "average"].score == pytest.approx(sum(four) / 4)
+    assert 20 < cells["+ TempAct", "average", PICKSCORE].score < 21
+    assert [(one.missing, one.videos) for one in found.dropped if one.missing] == [(2, 4)] * 3
+    gain = next(one for one in combined.comparisons if one.method == "+ TempAct" and one.set == "average")
+    assert gain.difference == pytest.approx(-50 / 255, abs=0.01)
+    single = next(one for one in combined.comparisons if one.method == "single-prompt" and one.set == "average")
+    assert single.difference == 0
+
+
+def test_the_result_files_say_what_was_measured(bench: Bench) -> None:
+    bench.judges[0].missing = ("hard-1",)
+    ledger = bench.run()
+    paths = write_results(bench.folder, bench.suite, bench.maker, ledger, gather(bench.suite, ledger, 50, 0), strips=1)
+    assert [path.suffix for path in paths] == [".json", ".md", ".html"]
+    found = json.loads(paths[0].read_text(), parse_constant=pytest.fail)
+    assert found["settings"]["judge.held-out"] == "model 2" and found["about"]["judged frames"].startswith(
+        "6 (simple), 10"
+    )
+    assert len(found["tables"]["combined"]) == len(found["tables"]["temporal_order"]) == 3 * (2 * 2 + 1)
+    text = paths[1].read_text()
+    assert "in-domain: 2 of 4 videos (+ TempAct, hard)" in text and "## Temporal order alone" in text
+    assert "+ TempAct against step-prompt, video by video: -0.1" in text
+    page = paths[2].read_text()
+    assert page.count("data:image/png;base64,") == 2 and "http" not in re.sub(r"base64,[^\"]*", "", page)
+    assert "simple event 0." in page and "simple event 1." not in page and "in-domain gave no score to 2 of 4" in page
+    picture = base64.b64decode(re.findall(r"base64,([^\"]*)", page)[0])
+    assert picture.startswith(b"\x89PNG")
+
+
+def test_strips_tell_the_scores_of_what_they_show(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.judges = [FakeJudge(missing=("hard-0",)), FakeJudge("held-out", "m"), FakeJudge(PICKSCORE, "clip")]
+    ledger, titles = bench.run(), list[str]()
+    real = results.film_strip
+
+    def recorded(rows, title):
+        titles.extend(row.title for row in rows)
+        return real(rows, title)
+
+    monkeypatch.setattr(results, "film_strip", recorded)
+    results.film_strips(bench.folder, bench.suite, bench.maker, ledger, 1)
+    level = bench.levels(STEP)[0] / 255
+    assert titles[1] == f"step-prompt: in-domain {level:.2f}, held-out {level:.2f}, PickScore {20 + level:.2f}"
+    assert len(titles) == 6 and titles[3].startswith("single-prompt: in-domain missing, held-out 0.")
+
+
+def test_prompts_that_pickscore_did_not_read_whole_are_counted(bench: Bench) -> None:
+    class Cutting(FakeJudge):
+        def verdict(self, video: JudgedVideo) -> Verdict:
+            return Verdict({PICKSCORE: 20.0, "cut": float(video.prompt.prompt_id in ("hard-1", "simple-0"))})
+
+    bench.judges = [FakeJudge(), Cutting(PICKSCORE, "clip")]
+    found = gather(bench.suite, bench.run(), 10, 0)
+    assert found.cut == 2
+    bench.counts = (3, 1)  # a smaller table of the same folder
+    assert gather(bench.suite, bench.run(), 10, 0).cut == 1
+    text = write_results(bench.folder, bench.suite, bench.maker, bench.run(), found, 0)[1].read_text()
+    assert "- PickScore: 8 frames, first and last included, against the whole prompt; 2 of 4 prompts" in text
+
+
+@pytest.mark.parametrize(("policies", "told"), [("self-forcing, random weights, settings 1", True), ("w", False)])
+def test_random_weights_are_said_above_the_tables(bench: Bench, policies: str, told: bool) -> None:
+    ledger = bench.run(policies=policies)
+    paths = write_results(bench.folder, bench.suite, bench.maker, ledger, gather(bench.suite, ledger, 10, 0), 0)
+    for path in paths[1:]:
+        head = path.read_text().partition("Combined score")[0]
+        assert ("Random weights: the videos are noise." in head) is told
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_fewer_seeds_than_the_protocol_has_are_said(bench: Bench, seeds: int) -> None:
+    bench.seeds = seeds
+    ledger = bench.run()
+    text = write_results(bench.folder, bench.suite, bench.maker, ledger, gather(bench.suite, ledger, 10, 0), 0)[1]
+    assert ("the protocol has 2 or more" in text.read_text()) is (seeds < 2)
+
+
+def test_the_page_escapes_prompts(bench: Bench) -> None:
+    own = OrderPrompt("x", "simple", "", "<script>alert(1)</script>", ("<b>",))
+    suite = Suite({"simple": [own]}, {"simple": 6}, (STEP,), 1, bench.judges)
+    ledger = evaluate_suite(bench.folder, suite, bench.maker, policies="w", tell=lambda text: None)
+    page = write_results(bench.folder, suite, bench.maker, ledger, gather(suite, ledger, 10, 0), 1)[2].read_text()
+    assert "<script" not in page and "<b>" not in page and "&lt;script&gt;" in page
+
+
+def test_vbench_gets_its_names(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    texts = ["a cat, and a dog", "either/or", "long " * 60]
+    own = [OrderPrompt(f"v-{i}", "vbench", "", text.strip()) for i, text in enumerate(texts)]
+    suite = Suite({"vbench": own}, {"vbench": 6}, (SINGLE, STEP), 2, ())
+    evaluate_suite(bench.folder, suite, bench.maker, policies="w", tell=lambda text: None)
+    for _ in range(2):  # again is no fault
+        folders = export_vbench(bench.folder, suite, bench.maker)
+    names = {"a cat, and a dog-0.mp4", "a cat, and a dog-1.mp4", "v-1-0.mp4", "v-1-1.mp4", "v-2-0.mp4", "v-2-1.mp4"}
+    assert [folder.name for folder in folders] == ["single-prompt", "step-prompt"]
+    assert all({path.name for path in folder.iterdir()} == names for folder in folders)
+    told = json.loads((bench.folder / "vbench" / "step-prompt-prompts.json").read_text())
+    assert set(told) == names and told["v-1-0.mp4"] == "either/or" and told["a cat, and a dog-1.mp4"] == own[0].text
+    row = bench.maker.video(STEP, own[0], 1)
+    assert row and (folders[1] / "a cat, and a dog-1.mp4").read_bytes() == (bench.folder / row["file"]).read_bytes()
+    assert "wants --seeds 5" in caplog.text and "evaluate with --prompt_file" in caplog.text
+
+
+def test_an_export_that_was_cut_off_leaves_nothing_that_vbench_would_read(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.run()
+
+    def cut_off(source: Path, target: Path) -> None:
+        target.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vbench.shutil, "copyfile", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        export_vbench(bench.folder, bench.suite, bench.maker)
+    assert list((bench.folder / "vbench" / "single-prompt").iterdir()) == []
+
+
+def test_evaluation_leaves_random_state_untouched(bench: Bench) -> None:
+    before: Tensor = torch.get_rng_state()
+    bench.run()
+    assert torch.equal(torch.get_rng_state(), before)
