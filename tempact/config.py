@@ -79,6 +79,8 @@ class ExecutorConfig:
     lora: LoraConfig
     optim: OptimConfig
     adapters: tuple[str, ...] = ()  # LoRA files and PEFT folders that are merged into a Wan checkpoint, in this order
+    entry: str = ""  # of a .pt file that holds several models: generator_ema, generator or model; "": the first of these
+    decoder: str = ""  # file of a tiny decoder (TAEHV) for generated videos and previews; "": the VAE's
     precision: str = "fp32"  # of a Wan checkpoint: fp32, bf16, or bf16-fp32-gates
     wan_folder: str = ""  # Wan2.1-T2V-1.3B (its own or diffusers'), for text encoder and VAE; "": that of the weights
     text_cache: str = "runs/text"  # folder of a Wan text encoder's embeddings, for all runs
@@ -91,9 +93,12 @@ class ExecutorConfig:
     window: str = "full"  # a name in executor.window.WINDOWS
     text_switch: str = "cross_attention"  # or "recache"
     timesteps: tuple[int, ...] = (1000, 750, 500, 250)
+    first_timesteps: tuple[int, ...] = ()  # of the first chunk, where it is sampled in other steps; (): timesteps
     shift: float = 5.0
     eta: float = 1.0
     smooth_prompts: bool = True
+    prompt_separator: str = " Next: "  # between a step's prompt and the next one's, where prompts are smoothed
+    switch_rounding: str = "nearest"  # of a plan file's bounds to chunk starts: nearest, or up (as LongLive switches)
     clip_velocity_rms: float = 0.0055
     kl_weight: float = 5e-4
     advantage_clip: float = 2.0
@@ -114,6 +119,7 @@ class RewardConfig:
     format_penalty: float = 0.5
     step_following: float = 0.6
     aesthetics: float = 0.4
+    custom: tuple[str, ...] = ()  # rewards of one's own, each "module:function"
     shuffle_advantages: bool = False  # control experiment: advantages permuted over the iteration
 
 
