@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from models import synthesise
-from test_build import SMALL, file_of
-from test_build import release as release  # a fixture: a pipeline's folder with small random weights
+from test_worlds import SMALL, file_of
+from test_worlds import release as release  # a fixture: a pipeline's folder with small random weights
 
 from tempact import generate
 from tempact.cli import to_yaml

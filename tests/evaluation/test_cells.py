@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tempact.errors import UserError
+from tempact.evaluation import harness as cells
 from tempact.evaluation.harness import Cell, CellStore
 from tempact.evaluation.statistics import MethodScores
-from tempact.runs.evaluation import harness as cells
 from tempact.types import Plan, Prompt, Step
 
 PROMPTS = [Prompt("a", "A cat sits."), Prompt("b", "A dog runs.")]

@@ -15,23 +15,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from tempact.runs.evaluation.temporal_order import vbench
 from torch import Tensor
 
 from tempact.errors import UserError
+from tempact.evaluation import harness as making
+from tempact.evaluation import harness as suite_module
+from tempact.evaluation import tables as results
 from tempact.evaluation.harness import Maker, Suite, evaluate_suite
 from tempact.evaluation.judges import JudgedVideo, Verdict
 from tempact.evaluation.ledger import Ledger
 from tempact.evaluation.methods import METHODS, Method
 from tempact.evaluation.statistics import PICKSCORE
 from tempact.evaluation.tables import gather, write_results
+from tempact.evaluation.temporal_order import vbench
 from tempact.evaluation.temporal_order.prompts import OrderPrompt
 from tempact.evaluation.temporal_order.vbench import export_vbench
 from tempact.executor.window import WINDOWS
 from tempact.rewards.judges.calls import JudgeOutage
-from tempact.runs.evaluation import harness as making
-from tempact.runs.evaluation import harness as suite_module
-from tempact.runs.evaluation import tables as results
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Step
 
 SINGLE, STEP, PLANNER_ONLY, EXECUTOR_ONLY, BOTH = METHODS

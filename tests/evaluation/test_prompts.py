@@ -8,9 +8,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tempact.runs.evaluation.temporal_order import overlap as overlap_module
 
 from tempact.errors import UserError
+from tempact.evaluation.temporal_order import overlap as overlap_module
 from tempact.evaluation.temporal_order.overlap import n_grams, overlap
 from tempact.evaluation.temporal_order.prompts import (
     CATEGORIES,
