@@ -21,7 +21,7 @@ from tempact.config import RunConfig
 from tempact.errors import UserError
 from tempact.evaluation.shapeworld import ShapeWorldSuite
 from tempact.executor.executor import Executor
-from tempact.executor.rollout import RolloutSettings
+from tempact.executor.sampler import RolloutSettings
 from tempact.models.wan.checkpoints.load import PRECISIONS, load_transformer
 from tempact.models.wan.codec import Codec, PixelCodec
 from tempact.models.wan.text import PromptEncoder
@@ -197,7 +197,7 @@ def wan_parts(config: RunConfig, device: torch.device) -> ExecutorParts:
     adapters = [Path(adapter) for adapter in settings.adapters]
     weights = Path(settings.weights)
     transformer = load_transformer(weights, device=device, precision=settings.precision, adapters=adapters)
-    dtype = transformer.patch_embedding.weight.dtype
+    dtype = transformer.dtype
     codec = load_codec(folder, dtype, device)
     sizes = transformer.config
     _check_video_size(config, sizes.patch, codec)
@@ -223,7 +223,7 @@ def random_parts(config: RunConfig, device: torch.device) -> ExecutorParts:
     log.warning("executor.weights: %s: videos are noise", settings.weights)
     torch.manual_seed(config.seed)
     transformer = random_transformer(settings.weights, settings.precision, device)
-    codec = random_codec(settings.weights, transformer.patch_embedding.weight.dtype, device)
+    codec = random_codec(settings.weights, transformer.dtype, device)
     _check_video_size(config, transformer.config.patch, codec)
     return ExecutorParts(transformer, RandomText(settings.weights, device), codec, settings.video_size)
 

@@ -14,7 +14,7 @@ from rewards.reward_cases import FakeJudges
 from rewards.tiny_clip import tiny_clip
 
 from tempact.errors import UserError
-from tempact.executor.rollout import gaussian_noise
+from tempact.executor.sampler import gaussian_noise
 from tempact.executor.window import WINDOWS
 from tempact.models.wan.random_weights import RANDOM, RandomText
 from tempact.presets import get_preset

@@ -11,7 +11,7 @@ from models import synthesise
 
 from tempact.config import RunConfig
 from tempact.errors import UserError
-from tempact.executor.rollout import gaussian_noise
+from tempact.executor.sampler import gaussian_noise
 from tempact.models.wan.checkpoints.load import load_transformer
 from tempact.models.wan.transformer import WanConfig
 from tempact.presets import get_preset

@@ -166,7 +166,7 @@ def canned() -> tuple[PlanBatch, Rollout]:
     plans = PlanBatch([Prompt("canned", INSTRUCTION)], [Plan(INSTRUCTION, steps)], 1)
     empty = torch.empty(0)
     switch = Transition(empty, empty, torch.tensor([SWITCH]), empty, [[]])
-    return plans, Rollout(empty, canned_video()[None, None], switch)
+    return plans, Rollout(canned_video()[None, None], switch)
 
 
 def canned_video() -> Tensor:

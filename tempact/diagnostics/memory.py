@@ -17,9 +17,7 @@ from tempact.diagnostics import footprints as footprint
 from tempact.diagnostics.planner_footprint import PlannerSizes
 from tempact.diagnostics.sizes import Decoder, decoder_of, scorer_bytes, text_encoder_bytes, video_bytes
 from tempact.executor.executor import TEXTS_KEPT
-from tempact.executor.rollout import RolloutSettings
-from tempact.executor.sampler import Schedule
-from tempact.executor.window import WINDOWS
+from tempact.executor.sampler import RolloutSettings
 from tempact.worlds import is_random
 
 GIB = 2**30
@@ -179,10 +177,7 @@ class Run:
 
     @property
     def settings(self) -> RolloutSettings:
-        c = self.config.executor
-        schedule = Schedule.from_timesteps(c.timesteps, c.shift)
-        window = WINDOWS[c.window]
-        return RolloutSettings(c.frames, c.chunk_frames, window, c.text_switch, schedule, c.eta, c.smooth_prompts)
+        return RolloutSettings.of(self.config.executor)
 
     @property
     def fork(self) -> int:

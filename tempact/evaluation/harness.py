@@ -43,6 +43,7 @@ from tempact.evaluation.ledger import Key, Ledger, Row, register
 from tempact.evaluation.methods import Method
 from tempact.evaluation.statistics import MethodScores
 from tempact.evaluation.temporal_order.prompts import OrderPrompt
+from tempact.executor.sampler import NoiseSource
 from tempact.files import safe_name, writing
 from tempact.seeds import derive_seed
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Step
@@ -104,8 +105,7 @@ class CellStore:
         return self.folder / "samples" / f"{safe_name(method)}-{safe_name(set_name)}.safetensors"
 
 
-NoiseSource = Callable[[int], Tensor]
-Noise = Callable[[int, tuple[int, ...], torch.device], NoiseSource]  # executor.rollout.gaussian_noise
+Noise = Callable[[int, tuple[int, ...], torch.device], NoiseSource]  # executor.sampler.gaussian_noise
 
 
 class PlannerPolicy(Protocol):
@@ -117,14 +117,14 @@ class PlannerPolicy(Protocol):
 
 
 class ExecutorPolicy(Protocol):
-    settings: Any  # executor.rollout.RolloutSettings
+    settings: Any  # executor.sampler.RolloutSettings
 
     @property
     def device(self) -> torch.device: ...
 
     def noise_shape(self, plans: int, continuations: int) -> tuple[int, ...]: ...
 
-    def rollout(self, plans: list[Plan], fork_frames: list[int], noise: NoiseSource) -> Rollout: ...
+    def rollout(self, plans: list[Plan], switch_frames: list[int], noise: NoiseSource) -> Rollout: ...
 
     def reference(self) -> AbstractContextManager[None]: ...
 
@@ -179,9 +179,10 @@ class Maker:
         numbers = [derive_seed(self.seed, seed, f"{prompt.prompt_id} noise") for prompt in prompts]
         sources = [self.noise(number, shape, device) for number in numbers]
 
-        def together(chunk: int) -> Tensor:
-            return torch.cat([source(chunk) for source in sources])
+        def draw(chunk: int, own: range) -> Tensor:
+            return torch.cat([sources[plan](chunk) for plan in own])
 
+        together = NoiseSource((len(sources), *shape[1:]), draw)
         with self.executor.reference() if method.executor == "start" else nullcontext():
             return self.executor.rollout(plans, [0] * len(plans), together).frames[:, 0]
 

@@ -17,7 +17,7 @@ from tempact.evaluation.harness import Cell, CellStore
 from tempact.evaluation.methods import METHODS, Method
 from tempact.evaluation.statistics import DUPLICATES, PICTURE_QUALITY, MethodScores
 from tempact.executor.executor import Executor
-from tempact.executor.rollout import gaussian_noise
+from tempact.executor.sampler import gaussian_noise
 from tempact.planner.planner import Planner
 from tempact.seeds import derive_seed
 from tempact.shapeworld.grammar import parse_instruction

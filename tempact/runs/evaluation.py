@@ -17,7 +17,7 @@ from tempact.evaluation.methods import METHODS
 from tempact.evaluation.options import SHAPEWORLD, SUITES, OrderOptions
 from tempact.evaluation.tables import RANDOM_WEIGHTS, gather, markdown, write_results
 from tempact.evaluation.temporal_order.vbench import export_vbench
-from tempact.executor.rollout import gaussian_noise
+from tempact.executor.sampler import gaussian_noise
 from tempact.files import claim_run_folder, safe_name, write_atomic
 from tempact.rewards.judges.calls import JudgeOutage
 from tempact.runs.checkpoint import latest
