@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton import flow_policy_loss
-from csrc_triton.flow_sde.naive import cps
+from csrc_triton.flow_sde import cps
 
 
 def flow_grpo_loss(
