@@ -1,8 +1,16 @@
-"""Packaging. Exact tested versions are in constraints.txt."""
+"""Packaging of tempact. Exact tested versions are in constraints.txt.
+
+csrc_triton is a distribution of its own (csrc_triton/pyproject.toml), which pip installs from its folder beside this
+file: whether it is installed with tempact, alone, or both ways, its files have one owner.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+KERNELS = Path(__file__).resolve().parent / "csrc_triton"
 
 setup(
     name="tempact",
@@ -11,13 +19,14 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["csrc_triton*", "tempact*"]),
+    packages=find_packages(include=["tempact*"]),
     package_data={
         "tempact": ["reporting/*.j2", "rewards/rubrics/*.md", "shapeworld/weights/**/*.json",
                     "shapeworld/weights/**/*.safetensors", "shapeworld/weights/**/*.jinja", "evaluation/*.j2",
                     "evaluation/temporal_order/*.jsonl"],
     },
     install_requires=[
+        f"csrc-triton @ {KERNELS.as_uri()}",
         "huggingface-hub>=1.0",
         "imageio-ffmpeg>=0.5",
         "jinja2>=3.1",
@@ -33,7 +42,6 @@ setup(
         "tokenizers>=0.22",
         "torch>=2.11",
         "transformers>=5.0",
-        "triton>=3.5; platform_system == 'Linux'",
         "tyro>=1.0",
     ],
     extras_require={
