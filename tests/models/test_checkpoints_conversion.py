@@ -253,7 +253,7 @@ def test_the_command_line_converts_and_verifies(
         ([], "the following arguments are required: verb"),
         (["convert", "SRC", "DST", "--dtype", "fp8"], "dtype: found 'fp8'; accepted: stored, fp32, bf16"),
         (["convert", "SRC", "DST", "--layout", "peft"], "layout: found 'peft'; accepted: wan, diffusers"),
-        (["convert", "SRC", "DST", "--entry", "critic"], "found entries generator_ema; accepted: one of critic"),
+        (["convert", "SRC", "DST", "--entry", "critic"], "found no entry 'critic'; accepted: generator_ema"),
         (["convert", "SRC", "DST", "--config", "gone.json"], "gone.json: cannot be read"),
         (["convert", "SRC", "DST"], "accepted: the 825 tensors of a Wan transformer of 30 blocks"),
         (["convert", "gone.pt", "DST"], "gone.pt: found no file"),
