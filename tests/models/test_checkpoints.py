@@ -23,8 +23,8 @@ from tempact.models.wan.checkpoints.load import PRECISIONS, dtype_of, load_trans
 from tempact.models.wan.checkpoints.names import (
     config_json,
     expected_tensors,
+    in_layout,
     read_config,
-    to_diffusers,
     to_wan,
 )
 from tempact.models.wan.transformer import WanConfig, WanTransformer
@@ -140,13 +140,13 @@ def test_published_names_are_those_of_diffusers_own_converter() -> None:
     shapes = {name: tensor.shape for name, tensor in expected_tensors(WanConfig()).items()}
     assert len(shapes) == 825
     theirs = convert_wan_transformer_to_diffusers({name: name for name in shapes})
-    assert {to_diffusers(name): name for name in shapes} == theirs
-    assert [name for name in shapes if to_wan(to_diffusers(name)) != name] == []
+    assert {in_layout(name, "diffusers"): name for name in shapes} == theirs
+    assert [name for name in shapes if to_wan(in_layout(name, "diffusers")) != name] == []
     with torch.device("meta"):
         sizes = {key: value for key, value in config_json(WanConfig(), "diffusers").items() if key != "_class_name"}
         model = diffusers.WanTransformer3DModel(**sizes)
     assert {name: tensor.shape for name, tensor in model.state_dict().items()} == {
-        to_diffusers(name): shape for name, shape in shapes.items()
+        in_layout(name, "diffusers"): shape for name, shape in shapes.items()
     }
 
 
@@ -306,7 +306,7 @@ def test_what_does_not_fit_is_listed(tmp_path: Path, state: dict, drop: str, add
 
 def test_what_does_not_fit_is_listed_by_its_name_in_the_file(tmp_path: Path, state: dict[str, Tensor]) -> None:
     folder = synthesise.diffusers_folder(tmp_path / "p", state, SMALL) / "transformer"
-    names = {to_diffusers(name): tensor for name, tensor in state.items()}
+    names = {in_layout(name, "diffusers"): tensor for name, tensor in state.items()}
     save_file(edited(names, r"to_out\.0\.bias"), folder / "diffusion_pytorch_model.safetensors")
     lost = r"6 tensors missing \(blocks.\{0-2\}.attn1.to_out.0.bias, blocks.\{0-2\}.attn2.to_out.0.bias\)"
     with pytest.raises(UserError, match=lost):

@@ -56,11 +56,9 @@ class Codec(Protocol):
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """(H, W) of the latents of a height x width video."""
-        ...
 
     def pixel_frames(self, latent_frames: int) -> int:
         """Pixel frames of the first `latent_frames` latent frames of a video."""
-        ...
 
     def start(self) -> DecoderState:
         """The state of a video of which nothing has been decoded."""
@@ -71,14 +69,12 @@ class Codec(Protocol):
 
         All states must stand at the same latent frame. The frames are on the latents' device.
         """
-        ...
 
     def decode_forked(self, latents: Tensor, fork_frames: Sequence[int]) -> Tensor:
         """Frames [P, N, T, 3, height, width] of latents [P, N, C, F, H, W]: N continuations of P plans.
 
         The continuations of plan p agree on latent frames [0, fork_frames[p]).
         """
-        ...
 
 
 class PixelCodec(Codec):
@@ -146,14 +142,8 @@ class WanCodec(Codec):
         assert len(states) == len(latents) and len({state.latents for state in states}) == 1, "states of one batch"
         height, width = latents.shape[3:]
         decoded, total = states[0].latents, states[0].latents + latents.shape[2]
-        shape = (
-            len(states),
-            pixel_frames(total) - pixel_frames(decoded),
-            3,
-            SPACE_STRIDE * height,
-            SPACE_STRIDE * width,
-        )
-        frames = torch.empty(shape, dtype=torch.uint8, device=latents.device)
+        count, size = pixel_frames(total) - pixel_frames(decoded), (SPACE_STRIDE * height, SPACE_STRIDE * width)
+        frames = torch.empty((len(states), count, 3, *size), dtype=torch.uint8, device=latents.device)
         most, group = self.call_size((height, width))
         for first in range(0, len(states), group):
             own = slice(first, first + group)

@@ -50,7 +50,6 @@ class PromptEncoder(Protocol):
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Text rows [n, text_len, text_dim], zero past each prompt's end."""
-        ...
 
     def requires_grad_(self, requires_grad: bool = True) -> Self: ...
 
@@ -61,10 +60,6 @@ class TextEncoder(nn.Module):
     def __init__(self, model: UMT5EncoderModel, tokenizer: PreTrainedTokenizerFast, text_len: int):
         super().__init__()
         self.model, self.tokenizer, self.text_len = model, tokenizer, text_len
-
-    @classmethod
-    def from_config(cls, config: UMT5Config, tokenizer: PreTrainedTokenizerFast, text_len: int) -> TextEncoder:
-        return cls(UMT5EncoderModel(config), tokenizer, text_len)
 
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """ids [n, text_len] int64 and mask [n, text_len] bool; every prompt ends with EOS, also when cut."""
@@ -118,8 +113,8 @@ def load_text_encoder(path: Path, dtype: torch.dtype, device: torch.device, text
         config = _config_of(state, files[0])
     else:
         settings = read_json(files[0].with_name("config.json"))
-        if settings.get("model_type") != UMT5Config.model_type:
-            found = settings.get("model_type")
+        found = settings.get("model_type")
+        if found != UMT5Config.model_type:
             raise UserError(f"{files[0].parent / 'config.json'}: found model_type {found!r}; accepted: umt5")
         config = UMT5Config.from_dict(settings)
     # one tensor under two names, of which a file may hold either
@@ -302,9 +297,7 @@ def load_cached_text_encoder(
 
     It encodes on `device`. offload: its weights wait on the host until there is a new prompt.
     """
-    home = torch.device("cpu") if offload else device
-    visits = device if offload else None
-    source = source_of(path, dtype)
+    home, visits = (torch.device("cpu"), device) if offload else (device, None)
     return CachedTextEncoder(
-        lambda: load_text_encoder(path, dtype, home, text_len), source, cache, text_len, visits=visits
+        lambda: load_text_encoder(path, dtype, home, text_len), source_of(path, dtype), cache, text_len, visits=visits
     )

@@ -21,7 +21,10 @@ DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def load_codec(path: Path, dtype: torch.dtype, device: torch.device, decoder: Path | None = None) -> WanCodec:
-    """The decoder of the VAE at `path`, or the tiny one in the file `decoder`; see `load_vae`, `load_tiny_decoder`."""
+    """The decoder of the VAE at `path`; or the tiny one in the file `decoder`, and `path` is not read.
+
+    See `load_vae` and `load_tiny_decoder`.
+    """
     if decoder is not None:
         return load_tiny_decoder(decoder, dtype, device)
     return WanDecoder(load_vae(path, dtype, device))
@@ -37,7 +40,10 @@ def load_vae(path: Path, dtype: torch.dtype, device: torch.device) -> Autoencode
     state = read_tensors([file])[1]
     if "decoder.conv1.weight" in state:
         state = convert_wan_vae_to_diffusers(state)
-    settings = _settings(config) if config is not None else _widths(state, file)
+    settings = _widths(state, file) if config is None else read_json(config)
+    kind = settings.get("_class_name")
+    if config is not None and kind != AutoencoderKLWan.__name__:
+        raise UserError(f"{config}: found _class_name {kind!r}; accepted: {AutoencoderKLWan.__name__}")
     with torch.device("meta"):
         vae = AutoencoderKLWan.from_config(settings)
     assign_weights(vae, state, file, dtype, device)
@@ -53,14 +59,6 @@ def find_vae(path: Path) -> tuple[Path, Path | None]:
         accepted = f"config.json with {DIFFUSERS_FILE}, here or in vae/, or {ORIGINAL_FILE}"
         raise UserError(f"{path}: found no VAE in this folder; accepted: {accepted}")
     return path / ORIGINAL_FILE if path.is_dir() else path, None
-
-
-def _settings(config: Path) -> dict[str, Any]:
-    settings = read_json(config)
-    name = settings.get("_class_name")
-    if name != AutoencoderKLWan.__name__:
-        raise UserError(f"{config}: found _class_name {name!r}; accepted: {AutoencoderKLWan.__name__}")
-    return settings
 
 
 def _widths(state: dict[str, Tensor], source: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from tempact.files import file_hash, sync
 from tempact.models.wan.checkpoints.files import MANIFEST, SAFETENSORS, WEIGHTS, listed, read_json, read_manifest
 from tempact.models.wan.checkpoints.load import Checkpoint, open_checkpoint
 from tempact.models.wan.checkpoints.lora import Adapter, is_adapter, open_adapter, write_adapter
-from tempact.models.wan.checkpoints.names import DIFFUSERS, LAYOUTS, config_json, read_config, to_diffusers
+from tempact.models.wan.checkpoints.names import LAYOUTS, config_json, in_layout, read_config
 from tempact.models.wan.transformer import WanConfig
 
 STORED = "stored"
@@ -65,9 +65,8 @@ def convert(
             raise UserError(f"{source}: found an adapter, and an entry or adapters to merge; accepted: it alone")
         adapter = open_adapter(source, config or WanConfig())
         manifest |= {"rank": adapter.config.r, "sources": _hashes(adapter.files)}
-        with _new_folder(folder.absolute()) as partial:
+        with _new_folder(folder.absolute(), manifest) as partial:
             write_adapter(adapter, partial, layout, DTYPES[dtype])
-            _write_manifest(partial, manifest)
         return manifest
     checkpoint = open_checkpoint(source, config=config, entry=entry)
     if checkpoint.entry != entry != "":
@@ -78,16 +77,16 @@ def convert(
     manifest["sources"] = _hashes(checkpoint.files)
     _compare(checkpoint.files, read_manifest(checkpoint.files).get("files", {}), manifest["sources"])
     manifest["adapters"] = [_hashes(adapter.files) for adapter in opened]
-    with _new_folder(folder.absolute()) as partial:
+    with _new_folder(folder.absolute(), manifest) as partial:
         _save_weights(checkpoint, opened, partial, layout, DTYPES[dtype])
-        _write_manifest(partial, manifest)
     return manifest
 
 
 @contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
+def _new_folder(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
     """The place where the content of `folder` is to be written: it becomes `folder` whole or not at all.
 
+    The manifest, to which the hashes of all files are added, is written last.
     UserError for a folder that holds something already, and for a place that cannot be written or is full.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -96,6 +95,8 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        manifest["files"] = _hashes(sorted(partial.iterdir()))
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         for file in (*partial.iterdir(), partial):
             sync(file)
         partial.replace(folder)
@@ -110,8 +111,7 @@ def _save_weights(
 ) -> None:
     tensors: dict[str, Tensor] = {}
     for name, tensor in checkpoint.merged(adapters, torch.device("cpu")):
-        own = to_diffusers(name) if layout == DIFFUSERS else name
-        tensors[own] = tensor.to(dtype or tensor.dtype).contiguous()
+        tensors[in_layout(name, layout)] = tensor.to(dtype or tensor.dtype).contiguous()
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise UserError(f"{checkpoint.source}: found values that are not finite in {listed(broken)}; accepted: numbers")
@@ -121,11 +121,6 @@ def _save_weights(
 
 def _hashes(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
     return {file.name: {"bytes": file.stat().st_size, "sha256": file_hash(file)} for file in files}
-
-
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    manifest["files"] = _hashes(sorted(folder.iterdir()))
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 def verify(folder: Path) -> dict[str, Any]:

@@ -23,23 +23,9 @@ import torch
 from torch import Tensor
 
 from tempact.errors import UserError
-from tempact.models.wan.checkpoints.files import (
-    PICKLES,
-    find_weights,
-    listed,
-    read_manifest,
-    read_tensors,
-    require_fit,
-)
+from tempact.models.wan.checkpoints.files import PICKLES, find_weights, listed, read_manifest, read_tensors, require_fit
 from tempact.models.wan.checkpoints.lora import Adapter, open_adapter
-from tempact.models.wan.checkpoints.names import (
-    DIFFUSERS,
-    expected_tensors,
-    layout_of,
-    read_config,
-    to_diffusers,
-    unwrapped,
-)
+from tempact.models.wan.checkpoints.names import expected_tensors, in_layout, layout_of, read_config, unwrapped
 from tempact.models.wan.transformer import WanConfig, WanTransformer
 
 log = logging.getLogger(__name__)
@@ -165,7 +151,7 @@ def open_checkpoint(path: Path, *, config: WanConfig | None = None, entry: str =
     state = unwrapped(state, path)
     layout = layout_of(state)
     expected = expected_tensors(config)
-    own_names = {name: to_diffusers(name) if layout == DIFFUSERS else name for name in expected}
+    own_names = {name: in_layout(name, layout) for name in expected}
     _compare({own_names[name]: tensor for name, tensor in expected.items()}, state, config, path)
     tensors = {name: state[own] for name, own in own_names.items()}
     return Checkpoint(path, tuple(files), taken or origin, layout, config, tensors)

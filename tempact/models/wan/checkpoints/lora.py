@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tempact.errors import UserError
 from tempact.models.wan.checkpoints.files import PICKLES, listed, read_file, read_json, read_tensors, require_fit
-from tempact.models.wan.checkpoints.names import DIFFUSERS, layout_of, plain_names, to_diffusers, to_wan, unwrapped
+from tempact.models.wan.checkpoints.names import DIFFUSERS, in_layout, layout_of, plain_names, to_wan, unwrapped
 from tempact.models.wan.transformer import WanConfig, WanTransformer
 
 log = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ def write_adapter(adapter: Adapter, folder: Path, layout: str, dtype: torch.dtyp
     """
     tensors: dict[str, Tensor] = {}
     for module, factor in adapter.factors.items():
-        own = f"{DIFFUSERS_PREFIX}{to_diffusers(module)}" if layout == DIFFUSERS else f"{PEFT_PREFIX}{module}"
+        own = (DIFFUSERS_PREFIX if layout == DIFFUSERS else PEFT_PREFIX) + in_layout(module, layout)
         scaled = layout == DIFFUSERS and factor.scale != 1.0
         up = (factor.up.double() * factor.scale).to(factor.up.dtype) if scaled else factor.up
         for ending, matrix in ((DOWN, factor.down), (UP, up)):

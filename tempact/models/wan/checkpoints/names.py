@@ -69,13 +69,13 @@ WRITTEN: dict[str, dict[str, Any]] = {  # what else a config.json says
 }  # fmt: skip
 
 
-def to_diffusers(name: str) -> str:
-    """diffusers' name of a tensor or module that has a Wan name; other names stay."""
-    return _renamed(name, OUTSIDE, INSIDE)
+def in_layout(name: str, layout: str) -> str:
+    """The name in a layout of a tensor or module that has a Wan name; other names stay."""
+    return _renamed(name, OUTSIDE, INSIDE) if layout == DIFFUSERS else name
 
 
 def to_wan(name: str) -> str:
-    """The reverse of `to_diffusers`."""
+    """The Wan name of a tensor or module that has diffusers' name; other names stay."""
     return _renamed(name, {b: a for a, b in OUTSIDE.items()}, {b: a for a, b in INSIDE.items()})
 
 
