@@ -196,7 +196,9 @@ def wan_parts(config: RunConfig, device: torch.device) -> ExecutorParts:
         raise UserError(f"executor.wan_folder: {folder} is not a folder; accepted: Wan2.1-T2V-1.3B or its -Diffusers")
     adapters = [Path(adapter) for adapter in settings.adapters]
     weights = Path(settings.weights)
-    transformer = load_transformer(weights, device=device, precision=settings.precision, adapters=adapters)
+    transformer = load_transformer(
+        weights, device=device, precision=settings.precision, adapters=adapters, entry=settings.entry
+    )
     dtype = transformer.patch_embedding.weight.dtype
     codec = load_codec(folder, dtype, device)
     sizes = transformer.config

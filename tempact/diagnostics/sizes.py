@@ -20,7 +20,7 @@ from tempact.diagnostics.trace import FAKE, fake, on_meta, traced
 from tempact.errors import UserError
 from tempact.models.wan.checkpoints.files import PICKLES, find_weights
 from tempact.models.wan.checkpoints.names import read_config
-from tempact.models.wan.codec import DecoderState, call_size, pixel_frames
+from tempact.models.wan.codec import DecoderState, pixel_frames
 from tempact.models.wan.transformer import WanConfig
 from tempact.shapeworld.story import SIZE
 from tempact.worlds import SHAPEWORLD, WEIGHTS, is_random, require_wan_packages
@@ -167,7 +167,7 @@ class Decoder:
         with traced(kernels=on_gpu) as trace, torch.no_grad():
             fake(vae)
             decoder = WanDecoder(vae, options)
-            self.latents, self.videos = call_size(decoder, sizes.latent)
+            self.latents, self.videos = decoder.call_size(sizes.latent)
 
             def latents(count: int) -> torch.Tensor:
                 return torch.empty(1, vae.config.z_dim, count, *sizes.latent, device=FAKE)
