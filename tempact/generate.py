@@ -47,7 +47,8 @@ def _generate(arguments: argparse.Namespace, options: list[str]) -> int:
     from tempact.types import Prompt
 
     setup_logging()
-    lengths = config.executor.frames, config.executor.chunk_frames
+    executor = config.executor
+    lengths = executor.frames, executor.chunk_frames, executor.switch_rounding
     if arguments.prompts:
         requests = read_requests(arguments.prompts, *lengths)
     else:

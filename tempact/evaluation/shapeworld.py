@@ -22,8 +22,7 @@ from tempact.planner.planner import Planner
 from tempact.seeds import derive_seed
 from tempact.shapeworld.grammar import parse_instruction
 from tempact.shapeworld.matcher import ShapeWorldJudge
-from tempact.shapeworld.verifier.quality import duplicates, picture_quality
-from tempact.shapeworld.verifier.verify import verify
+from tempact.shapeworld.verifier import duplicates, picture_quality, verify
 from tempact.shapeworld.world import held_out_prompts
 from tempact.types import Plan, Prompt, Step
 

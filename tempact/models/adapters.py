@@ -7,13 +7,31 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from tempact.errors import UserError
 from tempact.models.wan.checkpoints.files import read_json, read_tensors, require_fit
 
 TRAINED, REFERENCE = "default", "ref"
+
+
+def adapted(model: nn.Module, lora: LoraConfig, policy: str, adapter: Path | None = None) -> PeftModel:
+    """`model`, frozen, with a trained adapter and its frozen copy, the reference.
+
+    The adapter starts from the PEFT folder `adapter`, or fresh from torch's global generator. Raises UserError, which
+    names the key `policy`.lora.targets, for targets that the model lacks, and as `load_adapter` does.
+    """
+    try:
+        peft = get_peft_model(model.requires_grad_(False), lora)
+    except ValueError as error:
+        found = f"{policy}.lora.targets: found {sorted(lora.target_modules or ())}"
+        raise UserError(f"{found}; accepted: module names of the {policy}") from error
+    if adapter is not None:
+        load_adapter(peft, adapter)
+    freeze_reference(peft, lora)
+    return peft
 
 
 def freeze_reference(model: PeftModel, config: LoraConfig) -> None:

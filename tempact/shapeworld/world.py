@@ -15,8 +15,7 @@ from torch import Tensor
 from tempact.rewards.base import RewardSet
 from tempact.shapeworld.grammar import parse_instruction, read_step, sample_story, write_instruction
 from tempact.shapeworld.story import CHUNK, Event, Story, apply_event, states
-from tempact.shapeworld.verifier.quality import picture_quality
-from tempact.shapeworld.verifier.verify import verify, verify_steps
+from tempact.shapeworld.verifier import picture_quality, verify, verify_steps
 from tempact.types import Plan, PlanBatch, Prompt, Rollout
 
 HARD_SHARE = 0.5  # of training prompts

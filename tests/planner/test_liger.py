@@ -15,7 +15,7 @@ from tempact.planner.language_model import chosen_log_probs
 from tempact.rl.gspo import gspo_loss
 from tempact.types import Batch, Prompt
 
-pytest.importorskip("liger_kernel", reason="needs liger-kernel, which only Linux has: pip install liger-kernel")
+pytest.importorskip("liger_kernel", reason="needs liger-kernel: pip install -e '.[liger]'")
 WIDTH, VOCABULARY = 24, 300
 CLIP = {"clip_low": 3e-4, "clip_high": 4e-4}
 PROMPTS = [Prompt("a", "A red circle jumps."), Prompt("b", "The square grows, and then the red circle turns blue.")]
@@ -150,7 +150,7 @@ def test_choices(monkeypatch):
         liger.choose("all", adapted, gpu)
     monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: None)
     assert liger.choose("auto", head, gpu) == "off"
-    with pytest.raises(UserError, match="found 'model' without liger-kernel; accepted here: auto, off"):
+    with pytest.raises(UserError, match="found 'model' without liger-kernel; accepted here: auto, off, or any after"):
         liger.choose("model", head, gpu)
 
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from shapeworld_films import reference_cues, shape_indices, tell
 
 from tempact.shapeworld.grammar import parse_instruction, reference_plan
-from tempact.shapeworld.pretraining.clips import Cue, reference_cues, shape_indices, tell
+from tempact.shapeworld.pretraining.clips import Cue
 from tempact.shapeworld.renderer import draw
 from tempact.shapeworld.story import CHUNK, FRAMES
 from tempact.shapeworld.world import PlanVerdict, judge_plan, shapeworld_rewards
