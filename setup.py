@@ -34,7 +34,6 @@ setup(
         "torch>=2.11",
         "transformers>=5.0",
         "triton>=3.5; platform_system == 'Linux'",
-        "tyro>=1.0",
     ],
     extras_require={
         "test": ["diffusers>=0.36", "ftfy>=6.2", "hypothesis>=6.100", "mypy>=2.0", "openai>=2.0", "pyarrow>=17",
