@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import inf
 from operator import attrgetter
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
@@ -70,7 +71,7 @@ def key(default: T, sets: str, about: str, *rules: Rule) -> T:
 
 
 def at_least(low: int, accepted: str = "") -> Rule:
-    return Rule(accepted or f"at least {low}", lambda value: value >= low)
+    return Rule(accepted or f"at least {low}", lambda value: low <= value < inf)
 
 
 def choice(*names: str) -> Rule:
@@ -78,7 +79,7 @@ def choice(*names: str) -> Rule:
 
 
 COUNT, NOT_NEGATIVE, OR_ALL = at_least(1), at_least(0), at_least(0, "0 (all), or at least 1")
-POSITIVE = Rule("above 0", lambda value: value > 0)
+POSITIVE = Rule("above 0", lambda value: 0 < value < inf)
 SHARE = Rule("above 0, at most 1", lambda value: 0 < value <= 1)
 DECAY = Rule("0 to 1", lambda value: 0 <= value <= 1)
 SEED = Rule(f"0 to {LARGEST_SEED}", lambda value: 0 <= value <= LARGEST_SEED)
