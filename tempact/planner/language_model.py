@@ -62,14 +62,7 @@ def check_head(model: PreTrainedModel) -> None:
         )
 
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the frozen weights; adapters are always fp32
-
-
-def dtype_of(precision: str) -> torch.dtype:
-    """Of the frozen weights; UserError for a name that is none."""
-    if precision not in PRECISIONS:
-        raise UserError(f"planner.precision: found {precision!r}; accepted: {', '.join(PRECISIONS)}")
-    return PRECISIONS[precision]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the frozen weights; adapters are always fp32
 
 
 def load_chat_model(
@@ -78,15 +71,14 @@ def load_chat_model(
     """A causal language model on `device`, with PyTorch's fused attention, and its tokenizer.
 
     Reads nothing but the folder: names on the hub are turned into folders before (`tempact.worlds`).
-    Raises UserError for an unknown precision and for a folder that holds no readable causal LM.
+    Raises UserError for a folder that holds no readable causal LM.
     """
-    dtype = dtype_of(precision)
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder}: no config.json there; accepted: a Hugging Face folder with a causal LM")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+            folder, dtype=DTYPES[precision], attn_implementation="sdpa", local_files_only=True
         )
     except Exception as error:  # a damaged folder raises whatever its reader does
         lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -33,8 +33,6 @@ from tempact.types import Batch, PlanBatch, PlanTokens, Prompt
 
 log = logging.getLogger(__name__)
 
-LOSS_TOKENS = ("all", "json")
-
 
 class Planner:
     """A chat model + LoRA ("default" trainable, "ref" frozen) that answers instructions with plans."""
@@ -51,10 +49,11 @@ class Planner:
         """Plans of `frames` latent frames in chunks of `chunk`.
 
         `adapter` is a PEFT folder to start from; without it a fresh adapter, which changes nothing yet, is
-        drawn from torch's global generator. The start is also the reference. Raises UserError for sampling
-        settings that do not fit, a tokenizer without chat template or an adapter that does not fit.
+        drawn from torch's global generator. The start is also the reference. Raises UserError for a tokenizer without
+        chat template and for an adapter that does not fit.
         """
-        _check(config, tokenizer)
+        if not tokenizer.chat_template:
+            raise UserError("planner.weights: the tokenizer has no chat template; accepted: a chat model")
         self.config, self.tokenizer, self.frames, self.chunk = config, tokenizer, frames, chunk
         lora = PeftLoraConfig(
             r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=list(config.lora.targets),
@@ -339,23 +338,3 @@ def _generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conf
     )  # fmt: skip
     model.generation_config = own  # generate() fills what it finds unset from there
     return own
-
-
-def _check(config: PlannerConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    full = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    for key, value in full.items():
-        found = getattr(config, key)
-        if config.train and found != value:
-            raise UserError(
-                f"planner.{key}: found {found}; accepted: {value} where the planner is trained, because log-probs are"
-                " those of the full distribution"
-            )
-    ranges = {"temperature": config.temperature > 0, "top_p": 0 < config.top_p <= 1, "top_k": config.top_k >= 0}
-    accepted = {"temperature": "above 0", "top_p": "above 0, at most 1", "top_k": "0 (off) or more"}
-    for key, good in ranges.items():
-        if not good:
-            raise UserError(f"planner.{key}: found {getattr(config, key)}; accepted: {accepted[key]}")
-    if config.loss_tokens not in LOSS_TOKENS:
-        raise UserError(f"planner.loss_tokens: found {config.loss_tokens!r}; accepted: {', '.join(LOSS_TOKENS)}")
-    if not tokenizer.chat_template:
-        raise UserError("planner.weights: the tokenizer has no chat template; accepted: a chat model")
