@@ -39,6 +39,7 @@ ACCEPTED = {bool: "true or false", int: "a whole number", float: "a finite numbe
 class RunOptions:
     """Options of a command line beside the configuration."""
 
+    config: str = key("", RUN, "YAML file with any of the keys below")
     resume: str = key("auto", RUN, "auto (newest checkpoint of the output folder), none, or a checkpoint or run folder")
     dry_run: bool = key(False, RUN, "print the whole configuration, its needs and what is missing, and stop")
     gpu_gib: float = key(
@@ -96,23 +97,26 @@ def parse_run(argv: Sequence[str] | None, program: str) -> tuple[RunConfig, RunO
     if "-h" in arguments or "--help" in arguments:
         sys.stdout.write(help_text(config, program))
         sys.exit(0)
-    given = _options(arguments)
-    file = given.pop("config", None)
-    if file is not None:
-        config = from_yaml(Path(_read_option("config", str, file)), config if preset else None)
     keys, others = keys_of(RunConfig), keys_of(RunOptions)
-    for name, words in given.items():
+    for name, words in sorted(_options(arguments).items(), key=lambda option: option[0] not in others):  # these first
         positive = name.replace(".no_", ".") if "." in name else name.removeprefix("no_")
         if name != positive and positive in keys and keys[positive].kind is bool and not words:
             name, words = positive, ["false"]
         if name == "preset":
             raise UserError(f"--preset: no such option; accepted: {program} {words[0] if words else 'PRESET'} ...")
-        if name in others:
-            options = _assign(options, name, _read_option(name, others[name].kind, words))
-        elif name in keys:
-            config = _assign(config, name, _read_option(name, keys[name].kind, words))
+        if name not in keys and name not in others:
+            raise UserError(f"--{name}: unknown option; nearest: --{nearest(name, [*keys, *others])}")
+        kind = (keys | others)[name].kind
+        words = words or (["true"] if kind is bool else [])
+        # a file may give an empty list, but an option without a word is a mistake
+        raw = words[0] if len(words) == 1 and get_origin(kind) is not tuple else words or None
+        found = repr(" ".join(words)) if words else "nothing after it"
+        if name in keys:
+            config = _put(config, name, raw, found, "--")
         else:
-            raise UserError(f"--{name}: unknown option; nearest: --{nearest(name, [*keys, *others, 'config'])}")
+            options = _put(options, name, raw, found, "--")
+        if name == "config":
+            config = from_yaml(Path(options.config), config if preset else None)
     check_keys(options, "--")
     validate(config)
     return config, options
@@ -121,29 +125,16 @@ def parse_run(argv: Sequence[str] | None, program: str) -> tuple[RunConfig, RunO
 def _options(arguments: list[str]) -> dict[str, list[str]]:
     """The words after each option, by its dotted key; the last mention of an option counts."""
     given: dict[str, list[str]] = {}
-    key = None
     for argument in arguments:
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
-            key = name.replace("-", "_")
-            given[key] = [value] if equals else []
-        elif key is None:
+            given.pop(name := name.replace("-", "_"), None)
+            given[name] = [value] if equals else []
+        elif not given:
             raise UserError(f"{argument}: found before any option; accepted: [PRESET] --section.field value ...")
         else:
-            given[key].append(argument)
+            next(reversed(given.values())).append(argument)
     return given
-
-
-def _read_option(key: str, kind: Any, words: list[str]) -> Any:
-    if kind is bool and not words:
-        return True
-    # a file may give an empty list, but an option without a word is a mistake
-    raw: object = words[0] if len(words) == 1 and get_origin(kind) is not tuple else words or None
-    try:
-        return _read(kind, raw)
-    except ValueError as error:
-        found = repr(" ".join(words))[:SHOWN_CHARACTERS] if words else "nothing after it"
-        raise UserError(f"--{key}: found {found}; accepted: {error}") from error
 
 
 def help_text(config: RunConfig, program: str) -> str:
@@ -157,14 +148,14 @@ def help_text(config: RunConfig, program: str) -> str:
     for name, make in PRESETS.items():
         tell(name, str(make.__doc__).partition("\n\n")[0])
     lines += ["", "options; defaults are those of the preset:"]
-    tell("--config FILE", "YAML file with any of the keys below")
     values, sections, section = flatten(RunOptions()) | flatten(config), sections_of(RunConfig), ""
     for name, own in (keys_of(RunOptions) | keys_of(RunConfig)).items():
         if name.rpartition(".")[0] != section:
             section = name.rpartition(".")[0]
             lines += ["", f"{section}: {sections[section].__doc__}"]
         if name != "preset":
-            tell(f"--{name} {kind_word(own.kind)} (default: {word(values[name])})", own.told)
+            accepted = (f"accepted: {rule.accepted}" for rule in own.rules)
+            tell(f"--{name} {kind_word(own.kind)} (default: {word(values[name])})", "; ".join((own.about, *accepted)))
     return "\n".join(lines) + "\n"
 
 
@@ -179,9 +170,18 @@ def word(value: object) -> str:
     return repr(shown) if shown != shown.strip() else shown or "nothing"
 
 
-def _assign(config: Any, name: str, value: object) -> Any:
-    head, _, rest = name.partition(".")
-    return dataclasses.replace(config, **{head: _assign(getattr(config, head), rest, value) if rest else value})
+def _put(config: Any, name: str, raw: object, found: str, before: str) -> Any:
+    """`config` with one more value, read from `raw`; `found`, and `before` ahead of the key, are for the UserError."""
+
+    def put(section: Any, name: str) -> Any:
+        head, _, rest = name.partition(".")
+        return dataclasses.replace(section, **{head: put(getattr(section, head), rest) if rest else value})
+
+    try:
+        value = _read(keys_of(type(config))[name].kind, raw)
+    except ValueError as error:
+        raise UserError(f"{before}{name}: found {found[:SHOWN_CHARACTERS]}; accepted: {error}") from error
+    return put(config, name)
 
 
 def _read(kind: Any, raw: object) -> Any:
@@ -261,10 +261,7 @@ def from_yaml(path: Path, base: RunConfig | None = None) -> RunConfig:
         if name not in keys:
             fault = f"found {raw!r}; accepted: a mapping" if name in sections else None
             raise UserError(f"{path}: {name}: {fault or f'unknown key; nearest: {nearest(name, keys)}'}")
-        try:
-            config = _assign(config, name, _read(keys[name].kind, raw))
-        except ValueError as error:
-            raise UserError(f"{path}: {name}: found {repr(raw)[:SHOWN_CHARACTERS]}; accepted: {error}") from error
+        config = _put(config, name, raw, repr(raw), f"{path}: ")
     return config
 
 

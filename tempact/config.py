@@ -23,7 +23,6 @@ LARGEST_SEED = 2**62  # generators take 64 bits, and the seeds of further videos
 TRAIN_TIMESTEPS = 1000  # of the noise schedule that Wan's models were trained with
 ROPE_POSITIONS = 1024  # temporal positions of Wan's models; a reference implementation's table ends there
 TOKEN_PIXELS = 16  # of a token's side: 8 by the VAE, 2 by the transformer's patches
-PLANNER_PRECISIONS = ("fp32", "bf16")
 EXECUTOR_PRECISIONS = ("fp32", "bf16", "bf16-fp32-gates")  # docs/backbones.md section 1
 ENTRIES = ("generator_ema", "generator", "model", "state_dict")  # models of a published .pt file
 
@@ -53,11 +52,6 @@ class Key:
     sets: str
     about: str
     rules: tuple[Rule, ...]
-
-    @property
-    def told(self) -> str:
-        """Description and accepted values."""
-        return "; ".join([self.about, *(f"accepted: {rule.accepted}" for rule in self.rules)])
 
 
 def described(sets: str, about: str, *rules: Rule) -> dict[str, Any]:
@@ -180,7 +174,7 @@ class PlannerConfig:
     lora: LoraConfig
     optim: OptimConfig
     adapter: str = key("", VIDEO, "PEFT folder to start from, and the frozen reference; nothing: a fresh adapter")
-    precision: str = key("fp32", VIDEO, "precision of the frozen weights", choice(*PLANNER_PRECISIONS))
+    precision: str = key("fp32", VIDEO, "precision of the frozen weights", choice("fp32", "bf16"))
     thinking: bool = key(True, VIDEO, "the model thinks before it answers, where its chat template can switch that")
     train: bool = key(True, TRAINING, "the planner is trained")
     plans_per_prompt: int = key(4, TRAINING, "plans sampled for a prompt, M: a planning group", GROUP)
