@@ -44,7 +44,6 @@ setup(
         "tokenizers>=0.22",
         "torch>=2.11",
         "transformers>=5.0",
-        "tyro>=1.0",
     ],
     extras_require={
         "test": ["diffusers>=0.36", "ftfy>=6.2", "hypothesis>=6.100", "mypy>=2.0", "openai>=2.0", "pyarrow>=17",

@@ -164,8 +164,6 @@ def dry_run(config: RunConfig, gpu_gib: float) -> list[str]:
 
     UserError for settings that cannot work and files that are not what they should be.
     """
-    if gpu_gib < 0:
-        raise UserError(f"--gpu_gib: found {gpu_gib}; accepted: GiB of the GPU to plan for, 0 for the one at hand")
     budgets = budgets_of(config, gpu_gib)
     run = run_of(config, on_gpu=budgets[0].on_gpu)
     return [*_models(run), *_work(run), *_memory(run, budgets), *_missing(run)]

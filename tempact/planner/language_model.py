@@ -19,14 +19,7 @@ from tempact.errors import UserError
 from tempact.planner.plans import THINK_END, THINK_START
 
 LOGITS_AT_ONCE = 2**27  # fp32 numbers, 0.5 GiB
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the frozen weights; adapters are always fp32
-
-
-def dtype_of(precision: str) -> torch.dtype:
-    """Dtype of the frozen weights for `planner.precision`. Raises UserError for an unknown precision."""
-    if precision not in PRECISIONS:
-        raise UserError(f"planner.precision: found {precision!r}; accepted: {', '.join(PRECISIONS)}")
-    return PRECISIONS[precision]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the frozen weights; adapters are always fp32
 
 
 def load_chat_model(
@@ -34,16 +27,15 @@ def load_chat_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model on `device`, with PyTorch's fused attention, and its tokenizer.
 
-    Reads local files only; `tempact.worlds` resolves names on the hub to folders. Raises UserError for an unknown
-    precision and for a folder without a readable causal language model.
+    Reads local files only; `tempact.worlds` resolves names on the hub to folders. Raises UserError for a folder without
+    a readable causal language model.
     """
-    dtype = dtype_of(precision)
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder}: no config.json there; accepted: a Hugging Face folder with a causal LM")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+            folder, dtype=DTYPES[precision], attn_implementation="sdpa", local_files_only=True
         )
     except Exception as error:  # a damaged folder raises whatever its reader does
         lines = str(error).strip().splitlines() or [type(error).__name__]

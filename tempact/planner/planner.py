@@ -32,8 +32,6 @@ from tempact.types import Batch, PlanBatch, PlanTokens, Prompt
 
 log = logging.getLogger(__name__)
 
-LOSS_TOKENS = ("all", "json")
-
 
 class Planner:
     """A chat model with LoRA ("default" trainable, "ref" frozen) that answers instructions with plans."""
@@ -53,9 +51,10 @@ class Planner:
             adapter: PEFT folder of the start, also the reference. None: a fresh adapter without effect, drawn from
                 torch's global generator.
 
-        Raises UserError for bad sampling settings, a tokenizer without chat template and an adapter that does not fit.
+        Raises UserError for a tokenizer without chat template and an adapter that does not fit.
         """
-        _check(config, tokenizer)
+        if not tokenizer.chat_template:
+            raise UserError("planner.weights: the tokenizer has no chat template; accepted: a chat model")
         self.config, self.tokenizer, self.frames, self.chunk = config, tokenizer, frames, chunk
         lora = PeftLoraConfig(
             r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=list(config.lora.targets),
@@ -326,23 +325,3 @@ def _generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conf
     )  # fmt: skip
     model.generation_config = own  # generate() fills what it finds unset from there
     return own
-
-
-def _check(config: PlannerConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    full = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    for key, value in full.items():
-        found = getattr(config, key)
-        if config.train and found != value:
-            raise UserError(
-                f"planner.{key}: found {found}; accepted: {value} where the planner is trained, because log-probs are"
-                " those of the full distribution"
-            )
-    ranges = {"temperature": config.temperature > 0, "top_p": 0 < config.top_p <= 1, "top_k": config.top_k >= 0}
-    accepted = {"temperature": "above 0", "top_p": "above 0, at most 1", "top_k": "0 (off) or more"}
-    for key, good in ranges.items():
-        if not good:
-            raise UserError(f"planner.{key}: found {getattr(config, key)}; accepted: {accepted[key]}")
-    if config.loss_tokens not in LOSS_TOKENS:
-        raise UserError(f"planner.loss_tokens: found {config.loss_tokens!r}; accepted: {', '.join(LOSS_TOKENS)}")
-    if not tokenizer.chat_template:
-        raise UserError("planner.weights: the tokenizer has no chat template; accepted: a chat model")

@@ -12,7 +12,7 @@ run that trains can be read; the remains of a killed save are cleared by the pro
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import io
 import json
 import logging
@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 import torch
 from safetensors import SafetensorError
 
-from tempact.config import RunConfig
+from tempact.config import RESUME_MAY_CHANGE, RunConfig, flatten, keys_of
 from tempact.errors import UserError
 from tempact.files import disk_full, file_hash, sync
 from tempact.seeds import capture_rng
@@ -34,12 +34,6 @@ log = logging.getLogger(__name__)
 
 FOLDER, COMPLETE = "checkpoints", "COMPLETE"
 SAVING, REPLACED = ".saving", ".replaced"  # suffixes of folders that a killed save may leave
-# keys that a resumed run may change: they do not touch what an iteration computes
-FREE_KEYS = (
-    "preset", "output", "device", "wandb_project", "threads", "trainer.iterations", "trainer.checkpoint_every",
-    "trainer.keep_checkpoints", "trainer.samples_every", "executor.max_rollout_gap", "evaluation.",
-    "judges.deadline_s", "judges.attempt_s", "judges.attempts", "judges.outage_s", "judges.cache",
-)  # fmt: skip
 
 
 class CorruptCheckpoint(UserError):
@@ -182,30 +176,18 @@ def resolve_resume(value: str, run_folder: Path) -> Checkpoint | None:
 
 
 def check_config(checkpoint: Checkpoint, config: RunConfig) -> None:
-    """UserError that lists the keys in which `config` differs from the checkpoint's, but for FREE_KEYS."""
-    now, then = flatten(config), checkpoint.config
+    """UserError that lists the keys in which `config` differs from the checkpoint's and a resumed run may not."""
+    now, then = json.loads(json.dumps(flatten(config))), checkpoint.config
+    free = {name for name, key in keys_of(RunConfig).items() if key.sets in RESUME_MAY_CHANGE}
     changed = [
         f"{key} ({json.dumps(then.get(key))} -> {json.dumps(now.get(key))})"
         for key in sorted(now.keys() | then.keys())
-        if not key.startswith(FREE_KEYS) and (key in now, now.get(key)) != (key in then, then.get(key))
+        if key not in free and (key in now, now.get(key)) != (key in then, then.get(key))
     ]
     if changed:
         raise UserError(
             f"{checkpoint.path}: saved with another configuration: {', '.join(changed)}; accepted: the same values"
         )
-
-
-def flatten(config: RunConfig) -> dict[str, object]:
-    """Dotted keys to JSON values."""
-
-    def walk(prefix: str, value: object) -> dict[str, object]:
-        if not isinstance(value, dict):
-            return {prefix: value}
-        return {
-            k: v for key, inner in value.items() for k, v in walk(f"{prefix}.{key}" if prefix else key, inner).items()
-        }
-
-    return walk("", json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 def defect(path: Path) -> str | None:

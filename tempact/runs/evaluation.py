@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tempact.cli import to_yaml
-from tempact.config import RunConfig
+from tempact.config import VIDEO, RunConfig, flatten, keys_of
 from tempact.evaluation.harness import CellStore, Maker, Suite, evaluate_suite
 from tempact.evaluation.judges import VideoJudge, load_pickscore, served_judges
 from tempact.evaluation.methods import METHODS
@@ -90,19 +90,15 @@ def _benchmark(
     return written
 
 
-# of the executor's settings: videos are the same up to rounding, so a killed evaluation may go on with others
-HOW_ONLY = ("rollout_videos", "micro_batch", "cuda_graphs", "text_cache")
-
-
 def _policies(config: RunConfig, run: Path | None) -> PolicyPair:
     return load_newest(config, run)[0] if run else build_policies(config)
 
 
 def policy_digest(config: RunConfig) -> str:
-    """Short hash of all settings that videos depend on."""
-    executor = {name: value for name, value in asdict(config.executor).items() if name not in HOW_ONLY}
-    told = json.dumps([asdict(config.planner), executor, config.seed], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:12]
+    """Short hash of the values that videos of given weights depend on, beyond rounding."""
+    keys = keys_of(RunConfig)
+    told = {name: value for name, value in flatten(config).items() if keys[name].sets == VIDEO}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def untrained_folder(config: RunConfig) -> Path:

@@ -79,16 +79,6 @@ def test_refused_in_one_line_without_secrets(changed: dict[str, str], message: s
     assert "sk-secret" not in str(error.value) and "sk-shared" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("limits", "name"),
-    [({"deadline_s": 0}, "deadline_s"), ({"attempts": 0}, "attempts"), ({"outage_s": 10.0}, "outage_s"),
-     ({"deadline_s": float("nan")}, "deadline_s"), ({"backoff_s": -1}, "backoff_s")],
-)  # fmt: skip
-def test_limits(limits: dict[str, float], name: str) -> None:
-    with pytest.raises(UserError, match=f"judges: {name}: found"):
-        JudgeConfig.from_environment(environment=BASE, **limits)
-
-
 def test_nothing_shows_a_key() -> None:
     config = JudgeConfig.from_environment(environment=BASE)
     assert "sk-shared" not in repr(config) and "sk-shared" not in str(config.roles)

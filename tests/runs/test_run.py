@@ -16,6 +16,7 @@ import torch
 from peft import PeftConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_references import undocumented
 
 from tempact import evaluate, generate, report, train
 from tempact.cli import EXIT_STOPPED, EXIT_USER_ERROR, from_yaml
@@ -80,6 +81,10 @@ def test_metrics_have_a_row_for_every_iteration(finished: Path) -> None:
             assert row[f"{who}/ratio_deviation"] == 0.0 and (row[f"{who}/kl"] == 0.0) == (row["step"] == 1)
         timed = sum(value for name, value in row.items() if name.startswith("timing_s/"))
         assert 0 < timed <= row["time_s"] + 0.01
+
+
+def test_every_metric_of_a_run_is_in_the_reference(finished: Path) -> None:
+    assert [undocumented(row) for row in read_metrics(finished)] == [[], []]
 
 
 def test_samples_hold_every_continuation_and_agree_with_the_metrics(finished: Path) -> None:

@@ -67,16 +67,7 @@ class JudgeConfig:
     cache: Path | None = None
 
     def __post_init__(self) -> None:
-        positive = ("deadline_s", "attempt_s", "outage_s", "attempts", "max_tokens")
-        for name in positive:
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"judges: {name}: found {getattr(self, name)}; accepted: above 0")
-        for name in ("backoff_s", "temperature"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"judges: {name}: found {getattr(self, name)}; accepted: at least 0")
-        if self.outage_s <= self.attempt_s:
-            accepted = f"above attempt_s ({self.attempt_s:g}), or one slow reply is an outage"
-            raise UserError(f"judges: outage_s: found {self.outage_s:g}; accepted: {accepted}")
+        assert self.deadline_s > 0 and self.attempts > 0 and 0 < self.attempt_s < self.outage_s  # as `validate` sees to
         for role, endpoints in self.roles.items():
             if not endpoints or len({endpoint.model for endpoint in endpoints}) > 1:
                 raise UserError(f"judges: {role}: accepted: one or more endpoints, all of one model")

@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tempact.config import ENTRIES
+from tempact.config import EXECUTOR_PRECISIONS as PRECISIONS
 from tempact.errors import UserError
 from tempact.models.wan.checkpoints.files import PICKLES, find_weights, listed, read_manifest, read_tensors, require_fit
 from tempact.models.wan.checkpoints.lora import Adapter, open_adapter
@@ -30,9 +32,6 @@ from tempact.models.wan.transformer import WanConfig, WanTransformer
 
 log = logging.getLogger(__name__)
 
-ENTRIES = ("generator_ema", "generator", "model", "state_dict")  # of a .pt file; the first that is there is taken
-# dtypes of a model's parameters (docs/backbones.md section 1): fp32; regime A; regime C
-PRECISIONS = ("fp32", "bf16", "bf16-fp32-gates")
 FP32_MODULES = ("time_embedding", "time_projection", "norm3", "norm_q", "norm_k")
 FP32_TABLE = "modulation"
 
@@ -91,8 +90,6 @@ def load_transformer(
     Raises:
         UserError: in one line, for anything that is not exactly the weights of that transformer.
     """
-    if precision not in PRECISIONS:
-        raise UserError(f"executor.precision: found {precision!r}; accepted: {', '.join(PRECISIONS)}")
     checkpoint = open_checkpoint(path, config=config, entry=entry)
     opened = [open_adapter(adapter, checkpoint.config) for adapter in adapters]
     with torch.device("meta"):
@@ -117,6 +114,7 @@ def dtype_of(name: str, precision: str) -> torch.dtype:
     "fp32" is exact. "bf16" is the published models' own (regime A). "bf16-fp32-gates" keeps the time MLP, the
     modulation tables and the norms' weights in fp32 (regime C, as Wan's own code): gates are not rounded.
     """
+    assert precision in PRECISIONS
     if precision == "fp32":
         return torch.float32
     kept = name.endswith(FP32_TABLE) or any(part in FP32_MODULES for part in name.split("."))
@@ -124,9 +122,7 @@ def dtype_of(name: str, precision: str) -> torch.dtype:
 
 
 def set_precision(model: WanTransformer, precision: str) -> WanTransformer:
-    """Casts a model in place, one that has no checkpoint; ValueError for a name that is none of PRECISIONS."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: found {precision!r}; accepted: {', '.join(PRECISIONS)}")
+    """Casts a model in place, one that has no checkpoint."""
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtype_of(name, precision))
     return model
