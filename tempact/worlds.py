@@ -27,7 +27,7 @@ from tempact.models.wan.text import PromptEncoder
 from tempact.models.wan.transformer import WanTransformer
 from tempact.planner.planner import Planner
 from tempact.prompt_file import FilePrompts
-from tempact.rewards.base import RewardSet
+from tempact.rewards.base import RewardSet, load_rewards
 from tempact.shapeworld.matcher import ShapeWorldJudge
 from tempact.shapeworld.pretraining.executor import load_executor
 from tempact.shapeworld.story import CHUNK, FRAMES, SIZE
@@ -237,22 +237,27 @@ def build_prompts(config: RunConfig) -> PromptSource:
 
 
 def build_rewards(config: RunConfig) -> RewardSet:
-    """The four rewards of a run's videos: ShapeWorld's own, judges and PickScore for everything else.
+    """The rewards of a run's videos: ShapeWorld's own, judges and PickScore for everything else, and the user's own.
 
     With `judges.shapeworld` judges score ShapeWorld, too, all but its picture quality. Whoever builds them closes them.
-    UserError for judges that the environment lacks and for PickScore's weights.
+    UserError for own rewards that are none, for judges that the environment lacks and for PickScore's weights.
     """
+    custom = load_rewards(config.rewards.custom)
     own = is_shapeworld(config.executor.weights)
     if own and not config.judges.shapeworld:
-        return shapeworld_rewards()
+        return shapeworld_rewards().extended(custom)
     # late: ShapeWorld needs no CLIP
-    from tempact.rewards.real import judged_rewards, open_judges, open_scorer, real_rewards
+    from tempact.rewards.judged import judged_rewards
+    from tempact.rewards.judges.client import JudgeClient
+    from tempact.rewards.judges.config import JudgeConfig
+    from tempact.rewards.pickscore import PickScorer, real_rewards
 
-    if own:
-        return judged_rewards(open_judges(config.judges), shapeworld_rewards().aesthetics, config.judges)
-    judges = open_judges(config.judges)
+    judges = JudgeClient(JudgeConfig.from_environment(settings=config.judges))
     try:
-        return real_rewards(judges, open_scorer(config.judges, device_of(config)), config.judges)
+        if own:
+            return judged_rewards(judges, shapeworld_rewards().aesthetics, config.judges).extended(custom)
+        scorer = PickScorer.load(config.judges, device_of(config))
+        return real_rewards(judges, scorer, config.judges).extended(custom)
     except UserError:
         judges.close()
         raise

@@ -44,6 +44,7 @@ from tempact.models.wan.checkpoints.files import find_weights
 from tempact.models.wan.checkpoints.lora import open_adapter
 from tempact.models.wan.transformer import WanConfig
 from tempact.prompt_file import FilePrompts
+from tempact.rewards.base import load_rewards
 from tempact.rewards.judges.config import ROLES, JudgeConfig
 from tempact.worlds import SHAPEWORLD, is_random, is_wan
 
@@ -116,7 +117,12 @@ def _data(config: RunConfig) -> Iterator[str]:
 
 
 def _rewards(config: RunConfig) -> Iterator[str]:
-    """Judges are looked up in the environment and not asked; `python -m tempact.doctor judges` asks them."""
+    """Own rewards are imported. Judges are looked up in the environment and not asked: `python -m tempact.doctor
+    judges` asks them."""
+    try:
+        load_rewards(config.rewards.custom)
+    except UserError as error:
+        yield str(error)
     if not _real_video(config):
         return
     if importlib.util.find_spec("openai") is None:
