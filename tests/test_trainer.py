@@ -20,7 +20,7 @@ from tempact.presets import get_preset
 from tempact.seeds import derive_seed
 from tempact.trainer import Iteration, TooManySkippedUpdates, Trainer, split, switch_frames
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Scored, Step
-from tempact.worlds import build_policies, build_suite, build_trainer
+from tempact.worlds import build_policies, build_trainer
 
 NAN = float("nan")
 

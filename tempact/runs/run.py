@@ -5,24 +5,20 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
-from tempact.cli import EXIT_STOPPED, fingerprint, to_yaml
+from tempact.cli import EXIT_ABORTED, EXIT_STOPPED, fingerprint, to_yaml
 from tempact.config import RunConfig
-from tempact.errors import UserError
-from tempact.evaluation.harness import CellStore
-from tempact.evaluation.methods import BOTH, METHODS, SINGLE, STEP, Method
-from tempact.evaluation.statistics import write_evaluation
-from tempact.evaluation.tables import markdown_table
 from tempact.files import claim_run_folder, write_atomic
 from tempact.reporting.records import write_samples
 from tempact.reporting.report import write_report
-from tempact.reporting.strips import write_extremes, write_showcase
+from tempact.reporting.strips import write_extremes
 from tempact.rewards.judges.calls import JudgeOutage
-from tempact.runs.checkpoint import check_config, latest, load, resolve_resume, save
+from tempact.runs.checkpoint import check_config, load, resolve_resume, save
+from tempact.runs.evaluation import evaluate
 from tempact.runs.logs import MetricsLogger, Progress
 from tempact.seeds import restore_rng
 from tempact.trainer import Aborted, Iteration, Trainer
@@ -31,16 +27,12 @@ from tempact.worlds import (
     build_policies,
     build_prompts,
     build_rewards,
-    build_suite,
     build_trainer,
     check_executor,
     is_shapeworld,
 )
 
 log = logging.getLogger(__name__)
-
-SHOWN = {SINGLE: "single prompt", STEP: "before: step prompts", BOTH: "after: + TempAct"}  # rows of the film strips
-EXIT_ABORTED = 3  # the run could not go on
 
 
 class StopRequest:
@@ -150,35 +142,3 @@ def restore(path: Path, config: RunConfig, policies: PolicyPair, trainer: Traine
     trainer.load_state(checkpoint.state)
     restore_rng(checkpoint.rng)
     log.info("resumed from %s", path)
-
-
-def evaluate(
-    config: RunConfig,
-    folder: Path,
-    policies: PolicyPair,
-    store: CellStore | None = None,
-    methods: Sequence[Method] = METHODS,
-) -> None:
-    """The held-out table, videos and report of a finished run; the executor holds its averaged weights.
-
-    store: keeps what is done, so that a killed evaluation can go on.
-    """
-    suite = build_suite(config, policies)
-    with Progress("evaluation", 0) as progress:
-        result = suite.run(progress.tell, methods, store)
-    rows = write_evaluation(folder, result.scores, config.evaluation.bootstrap, config.evaluation.seed)
-    write_showcase(folder, result.samples, SHOWN)
-    write_report(folder)
-    log.info("%s\n%s", folder / "evaluation.json", markdown_table(rows))
-
-
-def trained_policies(config: RunConfig, folder: Path) -> PolicyPair:
-    """Both policies as the newest checkpoint of a run holds them."""
-    path = latest(folder)
-    if path is None:
-        raise UserError(f"{folder}: holds no intact checkpoint; accepted: the folder of a training run")
-    policies = build_policies(config)
-    checkpoint = load(path)
-    policies.planner.load_adapter(checkpoint.planner_dir)
-    policies.executor.load_adapter(checkpoint.executor_dir)
-    return policies
