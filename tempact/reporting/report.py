@@ -120,6 +120,8 @@ def write_results(evaluation: Evaluation, results: Results, strips: int) -> list
 
     strips: prompts of each set that are shown with their film strips.
     """
+    found = results.findings
+    sections = [Section(BENCHMARK_METRICS[one.metric], build_table(one.rows), one.comparisons) for one in found]
     return [
         *write_tables(evaluation.folder, results),
         _write_page(
@@ -128,9 +130,7 @@ def write_results(evaluation: Evaluation, results: Results, strips: int) -> list
             subtitle="",
             note=results.note,
             tiles=(),
-            sections=[
-                Section(BENCHMARK_METRICS[f.metric], build_table(f.rows), f.comparisons) for f in results.findings
-            ],
+            sections=sections,
             dropped=results.dropped,
             showcase=list(_benchmark_strips(evaluation, strips)),
             facts=results.about.items(),
