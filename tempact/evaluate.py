@@ -11,8 +11,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from tempact import callable_command
 from tempact.cli import LineParser, guarded, parse_run
 from tempact.config import RunConfig
 from tempact.errors import UserError
@@ -29,6 +32,9 @@ from tempact.evaluation.methods import (
 )
 from tempact.evaluation.temporal_order.prompts import choose_prompts
 from tempact.presets import PRESETS
+
+if TYPE_CHECKING:
+    from tempact.worlds import PolicyPair
 
 PROGRAM = "python -m tempact.evaluate"
 SHAPEWORLD, TEMPORAL_ORDER = "shapeworld", "temporal-order"
@@ -76,12 +82,23 @@ def _evaluate(arguments: argparse.Namespace, options: list[str]) -> int:
 
         from tempact.runs.evaluation import evaluate_shapeworld
 
-        return evaluate_shapeworld(config, run)
+        return evaluate_shapeworld(config, run, partial(_load, config, run))
     asked = _benchmark_options(arguments, config, shapeworld, trained=run is not None)
 
     from tempact.runs.evaluation import evaluate_benchmark
 
-    return evaluate_benchmark(config, run, asked, arguments.output)
+    return evaluate_benchmark(config, run, partial(_load, config, run), asked, arguments.output)
+
+
+def _load(config: RunConfig, run: Path | None) -> tuple[PolicyPair, str]:
+    """A run's policies and the name of its newest checkpoint, or a preset's own."""
+    from tempact.runs.run import load_newest
+    from tempact.worlds import build_policies
+
+    if run is None:
+        return build_policies(config), "untrained"
+    policies, checkpoint = load_newest(config, run)
+    return policies, checkpoint.name
 
 
 def _is_shapeworld(config: RunConfig) -> bool:
@@ -167,6 +184,8 @@ def _lengths(given: Sequence[str], usual: dict[str, int], chunk: int) -> dict[st
         lengths[name] = int(number)
     return lengths
 
+
+callable_command(__name__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -255,7 +255,7 @@ def test_the_kind_of_weights_decides_the_suite(
     chosen: list[tuple[str, dict[str, int]]] = []
     monkeypatch.setattr(evaluation, "evaluate_shapeworld", lambda *given: chosen.append(("shapeworld", {})) or 0)
     monkeypatch.setattr(
-        evaluation, "evaluate_benchmark", lambda *given: chosen.append(("temporal-order", given[2].frames)) or 0
+        evaluation, "evaluate_benchmark", lambda *given: chosen.append(("temporal-order", given[3].frames)) or 0
     )
     monkeypatch.chdir(tmp_path)
     line = ["shapeworld", "--executor.weights", weights]

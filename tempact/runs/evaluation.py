@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -26,19 +26,19 @@ from tempact.files import claim_run_folder, write_atomic
 from tempact.reporting.report import write_report, write_results
 from tempact.reporting.strips import write_showcase
 from tempact.rewards.judges.calls import JudgeOutage
-from tempact.runs.checkpoint import COMPLETE, latest, load
 from tempact.runs.logs import Progress, setup_logging
 from tempact.shapeworld.world import held_out_prompts
-from tempact.worlds import PolicyPair, build_policies, device_of, is_random, is_shapeworld
+from tempact.worlds import PolicyPair, device_of, is_random, is_shapeworld
 
 log = logging.getLogger(__name__)
 
 SHOWN = {SINGLE: "single prompt", STEP: "before: step prompts", BOTH: "after: + TempAct"}  # rows of the film strips
 # of the executor's settings: videos are the same up to rounding, so a killed evaluation may go on with others
+Load = Callable[[], tuple[PolicyPair, str]]  # the policies, and the name of their weights
 HOW_ONLY = ("rollout_videos", "micro_batch", "cuda_graphs", "text_cache")
 
 
-def evaluate_shapeworld(config: RunConfig, run: Path | None) -> int:
+def evaluate_shapeworld(config: RunConfig, run: Path | None, load: Load) -> int:
     """ShapeWorld's own table, beside the run (or, for a preset, beside its runs); returns the exit code."""
     if not is_shapeworld(config.executor.weights):
         raise UserError(
@@ -46,7 +46,7 @@ def evaluate_shapeworld(config: RunConfig, run: Path | None) -> int:
             "accepted: shapeworld, or a folder of its kind"
         )
     setup_logging()
-    policies = trained_policies(config, run) if run else build_policies(config)
+    policies, _ = load()
     with claim_run_folder(run or untrained_folder(config)) as folder:
         if run is None:
             write_atomic(folder / "config.yaml", to_yaml(config))  # for the report
@@ -88,7 +88,9 @@ def shapeworld_suite(config: RunConfig, policies: PolicyPair, methods: Sequence[
     return Suite(prompts, frames, methods, 1, judges, settings.seed, settings.batch, batched=True)
 
 
-def evaluate_benchmark(config: RunConfig, run: Path | None, options: BenchmarkOptions, output: Path | None) -> int:
+def evaluate_benchmark(
+    config: RunConfig, run: Path | None, load: Load, options: BenchmarkOptions, output: Path | None
+) -> int:
     """The Temporal Order Benchmark in `output`, else in the run's or preset's folder; returns the exit code.
 
     UserError where judges or PickScore cannot be had, before anything is written.
@@ -98,15 +100,15 @@ def evaluate_benchmark(config: RunConfig, run: Path | None, options: BenchmarkOp
     with ExitStack() as opened:
         judges = opened.enter_context(served_judges(options.judges, config.judges))
         judges = [*judges, *(load_pickscore(config.judges, device_of(config)) if options.pickscore else [])]
-        policies = trained_policies(config, run) if run else build_policies(config)
+        policies, weights = load()
         folder = opened.enter_context(claim_run_folder(output or (run or untrained_folder(config)) / "temporal-order"))
         suite = Suite(
             options.prompts, options.frames, options.methods, options.seeds, judges, settings.seed, settings.batch
         )
         files = mp4_format(policies.executor.codec.fps)
         evaluation = Evaluation(folder, suite, policies.planner, policies.executor, gaussian_noise, files)
-        weights = RANDOM_WEIGHTS if is_random(config.executor.weights) else weights_of(run)
-        known = f"{config.preset}, {weights}, settings {policy_digest(config)}"
+        named = RANDOM_WEIGHTS if is_random(config.executor.weights) else weights
+        known = f"{config.preset}, {named}, settings {policy_digest(config)}"
         try:
             with Progress("evaluation", 0) as progress:
                 evaluation.run(known, progress.tell, retry_missing=options.retry_missing)
@@ -122,18 +124,6 @@ def evaluate_benchmark(config: RunConfig, run: Path | None, options: BenchmarkOp
             written += export_vbench(evaluation)
     sys.stdout.write("".join(f"{path}\n" for path in written))
     return 0
-
-
-def trained_policies(config: RunConfig, folder: Path) -> PolicyPair:
-    """Both policies as the newest checkpoint of a run holds them; UserError if the folder has none."""
-    path = latest(folder)
-    if path is None:
-        raise UserError(f"{folder}: holds no intact checkpoint; accepted: the folder of a training run")
-    policies = build_policies(config)
-    checkpoint = load(path)
-    policies.planner.load_adapter(checkpoint.planner_dir)
-    policies.executor.load_adapter(checkpoint.executor_dir)
-    return policies
 
 
 def policy_digest(config: RunConfig) -> str:
@@ -155,11 +145,3 @@ def adapters_digest(policies: PolicyPair) -> str:
 def untrained_folder(config: RunConfig) -> Path:
     """Where an evaluation of a preset goes: beside its runs, never into one."""
     return Path(f"{config.output}-untrained")
-
-
-def weights_of(run: Path | None) -> str:
-    """Name and hash of the newest checkpoint of a folder; "untrained" if there is none."""
-    newest = None if run is None else latest(run)
-    if newest is None:
-        return "untrained"
-    return f"{newest.name} ({hashlib.sha256((newest / COMPLETE).read_bytes()).hexdigest()[:12]})"
