@@ -31,6 +31,7 @@ from tempact.presets import DEFAULT, PRESETS, get_preset
 VERBS = ("train", "generate", "evaluate", "report", "doctor")
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 130
+EXIT_ABORTED = 3  # a run that could not go on, or a judge that was silent for too long
 SHOWN_CHARACTERS = 80  # of a wrong value in a message
 ACCEPTED = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 

@@ -19,7 +19,6 @@ from transformers.utils import logging as transformers_logging
 from csrc_triton import runtime
 from tempact.config import RunConfig, validate
 from tempact.errors import UserError
-from tempact.evaluation.shapeworld import ShapeWorldSuite
 from tempact.executor.executor import Executor
 from tempact.models.wan.checkpoints.load import load_transformer
 from tempact.models.wan.codec import Codec, PixelCodec
@@ -28,7 +27,6 @@ from tempact.models.wan.transformer import WanTransformer
 from tempact.planner.planner import Planner
 from tempact.prompt_file import FilePrompts
 from tempact.rewards.base import RewardSet, load_rewards
-from tempact.shapeworld.matcher import ShapeWorldJudge
 from tempact.shapeworld.pretraining.executor import load_executor
 from tempact.shapeworld.story import CHUNK, FRAMES, SIZE
 from tempact.shapeworld.world import ShapeWorldPrompts, shapeworld_rewards
@@ -272,19 +270,8 @@ def build_trainer(
     return Trainer(config, policies.planner, policies.executor, rewards, prompts)
 
 
-def build_suite(config: RunConfig, policies: PolicyPair) -> ShapeWorldSuite:
-    """The held-out evaluation of ShapeWorld, with the learned judge; UserError for another executor's videos."""
-    if not is_shapeworld(config.executor.weights):
-        raise UserError(
-            f"executor.weights: found {config.executor.weights}, whose videos ShapeWorld's evaluation cannot score; "
-            f"accepted: {SHAPEWORLD}"
-        )
-    judge = ShapeWorldJudge.load(weights_folder("judge", SHAPEWORLD), policies.executor.device)
-    return ShapeWorldSuite(config.evaluation, policies.planner, policies.executor, judge)
-
-
 def weights_folder(part: str, weights: str) -> Path:
-    """The folder that holds the weights of "planner", "executor" or "judge"; UserError if there is none."""
+    """The folder that holds the weights of "planner" or "executor"; UserError if there is none."""
     folder = WEIGHTS / part if weights == SHAPEWORLD else Path(weights)
     more = {"executor": ", a Wan checkpoint", "planner": ", a name on the Hugging Face hub"}.get(part, "")
     if part == "planner" and not folder.exists() and HUB_NAME.fullmatch(weights):
