@@ -9,17 +9,36 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tempact import callable_command
-from tempact.cli import guarded, parse_run
+from tempact.cli import LineParser, guarded, parse_run
 from tempact.config import RunConfig
 from tempact.errors import UserError
-from tempact.evaluation.options import SHAPEWORLD, SUITES, order_options, parser, shapeworld_counts
+from tempact.evaluation.methods import (
+    BOTH,
+    CONDITIONS,
+    PAPER_FRAMES,
+    ROLES,
+    SEEDS,
+    SINGLE,
+    STEP,
+    BenchmarkOptions,
+    Method,
+)
+from tempact.evaluation.temporal_order.prompts import choose_prompts
 from tempact.presets import PRESETS
 
+if TYPE_CHECKING:
+    from tempact.worlds import PolicyPair
+
 PROGRAM = "python -m tempact.evaluate"
+SHAPEWORLD, TEMPORAL_ORDER = "shapeworld", "temporal-order"
+ORDER_ONLY = ("judge", "pickscore", "prompts", "seeds", "frames", "conditions", "export", "retry_missing", "output")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,7 +47,28 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    return parser(PROGRAM, __doc__)
+    """The options of both suites; None for options that were not given."""
+    made = LineParser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
+    made.add_argument("target", metavar="PRESET|RUN", help="a preset's untrained policies, or a training run's folder")
+    suites = (TEMPORAL_ORDER, SHAPEWORLD)
+    made.add_argument("--suite", choices=suites, help="default: shapeworld for its executor, else temporal-order")
+    made.add_argument("--simple", type=int, help="videos of the simple set (default: as the run, or all prompts)")
+    made.add_argument("--hard", type=int, help="videos of the hard set (default: as the run, or all prompts)")
+    made.add_argument("--seed", type=int, help="of prompts, plans and noise (default: as the run)")
+    made.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: as the run")
+    order = made.add_argument_group(TEMPORAL_ORDER)
+    order.add_argument("--output", type=Path, help="folder (default: temporal-order in the run's or preset's own)")
+    order.add_argument("--judge", nargs="*", choices=tuple(ROLES), help="default: in-domain")
+    order.add_argument(
+        "--pickscore", choices=("yes", "no"), help="default: yes where judges are (--judges.aesthetics_)"
+    )
+    order.add_argument("--prompts", nargs="+", metavar="SET=FILE", help="CSV, JSONL or text (default: the own prompts)")
+    order.add_argument("--seeds", type=int, help=f"videos of a prompt and condition (default: {SEEDS})")
+    order.add_argument("--frames", nargs="+", metavar="SET=N", help="latent frames (default: simple=36 hard=60)")
+    order.add_argument("--conditions", nargs="+", choices=CONDITIONS, help="default: single-prompt step-prompt trained")
+    order.add_argument("--export", choices=("vbench",), help="copies of the videos, named as VBench reads them")
+    order.add_argument("--retry-missing", action="store_true", default=None, help="asks again for missing scores")
+    return made
 
 
 def _evaluate(arguments: argparse.Namespace, options: list[str]) -> int:
@@ -36,17 +76,39 @@ def _evaluate(arguments: argparse.Namespace, options: list[str]) -> int:
     if undotted:
         _parser().error(f"unrecognized arguments: {' '.join(undotted)}")
     config, run = _configured(arguments, options)
-    if (arguments.suite or (SHAPEWORLD if config.executor.weights == SHAPEWORLD else SUITES[0])) == SHAPEWORLD:
-        config = replace(config, evaluation=replace(config.evaluation, **shapeworld_counts(arguments)))
+    shapeworld = _is_shapeworld(config)
+    if (arguments.suite or (SHAPEWORLD if shapeworld else TEMPORAL_ORDER)) == SHAPEWORLD:
+        config = replace(config, evaluation=replace(config.evaluation, **_shapeworld_counts(arguments)))
 
         from tempact.runs.evaluation import evaluate_shapeworld
 
-        return evaluate_shapeworld(config, run)
-    asked = order_options(arguments, config, trained=run is not None)
+        return evaluate_shapeworld(config, run, partial(_load, config, run))
+    asked = _benchmark_options(arguments, config, shapeworld, trained=run is not None)
 
     from tempact.runs.evaluation import evaluate_benchmark
 
-    return evaluate_benchmark(config, run, asked, arguments.output)
+    return evaluate_benchmark(config, run, partial(_load, config, run), asked, arguments.output)
+
+
+def _load(config: RunConfig, run: Path | None) -> tuple[PolicyPair, str]:
+    """A run's policies and the name of its newest checkpoint, or a preset's own."""
+    from tempact.runs.run import load_newest
+    from tempact.worlds import build_policies
+
+    if run is None:
+        return build_policies(config), "untrained"
+    policies, checkpoint = load_newest(config, run)
+    return policies, checkpoint.name
+
+
+def _is_shapeworld(config: RunConfig) -> bool:
+    """Whether the executor's weights are ShapeWorld's own or a folder of that kind."""
+    weights = config.executor.weights
+    if weights in (SHAPEWORLD, ""):
+        return weights == SHAPEWORLD
+    from tempact.worlds import is_shapeworld  # late: it imports torch
+
+    return is_shapeworld(weights)
 
 
 def _configured(arguments: argparse.Namespace, options: list[str]) -> tuple[RunConfig, Path | None]:
@@ -60,6 +122,67 @@ def _configured(arguments: argparse.Namespace, options: list[str]) -> tuple[RunC
     own = {"evaluation.seed": arguments.seed, "device": arguments.device}
     given = [word for key, value in own.items() if value is not None for word in (f"--{key}", str(value))]
     return parse_run([*source, *options, *given], PROGRAM)[0], run if known else None
+
+
+def _shapeworld_counts(arguments: argparse.Namespace) -> dict[str, int]:
+    """How many videos of each set were asked for. UserError for options that ShapeWorld's suite lacks."""
+    given = next((name for name in ORDER_ONLY if getattr(arguments, name) is not None), None)
+    if given is not None:
+        name = given.replace("_", "-")
+        raise UserError(f"--{name}: is not for --suite shapeworld; accepted: --simple, --hard, --seed")
+    counts = {name: getattr(arguments, name) for name in ("simple", "hard") if getattr(arguments, name) is not None}
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"--{name}: found {count}; accepted: at least 1")
+    return counts
+
+
+def _benchmark_options(
+    arguments: argparse.Namespace, config: RunConfig, shapeworld: bool, *, trained: bool
+) -> BenchmarkOptions:
+    """Reads the prompts and checks the rest. UserError for what cannot be done; trained: the target is a run."""
+    seeds = SEEDS if arguments.seeds is None else arguments.seeds
+    if seeds < 1:
+        raise UserError(f"--seeds: found {seeds}; accepted: at least 1")
+    usual = () if arguments.export else ("in-domain",)
+    judges = tuple(dict.fromkeys(usual if arguments.judge is None else arguments.judge))
+    pickscore = bool(judges) if arguments.pickscore is None else arguments.pickscore == "yes"
+    if not judges and not pickscore and not arguments.export:
+        raise UserError("--judge: found none, and neither --pickscore nor --export; accepted: one of them")
+    prompts = choose_prompts(arguments.prompts or (), {"simple": arguments.simple, "hard": arguments.hard})
+    usual_frames = {} if shapeworld else PAPER_FRAMES
+    frames = {name: usual_frames.get(name, config.executor.frames) for name in prompts}
+    return BenchmarkOptions(
+        prompts=prompts,
+        frames=_lengths(arguments.frames or (), frames, config.executor.chunk_frames),
+        methods=_methods(list(dict.fromkeys(arguments.conditions or ())), trained),
+        seeds=seeds,
+        judges=judges,
+        pickscore=pickscore,
+        export=bool(arguments.export),
+        retry_missing=bool(arguments.retry_missing),
+    )
+
+
+def _methods(named: list[str], trained: bool) -> list[Method]:
+    untaught = next((name for name in named if CONDITIONS[name].trained and not trained), None)
+    if untaught is not None:
+        accepted = "single-prompt, step-prompt; the others need the folder of a training run"
+        raise UserError(f"--conditions: found {untaught!r} for an untrained preset; accepted: {accepted}")
+    usual = (SINGLE, STEP, BOTH) if trained else (SINGLE, STEP)
+    return [CONDITIONS[name] for name in named] or [one for one in CONDITIONS.values() if one.name in usual]
+
+
+def _lengths(given: Sequence[str], usual: dict[str, int], chunk: int) -> dict[str, int]:
+    """Latent frames of each set."""
+    lengths = dict(usual)
+    for one in given:
+        name, _, number = one.partition("=")
+        if name not in lengths or not number.isdecimal() or int(number) < 1 or int(number) % chunk:
+            accepted = f"SET=NUMBER with a set of {', '.join(lengths)} and a positive multiple of {chunk}"
+            raise UserError(f"--frames: found {one!r}; accepted: {accepted}")
+        lengths[name] = int(number)
+    return lengths
 
 
 callable_command(__name__)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from tempact import callable_command
@@ -47,7 +46,8 @@ def _generate(arguments: argparse.Namespace, options: list[str]) -> int:
     from tempact.types import Prompt
 
     setup_logging()
-    lengths = config.executor.frames, config.executor.chunk_frames
+    executor = config.executor
+    lengths = executor.frames, executor.chunk_frames, executor.switch_rounding
     if arguments.prompts:
         requests = read_requests(arguments.prompts, *lengths)
     else:
@@ -74,8 +74,8 @@ def _configured(arguments: argparse.Namespace, options: list[str]) -> RunConfig:
     elif adapter is not None:
         raise UserError(f"--adapter: found no config.yaml or {CONFIG} in {adapter}; accepted: a run, a PEFT folder")
     frames = ["--executor.frames", arguments.frames] if arguments.frames else []
-    config = parse_run([*source, *frames, *options], PROGRAM)[0]
-    return replace(config, planner=replace(config.planner, train=False))  # any sampling setting may be tried
+    untrained = ["--planner.train", "false", "--executor.train", "false"]  # any sampling setting may be tried
+    return parse_run([*source, *frames, *options, *untrained], PROGRAM)[0]
 
 
 callable_command(__name__)

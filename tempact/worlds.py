@@ -17,19 +17,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from csrc_triton import runtime
-from tempact.config import RunConfig
+from tempact.config import RunConfig, validate
 from tempact.errors import UserError
-from tempact.evaluation.shapeworld import ShapeWorldSuite
 from tempact.executor.executor import Executor
-from tempact.executor.sampler import RolloutSettings
-from tempact.models.wan.checkpoints.load import PRECISIONS, load_transformer
+from tempact.models.wan.checkpoints.load import load_transformer
 from tempact.models.wan.codec import Codec, PixelCodec
 from tempact.models.wan.text import PromptEncoder
 from tempact.models.wan.transformer import WanTransformer
 from tempact.planner.planner import Planner
 from tempact.prompt_file import FilePrompts
-from tempact.rewards.base import RewardSet
-from tempact.shapeworld.matcher import ShapeWorldJudge
+from tempact.rewards.base import RewardSet, load_rewards
 from tempact.shapeworld.pretraining.executor import load_executor
 from tempact.shapeworld.story import CHUNK, FRAMES, SIZE
 from tempact.shapeworld.world import ShapeWorldPrompts, shapeworld_rewards
@@ -52,7 +49,6 @@ class PolicyPair:
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt")
 WAN_PACKAGES = ("diffusers", "ftfy")  # of the extra "wan"
-KERNELS = ("torch", "triton", "auto")
 
 
 def device_of(config: RunConfig) -> torch.device:
@@ -63,8 +59,6 @@ def device_of(config: RunConfig) -> torch.device:
         torch.use_deterministic_algorithms(True)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: found cuda, but torch sees no GPU; accepted: auto or cpu here")
-    if config.device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device: found {config.device!r}; accepted: auto, cpu, cuda")
     name = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     choose_kernels(config.kernels, device)
@@ -73,8 +67,6 @@ def device_of(config: RunConfig) -> torch.device:
 
 def choose_kernels(name: str, device: torch.device) -> None:
     """Sets the backend of csrc_triton's ops; UserError for one that this device cannot run."""
-    if name not in KERNELS:
-        raise UserError(f"kernels: found {name!r}; accepted: {', '.join(KERNELS)}")
     reason = runtime.why_not_triton(device, torch.float32) if name == "triton" else None
     if reason:
         raise UserError(f"kernels: found triton, which cannot serve here ({reason}); accepted here: torch, auto")
@@ -90,7 +82,7 @@ def check_executor(config: RunConfig) -> None:
         )
     if is_shapeworld(config.executor.weights):  # or nothing at all: said before its prompts and rewards are blamed
         weights_folder("executor", config.executor.weights)
-    RolloutSettings.of(config.executor)
+    validate(config)
 
 
 def build_policies(config: RunConfig) -> PolicyPair:
@@ -196,11 +188,12 @@ def wan_parts(config: RunConfig, device: torch.device) -> ExecutorParts:
         raise UserError(f"executor.wan_folder: {folder} is not a folder; accepted: Wan2.1-T2V-1.3B or its -Diffusers")
     adapters = [Path(adapter) for adapter in settings.adapters]
     weights = Path(settings.weights)
-    transformer = load_transformer(weights, device=device, precision=settings.precision, adapters=adapters)
+    transformer = load_transformer(
+        weights, device=device, precision=settings.precision, adapters=adapters, entry=settings.entry
+    )
     dtype = transformer.dtype
     codec = load_codec(folder, dtype, device)
     sizes = transformer.config
-    _check_video_size(config, sizes.patch, codec)
     if sizes.in_dim != codec.latent_channels:
         raise UserError(
             f"{weights}: found {sizes.in_dim} latent channels; accepted: {codec.latent_channels}, as the VAE"
@@ -218,21 +211,11 @@ def random_parts(config: RunConfig, device: torch.device) -> ExecutorParts:
     settings = config.executor
     if settings.adapters:
         raise UserError(f"executor.adapters: found {len(settings.adapters)}; accepted: none on random weights")
-    if settings.precision not in PRECISIONS:
-        raise UserError(f"executor.precision: found {settings.precision!r}; accepted: {', '.join(PRECISIONS)}")
     log.warning("executor.weights: %s: videos are noise", settings.weights)
     torch.manual_seed(config.seed)
     transformer = random_transformer(settings.weights, settings.precision, device)
     codec = random_codec(settings.weights, transformer.dtype, device)
-    _check_video_size(config, transformer.config.patch, codec)
     return ExecutorParts(transformer, RandomText(settings.weights, device), codec, settings.video_size)
-
-
-def _check_video_size(config: RunConfig, patch: tuple[int, int, int], codec: Codec) -> None:
-    size = config.executor.video_size
-    if any(side % step for side, step in zip(codec.latent_size(*size), patch[1:], strict=True)):
-        found, steps = "x".join(map(str, size)), "x".join(str(8 * step) for step in patch[1:])
-        raise UserError(f"executor.video_size: found {found}; accepted: multiples of {steps}")
 
 
 def build_prompts(config: RunConfig) -> PromptSource:
@@ -252,22 +235,27 @@ def build_prompts(config: RunConfig) -> PromptSource:
 
 
 def build_rewards(config: RunConfig) -> RewardSet:
-    """The four rewards of a run's videos: ShapeWorld's own, judges and PickScore for everything else.
+    """The rewards of a run's videos: ShapeWorld's own, judges and PickScore for everything else, and the user's own.
 
     With `judges.shapeworld` judges score ShapeWorld, too, all but its picture quality. Whoever builds them closes them.
-    UserError for judges that the environment lacks and for PickScore's weights.
+    UserError for own rewards that are none, for judges that the environment lacks and for PickScore's weights.
     """
+    custom = load_rewards(config.rewards.custom)
     own = is_shapeworld(config.executor.weights)
     if own and not config.judges.shapeworld:
-        return shapeworld_rewards()
+        return shapeworld_rewards().extended(custom)
     # late: ShapeWorld needs no CLIP
-    from tempact.rewards.real import judged_rewards, open_judges, open_scorer, real_rewards
+    from tempact.rewards.judged import judged_rewards
+    from tempact.rewards.judges.client import JudgeClient
+    from tempact.rewards.judges.config import JudgeConfig
+    from tempact.rewards.pickscore import PickScorer, real_rewards
 
-    if own:
-        return judged_rewards(open_judges(config.judges), shapeworld_rewards().aesthetics, config.judges)
-    judges = open_judges(config.judges)
+    judges = JudgeClient(JudgeConfig.from_environment(settings=config.judges))
     try:
-        return real_rewards(judges, open_scorer(config.judges, device_of(config)), config.judges)
+        if own:
+            return judged_rewards(judges, shapeworld_rewards().aesthetics, config.judges).extended(custom)
+        scorer = PickScorer.load(config.judges, device_of(config))
+        return real_rewards(judges, scorer, config.judges).extended(custom)
     except UserError:
         judges.close()
         raise
@@ -282,19 +270,8 @@ def build_trainer(
     return Trainer(config, policies.planner, policies.executor, rewards, prompts)
 
 
-def build_suite(config: RunConfig, policies: PolicyPair) -> ShapeWorldSuite:
-    """The held-out evaluation of ShapeWorld, with the learned judge; UserError for another executor's videos."""
-    if not is_shapeworld(config.executor.weights):
-        raise UserError(
-            f"executor.weights: found {config.executor.weights}, whose videos ShapeWorld's evaluation cannot score; "
-            f"accepted: {SHAPEWORLD}"
-        )
-    judge = ShapeWorldJudge.load(weights_folder("judge", SHAPEWORLD), policies.executor.device)
-    return ShapeWorldSuite(config.evaluation, policies.planner, policies.executor, judge)
-
-
 def weights_folder(part: str, weights: str) -> Path:
-    """The folder that holds the weights of "planner", "executor" or "judge"; UserError if there is none."""
+    """The folder that holds the weights of "planner" or "executor"; UserError if there is none."""
     folder = WEIGHTS / part if weights == SHAPEWORLD else Path(weights)
     more = {"executor": ", a Wan checkpoint", "planner": ", a name on the Hugging Face hub"}.get(part, "")
     if part == "planner" and not folder.exists() and HUB_NAME.fullmatch(weights):

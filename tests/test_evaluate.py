@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -22,8 +22,10 @@ from tempact import evaluate
 from tempact.config import JudgeSettings
 from tempact.evaluation.judges import JudgedVideo, Verdict
 from tempact.evaluation.ledger import Ledger
-from tempact.rewards.judges.calls import JudgeOutage
+from tempact.executor.executor import Executor
+from tempact.rewards.judges import JudgeOutage
 from tempact.runs import evaluation
+from tempact.worlds import WEIGHTS
 
 KEYS = ("prompt_id", "condition", "seed", "judge")
 KEY = "sk-canary-7c1f"
@@ -37,6 +39,7 @@ sys.path.insert(0, str(Path("tests").resolve()))
 import test_evaluate
 from tempact import evaluate
 from tempact.runs import evaluation
+from tempact.worlds import WEIGHTS
 evaluation.served_judges = test_evaluate.fake_judges(Path(sys.argv[1]), pause_s=0.05)
 sys.exit(evaluate.main(sys.argv[2:]))
 """
@@ -194,19 +197,17 @@ def test_export_needs_no_judge(prompts: list[str], tmp_path: Path, capsys: pytes
     assert sorted(path.name for path in folder.iterdir()) == [f"{START} First, {EVENTS[0]}.-{i}.mp4" for i in (0, 1)]
 
 
-def test_shapeworlds_suite_goes_on_with_the_next_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tempact.evaluation.shapeworld import ShapeWorldSuite
+def test_shapeworlds_suite_goes_on_with_the_next_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Executor.rollout
+    made: list[int] = []
 
-    real = ShapeWorldSuite._videos
-    made: list[str] = []
-
-    def counted(self, method, category, plans):
+    def counted(self, plans, *given):
         if len(made) == 2 and not (tmp_path / "second").exists():
             raise KeyboardInterrupt
-        made.append(f"{method.name} {category}")
-        return real(self, method, category, plans)
+        made.append(len(plans))
+        return real(self, plans, *given)
 
-    monkeypatch.setattr(ShapeWorldSuite, "_videos", counted)
+    monkeypatch.setattr(Executor, "rollout", counted)
     monkeypatch.chdir(tmp_path)
     line = [
         "shapeworld-smoke",
@@ -223,7 +224,7 @@ def test_shapeworlds_suite_goes_on_with_the_next_cell(tmp_path: Path, monkeypatc
     assert evaluate.main(line) == 130
     (tmp_path / "second").touch()
     assert evaluate.main(line) == 0
-    assert Counter(made) == Counter(f"{m} {s}" for m in ("single-prompt", "step-prompt") for s in ("simple", "hard"))
+    assert made == [2, 2, 1, 1]  # two methods on the simple set, then on the hard one, each once
     folder = tmp_path / "runs" / "shapeworld-smoke-untrained"
     rows = json.loads((folder / "evaluation.json").read_text())
     assert {row["method"] for row in rows} == {"single-prompt", "step-prompt"}
@@ -233,6 +234,39 @@ def test_shapeworlds_suite_goes_on_with_the_next_cell(tmp_path: Path, monkeypatc
     made.clear()
     assert evaluate.main(line) == 0 and made == []
     assert json.loads((folder / "evaluation.json").read_text()) == rows
+
+
+@pytest.mark.parametrize(
+    ("weights", "suite"),
+    [
+        ("COPY", "shapeworld"),
+        ("shapeworld", "shapeworld"),
+        ("random-tiny", "temporal-order"),
+        ("random", "temporal-order"),
+        ("WAN", "temporal-order"),
+    ],
+)
+def test_the_kind_of_weights_decides_the_suite(
+    weights: str, suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(WEIGHTS / "executor", tmp_path / "COPY")
+    (tmp_path / "WAN").mkdir()
+    (tmp_path / "WAN" / "model.safetensors").touch()
+    chosen: list[tuple[str, dict[str, int]]] = []
+    monkeypatch.setattr(evaluation, "evaluate_shapeworld", lambda *given: chosen.append(("shapeworld", {})) or 0)
+    monkeypatch.setattr(
+        evaluation, "evaluate_benchmark", lambda *given: chosen.append(("temporal-order", given[3].frames)) or 0
+    )
+    monkeypatch.chdir(tmp_path)
+    line = ["shapeworld", "--executor.weights", weights]
+    assert evaluate.main(line) == 0 and evaluate.main([*line, "--suite", "temporal-order"]) == 0
+    lengths = {"simple": 24, "hard": 24} if suite == "shapeworld" else {"simple": 36, "hard": 60}
+    assert chosen[0][0] == suite and chosen[1] == ("temporal-order", lengths)
+
+
+def test_shapeworlds_suite_refuses_other_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main(["shapeworld", "--executor.weights", "random-tiny", "--suite", "shapeworld"]) == 2
+    assert "executor.weights: found random-tiny, whose videos" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

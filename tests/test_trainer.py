@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from tempact.config import RunConfig, TrainerConfig
+from tempact.evaluation.harness import LOSSLESS, Evaluation
 from tempact.evaluation.methods import BOTH, EXECUTOR_ONLY, PLANNER_ONLY, SINGLE, STEP
 from tempact.evaluation.statistics import MethodScores
+from tempact.executor.sampler import gaussian_noise
 from tempact.presets import get_preset
+from tempact.runs.evaluation import shapeworld_suite
 from tempact.seeds import derive_seed
 from tempact.trainer import Iteration, TooManySkippedUpdates, Trainer, split, switch_frames
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Scored, Step
-from tempact.worlds import build_policies, build_suite, build_trainer
+from tempact.worlds import build_policies, build_trainer
 
 NAN = float("nan")
 
@@ -172,7 +175,7 @@ def test_iterations_draw_anew(learned: Learned) -> None:
 
 def test_metrics_describe_the_iteration(learned: Learned) -> None:
     metrics, scored, batch = learned.first.metrics, learned.first.scored, learned.first.batch
-    for name, values in vars(scored).items():
+    for name, values in scored.named():
         assert metrics[f"rewards/{name}/mean"] == pytest.approx(values.mean().item())
         assert metrics[f"rewards/{name}/std"] == pytest.approx(values.std(correction=0).item())
         assert metrics[f"rewards/{name}/missing"] == 0.0
@@ -395,13 +398,17 @@ class Evaluated:
 
 
 @pytest.fixture(scope="module")
-def evaluated() -> Iterator[Evaluated]:
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evaluated]:
     config = smoke()
     policies = build_policies(config)
     trainer = build_trainer(config, policies)
-    suite, start, before = build_suite(config, policies), weights(trainer), global_rng()
-    result = suite.run(lambda word: None)
-    yield Evaluated(result.scores, global_rng() == before, equal(weights(trainer), start), iterate(trainer))
+    start, before = weights(trainer), global_rng()
+    suite = shapeworld_suite(config, policies)
+    folder = tmp_path_factory.mktemp("evaluation")
+    evaluation = Evaluation(folder, suite, policies.planner, policies.executor, gaussian_noise, LOSSLESS)
+    evaluation.run("w", lambda word: None)
+    scores = evaluation.method_scores()
+    yield Evaluated(scores, global_rng() == before, equal(weights(trainer), start), iterate(trainer))
 
 
 def global_rng() -> tuple[bytes, object, bytes]:

@@ -1,11 +1,9 @@
-"""Video files hold the pictures that were given; strips mark the switches."""
+"""Video files hold the pictures that were given."""
 
 from __future__ import annotations
 
 import errno
-import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import imageio_ffmpeg
 import numpy as np
@@ -14,24 +12,8 @@ import torch
 from PIL import Image, ImageSequence
 
 from tempact.errors import UserError
-from tempact.reporting.strips import write_showcase
-from tempact.types import Plan, Prompt, Step
-from tempact.video import (
-    BORDER,
-    CELL,
-    GAP,
-    MARGIN,
-    STEP_COLOURS,
-    StripRow,
-    enlarge,
-    film_strip,
-    save_gif,
-    save_mp4,
-    save_strip,
-    shown_frames,
-)
-
-STEPS = (Step(0, 6, "A square."), Step(6, 24, "It turns green."))
+from tempact.reporting.strips import save_strip
+from tempact.video import enlarge, read_mp4, save_gif, save_mp4
 
 
 def clip(frames: int = 24, height: int = 24, width: int = 24) -> torch.Tensor:
@@ -72,57 +54,17 @@ def test_gif_plays_back_what_was_written(tmp_path: Path) -> None:
     assert np.abs(frames.astype(int) - enlarge(clip())).max() <= 8
 
 
-def test_strips_show_evenly_spread_frames_and_the_last() -> None:
-    assert shown_frames(24, 12) == list(range(1, 24, 2))
-    assert shown_frames(24, 8) == [2, 5, 8, 11, 14, 17, 20, 23]
-    assert shown_frames(5, 12) == [0, 1, 2, 3, 4]
-
-
-def test_a_strip_borders_frames_in_the_colour_of_their_step() -> None:
-    strip = np.asarray(
-        film_strip([StripRow("before", clip(), STEPS), StripRow("after", clip(), STEPS[:1])], "A title", 8)
+def test_a_written_video_is_read_frame_by_frame(tmp_path: Path) -> None:
+    frames = (
+        torch.zeros(29, 3, 48, 80, dtype=torch.uint8) + (8 * torch.arange(29, dtype=torch.uint8))[:, None, None, None]
     )
-    assert len(strip[0]) == 2 * MARGIN + 8 * (CELL + 2 * BORDER + GAP) - GAP
-    starts = [y for y in range(1, len(strip)) if _is(strip[y, MARGIN], 0) and not _is(strip[y - 1, MARGIN], 0)]
-    top = starts[1]  # below the bar over the step's columns
-    for column, frame in enumerate(shown_frames(24, 8)):
-        x = MARGIN + column * (CELL + 2 * BORDER + GAP)
-        assert _is(strip[top + 50, x + 1], 0 if frame < 6 else 1), column
-        inside = strip[top + BORDER + CELL // 2, x + BORDER + 10]
-        assert tuple(inside) == ((255, 0, 0) if frame < 6 else (0, 255, 0))
-        assert strip[top + BORDER + CELL // 2, x + BORDER + CELL - 10, 0] == frame * 8
-    switch = MARGIN + 2 * (CELL + 2 * BORDER + GAP) - 1  # the gap before the first frame of step two
-    other = MARGIN + 3 * (CELL + 2 * BORDER + GAP) - 1
-    assert _is(strip[top + 50, switch], 1) and tuple(strip[top + 50, other]) == (255, 255, 255)
-
-
-def test_a_strip_of_large_pictures_is_shrunk_and_long_texts_stay_inside() -> None:
-    steps = (Step(0, 3, "word " * 200), Step(3, 24, "x" * 500))
-    row = StripRow("title " * 100, clip(24, 96 * 5, 160 * 5), steps)
-    strip = film_strip([row], "long " * 300, 4)
-    assert strip.width == 2 * MARGIN + 4 * (160 + 2 * BORDER + GAP) - GAP and strip.height < 330
-    assert (np.asarray(strip)[:, -MARGIN:] == 255).all()
-
-
-def _is(pixel: np.ndarray, step: int) -> bool:
-    return tuple(pixel) == STEP_COLOURS[step]
-
-
-def test_a_showcase_lists_its_files_in_order_under_safe_names(tmp_path: Path) -> None:
-    prompts = [Prompt("p/1", "One & <two>.", "../hard"), Prompt("p2", "Three.", "")]
-    shown = [
-        SimpleNamespace(method=method, prompt=prompt, plan=Plan(prompt.text, STEPS), frames=clip())
-        for method in ("+ TempAct", "step-prompt", "planner only")
-        for prompt in prompts
-    ]
-    index = json.loads(write_showcase(tmp_path, shown, {"step-prompt": "before", "+ TempAct": "after"}).read_text())
-    assert [entry["prompt"] for entry in index] == ["One & <two>.", "Three."]
-    assert [video["title"] for video in index[0]["videos"]] == ["before", "after"]
-    assert index[0]["videos"][0]["plan"][1] == {"start": 6, "end": 24, "prompt": "It turns green."}
-    named = {entry["strip"] for entry in index} | {
-        v[kind] for e in index for v in e["videos"] for kind in ("mp4", "gif")
-    }
-    assert {path.name for path in (tmp_path / "videos").iterdir()} == named | {"index.json"} and len(named) == 10
+    save_mp4(frames, tmp_path / "a.mp4", 16.0)
+    found = read_mp4(tmp_path / "a.mp4")
+    assert found.shape[0] == 29 and (found.float().mean((1, 2, 3)) - frames.float().mean((1, 2, 3))).abs().max() < 4
+    (tmp_path / "b.mp4").write_bytes(b"no video")
+    for name in ("b.mp4", "c.mp4"):
+        with pytest.raises(UserError, match="cannot be read as a video"):
+            read_mp4(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.png"])

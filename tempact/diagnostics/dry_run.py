@@ -44,6 +44,7 @@ from tempact.models.wan.checkpoints.files import find_weights
 from tempact.models.wan.checkpoints.lora import open_adapter
 from tempact.models.wan.transformer import WanConfig
 from tempact.prompt_file import FilePrompts
+from tempact.rewards.base import load_rewards
 from tempact.rewards.judges.config import ROLES, JudgeConfig
 from tempact.worlds import SHAPEWORLD, is_random, is_wan
 
@@ -116,7 +117,12 @@ def _data(config: RunConfig) -> Iterator[str]:
 
 
 def _rewards(config: RunConfig) -> Iterator[str]:
-    """Judges are looked up in the environment and not asked; `python -m tempact.doctor judges` asks them."""
+    """Own rewards are imported. Judges are looked up in the environment and not asked: `python -m tempact.doctor
+    judges` asks them."""
+    try:
+        load_rewards(config.rewards.custom)
+    except UserError as error:
+        yield str(error)
     if not _real_video(config):
         return
     if importlib.util.find_spec("openai") is None:
@@ -164,8 +170,6 @@ def dry_run(config: RunConfig, gpu_gib: float) -> list[str]:
 
     UserError for settings that cannot work and files that are not what they should be.
     """
-    if gpu_gib < 0:
-        raise UserError(f"--gpu_gib: found {gpu_gib}; accepted: GiB of the GPU to plan for, 0 for the one at hand")
     budgets = budgets_of(config, gpu_gib)
     run = run_of(config, on_gpu=budgets[0].on_gpu)
     return [*_models(run), *_work(run), *_memory(run, budgets), *_missing(run)]

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 from tempact.config import PlannerConfig
 from tempact.diagnostics.trace import FAKE, fake, on_meta, recomputed, traced
 from tempact.models.adapters import freeze_reference
-from tempact.planner.language_model import LOGITS_AT_ONCE, dtype_of
+from tempact.planner.language_model import DTYPES, LOGITS_AT_ONCE
 
 FEW_LAYERS, MORE_LAYERS = 2, 3
 SHORT, LONG = 128, 192  # tokens traced instead of all: with flash attention bytes grow by the same amount with each
@@ -63,7 +63,7 @@ class PlannerSizes:
 
 def measure(model: PretrainedConfig, config: PlannerConfig, tokens: int) -> PlannerSizes:
     """A planner of these sizes; a plan and its instruction have `tokens`, or as many as the model takes."""
-    dtype = dtype_of(config.precision)
+    dtype = DTYPES[config.precision]
     tokens = min(tokens, getattr(model, "max_position_embeddings", tokens))
     peft = _make(model, config, dtype)
     parameters = dict(peft.named_parameters())

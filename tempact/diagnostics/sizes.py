@@ -20,7 +20,7 @@ from tempact.diagnostics.trace import FAKE, fake, on_meta, traced
 from tempact.errors import UserError
 from tempact.models.wan.checkpoints.files import PICKLES, find_weights
 from tempact.models.wan.checkpoints.names import read_config
-from tempact.models.wan.codec import DecoderState, call_size, pixel_frames
+from tempact.models.wan.codec import DecoderState, pixel_frames
 from tempact.models.wan.transformer import WanConfig
 from tempact.shapeworld.story import SIZE
 from tempact.worlds import SHAPEWORLD, WEIGHTS, is_random, require_wan_packages
@@ -58,10 +58,6 @@ def executor_sizes(settings: ExecutorConfig, *, kernels: bool) -> Sizes:
         require_wan_packages(settings.weights)
         model = _wan_sizes(settings.weights)
         height, width = settings.video_size
-        steps = VAE_STRIDE * model.patch[1], VAE_STRIDE * model.patch[2]
-        if height % steps[0] or width % steps[1]:
-            found, accepted = f"{height}x{width}", f"multiples of {steps[0]}x{steps[1]}"
-            raise UserError(f"executor.video_size: found {found}; accepted: {accepted}")
         latent = height // VAE_STRIDE, width // VAE_STRIDE
     return Sizes(model, settings, latent, kernels and model.head_dim in HEAD_DIMS)
 
@@ -167,7 +163,7 @@ class Decoder:
         with traced(kernels=on_gpu) as trace, torch.no_grad():
             fake(vae)
             decoder = WanDecoder(vae, options)
-            self.latents, self.videos = call_size(decoder, sizes.latent)
+            self.latents, self.videos = decoder.call_size(sizes.latent)
 
             def latents(count: int) -> torch.Tensor:
                 return torch.empty(1, vae.config.z_dim, count, *sizes.latent, device=FAKE)

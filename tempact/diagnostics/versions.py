@@ -47,7 +47,6 @@ PACKAGES = {
     "tokenizers": Package("0.22", "0.23.3"),
     "numpy": Package("1.26", "2.4.6"),
     "pydantic": Package("2.7", "2.14.3"),
-    "tyro": Package("1.0", "1.0.17"),
     "imageio-ffmpeg": Package("0.5", "0.8.1"),
     "diffusers": Package("0.36", "0.42.1", "wan"),
     "ftfy": Package("6.2", "6.3.1", "wan"),

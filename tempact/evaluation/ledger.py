@@ -1,7 +1,7 @@
-"""Append-only JSONL files of what an evaluation has done, so that a killed one goes on where it stopped.
+"""Append-only JSONL files of an evaluation's work, so that a killed evaluation goes on where it stopped.
 
-Every row has a key; a key stands once in a file, unless it is asked again on purpose, and then the last row counts.
-Rows are on the disk when `add` returns. What a kill left of a last line is cut off when the file is opened again.
+Every row has a key. A key stands once in a file, unless its row is written again on purpose; then the last row counts.
+Rows are on the disk when `add` returns. The part of a last line that a kill left is cut off when the file is opened.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ class Ledger:
     def __contains__(self, key: Key) -> bool:
         return key in self._rows
 
+    def __getitem__(self, key: Key) -> Row:
+        return self._rows[key]
+
     def __iter__(self) -> Iterator[Row]:
         return iter(self._rows.values())
 
@@ -43,17 +46,14 @@ class Ledger:
     def get(self, key: Key) -> Row | None:
         return self._rows.get(key)
 
-    def key_of(self, row: Mapping[str, Any]) -> Key:
-        return tuple(row[name] for name in self.key)
-
     def add(self, rows: Iterable[Row], *, again: bool = False) -> None:
         """Writes rows; `again` allows keys that are there already. UserError when the disk is full."""
-        rows = list(rows)
-        for row in rows:
-            assert again or self.key_of(row) not in self._rows, f"{self.path}: {self.key_of(row)} twice"
-        if not rows:
+        added = {self._key_of(row): row for row in rows}
+        twice = next((key for key in added if key in self._rows and not again), None)
+        assert twice is None, f"{self.path}: {twice} twice"
+        if not added:
             return
-        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in added.values()).encode()
         try:
             with self.path.open("ab") as file:
                 file.write(data)
@@ -65,8 +65,10 @@ class Ledger:
             raise UserError(
                 f"{self.path}: found no space left on the disk; accepted: {len(data)} free bytes"
             ) from error
-        for row in rows:
-            self._rows[self.key_of(row)] = row
+        self._rows |= added
+
+    def _key_of(self, row: Mapping[str, Any]) -> Key:
+        return tuple(row[name] for name in self.key)
 
     def _read(self) -> None:
         data = self.path.read_bytes() if self.path.is_file() else b""
@@ -78,7 +80,7 @@ class Ledger:
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 row = json.loads(line)
-                self._rows[self.key_of(row)] = row
+                self._rows[self._key_of(row)] = row
             except (ValueError, KeyError, TypeError) as error:
                 found = line[:80].decode(errors="replace")
                 accepted = f"a JSON object with {', '.join(self.key)}"
@@ -86,10 +88,10 @@ class Ledger:
 
 
 def register(path: Path, settings: Mapping[str, str | int | float]) -> None:
-    """Writes down the settings of an evaluation before it begins, and holds a later one in its folder to them.
+    """Writes the settings of an evaluation down before it begins, and holds later ones in its folder to them.
 
-    New keys (another judge, more prompts) are added. UserError for a key that had another value: its scores would
-    be mixed with others that were obtained differently.
+    New keys (another judge, more prompts) are added. UserError for a key that had another value: scores that were
+    obtained differently would be mixed.
     """
     with reading(path):
         known = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

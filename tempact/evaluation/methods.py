@@ -1,22 +1,26 @@
-"""The rows of the table: who plans and who draws. All of them share the noise of a prompt and seed."""
+"""What the tables compare: methods, and what is registered for the Temporal Order Benchmark. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tempact.evaluation.statistics import BASELINE, TRAINED
+from tempact.evaluation.temporal_order.prompts import OrderPrompt
 
-SINGLE, STEP, BOTH = "single-prompt", BASELINE, TRAINED
+SINGLE, STEP, BOTH = "single-prompt", "step-prompt", "+ TempAct"  # STEP is the baseline that changes are against
 PLANNER_ONLY, EXECUTOR_ONLY = "planner only", "executor only"
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: who plans and who draws. planner None gives the whole instruction as one prompt."""
+    """A row of the table: which planner and which executor make its videos.
+
+    planner: "start" (before training), "trained", or None, which gives the whole instruction as one prompt.
+    executor: "start" or "trained".
+    """
 
     name: str
-    planner: str | None  # "start", "trained" or None
-    executor: str  # "start" or "trained"
+    planner: str | None
+    executor: str
 
     @property
     def trained(self) -> bool:
@@ -32,3 +36,22 @@ METHODS = (
 )
 NAMES = ("single-prompt", "step-prompt", "planner-only", "executor-only", "trained")  # on the command line
 CONDITIONS = dict(zip(NAMES, METHODS, strict=True))
+
+# names of the benchmark's judges and their roles at the judge client; training is rewarded by the in-domain judge
+ROLES = {"in-domain": "temporal_following", "held-out": "held_out"}
+PAPER_FRAMES = {"simple": 36, "hard": 60}  # latent frames (docs/algorithm.md section 7)
+SEEDS = 2  # videos of a prompt and method
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """What to evaluate on the Temporal Order Benchmark; prompts and latent frames by set."""
+
+    prompts: dict[str, list[OrderPrompt]]
+    frames: dict[str, int]
+    methods: list[Method]
+    seeds: int
+    judges: tuple[str, ...]  # names of ROLES
+    pickscore: bool
+    export: bool  # copies of the videos for VBench
+    retry_missing: bool  # asks again for missing scores

@@ -1,9 +1,8 @@
-"""The evaluation protocol (ALGORITHM.md section 7): scores of videos to a table with intervals.
+"""From scores of videos to means with intervals and to paired differences (docs/algorithm.md section 7).
 
-Methods make the same prompts' videos from the same noise, and every set's videos are seen by every judge, so
-the i-th scores of one set belong together across methods and judges: the bootstrap draws videos, not scores, and
-where a prompt has several videos (seeds), which then stand together, it draws prompts: `per_prompt` is their number.
-A missing score (NaN) is dropped from its mean and counted, never read as 0.
+The i-th scores of one set belong to the same video for every judge, and to the same prompt and noise for every method.
+So the bootstrap draws videos, not scores. Where a prompt has several videos (seeds), they stand next to each other and
+the bootstrap draws prompts, each with all of its videos. A missing score (NaN) is left out of its mean and counted.
 """
 
 from __future__ import annotations
@@ -13,22 +12,27 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from tempact.evaluation.methods import STEP
 from tempact.files import reading, write_atomic
 
-BASELINE = "step-prompt"  # untrained planner and executor; relative changes are against it
-TRAINED = "+ TempAct"  # both trained
 AVERAGE = "average"  # the set, and the judge, of the mean over all cells
 PICTURE_QUALITY, DUPLICATES, PICKSCORE = "picture quality", "duplicates", "PickScore"
 NOT_TEMPORAL = (PICTURE_QUALITY, DUPLICATES, PICKSCORE)  # judged beside temporal order, not part of its average
 EVALUATION, SCORES, COMPARISONS = "evaluation.json", "evaluation_scores.jsonl", "comparisons.json"
+Sets = list[np.ndarray]  # [judges, videos] of every set
+Cell = tuple[str, str, list]  # set, judge, and the MethodScores that the mean is over
 
 
 @dataclass(frozen=True)
 class MethodScores:
-    """One score a video, in [0, 1] but for PickScore, NaN where it is missing; videos are in the order of the set."""
+    """Scores of one method, set and judge, one a video in the order of the set.
+
+    Scores are in [0, 1], but PickScore's about 20; NaN where missing.
+    """
 
     method: str
     set: str
@@ -54,7 +58,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`method` minus `baseline` over the `n` videos that have both scores, and the change relative to it."""
+    """`method` minus `baseline` over the `n` videos that both have scores of, and the relative change."""
 
     method: str
     baseline: str
@@ -67,9 +71,74 @@ class Comparison:
     n: int
 
 
-def bootstrap_ci(scores: Sequence[float], resamples: int, seed: int) -> tuple[float, float]:
-    """95% percentile interval of the mean; NaN scores are left out, no score gives (NaN, NaN)."""
-    return _interval(_resampled_means([np.asarray(scores, float)[None]], resamples, seed, 1))
+@dataclass(frozen=True)
+class Dropped:
+    """How many of a cell's `videos` have no score and are left out of the means."""
+
+    method: str
+    set: str
+    judge: str
+    missing: int
+    videos: int
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Means with 95% percentile intervals; `per_prompt` is the number of videos that each prompt has."""
+
+    resamples: int
+    seed: int
+    per_prompt: int = 1
+
+    def rows(self, scores: Sequence[MethodScores]) -> list[Row]:
+        """Every method, set and judge; then a method's averages: over all cells of temporal order (the plain mean of
+        set x judge), and over sets for quality, duplicates and PickScore."""
+        rows = []
+        for method in _unique(one.method for one in scores):
+            for set_name, judge, cell in _cells([one for one in scores if one.method == method], NOT_TEMPORAL):
+                sets = _by_set(cell)
+                interval = _interval(self._means(sets))
+                rows.append(Row(method, set_name, judge, _mean(sets), interval, _videos(sets)))
+        return rows
+
+    def compare(self, scores: Sequence[MethodScores], baseline: str = STEP) -> list[Comparison]:
+        """Every other method against `baseline`, video by video: each cell, then the average of temporal order."""
+        base = {(one.set, one.judge): one for one in scores if one.method == baseline}
+        comparisons = []
+        for method in _unique(one.method for one in scores if one.method != baseline):
+            own = [one for one in scores if one.method == method and (one.set, one.judge) in base]
+            for set_name, judge, cell in _cells(own):
+                others = [base[one.set, one.judge] for one in cell]
+                comparisons.append(self._comparison((method, baseline, set_name, judge), cell, others))
+        return comparisons
+
+    def _comparison(
+        self, names: tuple[str, str, str, str], cell: list[MethodScores], others: list[MethodScores]
+    ) -> Comparison:
+        own, base = _by_set(cell), _by_set(others)
+        for a, b in zip(own, base, strict=True):
+            assert a.shape == b.shape, f"{names[0]} and {names[1]} were judged on different videos"
+            a[np.isnan(b)], b[np.isnan(a)] = np.nan, np.nan
+        own_means, base_means = self._means(own), self._means(base)  # one seed draws the same videos for both
+        relative = np.divide(own_means, base_means, out=np.full_like(own_means, np.nan), where=base_means != 0) - 1
+        difference, change = _mean(own) - _mean(base), relative_change(_mean(own), _mean(base))
+        intervals = _interval(own_means - base_means), _interval(relative)
+        return Comparison(*names, difference, intervals[0], change, intervals[1], _videos(own))
+
+    def _means(self, sets: Sets) -> np.ndarray:
+        """[resamples]: `_mean` with each set's prompts drawn anew with replacement, alike for all its judges."""
+        rng = np.random.default_rng(self.seed)
+        means = []
+        for values in sets:
+            prompts, rest = divmod(values.shape[1], self.per_prompt)
+            assert not rest, f"{values.shape[1]} videos of prompts with {self.per_prompt} each"
+            if not prompts:
+                means.append(np.full((len(values), self.resamples), np.nan))
+                continue
+            drawn = rng.integers(0, prompts, (self.resamples, prompts))
+            videos = (drawn[..., None] * self.per_prompt + np.arange(self.per_prompt)).reshape(self.resamples, -1)
+            means.append(_present_mean(values[:, videos]))
+        return np.concatenate(means).mean(0)
 
 
 def relative_change(value: float, base: float) -> float:
@@ -77,146 +146,86 @@ def relative_change(value: float, base: float) -> float:
     return value / base - 1 if base else float("nan")
 
 
-def evaluation_rows(scores: Sequence[MethodScores], resamples: int, seed: int, *, per_prompt: int = 1) -> list[Row]:
-    """A row for every method, set and judge, then the averages: over all cells of temporal order (set and judge
-    "average"; the paper's plain mean of set x judge), and over sets for quality and duplicates."""
-    rows = []
-    for method in _unique(one.method for one in scores):
-        own = [one for one in scores if one.method == method]
-        rows += [_row(method, one.set, one.judge, [one], resamples, seed, per_prompt) for one in own]
-        groups = [(AVERAGE, [one for one in own if one.judge not in NOT_TEMPORAL])]
-        groups += [(judge, [one for one in own if one.judge == judge]) for judge in NOT_TEMPORAL]
-        rows += [_row(method, AVERAGE, judge, group, resamples, seed, per_prompt) for judge, group in groups if group]
-    return rows
+def dropped(scores: Iterable[MethodScores]) -> list[Dropped]:
+    """The count of every cell, also where nothing is missing."""
+    return [Dropped(one.method, one.set, one.judge, one.missing, len(one.scores)) for one in scores]
 
 
-def compare(
-    scores: Sequence[MethodScores], resamples: int, seed: int, baseline: str = BASELINE, *, per_prompt: int = 1
-) -> list[Comparison]:
-    """Every other method against `baseline`, video by video: each cell, then the average of temporal order."""
-    base = {(one.set, one.judge): one for one in scores if one.method == baseline}
-    comparisons = []
-    for method in _unique(one.method for one in scores if one.method != baseline):
-        own = [one for one in scores if one.method == method and (one.set, one.judge) in base]
-        groups = [(one.set, one.judge, [one]) for one in own]
-        groups.append((AVERAGE, AVERAGE, [one for one in own if one.judge not in NOT_TEMPORAL]))
-        for set_name, judge, group in groups:
-            if group:
-                pairs = [(one, base[one.set, one.judge]) for one in group]
-                cell = set_name, judge, pairs
-                comparisons.append(_comparison(method, baseline, *cell, resamples, seed, per_prompt))
-    return comparisons
-
-
-def write_evaluation(run_folder: Path, scores: Sequence[MethodScores], resamples: int, seed: int) -> list[Row]:
+def write_evaluation(run_folder: Path, scores: Sequence[MethodScores], bootstrap: Bootstrap) -> list[Row]:
     """Writes evaluation.json (the rows), comparisons.json (paired differences) and evaluation_scores.jsonl (one
     line a method, set and judge, in the order of the set's videos, null where missing); returns the rows."""
-    rows = evaluation_rows(scores, resamples, seed)
-    lines = [json.dumps(_plain({**asdict(one), "scores": list(one.scores)})) for one in scores]
+    rows = bootstrap.rows(scores)
+    lines = [json.dumps(plain({**asdict(one), "scores": list(one.scores)})) for one in scores]
     write_atomic(Path(run_folder) / SCORES, "\n".join(lines) + "\n")
-    comparisons = [_plain(asdict(one)) for one in compare(scores, resamples, seed)]
-    write_atomic(Path(run_folder) / COMPARISONS, json.dumps(comparisons, indent=1) + "\n")
-    write_atomic(Path(run_folder) / EVALUATION, json.dumps([_plain(asdict(row)) for row in rows], indent=1) + "\n")
+    for name, found in ((COMPARISONS, bootstrap.compare(scores)), (EVALUATION, rows)):
+        write_atomic(Path(run_folder) / name, json.dumps([plain(asdict(one)) for one in found], indent=1) + "\n")
     return rows
 
 
 def read_evaluation(run_folder: Path) -> list[Row]:
-    """Rows of evaluation.json, none if the run has not been evaluated."""
-    path = Path(run_folder) / EVALUATION
-    with reading(path):
-        rows = json.loads(path.read_text()) if path.is_file() else []
-        return [Row(**{**row, "score": _number(row["score"]), "ci95": _pair(row["ci95"])}) for row in rows]
+    """Rows of evaluation.json; none if the run has not been evaluated."""
+    return _read(Path(run_folder) / EVALUATION, Row)
 
 
 def read_scores(run_folder: Path) -> list[MethodScores]:
-    """Scores of every video, none if the run has not been evaluated."""
-    path = Path(run_folder) / SCORES
-    with reading(path):
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        return [MethodScores(**{**row, "scores": [_number(score) for score in row["scores"]]}) for row in rows]
+    """Scores of every video; none if the run has not been evaluated."""
+    return _read(Path(run_folder) / SCORES, MethodScores)
 
 
 def read_comparisons(run_folder: Path) -> list[Comparison]:
-    """Paired differences, none if the run has not been evaluated."""
-    path = Path(run_folder) / COMPARISONS
-    numbers, pairs = ("difference", "relative"), ("ci95", "relative_ci95")
+    """Paired differences; none if the run has not been evaluated."""
+    return _read(Path(run_folder) / COMPARISONS, Comparison)
+
+
+def plain(value: Any) -> Any:
+    """The value for JSON: six digits, null for NaN."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return value
+
+
+def _read(path: Path, kind: type) -> list:
+    """What `plain` wrote of dataclasses `kind`: a JSON list, or an object a line."""
     with reading(path):
-        rows = json.loads(path.read_text()) if path.is_file() else []
-        return [
-            Comparison(**{**row, **{k: _number(row[k]) for k in numbers}, **{k: _pair(row[k]) for k in pairs}})
-            for row in rows
-        ]
+        text = path.read_text() if path.is_file() else "[]" if path.suffix == ".json" else ""
+        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+        return [kind(**{key: _read_value(value) for key, value in row.items()}) for row in rows]
 
 
-def _row(
-    method: str, set_name: str, judge: str, group: list[MethodScores], resamples: int, seed: int, per_prompt: int
-) -> Row:
-    sets = _by_set(group)
-    videos = sum(int((~np.isnan(values)).any(0).sum()) for values in sets)
-    interval = _interval(_resampled_means(sets, resamples, seed, per_prompt))
-    return Row(method, set_name, judge, _mean(sets), interval, videos)
+def _read_value(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_read_value(inner) for inner in value)
+    return float("nan") if value is None else value
 
 
-def _comparison(
-    method: str,
-    baseline: str,
-    set_name: str,
-    judge: str,
-    pairs: list[tuple[MethodScores, MethodScores]],
-    resamples: int,
-    seed: int,
-    per_prompt: int,
-) -> Comparison:
-    own, base = _by_set([one for one, _ in pairs]), _by_set([other for _, other in pairs])
-    for a, b in zip(own, base, strict=True):
-        assert a.shape == b.shape, f"{method} and {baseline} were judged on different videos"
-        a[np.isnan(b)], b[np.isnan(a)] = np.nan, np.nan
-    # one seed draws the same videos for both
-    own_means = _resampled_means(own, resamples, seed, per_prompt)
-    base_means = _resampled_means(base, resamples, seed, per_prompt)
-    relative = np.divide(own_means, base_means, out=np.full(resamples, np.nan), where=base_means != 0) - 1
-    return Comparison(
-        method,
-        baseline,
-        set_name,
-        judge,
-        _mean(own) - _mean(base),
-        _interval(own_means - base_means),
-        relative_change(_mean(own), _mean(base)),
-        _interval(relative),
-        sum(int((~np.isnan(values)).any(0).sum()) for values in own),
-    )
+def _cells(own: list[MethodScores], averaged: Sequence[str] = ()) -> list[Cell]:
+    """One method's cells, the average of temporal order, and those of the `averaged` judges."""
+    cells: list[Cell] = [(one.set, one.judge, [one]) for one in own]
+    cells.append((AVERAGE, AVERAGE, [one for one in own if one.judge not in NOT_TEMPORAL]))
+    cells += [(AVERAGE, judge, [one for one in own if one.judge == judge]) for judge in averaged]
+    return [cell for cell in cells if cell[2]]
 
 
-def _by_set(group: list[MethodScores]) -> list[np.ndarray]:
-    """[judges, videos] for every set."""
+def _by_set(group: list[MethodScores]) -> Sets:
     names = _unique(one.set for one in group)
     return [np.array([one.scores for one in group if one.set == name], float) for name in names]
 
 
-def _mean(sets: list[np.ndarray]) -> float:
+def _videos(sets: Sets) -> int:
+    """How many videos have a score of any judge."""
+    return sum(int((~np.isnan(values)).any(0).sum()) for values in sets)
+
+
+def _mean(sets: Sets) -> float:
     """Plain mean over the cells' means; NaN if a cell has no score, for the mean of fewer is another quantity."""
-    return float(np.concatenate([_cell_means(values) for values in sets]).mean())
+    return float(np.concatenate([_present_mean(values) for values in sets]).mean())
 
 
-def _resampled_means(sets: list[np.ndarray], resamples: int, seed: int, per_prompt: int) -> np.ndarray:
-    """[resamples]: `_mean` with each set's prompts drawn anew with replacement, alike for all its judges, each with
-    all of its videos."""
-    rng = np.random.default_rng(seed)
-    cells = []
-    for values in sets:
-        prompts, rest = divmod(values.shape[1], per_prompt)
-        assert not rest, f"{values.shape[1]} videos of prompts with {per_prompt} each"
-        if not prompts:
-            cells.append(np.full((len(values), resamples), np.nan))
-            continue
-        drawn = rng.integers(0, prompts, (resamples, prompts))
-        videos = (drawn[..., None] * per_prompt + np.arange(per_prompt)).reshape(resamples, -1)
-        cells.append(_cell_means(values[:, videos]))
-    return np.concatenate(cells).mean(0)
-
-
-def _cell_means(values: np.ndarray) -> np.ndarray:
+def _present_mean(values: np.ndarray) -> np.ndarray:
     """Means over the last axis of the scores that are there; NaN where none is."""
     present = ~np.isnan(values)
     count = present.sum(-1)
@@ -234,22 +243,3 @@ def _interval(means: np.ndarray) -> tuple[float, float]:
 
 def _unique(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
-
-
-def _plain(value: object) -> object:
-    """JSON without NaN, six digits."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float):
-        return round(value, 6) if math.isfinite(value) else None
-    return value
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value
-
-
-def _pair(values: Sequence[float | None]) -> tuple[float, float]:
-    return _number(values[0]), _number(values[1])

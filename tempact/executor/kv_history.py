@@ -16,7 +16,7 @@ from torch import Tensor
 
 from csrc_triton import ForkableKVCache, LayerViews
 from csrc_triton.kv_cache import Reservation, Run
-from csrc_triton.qk_norm_rope.naive import rotate
+from csrc_triton.qk_norm_rope import rotate
 from tempact.executor.cuda_graphs import CudaGraphRunner
 from tempact.executor.window import WindowPolicy
 from tempact.models.wan.transformer import TextKV

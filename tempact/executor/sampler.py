@@ -10,14 +10,10 @@ import torch
 from torch import Tensor
 
 from csrc_triton.flow_sde import flow_sde_step
-from tempact.config import ExecutorConfig
-from tempact.errors import UserError
+from tempact.config import TRAIN_TIMESTEPS, ExecutorConfig
 from tempact.executor.cuda_graphs import Context, CudaGraphRunner
 from tempact.executor.window import WINDOWS, WindowPolicy
 from tempact.models.wan.transformer import TextKV
-
-TRAIN_TIMESTEPS = 1000
-TEXT_SWITCHES = ("cross_attention", "recache")  # what a new prompt changes: its own K/V, or the history's too
 
 
 @dataclass(frozen=True)
@@ -31,20 +27,12 @@ class Schedule:
     eta: float = 1.0
 
     @classmethod
-    def from_timesteps(
-        cls, timesteps: Sequence[int], shift: float, eta: float = 1.0, *, key: str = "executor.timesteps"
-    ) -> Schedule:
+    def from_timesteps(cls, timesteps: Sequence[int], shift: float, eta: float = 1.0) -> Schedule:
         """Warps timesteps tau in (0, 1000]: sigma(u) = shift u / (1 + (shift - 1) u), u = tau / 1000.
 
-        (1000, 750, 500, 250) with shift 5 give 1, 0.9375, 0.8333, 0.625 (docs/algorithm.md 2.1). Raises UserError,
-        which names `key`, unless the timesteps fall strictly and the shift is positive.
+        (1000, 750, 500, 250) with shift 5 give 1, 0.9375, 0.8333, 0.625 (docs/algorithm.md 2.1).
         """
-        falling = all(a > b for a, b in pairwise(timesteps))
-        if not timesteps or not falling or timesteps[0] > TRAIN_TIMESTEPS or timesteps[-1] <= 0:
-            accepted = f"falling numbers in (0, {TRAIN_TIMESTEPS}]"
-            raise UserError(f"{key}: found {tuple(timesteps)}; accepted: {accepted}")
-        if not 0 < shift < float("inf"):
-            raise UserError(f"executor.shift: found {shift}; accepted: a number above 0")
+        assert timesteps and all(a > b for a, b in pairwise((TRAIN_TIMESTEPS + 1, *timesteps, 0))) and shift > 0
         levels = (tau / TRAIN_TIMESTEPS for tau in timesteps)
         return cls((*(shift * u / (1.0 + (shift - 1.0) * u) for u in levels), 0.0), eta)
 
@@ -63,8 +51,9 @@ class Schedule:
 class RolloutSettings:
     """Settings of a roll-out: F latent frames in chunks of c frames.
 
-    text_switch: one of TEXT_SWITCHES. schedule samples every chunk but the first, which `first` samples. separator
-    joins a step's prompt and the next one's, where prompts are smoothed; None: prompts as given.
+    text_switch: a new prompt changes its own K/V ("cross_attention"), or the history's too ("recache"). first: the
+    schedule of the first chunk, `schedule` that of all others. separator joins a step's prompt and the next one's,
+    where prompts are smoothed; None: prompts as given.
     """
 
     frames: int
@@ -77,18 +66,14 @@ class RolloutSettings:
 
     @classmethod
     def of(cls, config: ExecutorConfig) -> RolloutSettings:
-        """Raises UserError for an unknown name, and for a video that the window or the schedule cannot make."""
-        for key, names in {"window": tuple(WINDOWS), "text_switch": TEXT_SWITCHES}.items():
-            if getattr(config, key) not in names:
-                raise UserError(f"executor.{key}: found {getattr(config, key)!r}; accepted: {', '.join(names)}")
-        window = WINDOWS[config.window]
-        window.check(config.frames, config.chunk_frames)
-        schedule = first = Schedule.from_timesteps(config.timesteps, config.shift, config.eta)
-        if config.first_timesteps:
-            key = "executor.first_timesteps"
-            first = Schedule.from_timesteps(config.first_timesteps, config.shift, config.eta, key=key)
-        separator = config.prompt_separator if config.smooth_prompts else None
-        return cls(config.frames, config.chunk_frames, window, config.text_switch, schedule, first, separator)
+        """From a configuration that `validate` has accepted."""
+        c = config
+        schedule, first = (
+            Schedule.from_timesteps(timesteps, c.shift, c.eta)
+            for timesteps in (c.timesteps, c.first_timesteps or c.timesteps)
+        )
+        separator = c.prompt_separator if c.smooth_prompts else None
+        return cls(c.frames, c.chunk_frames, WINDOWS[c.window], c.text_switch, schedule, first, separator)
 
     @property
     def chunks(self) -> int:

@@ -1,42 +1,49 @@
-"""One offline HTML file that shows a run, also one that is still going."""
+"""One offline HTML file that shows a run, also one that is still going, or the benchmark's results."""
 
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import yaml
+from markupsafe import Markup
 
 from tempact.errors import UserError
+from tempact.evaluation.harness import Evaluation
+from tempact.evaluation.judges import COMBINED
+from tempact.evaluation.methods import BOTH, STEP
 from tempact.evaluation.statistics import (
     AVERAGE,
-    BASELINE,
     PICTURE_QUALITY,
-    TRAINED,
-    MethodScores,
+    Comparison,
+    Dropped,
     Row,
+    dropped,
     read_comparisons,
     read_evaluation,
     read_scores,
     relative_change,
 )
-from tempact.evaluation.tables import build_table, gained, percent
+from tempact.evaluation.tables import METRICS as BENCHMARK_METRICS
+from tempact.evaluation.tables import Results, Table, build_table, gained, percent, write_tables
 from tempact.files import reading, write_atomic
 from tempact.reporting.curves import curves_svg
 from tempact.reporting.records import METRICS, SAMPLES, Session, duration, read_environment, read_metrics
-from tempact.reporting.strips import EXTREMES, INDEX, VIDEOS
+from tempact.reporting.strips import EXTREMES, INDEX, VIDEOS, StripRow, film_strip
 
-REPORT, CONFIG = "report.html", "config.yaml"
+REPORT, CONFIG, RESULTS = "report.html", "config.yaml", "temporal-order.html"
 # keys of weights, and values in whose place random weights stand
 WEIGHTS, RANDOM = ("planner.weights", "executor.weights"), ("random", "random-tiny")
 MIME = {".png": "image/png", ".gif": "image/gif", ".svg": "image/svg+xml"}
-# config keys worth a place in the header, with what they are called there
+# config keys worth a place in the header, and their labels
 SUMMARY = {
     "preset": "preset",
     "seed": "seed",
@@ -61,14 +68,13 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Missing:
-    """How many scores a judge did not give."""
+class Section:
+    """A table, the comparisons of its averages and the text below it."""
 
-    method: str
-    set: str
-    judge: str
-    missing: int
-    videos: int
+    title: str
+    table: Table | None
+    comparisons: Sequence[Comparison]
+    text: str = ""
 
 
 def write_report(run_folder: Path | str) -> Path:
@@ -79,33 +85,61 @@ def write_report(run_folder: Path | str) -> Path:
     run = Path(run_folder)
     if not (run / CONFIG).is_file() and not (run / METRICS).is_file():
         raise UserError(f"{run}: is no run folder; accepted: a folder with {CONFIG} or {METRICS}")
-    config, metrics, rows = _config(run), read_metrics(run), read_evaluation(run)
+    config, metrics, rows, comparisons = _config(run), read_metrics(run), read_evaluation(run), read_comparisons(run)
     curves = curves_svg(metrics)
-    html = _environment().get_template("report.html.j2").render(
+    of_all = f" of {config['trainer.iterations']}" if "trainer.iterations" in config else ""
+    done = metrics[-1]["step"] if metrics else 0
+    random = ", ".join(f"{key}: {config[key]}" for key in WEIGHTS if config.get(key) in RANDOM)
+    note = Markup("<strong>Random weights</strong> ({}): plans and videos made with them mean nothing.")
+    text = "All methods start from the same noise. Duplicates: share of frames with an extra or misplaced shape, lower "
+    text += "is better."
+    section = Section("Temporal order on held-out prompts", build_table(rows) if rows else None, comparisons, text)
+    return _write_page(
+        run / REPORT,
         name=run.resolve().name,
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        iterations=config.get("trainer.iterations"),
-        done=metrics[-1]["step"] if metrics else 0,
-        tiles=_tiles(run, rows, metrics),
-        table=build_table(rows) if rows else None,
-        comparisons=[one for one in read_comparisons(run) if one.set == AVERAGE],
-        missing=_missing(read_scores(run)),
+        subtitle=f"TempAct run, {done}{of_all} iterations. Report of {datetime.now(UTC):%Y-%m-%d %H:%M UTC}.",
+        note=note.format(random) if random else "",
+        tiles=_tiles(rows, comparisons, metrics),
+        sections=[section],
+        dropped=dropped(read_scores(run)),
         showcase=_showcase(run),
-        curves=_data_uri(curves, ".svg") if curves else None,
-        missing_rewards=_missing_rewards(metrics),
-        timings=_timings(metrics),
-        samples=_samples(run),
-        random=[f"{key}: {config[key]}" for key in WEIGHTS if config.get(key) in RANDOM],
-        summary=[(label, config[key]) for key, label in SUMMARY.items() if key in config],
-        config=config,
-        sessions=[(session, _hardware(session)) for session in read_environment(run)],
-    )  # fmt: skip
-    path = run / REPORT
-    write_atomic(path, html)
-    return path
+        facts=[(label, config[key]) for key, label in SUMMARY.items() if key in config],
+        run={
+            "curves": _data_uri(curves, ".svg") if curves else None,
+            "missing_rewards": _missing_rewards(metrics),
+            "timings": _timings(metrics),
+            "samples": _samples(run),
+            "sessions": [(session, _hardware(session)) for session in read_environment(run)],
+            "config": config,
+        },
+    )
 
 
-def _environment() -> jinja2.Environment:
+def write_results(evaluation: Evaluation, results: Results, strips: int) -> list[Path]:
+    """Writes temporal-order.json, .md and .html of a finished evaluation of the benchmark; returns their paths.
+
+    strips: prompts of each set that are shown with their film strips.
+    """
+    found = results.findings
+    sections = [Section(BENCHMARK_METRICS[one.metric], build_table(one.rows), one.comparisons) for one in found]
+    return [
+        *write_tables(evaluation.folder, results),
+        _write_page(
+            evaluation.folder / RESULTS,
+            name="Temporal Order Benchmark",
+            subtitle="",
+            note=results.note,
+            tiles=(),
+            sections=sections,
+            dropped=results.dropped,
+            showcase=list(_benchmark_strips(evaluation, strips)),
+            facts=results.about.items(),
+            run=None,
+        ),
+    ]
+
+
+def _write_page(path: Path, *, sections: list[Section], dropped: Sequence[Dropped], **parts: object) -> Path:
     """Escapes everything: prompts and plans come from outside."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -116,7 +150,28 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["score"] = lambda value: "missing" if value is None else f"{value:.2f}"
     environment.filters["percent"] = percent
-    return environment
+    page = environment.get_template("report.html.j2").render(
+        sections=sections, own=BOTH, average=AVERAGE, dropped=[one for one in dropped if one.missing], **parts
+    )
+    write_atomic(path, page)
+    return path
+
+
+def _benchmark_strips(evaluation: Evaluation, count: int) -> Iterator[dict[str, Any]]:
+    """The first `count` prompts of each set with a film strip: a row for every method, which shows the first seed's
+    video and its scores."""
+    for videos in evaluation.samples(count):
+        rows = []
+        for video in videos:
+            told = []
+            for judge in evaluation.suite.judges:
+                score = evaluation.score(video.prompt.prompt_id, video.method, 0, judge.name, COMBINED)
+                told.append(f"{judge.name} {'missing' if math.isnan(score) else format(score, '.2f')}")
+            rows.append(StripRow(f"{video.method.name}: {', '.join(told)}", video.frames, video.steps))
+        file = io.BytesIO()
+        prompt = videos[0].prompt
+        film_strip(rows, prompt.text).save(file, "PNG", optimize=True)
+        yield {"prompt": prompt.text, "strip": _data_uri(file.getvalue(), ".png"), "steps": prompt.steps, "videos": ()}
 
 
 def _config(run: Path) -> dict[str, object]:
@@ -137,19 +192,17 @@ def _config(run: Path) -> dict[str, object]:
     return flat
 
 
-def _tiles(run: Path, rows: Sequence[Row], metrics: Sequence[dict]) -> list[Tile]:
+def _tiles(rows: Sequence[Row], comparisons: Sequence[Comparison], metrics: Sequence[dict]) -> list[Tile]:
     found = {(row.method, row.judge): row for row in rows if row.set == AVERAGE}
     tiles = []
-    before, after = found.get((BASELINE, AVERAGE)), found.get((TRAINED, AVERAGE))
+    before, after = found.get((STEP, AVERAGE)), found.get((BOTH, AVERAGE))
     if before and after and not math.isnan(after.score - before.score):
-        detail = ""
-        for one in read_comparisons(run):
-            if (one.method, one.set) == (TRAINED, AVERAGE):
-                detail = f"95% interval {percent(one.relative_ci95[0])} to {percent(one.relative_ci95[1])}"
+        low_high = [one.relative_ci95 for one in comparisons if (one.method, one.set) == (BOTH, AVERAGE)]
+        detail = f"95% interval {percent(low_high[0][0])} to {percent(low_high[0][1])}" if low_high else ""
         change = percent(relative_change(after.score, before.score))
         tiles.append(Tile(change, "temporal order, against step-prompt", detail, gained(change)))
         tiles.append(Tile(f"{before.score:.3f} \u2192 {after.score:.3f}", "average score, before and after"))
-    before, after = found.get((BASELINE, PICTURE_QUALITY)), found.get((TRAINED, PICTURE_QUALITY))
+    before, after = found.get((STEP, PICTURE_QUALITY)), found.get((BOTH, PICTURE_QUALITY))
     if before and after:
         detail = f"{before.score:.3f} \u2192 {after.score:.3f}"
         tiles.append(Tile(percent(relative_change(after.score, before.score)), "picture quality", detail))
@@ -158,19 +211,14 @@ def _tiles(run: Path, rows: Sequence[Row], metrics: Sequence[dict]) -> list[Tile
     return tiles
 
 
-def _missing(scores: Sequence[MethodScores]) -> list[Missing]:
-    return [Missing(s.method, s.set, s.judge, s.missing, len(s.scores)) for s in scores if s.missing]
-
-
 def _missing_rewards(metrics: Sequence[dict]) -> list[tuple[str, float]]:
     """(reward, mean share that was missing) of the rewards that were ever missing."""
     shares = []
-    for key in sorted(
-        {key for row in metrics for key in row if key.startswith("rewards/") and key.endswith("/missing")}
-    ):
-        values = [row[key] for row in metrics if row.get(key) is not None]
-        if sum(values) > 0:
-            shares.append((key.split("/")[1].replace("_", " "), sum(values) / len(values)))
+    for key in sorted({key for row in metrics for key in row}):
+        if key.startswith("rewards/") and key.endswith("/missing"):
+            values = [row[key] for row in metrics if row.get(key) is not None]
+            if sum(values) > 0:
+                shares.append((key.split("/")[1].replace("_", " "), sum(values) / len(values)))
     return shares
 
 
@@ -190,6 +238,7 @@ def _showcase(run: Path) -> list[dict]:
     with reading(index):
         entries = json.loads(index.read_text())
         for entry in entries:
+            entry["steps"] = ()  # as their plans show them
             entry["strip"] = _picture(run / VIDEOS / Path(entry["strip"]).name)
             for video in entry["videos"]:
                 video["gif"] = _picture(run / VIDEOS / Path(video["gif"]).name)
@@ -203,20 +252,16 @@ def _samples(run: Path) -> dict | None:
         return None
     with reading(tables[-1]):
         rows = [json.loads(line) for line in tables[-1].read_text().splitlines()]
-        scored = sorted(
-            (row for row in rows if row["temporal_following"] is not None), key=lambda r: r["temporal_following"]
-        )
+        scored = [row for row in rows if row["temporal_following"] is not None]
+        scored.sort(key=lambda row: row["temporal_following"])
     if not scored:
         return None
     shown = min(EXTREMES, max(1, len(scored) // 2))
-    parts = (("worst", scored[:shown]), ("best", scored[::-1][:shown]))
-    return {
-        "step": rows[0]["step"],
-        "unscored": len(rows) - len(scored),
-        "parts": [
-            (name, part, _picture(tables[-1].with_name(f"{tables[-1].stem}-{name}.png"))) for name, part in parts
-        ],
-    }
+    parts = [
+        (name, part, _picture(tables[-1].with_name(f"{tables[-1].stem}-{name}.png")))
+        for name, part in (("worst", scored[:shown]), ("best", scored[::-1][:shown]))
+    ]
+    return {"step": rows[0]["step"], "unscored": len(rows) - len(scored), "parts": parts}
 
 
 def _hardware(session: Session) -> str:

@@ -1,4 +1,4 @@
-"""Both suites of `tempact.evaluate`: policies, a folder of results, and where a killed evaluation goes on."""
+"""Evaluations of runs and presets: policies, the folder of results, and where a killed evaluation goes on."""
 
 from __future__ import annotations
 
@@ -6,117 +6,140 @@ import hashlib
 import json
 import logging
 import sys
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from tempact.cli import to_yaml
-from tempact.config import RunConfig
-from tempact.evaluation.harness import CellStore, Maker, Suite, evaluate_suite
-from tempact.evaluation.judges import VideoJudge, load_pickscore, served_judges
-from tempact.evaluation.methods import METHODS
-from tempact.evaluation.options import SHAPEWORLD, SUITES, OrderOptions
-from tempact.evaluation.tables import RANDOM_WEIGHTS, gather, markdown, write_results
+from tempact.cli import EXIT_ABORTED, to_yaml
+from tempact.config import VIDEO, RunConfig, flatten, keys_of
+from tempact.errors import UserError
+from tempact.evaluation.harness import LOSSLESS, Evaluation, Suite, mp4_format
+from tempact.evaluation.judges import load_pickscore, served_judges, shapeworld_judges
+from tempact.evaluation.methods import BOTH, METHODS, SINGLE, STEP, BenchmarkOptions, Method
+from tempact.evaluation.statistics import Bootstrap, write_evaluation
+from tempact.evaluation.tables import RANDOM_WEIGHTS, gather, markdown, markdown_table
+from tempact.evaluation.temporal_order.prompts import SETS, OrderPrompt
 from tempact.evaluation.temporal_order.vbench import export_vbench
 from tempact.executor.sampler import gaussian_noise
-from tempact.files import claim_run_folder, safe_name, write_atomic
-from tempact.rewards.judges.calls import JudgeOutage
-from tempact.runs.checkpoint import latest
+from tempact.files import claim_run_folder, write_atomic
+from tempact.reporting.report import write_report, write_results
+from tempact.reporting.strips import write_showcase
+from tempact.rewards.judges import JudgeOutage
 from tempact.runs.logs import Progress, setup_logging
-from tempact.runs.run import EXIT_ABORTED, evaluate, load_newest
-from tempact.worlds import PolicyPair, build_policies, device_of, is_random
+from tempact.shapeworld.world import held_out_prompts
+from tempact.worlds import PolicyPair, device_of, is_random, is_shapeworld
 
 log = logging.getLogger(__name__)
 
-FPS = {SHAPEWORLD: 8.0}
-WAN_FPS = 16.0
+SHOWN = {SINGLE: "single prompt", STEP: "before: step prompts", BOTH: "after: + TempAct"}  # rows of the film strips
+# of the executor's settings: videos are the same up to rounding, so a killed evaluation may go on with others
+Load = Callable[[], tuple[PolicyPair, str]]  # the policies, and the name of their weights
 
 
-def evaluate_shapeworld(config: RunConfig, run: Path | None) -> int:
+def evaluate_shapeworld(config: RunConfig, run: Path | None, load: Load) -> int:
     """ShapeWorld's own table, beside the run (or, for a preset, beside its runs); returns the exit code."""
+    if not is_shapeworld(config.executor.weights):
+        raise UserError(
+            f"executor.weights: found {config.executor.weights}, whose videos ShapeWorld's evaluation cannot score; "
+            "accepted: shapeworld, or a folder of its kind"
+        )
     setup_logging()
-    policies = _policies(config, run)
+    policies, _ = load()
     with claim_run_folder(run or untrained_folder(config)) as folder:
         if run is None:
             write_atomic(folder / "config.yaml", to_yaml(config))  # for the report
-        store = CellStore(folder / "evaluation" / evaluation_name(config, weights_of(run)), config.evaluation.seed)
-        evaluate(config, folder, policies, store, [method for method in METHODS if run or not method.trained])
+        evaluate(config, folder, policies, [method for method in METHODS if run or not method.trained])
     return 0
 
 
-def evaluate_benchmark(config: RunConfig, run: Path | None, options: OrderOptions, output: Path | None) -> int:
+def evaluate(config: RunConfig, folder: Path, policies: PolicyPair, methods: Sequence[Method] = METHODS) -> None:
+    """The held-out table, videos and report of `folder`, a finished run of ShapeWorld or an untrained preset's folder.
+
+    The executor holds its averaged weights. What is done is kept in a folder whose name differs wherever scores may, so
+    that a killed evaluation goes on there.
+    """
+    suite = shapeworld_suite(config, policies, methods)
+    known = f"adapters {adapters_digest(policies)}, settings {policy_digest(config)}"
+    own = hashlib.sha256(json.dumps(suite.settings(known), sort_keys=True).encode()).hexdigest()[:12]
+    evaluation = Evaluation(
+        folder / "evaluation" / own, suite, policies.planner, policies.executor, gaussian_noise, LOSSLESS
+    )
+    with Progress("evaluation", 0) as progress:
+        evaluation.run(known, progress.tell)
+    scores = evaluation.method_scores()
+    rows = write_evaluation(folder, scores, Bootstrap(config.evaluation.bootstrap, suite.seed))
+    write_showcase(folder, evaluation.samples(config.evaluation.strips), SHOWN)
+    write_report(folder)
+    log.info("%s\n%s", folder / "evaluation.json", markdown_table(rows))
+
+
+def shapeworld_suite(config: RunConfig, policies: PolicyPair, methods: Sequence[Method] = METHODS) -> Suite:
+    """ShapeWorld's held-out test instructions with its own judges."""
+    settings = config.evaluation
+    counts = dict(zip(SETS, (settings.simple, settings.hard), strict=True))
+    prompts = {
+        name: [OrderPrompt(p.prompt_id, name, p.category, p.text) for p in held_out_prompts(name, n, settings.seed)]
+        for name, n in counts.items()
+    }
+    judges = shapeworld_judges(policies.executor.device)
+    frames = dict.fromkeys(prompts, config.executor.frames)
+    return Suite(prompts, frames, methods, 1, judges, settings.seed, settings.batch, batched=True)
+
+
+def evaluate_benchmark(
+    config: RunConfig, run: Path | None, load: Load, options: BenchmarkOptions, output: Path | None
+) -> int:
     """The Temporal Order Benchmark in `output`, else in the run's or preset's folder; returns the exit code.
 
     UserError where judges or PickScore cannot be had, before anything is written.
     """
     setup_logging()
-    target = output or (run or untrained_folder(config)) / SUITES[0]
-    with served_judges(options.judges, config.judges) as served:
-        judges = [*served, *(load_pickscore(config.judges, device_of(config)) if options.pickscore else [])]
-        policies = _policies(config, run)
-        with claim_run_folder(target) as folder:
-            try:
-                paths = _benchmark(folder, config, options, policies, judges, run)
-            except JudgeOutage as error:
-                sys.stderr.write(f"stopped: {error}; the same command goes on from here\n")
-                return EXIT_ABORTED
-    sys.stdout.write("".join(f"{path}\n" for path in paths))
+    settings = config.evaluation
+    with ExitStack() as opened:
+        judges = opened.enter_context(served_judges(options.judges, config.judges))
+        judges = [*judges, *(load_pickscore(config.judges, device_of(config)) if options.pickscore else [])]
+        policies, weights = load()
+        folder = opened.enter_context(claim_run_folder(output or (run or untrained_folder(config)) / "temporal-order"))
+        suite = Suite(
+            options.prompts, options.frames, options.methods, options.seeds, judges, settings.seed, settings.batch
+        )
+        files = mp4_format(policies.executor.codec.fps)
+        evaluation = Evaluation(folder, suite, policies.planner, policies.executor, gaussian_noise, files)
+        named = RANDOM_WEIGHTS if is_random(config.executor.weights) else weights
+        known = f"{config.preset}, {named}, settings {policy_digest(config)}"
+        try:
+            with Progress("evaluation", 0) as progress:
+                evaluation.run(known, progress.tell, retry_missing=options.retry_missing)
+        except JudgeOutage as error:
+            sys.stderr.write(f"stopped: {error}; the same command goes on from here\n")
+            return EXIT_ABORTED
+        written = []
+        if judges:
+            results = gather(evaluation, settings.bootstrap)
+            written += write_results(evaluation, results, settings.strips)
+            log.info("\n%s", markdown(results))
+        if options.export:
+            written += export_vbench(evaluation)
+    sys.stdout.write("".join(f"{path}\n" for path in written))
     return 0
 
 
-def _benchmark(
-    folder: Path, config: RunConfig, options: OrderOptions, policies: PolicyPair, judges: list[VideoJudge],
-    run: Path | None,
-) -> list[Path]:  # fmt: skip
-    """Does what is left in `folder`; returns what it wrote."""
-    settings = config.evaluation
-    fps = FPS.get(config.executor.weights, WAN_FPS)
-    maker = Maker(
-        folder, policies.planner, policies.executor, gaussian_noise, batch=settings.batch, seed=settings.seed, fps=fps
-    )  # fmt: skip
-    suite = Suite(options.prompts, options.frames, options.methods, options.seeds, judges)
-    weights = RANDOM_WEIGHTS if is_random(config.executor.weights) else weights_of(run)
-    known = f"{config.preset}, {weights}, settings {policy_digest(config)}"
-    with Progress("evaluation", 0) as progress:
-        ledger = evaluate_suite(
-            folder, suite, maker, policies=known, retry_missing=options.retry_missing, tell=progress.tell
-        )
-    written = []
-    if judges:
-        results = gather(suite, ledger, settings.bootstrap, settings.seed)
-        written += write_results(folder, suite, maker, ledger, results, settings.strips)
-        log.info("\n%s", markdown(results, {}))
-    if options.export:
-        written += export_vbench(folder, suite, maker)
-    return written
-
-
-# of the executor's settings: videos are the same up to rounding, so a killed evaluation may go on with others
-HOW_ONLY = ("rollout_videos", "micro_batch", "cuda_graphs", "text_cache")
-
-
-def _policies(config: RunConfig, run: Path | None) -> PolicyPair:
-    return load_newest(config, run)[0] if run else build_policies(config)
-
-
 def policy_digest(config: RunConfig) -> str:
-    """Short hash of all settings that videos depend on."""
-    executor = {name: value for name, value in asdict(config.executor).items() if name not in HOW_ONLY}
-    told = json.dumps([asdict(config.planner), executor, config.seed], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:12]
+    """Short hash of the values that videos of given weights depend on, beyond rounding."""
+    keys = keys_of(RunConfig)
+    told = {name: value for name, value in flatten(config).items() if keys[name].sets == VIDEO}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def adapters_digest(policies: PolicyPair) -> str:
+    """Short hash of the adapters' weights."""
+    found = hashlib.sha256()
+    for policy in (policies.planner, policies.executor):
+        for _, weight in sorted(policy.parameters().items()):
+            found.update(weight.detach().float().cpu().numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def untrained_folder(config: RunConfig) -> Path:
     """Where an evaluation of a preset goes: beside its runs, never into one."""
     return Path(f"{config.output}-untrained")
-
-
-def weights_of(run: Path | None) -> str:
-    """Which weights the newest checkpoint of a run holds, by name and hash; "untrained" without a run."""
-    newest = None if run is None else latest(run)
-    return "untrained" if newest is None else newest.name
-
-
-def evaluation_name(config: RunConfig, weights: str) -> str:
-    """A folder name that differs wherever scores may: weights, sampler, prompts, seed."""
-    told = json.dumps([weights, policy_digest(config), asdict(config.evaluation)], sort_keys=True)
-    return f"{safe_name(weights.split()[0])}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"

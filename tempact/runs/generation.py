@@ -22,17 +22,16 @@ from tempact.files import claim_run_folder, safe_name, write_atomic
 from tempact.models.wan.codec import Codec
 from tempact.planner.planner import Planner
 from tempact.planner.plans import Request
+from tempact.reporting.strips import COLUMNS, StripRow, film_strip, save_strip, shown_frames
 from tempact.runs.checkpoint import Checkpoint
 from tempact.runs.logs import Progress
 from tempact.runs.run import load_policies, newest, use_newest
 from tempact.shapeworld.grammar import parse_instruction
 from tempact.types import Plan, Prompt
-from tempact.video import Mp4Writer, StripRow, film_strip, save_strip, shown_frames
+from tempact.video import Mp4Writer
 from tempact.worlds import SHAPEWORLD, PolicyPair, build_executor, build_planner, device_of, is_random
 
 log = logging.getLogger(__name__)
-
-COLUMNS = 12  # pictures of a film strip
 
 
 def write_video(

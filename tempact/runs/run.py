@@ -11,19 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from tempact.cli import EXIT_STOPPED, fingerprint, from_yaml, to_yaml
+from tempact.cli import EXIT_ABORTED, EXIT_STOPPED, fingerprint, from_yaml, to_yaml
 from tempact.config import RunConfig, validate
 from tempact.errors import UserError
-from tempact.evaluation.harness import CellStore
-from tempact.evaluation.methods import BOTH, METHODS, SINGLE, STEP, Method
-from tempact.evaluation.statistics import write_evaluation
-from tempact.evaluation.tables import markdown_table
 from tempact.files import claim_run_folder, write_atomic
 from tempact.reporting.records import write_samples
 from tempact.reporting.report import write_report
-from tempact.reporting.strips import write_extremes, write_showcase
-from tempact.rewards.judges.calls import JudgeOutage
+from tempact.reporting.strips import write_extremes
+from tempact.rewards.judges import JudgeOutage
 from tempact.runs.checkpoint import Checkpoint, check_config, latest, recover, resolve_resume, save
+from tempact.runs.evaluation import evaluate
 from tempact.runs.logs import MetricsLogger, Progress
 from tempact.seeds import restore_rng
 from tempact.trainer import Aborted, Iteration, Trainer
@@ -32,7 +29,6 @@ from tempact.worlds import (
     build_policies,
     build_prompts,
     build_rewards,
-    build_suite,
     build_trainer,
     check_executor,
     is_shapeworld,
@@ -40,8 +36,6 @@ from tempact.worlds import (
 
 log = logging.getLogger(__name__)
 
-SHOWN = {SINGLE: "single prompt", STEP: "before: step prompts", BOTH: "after: + TempAct"}  # rows of the film strips
-EXIT_ABORTED = 3  # the run could not go on
 LOAD_ATTEMPTS = 5  # a run that trains may remove a checkpoint while it is read; the newest is then read in its place
 
 Callback = Callable[[Iteration], None]
@@ -181,26 +175,6 @@ def restore(checkpoint: Checkpoint, config: RunConfig, policies: PolicyPair, tra
     trainer.load_state(checkpoint.state)
     restore_rng(checkpoint.rng)
     log.info("resumed from %s", checkpoint.path)
-
-
-def evaluate(
-    config: RunConfig,
-    folder: Path,
-    policies: PolicyPair,
-    store: CellStore | None = None,
-    methods: Sequence[Method] = METHODS,
-) -> None:
-    """The held-out table, videos and report of a finished run; the executor holds its averaged weights.
-
-    store: keeps finished parts, so that a killed evaluation can go on.
-    """
-    suite = build_suite(config, policies)
-    with Progress("evaluation", 0) as progress:
-        result = suite.run(progress.tell, methods, store)
-    rows = write_evaluation(folder, result.scores, config.evaluation.bootstrap, config.evaluation.seed)
-    write_showcase(folder, result.samples, SHOWN)
-    write_report(folder)
-    log.info("%s\n%s", folder / "evaluation.json", markdown_table(rows))
 
 
 def load_policies(run: str | Path, device: str = "auto") -> PolicyPair:

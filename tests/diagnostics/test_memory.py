@@ -40,7 +40,6 @@ from tempact.diagnostics.memory import (
 from tempact.diagnostics.planner_footprint import PUBLISHED, _qwen3, _row_bytes, _traced_row, measure
 from tempact.diagnostics.sizes import Decoder
 from tempact.diagnostics.trace import Trace, Watch, fake, traced
-from tempact.errors import UserError
 from tempact.models.wan.transformer import WanConfig
 from tempact.planner.language_model import LOGITS_AT_ONCE
 from tempact.presets import EXECUTOR_TARGETS, SELF_FORCING_TARGETS, get_preset
@@ -354,15 +353,3 @@ def test_small_random_weights_are_planned_on_the_torch_path() -> None:
     assert [line.split(":")[0] for line in missing if line.startswith("  ")][:6] == [
         "  data.prompts", *["  judges"] * 3, "  judges.aesthetics_weights", "  judges.aesthetics_processor",
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("config", "gib", "message"),
-    [
-        (tiny(), -1.0, "--gpu_gib: found -1.0; accepted: GiB"),
-        (tiny(video_size=(60, 96)), 80.0, "executor.video_size: found 60x96; accepted: multiples of 16x16"),
-    ],
-)
-def test_what_cannot_be_planned_is_refused(config: RunConfig, gib: float, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        dry_run(config, gib)

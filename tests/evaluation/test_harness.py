@@ -18,20 +18,21 @@ import torch
 from torch import Tensor
 
 from tempact.errors import UserError
-from tempact.evaluation import harness as making
-from tempact.evaluation import harness as suite_module
-from tempact.evaluation import tables as results
-from tempact.evaluation.harness import Maker, Suite, evaluate_suite
+from tempact.evaluation import harness
+from tempact.evaluation.harness import LOSSLESS, Evaluation, Suite, VideoFormat
 from tempact.evaluation.judges import JudgedVideo, Verdict
 from tempact.evaluation.ledger import Ledger
 from tempact.evaluation.methods import METHODS, Method
 from tempact.evaluation.statistics import PICKSCORE
-from tempact.evaluation.tables import gather, write_results
+from tempact.evaluation.tables import gather
 from tempact.evaluation.temporal_order import vbench
 from tempact.evaluation.temporal_order.prompts import OrderPrompt
 from tempact.evaluation.temporal_order.vbench import export_vbench
 from tempact.executor.window import WINDOWS
-from tempact.rewards.judges.calls import JudgeOutage
+from tempact.reporting import report
+from tempact.reporting.report import write_results
+from tempact.rewards.judges import JudgeOutage
+from tempact.seeds import derive_seed
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Step
 
 SINGLE, STEP, PLANNER_ONLY, EXECUTOR_ONLY, BOTH = METHODS
@@ -126,6 +127,19 @@ def prompts(name: str, count: int) -> list[OrderPrompt]:
     return [OrderPrompt(f"{name}-{i}", name, "object", f"{name} event {i}.", ("a", "b")) for i in range(count)]
 
 
+def save_plain(frames: Tensor, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(frames.contiguous().numpy().tobytes())
+
+
+def read_plain(path: Path) -> Tensor:
+    return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).view(-1, 3, SIDE, SIDE)
+
+
+# in the place of mp4, whose encoder takes 0.1 s to start; test_evaluate has real files
+PLAIN = VideoFormat(".mp4", save_plain, read_plain)
+
+
 @dataclass
 class Bench:
     """One evaluation in a folder, which can be begun again with other objects."""
@@ -136,6 +150,8 @@ class Bench:
     counts: tuple[int, int] = (3, 2)
     seeds: int = 2
     frames: tuple[int, int] = (6, 9)
+    batched: bool = False
+    files: VideoFormat = PLAIN
 
     def __post_init__(self) -> None:
         self.planner, self.executor = FakePlanner(), FakeExecutor()
@@ -144,36 +160,23 @@ class Bench:
     def suite(self) -> Suite:
         sets = dict(zip(("simple", "hard"), map(prompts, ("simple", "hard"), self.counts), strict=True))
         frames = dict(zip(sets, self.frames, strict=True))
-        return Suite(sets, frames, self.methods, self.seeds, self.judges)
+        return Suite(sets, frames, self.methods, self.seeds, self.judges, 7, 2, self.batched)
 
-    @property
-    def maker(self) -> Maker:
-        return Maker(self.folder, self.planner, self.executor, noise, batch=2, seed=7, fps=8.0)
+    def evaluation(self, suite: Suite | None = None) -> Evaluation:
+        return Evaluation(self.folder, suite or self.suite, self.planner, self.executor, noise, self.files)
 
-    def run(self, **options) -> Ledger:
-        told = {"policies": "w", "tell": lambda text: None} | options
-        return evaluate_suite(self.folder, self.suite, self.maker, **told)
+    def run(self, policies: str = "w", suite: Suite | None = None, **options) -> Evaluation:
+        evaluation = self.evaluation(suite)
+        evaluation.run(policies, lambda text: None, **options)
+        return evaluation
 
     def levels(self, method: Method, seed: int = 0) -> list[float]:
-        rows = [self.maker.video(method, prompt, seed) for own in self.suite.prompts.values() for prompt in own]
-        return [read_video(self.folder / row["file"]).float().mean().item() for row in rows if row is not None]
+        evaluation = self.evaluation()
+        rows = [evaluation.video(method, prompt, seed) for prompt in self.suite.all_prompts]
+        return [self.files.read(self.folder / row["file"]).float().mean().item() for row in rows if row is not None]
 
-
-def read_video(path: Path) -> Tensor:
-    return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).view(-1, 3, SIDE, SIDE)
-
-
-@pytest.fixture(autouse=True)
-def quick_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain bytes in the place of mp4, whose encoder takes 0.1 s to start; test_evaluate has real files."""
-
-    def save(frames: Tensor, path: Path, fps: float) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(frames.contiguous().numpy().tobytes())
-
-    monkeypatch.setattr(making, "save_mp4", save)
-    for module in (suite_module, results):
-        monkeypatch.setattr(module, "read_video", read_video)
+    def results(self, evaluation: Evaluation, strips: int = 0) -> list[Path]:
+        return write_results(evaluation, gather(evaluation, 10), strips)
 
 
 @pytest.fixture
@@ -182,7 +185,7 @@ def bench(tmp_path: Path) -> Bench:
 
 
 def test_every_video_is_made_once_and_scored_once_by_every_judge(bench: Bench) -> None:
-    ledger = bench.run()
+    ledger = bench.run().scores
     assert len(ledger) == 5 * 3 * 2 * 2 and len(bench.executor.made) == 30
     assert all(set(Counter(judge.asked).values()) == {6} for judge in bench.judges)
     assert not bench.executor.started and bench.planner.frames == 6 and bench.executor.settings.frames == 6
@@ -217,7 +220,7 @@ def test_planner_and_start_are_asked_with_the_same_seeds(bench: Bench) -> None:
 def test_a_finished_evaluation_does_nothing_again(bench: Bench) -> None:
     bench.run()
     again = Bench(bench.folder)
-    assert len(again.run()) == 60
+    assert len(again.run().scores) == 60
     assert again.executor.made == again.planner.asked == again.judges[0].asked == []
 
 
@@ -240,14 +243,14 @@ def test_videos_that_were_made_but_not_scored_are_scored_from_their_files(bench:
     bench.judges = []
     bench.run()
     again = Bench(bench.folder)
-    assert len(again.run()) == 60 and again.executor.made == []
+    assert len(again.run().scores) == 60 and again.executor.made == []
 
 
 def test_more_prompts_seeds_and_judges_can_be_added(bench: Bench) -> None:
     bench.judges, bench.counts, bench.seeds = bench.judges[:1], (2, 1), 1
-    assert len(bench.run()) == 9
+    assert len(bench.run().scores) == 9
     again = Bench(bench.folder)
-    assert len(again.run()) == 60
+    assert len(again.run().scores) == 60
     assert len(again.executor.made) == 30 - 9 and len(again.judges[0].asked) == 21 and len(again.judges[1].asked) == 30
 
 
@@ -273,18 +276,18 @@ def test_a_length_that_the_window_cannot_make_is_refused(bench: Bench) -> None:
 
 def test_missing_scores_are_kept_until_they_are_asked_for_again(bench: Bench) -> None:
     bench.judges[0].missing = ("hard-1", "simple-0")
-    ledger = bench.run()
+    ledger = bench.run().scores
     assert [row["missing"] for row in ledger if row["scores"] is None] == ["garbage"] * 12
     again = Bench(bench.folder)
     again.run()
     assert again.judges[0].asked == []
-    ledger = again.run(retry_missing=True)
+    ledger = again.run(retry_missing=True).scores
     assert sorted(again.judges[0].asked) == ["hard-1"] * 6 + ["simple-0"] * 6 and again.judges[1].asked == []
     assert all(row["scores"] for row in ledger)
 
 
 def test_the_makers_do_not_run_away_from_slow_judges(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite_module, "WAITING", 4)
+    monkeypatch.setattr(harness, "WAITING", 4)
     most = 0
 
     class Slow(FakeJudge):
@@ -302,13 +305,12 @@ def test_the_makers_do_not_run_away_from_slow_judges(bench: Bench, monkeypatch: 
             return self.verdict(video)
 
     bench.judges = [Slow()]
-    assert len(bench.run()) == 30 and 2 <= most <= 4
+    assert len(bench.run().scores) == 30 and 2 <= most <= 4
 
 
 def test_tables_count_what_is_missing_and_keep_pickscore_apart(bench: Bench) -> None:
     bench.judges = [FakeJudge(missing=("hard-1",)), FakeJudge("held-out", "m"), FakeJudge(PICKSCORE, "clip")]
-    ledger = bench.run()
-    found = gather(bench.suite, ledger, 200, 0)
+    found = gather(bench.run(), 200)
     combined, order = found.findings
     cells = {(row.method, row.set, row.judge): row for row in combined.rows}
     level = sum(bench.levels(STEP, seed)[i] for seed in (0, 1) for i in range(3)) / 6 / 255
@@ -328,8 +330,7 @@ def test_tables_count_what_is_missing_and_keep_pickscore_apart(bench: Bench) -> 
 
 def test_the_result_files_say_what_was_measured(bench: Bench) -> None:
     bench.judges[0].missing = ("hard-1",)
-    ledger = bench.run()
-    paths = write_results(bench.folder, bench.suite, bench.maker, ledger, gather(bench.suite, ledger, 50, 0), strips=1)
+    paths = bench.results(bench.run(), strips=1)
     assert [path.suffix for path in paths] == [".json", ".md", ".html"]
     found = json.loads(paths[0].read_text(), parse_constant=pytest.fail)
     assert found["settings"]["judge.held-out"] == "model 2" and found["about"]["judged frames"].startswith(
@@ -348,15 +349,15 @@ def test_the_result_files_say_what_was_measured(bench: Bench) -> None:
 
 def test_strips_tell_the_scores_of_what_they_show(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.judges = [FakeJudge(missing=("hard-0",)), FakeJudge("held-out", "m"), FakeJudge(PICKSCORE, "clip")]
-    ledger, titles = bench.run(), list[str]()
-    real = results.film_strip
+    evaluation, titles = bench.run(), list[str]()
+    real = report.film_strip
 
     def recorded(rows, title):
         titles.extend(row.title for row in rows)
         return real(rows, title)
 
-    monkeypatch.setattr(results, "film_strip", recorded)
-    results.film_strips(bench.folder, bench.suite, bench.maker, ledger, 1)
+    monkeypatch.setattr(report, "film_strip", recorded)
+    bench.results(evaluation, strips=1)
     level = bench.levels(STEP)[0] / 255
     assert titles[1] == f"step-prompt: in-domain {level:.2f}, held-out {level:.2f}, PickScore {20 + level:.2f}"
     assert len(titles) == 6 and titles[3].startswith("single-prompt: in-domain missing, held-out 0.")
@@ -368,18 +369,15 @@ def test_prompts_that_pickscore_did_not_read_whole_are_counted(bench: Bench) -> 
             return Verdict({PICKSCORE: 20.0, "cut": float(video.prompt.prompt_id in ("hard-1", "simple-0"))})
 
     bench.judges = [FakeJudge(), Cutting(PICKSCORE, "clip")]
-    found = gather(bench.suite, bench.run(), 10, 0)
-    assert found.cut == 2
-    bench.counts = (3, 1)  # a smaller table of the same folder
-    assert gather(bench.suite, bench.run(), 10, 0).cut == 1
-    text = write_results(bench.folder, bench.suite, bench.maker, bench.run(), found, 0)[1].read_text()
-    assert "- PickScore: 8 frames, first and last included, against the whole prompt; 2 of 4 prompts" in text
+    for counts, words in (((3, 2), "2 of 5 prompts"), ((3, 1), "1 of 4 prompts")):  # a smaller table of one folder
+        bench.counts = counts
+        text = bench.results(bench.run())[1].read_text()
+        assert f"- PickScore: 8 frames, first and last included, against the whole prompt; {words}" in text
 
 
 @pytest.mark.parametrize(("policies", "told"), [("self-forcing, random weights, settings 1", True), ("w", False)])
 def test_random_weights_are_said_above_the_tables(bench: Bench, policies: str, told: bool) -> None:
-    ledger = bench.run(policies=policies)
-    paths = write_results(bench.folder, bench.suite, bench.maker, ledger, gather(bench.suite, ledger, 10, 0), 0)
+    paths = bench.results(bench.run(policies))
     for path in paths[1:]:
         head = path.read_text().partition("Combined score")[0]
         assert ("Random weights: the videos are noise." in head) is told
@@ -388,32 +386,29 @@ def test_random_weights_are_said_above_the_tables(bench: Bench, policies: str, t
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_fewer_seeds_than_the_protocol_has_are_said(bench: Bench, seeds: int) -> None:
     bench.seeds = seeds
-    ledger = bench.run()
-    text = write_results(bench.folder, bench.suite, bench.maker, ledger, gather(bench.suite, ledger, 10, 0), 0)[1]
-    assert ("the protocol has 2 or more" in text.read_text()) is (seeds < 2)
+    text = bench.results(bench.run())[1].read_text()
+    assert ("the protocol has 2 or more" in text) is (seeds < 2)
 
 
 def test_the_page_escapes_prompts(bench: Bench) -> None:
     own = OrderPrompt("x", "simple", "", "<script>alert(1)</script>", ("<b>",))
-    suite = Suite({"simple": [own]}, {"simple": 6}, (STEP,), 1, bench.judges)
-    ledger = evaluate_suite(bench.folder, suite, bench.maker, policies="w", tell=lambda text: None)
-    page = write_results(bench.folder, suite, bench.maker, ledger, gather(suite, ledger, 10, 0), 1)[2].read_text()
+    suite = Suite({"simple": [own]}, {"simple": 6}, (STEP,), 1, bench.judges, 7, 2)
+    page = bench.results(bench.run(suite=suite), strips=1)[2].read_text()
     assert "<script" not in page and "<b>" not in page and "&lt;script&gt;" in page
 
 
 def test_vbench_gets_its_names(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     texts = ["a cat, and a dog", "either/or", "long " * 60]
     own = [OrderPrompt(f"v-{i}", "vbench", "", text.strip()) for i, text in enumerate(texts)]
-    suite = Suite({"vbench": own}, {"vbench": 6}, (SINGLE, STEP), 2, ())
-    evaluate_suite(bench.folder, suite, bench.maker, policies="w", tell=lambda text: None)
+    evaluation = bench.run(suite=Suite({"vbench": own}, {"vbench": 6}, (SINGLE, STEP), 2, (), 7, 2))
     for _ in range(2):  # again is no fault
-        folders = export_vbench(bench.folder, suite, bench.maker)
+        folders = export_vbench(evaluation)
     names = {"a cat, and a dog-0.mp4", "a cat, and a dog-1.mp4", "v-1-0.mp4", "v-1-1.mp4", "v-2-0.mp4", "v-2-1.mp4"}
     assert [folder.name for folder in folders] == ["single-prompt", "step-prompt"]
     assert all({path.name for path in folder.iterdir()} == names for folder in folders)
     told = json.loads((bench.folder / "vbench" / "step-prompt-prompts.json").read_text())
     assert set(told) == names and told["v-1-0.mp4"] == "either/or" and told["a cat, and a dog-1.mp4"] == own[0].text
-    row = bench.maker.video(STEP, own[0], 1)
+    row = evaluation.video(STEP, own[0], 1)
     assert row and (folders[1] / "a cat, and a dog-1.mp4").read_bytes() == (bench.folder / row["file"]).read_bytes()
     assert "wants --seeds 5" in caplog.text and "evaluate with --prompt_file" in caplog.text
 
@@ -421,7 +416,7 @@ def test_vbench_gets_its_names(bench: Bench, caplog: pytest.LogCaptureFixture) -
 def test_an_export_that_was_cut_off_leaves_nothing_that_vbench_would_read(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench.run()
+    evaluation = bench.run()
 
     def cut_off(source: Path, target: Path) -> None:
         target.write_bytes(b"half")
@@ -429,8 +424,52 @@ def test_an_export_that_was_cut_off_leaves_nothing_that_vbench_would_read(
 
     monkeypatch.setattr(vbench.shutil, "copyfile", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        export_vbench(bench.folder, bench.suite, bench.maker)
+        export_vbench(evaluation)
     assert list((bench.folder / "vbench" / "single-prompt").iterdir()) == []
+
+
+def test_a_batched_suite_draws_and_judges_a_batch_at_once(tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+
+    class Together(FakeJudge):
+        def submit(self, videos: Sequence[JudgedVideo]) -> list[Future[Verdict]]:
+            asked.append([video.prompt.prompt_id for video in videos])
+            return super().submit(videos)
+
+    bench = Bench(tmp_path, judges=[Together()], seeds=1, batched=True)
+    evaluation = bench.run()
+    batches = [["simple-0", "simple-1"], ["simple-2"]] * 3 + [["hard-0", "hard-1"]] * 3
+    assert asked == batches and json.loads((tmp_path / "settings.json").read_text())["batch"] == 2
+    first = noise(derive_seed(7, 0, "simple noise"), (2, 1, 1, 1, 3, 1, 1), torch.device("cpu"))(0)
+    expected = (100 + 40 * first[:, 0, 0, 0, 0, 0, 0].tanh()).to(torch.uint8).tolist()
+    assert bench.levels(SINGLE)[:2] == expected and bench.levels(STEP) == bench.levels(SINGLE)
+    # one lost video is made from its own part of the batch's draw, and not judged again
+    row = evaluation.video(STEP, bench.suite.prompts["simple"][1], 0)
+    assert row is not None
+    before = (tmp_path / row["file"]).read_bytes()
+    (tmp_path / row["file"]).unlink()
+    again = Bench(tmp_path, judges=[Together()], seeds=1, batched=True)
+    again.run()
+    assert len(again.executor.made) == 1 and (tmp_path / row["file"]).read_bytes() == before and asked == batches
+
+
+def test_lossless_videos_are_read_as_they_were_and_a_full_disk_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).view(2, 3, 4, 4).transpose(2, 3)
+    path = tmp_path / "videos" / "a.safetensors"
+
+    def full(tensors: object, path: Path) -> None:
+        Path(path).write_bytes(b"a part")
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(harness, "save_file", full)
+        with pytest.raises(UserError, match="a.safetensors: found no space left on the disk"):
+            LOSSLESS.save(frames, path)
+    assert list(path.parent.iterdir()) == []
+    LOSSLESS.save(frames, path)
+    assert torch.equal(LOSSLESS.read(path), frames)
 
 
 def test_evaluation_leaves_random_state_untouched(bench: Bench) -> None:

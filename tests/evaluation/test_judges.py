@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -16,32 +17,36 @@ from PIL import Image
 from rewards.reward_cases import data_of
 from rewards.test_rubrics import PLANTED
 from rewards.tiny_clip import tiny_clip
+from tempact.shapeworld.verifier.verify import verify
 from torch import Tensor
 
 from tempact.config import JudgeSettings
 from tempact.errors import UserError
 from tempact.evaluation.judges import (
+    PICKSCORE_FRAMES,
     JudgedVideo,
-    PickScoreJudge,
     ServedJudge,
     judged_frames,
-    judged_picks,
     load_pickscore,
-    pickscore_picks,
-    read_video,
+    picks,
+    pickscore_judge,
     scores_of,
     served_judges,
+    shapeworld_judges,
 )
-from tempact.evaluation.options import ROLES
-from tempact.evaluation.statistics import PICKSCORE
+from tempact.evaluation.methods import ROLES
+from tempact.evaluation.statistics import DUPLICATES, PICKSCORE, PICTURE_QUALITY
 from tempact.evaluation.temporal_order.prompts import OrderPrompt
 from tempact.rewards.frame_picks import media_hash
 from tempact.rewards.judged import HELD_OUT, VideoVerdict, rubric_version, video_fields
-from tempact.rewards.judges.calls import JudgeCall, JudgeOutage, JudgeResult
+from tempact.rewards.judges import JudgeCall, JudgeOutage, JudgeResult
 from tempact.rewards.judges.replies import read_reply
 from tempact.rewards.pickscore import PickScorer
+from tempact.shapeworld.grammar import parse_instruction
+from tempact.shapeworld.pretraining.clips import relaxed_cues, shape_indices, tell
+from tempact.shapeworld.renderer import draw
+from tempact.shapeworld.world import held_out_prompts
 from tempact.types import Missing
-from tempact.video import save_mp4
 
 MARKS = {"temporal_order": 5, "physical": 6, "consistency": 7.5, "alignment": 8, "final": 4}
 
@@ -79,17 +84,19 @@ def verdict_of(text: str) -> VideoVerdict:
 @pytest.mark.parametrize("frames", [2, 5, 6, 24, 117, 141, 237])
 @pytest.mark.parametrize("set_name", ["simple", "hard"])
 def test_picks_hold_both_ends_and_are_evenly_spread(frames: int, set_name: str) -> None:
-    for picks, count in ((judged_picks(frames, set_name), judged_frames(set_name)), (pickscore_picks(frames), 8)):
-        assert picks[0] == 0 and picks[-1] == frames - 1 and picks == sorted(set(picks))
-        assert len(picks) == min(frames, count)
-        exact = np.linspace(0, frames - 1, len(picks))
-        assert np.abs(np.array(picks) - exact).max() <= 0.5
+    for count in (judged_frames(set_name), PICKSCORE_FRAMES):
+        seen = picks(frames, count)
+        assert seen[0] == 0 and seen[-1] == frames - 1 and seen == sorted(set(seen))
+        assert len(seen) == min(frames, count)
+        exact = np.linspace(0, frames - 1, len(seen))
+        assert np.abs(np.array(seen) - exact).max() <= 0.5
 
 
 def test_the_registered_numbers_of_frames() -> None:
     assert [judged_frames(name) for name in ("simple", "hard", "vbench")] == [6, 10, 6]
-    assert judged_picks(141, "simple") == [0, 28, 56, 84, 112, 140]
-    assert judged_picks(237, "hard") == [0, 26, 52, 79, 105, 131, 157, 184, 210, 236]
+    assert PICKSCORE_FRAMES == 8
+    assert picks(141, 6) == [0, 28, 56, 84, 112, 140]
+    assert picks(237, 10) == [0, 26, 52, 79, 105, 131, 157, 184, 210, 236]
 
 
 def test_the_score_is_the_training_rewards_and_every_field_is_kept() -> None:
@@ -118,10 +125,10 @@ def test_a_judge_sees_the_picked_frames_as_jpeg_in_order() -> None:
     verdict = judge.submit([video()])[0].result()
     call = client.calls[0]
     shown = [np.asarray(Image.open(io.BytesIO(image)).convert("RGB")) for image in call.images]
-    picks = judged_picks(117, "simple")
-    assert [round(float(picture.mean())) for picture in shown] == pytest.approx(picks, abs=2)
+    seen = picks(117, 6)
+    assert [round(float(picture.mean())) for picture in shown] == pytest.approx(seen, abs=2)
     assert shown[0].shape == (16, 24, 3) and call.role == ROLES["held-out"] == HELD_OUT
-    assert call.media_hash == media_hash(call.images) and verdict.picks == tuple(picks)
+    assert call.media_hash == media_hash(call.images) and verdict.picks == tuple(seen)
     assert verdict.scores["frame_scores"] == pytest.approx(0.35) and not verdict.missing
     assert judge.version == f"some-model, temporal following {rubric_version()}"
     judge.submit([video(237, "hard")])
@@ -134,19 +141,6 @@ def test_missing_stays_missing_and_an_outage_is_raised() -> None:
     lost = ServedJudge("in-domain", "m", FakeClient(JudgeOutage("gone"))).submit([video()])[0]
     with pytest.raises(JudgeOutage, match="gone"):
         lost.result()
-
-
-def test_a_written_video_is_read_frame_by_frame(tmp_path: Path) -> None:
-    frames = (
-        torch.zeros(29, 3, 48, 80, dtype=torch.uint8) + (8 * torch.arange(29, dtype=torch.uint8))[:, None, None, None]
-    )
-    save_mp4(frames, tmp_path / "a.mp4", 16.0)
-    found = read_video(tmp_path / "a.mp4")
-    assert found.shape[0] == 29 and (found.float().mean((1, 2, 3)) - frames.float().mean((1, 2, 3))).abs().max() < 4
-    (tmp_path / "b.mp4").write_bytes(b"no video")
-    for name in ("b.mp4", "c.mp4"):
-        with pytest.raises(UserError, match="cannot be read as a video"):
-            read_video(tmp_path / name)
 
 
 class FakeScorer:
@@ -166,7 +160,7 @@ class FakeScorer:
 
 def test_pickscore_sees_8_frames_and_the_whole_prompt_and_says_what_was_cut() -> None:
     scorer = FakeScorer(20.75)
-    judge = PickScoreJudge("weights", scorer)
+    judge = pickscore_judge("weights", scorer)
     whole, cut = (one.result() for one in judge.submit([video(), video(text="A z.")]))
     assert whole.scores == {PICKSCORE: 20.75, "cut": 0.0} and cut.scores == {PICKSCORE: 20.75, "cut": 1.0}
     assert scorer.asked[0] == ("A cat runs.", [0, 17, 33, 50, 66, 83, 99, 116]) and not whole.missing
@@ -175,7 +169,7 @@ def test_pickscore_sees_8_frames_and_the_whole_prompt_and_says_what_was_cut() ->
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf")])
 def test_a_pickscore_that_is_not_finite_is_missing(score: float) -> None:
-    verdict = PickScoreJudge("weights", FakeScorer(score)).submit([video()])[0].result()
+    verdict = pickscore_judge("weights", FakeScorer(score)).submit([video()])[0].result()
     assert verdict.scores == {} and verdict.missing == "not finite"
 
 
@@ -188,7 +182,7 @@ def test_pickscore_is_loaded_as_in_training(tmp_path: Path) -> None:
     )  # fmt: skip
     one = video(text="a b " * 40)
     found = load_pickscore(settings, torch.device("cpu"))[0].submit([one])[0].result()
-    expected = PickScorer(clip, processor).score(one.prompt.text, one.frames[pickscore_picks(117)][None]).item()
+    expected = PickScorer(clip, processor).score(one.prompt.text, one.frames[picks(117, 8)][None]).item()
     assert found.scores[PICKSCORE] == pytest.approx(expected, rel=1e-5) and found.scores["cut"] == 1
     with pytest.raises(UserError, match=r"^judges\.aesthetics_weights: .*accepted: a CLIP folder or name$"):
         load_pickscore(replace(settings, aesthetics_weights=str(tmp_path)), torch.device("cpu"))
@@ -210,3 +204,26 @@ def test_the_judges_come_from_the_environment(tmp_path: Path, monkeypatch: pytes
     with served_judges(names, settings) as judges:
         assert [judge.version.split(",")[0] for judge in judges] == ["one", "two"]
         assert judges[0].client.config.deadline_s == 7.0 and (tmp_path / "j.sqlite").is_file()
+
+
+def test_shapeworlds_judges_score_renderings_high_and_noise_low() -> None:
+    prompts = [OrderPrompt(p.prompt_id, "hard", p.category, p.text) for p in held_out_prompts("hard", 3, 5)]
+    stories = [parse_instruction(prompt.text) for prompt in prompts]
+    rng = random.Random(6)
+    tracks = torch.as_tensor(np.stack([tell(s.entities, relaxed_cues(s, rng)) for s in stories]))
+    shapes = torch.as_tensor(np.stack([shape_indices(s.entities) for s in stories]))
+    told = [(255 * frames).round().to(torch.uint8) for frames in draw(tracks, shapes[:, None].expand(tracks.shape[:3]))]
+    noise = torch.randint(256, (24, 3, 24, 24), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    videos = [JudgedVideo(prompt, frames) for prompt, frames in zip(prompts, told, strict=True)]
+    judges = shapeworld_judges(torch.device("cpu"))
+    assert [judge.name for judge in judges] == ["verifier", "matcher", PICTURE_QUALITY, DUPLICATES]
+    pixels = torch.stack(told).float() / 255.0
+    scores = {}
+    for judge in judges:
+        verdicts = [future.result() for future in judge.submit([*videos, JudgedVideo(prompts[0], noise)])]
+        assert all(list(verdict.scores) == [judge.name] and not verdict.missing for verdict in verdicts)
+        scores[judge.name] = [verdict.scores[judge.name] for verdict in verdicts]
+    assert scores["verifier"][:3] == pytest.approx(verify(pixels, stories).score.tolist(), abs=1e-6)
+    for name in ("verifier", "matcher", PICTURE_QUALITY):
+        assert min(scores[name][:3]) > 0.8 > scores[name][3], name
+    assert max(scores[DUPLICATES][:3]) < 0.2

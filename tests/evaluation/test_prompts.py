@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from tempact.errors import UserError
-from tempact.evaluation.temporal_order import overlap as overlap_module
-from tempact.evaluation.temporal_order.overlap import n_grams, overlap
+from tempact.evaluation.temporal_order import prompts as prompts_module
 from tempact.evaluation.temporal_order.prompts import (
     CATEGORIES,
     SETS,
     OrderPrompt,
     choose_prompts,
+    n_grams,
+    overlap,
     own_prompts,
     read_prompts,
 )
@@ -52,7 +53,7 @@ def test_no_two_own_prompts_are_made_from_one_template() -> None:
     prompts = own_prompts("simple") + own_prompts("hard")
     seen: dict[tuple[str, ...], str] = {}
     for prompt in prompts:
-        for gram in n_grams(prompt.text, 6):
+        for gram in n_grams([prompt.text], 6):
             assert seen.setdefault(gram, prompt.prompt_id) == prompt.prompt_id, gram
 
 
@@ -124,7 +125,7 @@ def test_overlap_counts_shared_n_grams_and_finds_the_longest_run() -> None:
         OrderPrompt("q", "simple", "", "Rain!"),
     ]
     found = overlap(own, ["A dog SITS on a mat; then it barks.", "rain"])
-    assert found.longest == "sits on a mat then" and found.prompt == "p" and found.equal == 1
+    assert " ".join(found.longest) == "sits on a mat then" and found.prompt == "p" and found.equal == 1
     # 7 of p's 3-grams are its own words' windows, 3 of them shared
     assert found.shared[3] == pytest.approx(3 / 7) and found.shared[5] == pytest.approx(1 / 5) and found.shared[6] == 0
 
@@ -132,8 +133,8 @@ def test_overlap_counts_shared_n_grams_and_finds_the_longest_run() -> None:
 def test_the_overlap_command_reports_every_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = own_prompts("hard")[0].text
     path = write(tmp_path / "theirs.txt", first + "\n")
-    assert overlap_module.main([str(path)]) == 0
+    assert prompts_module.main([str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "simple: shared" in lines[0] and "equal prompts: 0" in lines[0]
-    assert "equal prompts: 1" in lines[1] and f"longest run: {len(overlap_module.words(first))} words" in lines[1]
-    assert overlap_module.main([str(tmp_path / "none.csv")]) == 2
+    assert "equal prompts: 1" in lines[1] and f"longest run: {len(prompts_module.words(first))} words" in lines[1]
+    assert prompts_module.main([str(tmp_path / "none.csv")]) == 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tempact.evaluation.statistics import MethodScores, evaluation_rows
+from tempact.evaluation.statistics import Bootstrap, MethodScores
 from tempact.evaluation.tables import build_table, markdown_table
 
 LEVELS = {"executor only": 0.5, "shuffled": 0.4, "+ TempAct": 0.6, "single-prompt": 0.3, "step-prompt": 0.4}
@@ -17,7 +17,7 @@ def rows() -> list:
         for judge in JUDGES
         if (method, judge) != ("shuffled", "picture quality")
     ]
-    return evaluation_rows(scores, 50, 0)
+    return Bootstrap(50, 0).rows(scores)
 
 
 def test_layout_of_the_paper() -> None:

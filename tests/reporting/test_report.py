@@ -7,14 +7,16 @@ import re
 import shutil
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 from tempact.errors import UserError
-from tempact.evaluation.statistics import MethodScores, write_evaluation
+from tempact.evaluation.harness import Sample
+from tempact.evaluation.methods import METHODS
+from tempact.evaluation.statistics import Bootstrap, MethodScores, write_evaluation
+from tempact.evaluation.temporal_order.prompts import OrderPrompt
 from tempact.report import main
 from tempact.reporting.records import write_samples
 from tempact.reporting.report import write_report
@@ -92,14 +94,10 @@ def make_evaluated(run: Path, levels: dict[str, float] = LEVELS) -> None:
         for judge in ("verifier", "matcher", "picture quality", "duplicates")
     ]
     scores[0].scores[4] = float("nan")
-    write_evaluation(run, scores, 200, 0)
-    shown = [
-        SimpleNamespace(
-            method=method, prompt=PROMPT, plan=Plan(PROMPT.text, STEPS), frames=video(method == "+ TempAct")
-        )
-        for method in LEVELS
-    ]
-    write_showcase(run, shown, {"step-prompt": "before", "+ TempAct": "after"})
+    write_evaluation(run, scores, Bootstrap(200, 0))
+    prompt = OrderPrompt(PROMPT.prompt_id, "simple", PROMPT.category, PROMPT.text)
+    shown = [Sample(method, prompt, STEPS, video(method.name == "+ TempAct")) for method in METHODS]
+    write_showcase(run, [shown], {"step-prompt": "before", "+ TempAct": "after"})
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from tempact.errors import UserError
+from tempact.reporting.strips import STEP_COLOURS, StripRow, film_strip
 from tempact.runs import generation as generated
 from tempact.runs.generation import write_video
 from tempact.types import Plan, Step
-from tempact.video import STEP_COLOURS, Mp4Writer, StripRow, film_strip, save_mp4
+from tempact.video import Mp4Writer, save_mp4
 
 PLAN = Plan("A cat sits.", (Step(0, 3, "a"), Step(3, 6, "b")), repairs=("sorted",))
 LATENTS = [0, *(n for n in range(1, 6) for _ in range(4))]  # 21 frames, as a Wan VAE gives them

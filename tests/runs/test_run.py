@@ -16,16 +16,17 @@ import torch
 from peft import PeftConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_references import undocumented
 
 from tempact import evaluate, generate, report, train
 from tempact.cli import EXIT_STOPPED, EXIT_USER_ERROR, from_yaml
 from tempact.config import RunConfig
-from tempact.evaluation.shapeworld import METHODS
+from tempact.evaluation.methods import METHODS
 from tempact.evaluation.statistics import read_evaluation
 from tempact.reporting.records import read_metrics
 from tempact.reporting.report import write_report
 from tempact.rewards.base import Scoring
-from tempact.rewards.judges.calls import JudgeOutage
+from tempact.rewards.judges import JudgeOutage
 from tempact.runs import run as run_module
 from tempact.runs.checkpoint import defect, verify
 from tempact.runs.run import EXIT_ABORTED
@@ -80,6 +81,10 @@ def test_metrics_have_a_row_for_every_iteration(finished: Path) -> None:
             assert row[f"{who}/ratio_deviation"] == 0.0 and (row[f"{who}/kl"] == 0.0) == (row["step"] == 1)
         timed = sum(value for name, value in row.items() if name.startswith("timing_s/"))
         assert 0 < timed <= row["time_s"] + 0.01
+
+
+def test_every_metric_of_a_run_is_in_the_reference(finished: Path) -> None:
+    assert [undocumented(row) for row in read_metrics(finished)] == [[], []]
 
 
 def test_samples_hold_every_continuation_and_agree_with_the_metrics(finished: Path) -> None:
@@ -170,6 +175,7 @@ def test_evaluating_a_run_again_gives_the_same_table(finished: Path, tmp_path: P
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
     (folder / "evaluation.json").unlink()
+    shutil.rmtree(folder / "evaluation")  # videos and scores, which would not be made again
     assert evaluate.main([str(folder)]) == 0
     assert read_evaluation(folder) == read_evaluation(finished)
 
