@@ -136,16 +136,20 @@ def cache_rows(settings: RolloutSettings, plans: int, continuations: int, fork: 
     # a switch at every chunk is the most there can be
     prompts = [[str(chunk) for chunk in range(settings.chunks)]] * plans
     nothing = torch.empty(plans * continuations, 0, settings.frames)
-    with _Bookkeeping(cast(Any, None), cache, settings.window, settings.chunk, frame_tokens) as history:
+    with _Bookkeeping(cast(Any, None), cache, settings, frame_tokens) as history:
 
         def make(start: int, branches: list[Branch], _: TextKV) -> Tensor:
             history.context([branch.cached for branch in branches], start)
             return nothing
 
-        for _ in walk_chunks(
-            history, prompts, lambda _: TextKV([]), settings, make, lambda *_: nothing,
-            frames=settings.frames, continuations=continuations, switch_frames=[fork] * plans,
-        ):  # fmt: skip
+        def past(*_: object) -> Tensor:
+            return nothing
+
+        loop = walk_chunks(
+            history, prompts, lambda _: TextKV([]), make, past,
+            continuations=continuations, switch_frames=[fork] * plans,
+        )  # fmt: skip
+        for _ in loop:
             pass
         return cache.rows_total
 
