@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tempact.cli import EXIT_USER_ERROR, LineParser, guarded
-from tempact.diagnostics.versions import FAULT, NOTHING, versions
+from tempact.diagnostics import FAULT, NOTHING, versions
 from tempact.presets import DEFAULT, get_preset
 
 JUDGES = "judges"

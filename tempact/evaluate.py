@@ -15,8 +15,9 @@ from pathlib import Path
 from tempact.cli import guarded, parse_run
 from tempact.config import RunConfig
 from tempact.errors import UserError
-from tempact.evaluation.options import SHAPEWORLD, SUITES, order_options, parser, shapeworld_counts
+from tempact.evaluation.options import SHAPEWORLD, order_options, parser, shapeworld_counts
 from tempact.presets import PRESETS
+from tempact.worlds import world_of
 
 PROGRAM = "python -m tempact.evaluate"
 
@@ -35,13 +36,14 @@ def _evaluate(arguments: argparse.Namespace, options: list[str]) -> int:
     if undotted:
         _parser().error(f"unrecognized arguments: {' '.join(undotted)}")
     config, run = _configured(arguments, options)
-    if (arguments.suite or (SHAPEWORLD if config.executor.weights == SHAPEWORLD else SUITES[0])) == SHAPEWORLD:
+    world = world_of(config)
+    if world.chosen_suite(arguments.suite) == SHAPEWORLD:
         config = replace(config, evaluation=replace(config.evaluation, **shapeworld_counts(arguments)))
 
         from tempact.runs.evaluation import evaluate_shapeworld
 
         return evaluate_shapeworld(config, run)
-    asked = order_options(arguments, config, trained=run is not None)
+    asked = order_options(arguments, config, trained=run is not None, real_video=world.real_video)
 
     from tempact.runs.evaluation import evaluate_benchmark
 

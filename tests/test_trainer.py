@@ -16,11 +16,12 @@ from torch import Tensor
 from tempact.config import RunConfig, TrainerConfig
 from tempact.evaluation.methods import BOTH, EXECUTOR_ONLY, PLANNER_ONLY, SINGLE, STEP
 from tempact.evaluation.statistics import MethodScores
+from tempact.policies import build_policies, build_trainer
 from tempact.presets import get_preset
 from tempact.seeds import derive_seed
 from tempact.trainer import Iteration, TooManySkippedUpdates, Trainer, split, switch_frames
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Scored, Step
-from tempact.worlds import build_policies, build_suite, build_trainer
+from tempact.worlds import world_of
 
 NAN = float("nan")
 
@@ -395,7 +396,8 @@ def evaluated() -> Iterator[Evaluated]:
     config = smoke()
     policies = build_policies(config)
     trainer = build_trainer(config, policies)
-    suite, start, before = build_suite(config, policies), weights(trainer), global_rng()
+    suite = world_of(config).held_out(policies.planner, policies.executor)
+    start, before = weights(trainer), global_rng()
     result = suite.run(lambda word: None)
     yield Evaluated(result.scores, global_rng() == before, equal(weights(trainer), start), iterate(trainer))
 

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
+from tempact.diagnostics import FAULT, NOTE, OK
 from tempact.errors import UserError
 from tempact.rewards.judged import HELD_OUT, PlanQuality, StepFollowing, TemporalFollowing
 from tempact.rewards.judges.calls import JudgeCall, JudgeOutage, JudgeResult, Pending
@@ -25,7 +26,6 @@ from tempact.types import Missing, Plan, PlanBatch, Prompt, Rollout, Step, Trans
 CONNECTING_S = 3.0
 SHOWN_MODELS = 5
 SHOWN_CHARACTERS = 400  # of what a server says is wrong
-OK, NOTE, FAULT = "ok", "note", "fault"
 LEAST_SCORE = 0.5  # the canned plan is right and the canned video follows it
 INSTRUCTION = "A red ball rolls over a grey floor from the left to the right. Then a blue box appears in the middle."
 STEPS = (

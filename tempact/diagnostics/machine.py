@@ -15,7 +15,7 @@ from torch import Tensor
 from csrc_triton import adaln, fork_attention, runtime
 from csrc_triton.adaln import naive as adaln_naive
 from csrc_triton.fork_attention import naive as attention_naive
-from tempact.diagnostics.versions import FAULT, NOTE, OK, Finding
+from tempact.diagnostics import FAULT, NOTE, OK, Finding
 
 GIB = 2**30
 LEAST_DISK = 2 * GIB  # of a ShapeWorld run with its videos

@@ -1,6 +1,4 @@
-"""A memory plan: what is held all the time, what each phase adds, what fits into a GPU. Numbers come from outside.
-
-Bytes and operations of an iteration, from the traces of its parts.
+"""Memory and operations of a training iteration, from the traces of its parts.
 
 Plans and switches are not known beforehand. Memory is that of the worst case: every plan forks after its first chunk,
 from where its continuations share nothing. A plan is taken to have a prompt every other chunk.
@@ -14,13 +12,9 @@ from dataclasses import dataclass, replace
 
 from tempact.config import RunConfig
 from tempact.diagnostics import footprints as footprint
-from tempact.diagnostics.planner_footprint import PlannerSizes
-from tempact.diagnostics.sizes import Decoder, decoder_of, scorer_bytes, text_encoder_bytes, video_bytes
+from tempact.diagnostics.sizes import Decoder, video_bytes
 from tempact.executor.executor import TEXTS_KEPT
 from tempact.executor.rollout import RolloutSettings
-from tempact.executor.sampler import Schedule
-from tempact.executor.window import WINDOWS
-from tempact.worlds import is_random
 
 GIB = 2**30
 TERA = 10**12
@@ -155,13 +149,19 @@ PLANNING = ("plan", "planner update")  # phases of the planner
 
 @dataclass(frozen=True)
 class Run:
-    """A configuration with all that its numbers follow from; planner None: a model of unknown size."""
+    """A configuration with the sizes of its models.
+
+    planner: None for a model of unknown size. decoder: None where latents are pixels. text_bytes, scorer_bytes: weights
+    of text encoder and PickScore. on_gpu: the run is planned for a GPU.
+    """
 
     config: RunConfig
     sizes: footprint.Sizes
-    planner: PlannerSizes | None
-    wan: bool
-    on_gpu: bool
+    planner: footprint.PlannerSizes | None = None
+    decoder: Decoder | None = None
+    text_bytes: int = 0
+    scorer_bytes: int = 0
+    on_gpu: bool = True
 
     @property
     def plans(self) -> int:
@@ -173,16 +173,13 @@ class Run:
 
     @property
     def together(self) -> int:
-        """Branches that are rolled out in one batch: those of as many plans as `executor.rollout_videos` lets in."""
+        """Videos that are rolled out in one batch: those of as many plans as `executor.rollout_videos` lets in."""
         n, most = self.config.executor.continuations, self.config.executor.rollout_videos
         return (min(self.plans, max(1, most // n)) if most else self.plans) * n
 
     @property
     def settings(self) -> RolloutSettings:
-        c = self.config.executor
-        schedule = Schedule.from_timesteps(c.timesteps, c.shift)
-        window = WINDOWS[c.window]
-        return RolloutSettings(c.frames, c.chunk_frames, window, c.text_switch, schedule, c.eta, c.smooth_prompts)
+        return RolloutSettings.of(self.config.executor)
 
     @property
     def fork(self) -> int:
@@ -196,7 +193,7 @@ class Run:
     @property
     def offloaded(self) -> bool:
         """Do a text encoder's weights wait on the host?"""
-        return self.wan and self.config.executor.offload_text_encoder and not is_random(self.config.executor.weights)
+        return self.config.executor.offload_text_encoder and self.decoder is not None and self.text_bytes > 0
 
     @property
     def attended(self) -> dict[int, int]:
@@ -208,7 +205,12 @@ class Run:
     def switches(self) -> list[int]:
         """Frames at which the prompt changes, the earliest of them the fork."""
         starts = range(self.fork, self.settings.frames, CHUNKS_A_PROMPT * self.settings.chunk)
-        return [*starts][: _texts(self) - 1] if self.fork else []
+        return [*starts][: self.texts - 1] if self.fork else []
+
+    @property
+    def texts(self) -> int:
+        """Prompts of a plan."""
+        return math.ceil(self.settings.chunks / CHUNKS_A_PROMPT)
 
     def recached(self, start: int) -> tuple[int, int]:
         """Latent frames whose K/V a switch at `start` attends to, and those that it rewrites."""
@@ -234,11 +236,10 @@ class Run:
 
 def needs_of(run: Run, *, planning: bool = True) -> Needs:
     """The memory of a training run; planning: with the planner's phases."""
-    decoder = decoder_of(run.sizes, run.on_gpu) if run.wan else None
     activations = _rollout_activations(run)
     training = update_cost(run).bytes
     held = max(activations, training) if run.graphs else 0
-    kept = [*_weights(run, decoder), *_kept_of_a_rollout(run)]
+    kept = [*_weights(run), *_kept_of_a_rollout(run)]
     if held:
         kept.append(Item("activations of rollout and update, held by CUDA graphs", held, TRACED))
     rollout = [*_rollout(run)]
@@ -246,16 +247,16 @@ def needs_of(run: Run, *, planning: bool = True) -> Needs:
     if not held:
         rollout.append(Item(f"activations, {run.together} branches", activations, TRACED))
         update.append(Item(f"activations, {run.update_rows} transitions", training, TRACED))
-    videos = run.branches * video_bytes(run.sizes, run.settings.frames, wan=run.wan)
+    videos = run.branches * video_bytes(run.sizes.latent, run.settings.frames, run.decoder)
     host = [Item(f"{run.branches} videos, uint8", videos, EXACT)]
     phases = _planner_phases(run) if planning else []
     if run.offloaded:
-        text = Item("text encoder", text_encoder_bytes(run.config.executor, run.sizes.dtype), EXACT)
+        text = Item("text encoder", run.text_bytes, EXACT)
         host.append(text)
         phases.append(Phase("text", (text,)))
     phases.append(Phase("rollout", tuple(rollout)))
-    if decoder is not None:
-        phases.append(_decoding(run, decoder))
+    if run.decoder is not None:
+        phases.append(_decoding(run, run.decoder))
     if run.config.executor.train:
         phases.append(Phase("executor update", tuple(update)))
     return Needs(tuple(kept), tuple(phases), tuple(host))
@@ -267,7 +268,7 @@ def update_cost(run: Run) -> footprint.Cost:
     return footprint.update(run.sizes, run.update_rows, max(run.attended.values()), checkpointing=again)
 
 
-def _weights(run: Run, decoder: Decoder | None) -> list[Item]:
+def _weights(run: Run) -> list[Item]:
     """What is loaded, and what belongs to the adapters."""
     parameters = footprint.parameters_of(run.sizes)
     items = [Item("executor's weights", parameters.weight_bytes, EXACT)]
@@ -276,11 +277,9 @@ def _weights(run: Run, decoder: Decoder | None) -> list[Item]:
         items.append(Item("planner's weights", run.planner.weights, EXACT))
         items += _adapter("planner", run.planner.trained * FP32)
     if not run.offloaded:
-        items.append(Item("text encoder", text_encoder_bytes(run.config.executor, run.sizes.dtype), EXACT))
-    if decoder is not None:
-        items.append(Item("VAE", decoder.weights, EXACT))
-        scorer = scorer_bytes(run.config.judges.aesthetics_weights, on_gpu=run.on_gpu)
-        items.append(Item("PickScore", scorer, EXACT))
+        items.append(Item("text encoder", run.text_bytes, EXACT))
+    if run.decoder is not None:
+        items += [Item("VAE", run.decoder.weights, EXACT), Item("PickScore", run.scorer_bytes, EXACT)]
     return items
 
 
@@ -298,7 +297,7 @@ def _kept_of_a_rollout(run: Run) -> list[Item]:
     sizes, settings, n = run.sizes, run.settings, run.config.executor.continuations
     tokens = sizes.frame_tokens
     rows = footprint.cache_rows(settings, run.together // n, n, run.fork, tokens)
-    texts = min(TEXTS_KEPT, run.plans * _texts(run)) * PROMPT_ROWS * sizes.model.text_dim * sizes.dtype.itemsize
+    texts = min(TEXTS_KEPT, run.plans * run.texts) * PROMPT_ROWS * sizes.model.text_dim * sizes.dtype.itemsize
     transitions = settings.schedule.transitions
     recorded = run.branches * sizes.latent_bytes(settings.frames) + _transitions(run, 2 * transitions + 1)
     return [
@@ -311,11 +310,6 @@ def _kept_of_a_rollout(run: Run) -> list[Item]:
 def _transitions(run: Run, each: int) -> int:
     """fp32 chunks, so many of them for every continuation."""
     return run.branches * each * run.sizes.latent_bytes(run.settings.chunk)
-
-
-def _texts(run: Run) -> int:
-    """Prompts of a plan."""
-    return math.ceil(run.settings.chunks / CHUNKS_A_PROMPT)
 
 
 def _rollout_activations(run: Run) -> int:
@@ -332,7 +326,7 @@ def _rollout(run: Run) -> list[Item]:
     sizes, settings = run.sizes, run.settings
     steps = len(settings.schedule.sigmas) - 1
     plans = run.together // run.config.executor.continuations
-    prompts = plans * _texts(run)
+    prompts = plans * run.texts
     # a graph reads copies of its own; there are two of each batch, for denoiser calls and for context passes
     copies = run.together + (2 * (run.together + plans) if run.graphs else 0)
     noise = run.together * 2 * steps * sizes.latent_bytes(settings.chunk)
@@ -347,7 +341,7 @@ def _rollout(run: Run) -> list[Item]:
 
 def _decoding(run: Run, decoder: Decoder) -> Phase:
     videos = min(decoder.videos, run.config.executor.continuations)
-    frames = videos * video_bytes(run.sizes, decoder.latents + 1, wan=True)
+    frames = videos * video_bytes(run.sizes.latent, decoder.latents + 1, decoder)
     return Phase(
         "decode",
         (
@@ -397,9 +391,8 @@ def work_of(run: Run) -> Work:
     if s.text_switch == "recache":
         passes = {start: footprint.denoise(sizes, 1, *run.recached(start)).flops for start in run.switches}
         phases["rollout"] += sum((run.branches if start > run.fork else run.plans) * passes[start] for start in passes)
-    if run.wan:
-        decoder = decoder_of(sizes, run.on_gpu)
-        shared, whole = decoder.flops(run.fork), decoder.flops(s.frames)
+    if run.decoder is not None:
+        shared, whole = run.decoder.flops(run.fork), run.decoder.flops(s.frames)
         phases["decode"] = run.plans * shared + run.branches * (whole - shared)
     if run.config.executor.train:
         own = update_cost(run)

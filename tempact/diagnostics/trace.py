@@ -38,9 +38,10 @@ class Trace:
         self.live = self.peak = self.flops = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
-    def restart(self) -> None:
-        """The peak and the operations start from here."""
+    def restart(self) -> int:
+        """Peak and operations start from here; returns the bytes alive now."""
         self.peak, self.flops = self.live, 0
+        return self.live
 
     def hold(self, tensor: Tensor) -> None:
         """Counts a tensor's memory for as long as it is there; views count once."""

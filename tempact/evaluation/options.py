@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,8 +61,11 @@ class OrderOptions:
     retry_missing: bool
 
 
-def order_options(arguments: argparse.Namespace, config: RunConfig, trained: bool) -> OrderOptions:
-    """Reads the prompts and checks the rest. UserError for what cannot be done; trained: the target is a run."""
+def order_options(arguments: argparse.Namespace, config: RunConfig, trained: bool, real_video: bool) -> OrderOptions:
+    """Reads the prompts and checks the rest. UserError for what cannot be done.
+
+    trained: the target is a run. real_video: videos may have the benchmark's lengths.
+    """
     seeds = SEEDS if arguments.seeds is None else arguments.seeds
     if seeds < 1:
         raise UserError(f"--seeds: found {seeds}; accepted: at least 1")
@@ -80,7 +83,7 @@ def order_options(arguments: argparse.Namespace, config: RunConfig, trained: boo
     if untaught is not None:
         accepted = "single-prompt, step-prompt; the others need the folder of a training run"
         raise UserError(f"--conditions: found {untaught!r} for an untrained preset; accepted: {accepted}")
-    frames = _lengths(arguments.frames or (), config, list(prompts))
+    frames = _lengths(arguments.frames or (), config, list(prompts), PAPER_FRAMES if real_video else {})
     return OrderOptions(
         prompts, frames, methods, seeds, judges, pickscore, bool(arguments.export), bool(arguments.retry_missing)
     )
@@ -100,9 +103,8 @@ def shapeworld_counts(arguments: argparse.Namespace) -> dict[str, int]:
     return counts
 
 
-def _lengths(given: Sequence[str], config: RunConfig, sets: list[str]) -> dict[str, int]:
+def _lengths(given: Sequence[str], config: RunConfig, sets: list[str], usual: Mapping[str, int]) -> dict[str, int]:
     """Latent frames of each set."""
-    usual = {} if config.executor.weights == SHAPEWORLD else PAPER_FRAMES
     lengths = {name: usual.get(name, config.executor.frames) for name in sets}
     chunk = config.executor.chunk_frames
     for one in given:

@@ -14,21 +14,19 @@ from tempact.config import RunConfig
 from tempact.evaluation.harness import CellStore, Maker, Suite, evaluate_suite
 from tempact.evaluation.judges import VideoJudge, load_pickscore, served_judges
 from tempact.evaluation.methods import METHODS
-from tempact.evaluation.options import SHAPEWORLD, SUITES, OrderOptions
-from tempact.evaluation.tables import RANDOM_WEIGHTS, gather, markdown, write_results
+from tempact.evaluation.options import SUITES, OrderOptions
+from tempact.evaluation.tables import gather, markdown, write_results
 from tempact.evaluation.temporal_order.vbench import export_vbench
 from tempact.executor.rollout import gaussian_noise
 from tempact.files import claim_run_folder, safe_name, write_atomic
+from tempact.policies import PolicyPair, build_policies, device_of
 from tempact.rewards.judges.calls import JudgeOutage
 from tempact.runs.checkpoint import COMPLETE, latest
 from tempact.runs.logs import Progress, setup_logging
 from tempact.runs.run import EXIT_ABORTED, evaluate, trained_policies
-from tempact.worlds import PolicyPair, build_policies, device_of, is_random
+from tempact.worlds import world_of
 
 log = logging.getLogger(__name__)
-
-FPS = {SHAPEWORLD: 8.0}
-WAN_FPS = 16.0
 
 
 def evaluate_shapeworld(config: RunConfig, run: Path | None) -> int:
@@ -69,12 +67,12 @@ def _benchmark(
 ) -> list[Path]:  # fmt: skip
     """Does what is left in `folder`; returns what it wrote."""
     settings = config.evaluation
-    fps = FPS.get(config.executor.weights, WAN_FPS)
+    fps = policies.executor.codec.fps
     maker = Maker(
         folder, policies.planner, policies.executor, gaussian_noise, batch=settings.batch, seed=settings.seed, fps=fps
     )  # fmt: skip
     suite = Suite(options.prompts, options.frames, options.methods, options.seeds, judges)
-    weights = RANDOM_WEIGHTS if is_random(config.executor.weights) else weights_of(run)
+    weights = world_of(config).note or weights_of(run)
     known = f"{config.preset}, {weights}, settings {policy_digest(config)}"
     with Progress("evaluation", 0) as progress:
         ledger = evaluate_suite(

@@ -25,12 +25,12 @@ from tempact.files import claim_run_folder, safe_name, write_atomic
 from tempact.models.wan.codec import Codec
 from tempact.planner.planner import Planner
 from tempact.planner.plans import Request
+from tempact.policies import build_executor, build_planner, device_of
 from tempact.runs.checkpoint import latest
 from tempact.runs.logs import Progress
-from tempact.shapeworld.grammar import parse_instruction
 from tempact.types import Plan
 from tempact.video import Mp4Writer, StripRow, film_strip, save_strip, shown_frames
-from tempact.worlds import SHAPEWORLD, build_executor, build_planner, device_of, is_random
+from tempact.worlds import World, world_of
 
 log = logging.getLogger(__name__)
 
@@ -103,14 +103,14 @@ def make_videos(
 
     Video n of a request has the seed n further than the request's own, else than `seed`: of its noise, and of its
     plan where the request has none. The planner is loaded only if a request needs it. Raises UserError, before
-    anything is loaded or written, for an instruction that ShapeWorld does not know, a seed out of range
+    anything is loaded or written, for an instruction that the executor does not know, a seed out of range
     and an adapter that is not there.
     """
     if not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"--seed: found {seed}; accepted: 0 to {LARGEST_SEED}")
-    if config.executor.weights == SHAPEWORLD:
-        for request in requests:
-            _check_instruction(request)
+    world = world_of(config)
+    for request in requests:
+        _check_instruction(world, request)
     adapters = None if adapter is None else find_adapters(adapter)
     device = device_of(config)
     executor = build_executor(config, device)
@@ -137,9 +137,7 @@ def make_videos(
 
 def note_of(config: RunConfig, *, planned: bool) -> str:
     """What must be said of a video: "random weights", "random planner" where one made the plan, or nothing."""
-    if is_random(config.executor.weights):
-        return "random weights"
-    return "random planner" if planned and config.planner.weights == "random" else ""
+    return world_of(config).note or ("random planner" if planned and config.planner.weights == "random" else "")
 
 
 def latent_of_frames(codec: Codec, latent_frames: int) -> list[int]:
@@ -148,9 +146,9 @@ def latent_of_frames(codec: Codec, latent_frames: int) -> list[int]:
     return [latent for latent, count in enumerate(counts) for _ in range(count)]
 
 
-def _check_instruction(request: Request) -> None:
+def _check_instruction(world: World, request: Request) -> None:
     try:
-        parse_instruction(request.prompt.text)
+        world.check_instruction(request.prompt.text)
     except UserError as error:
         raise UserError(f"{request.where}: {error}") from error
 

@@ -18,6 +18,7 @@ from tempact.evaluation.methods import BOTH, METHODS, SINGLE, STEP, Method
 from tempact.evaluation.statistics import write_evaluation
 from tempact.evaluation.tables import markdown_table
 from tempact.files import claim_run_folder, write_atomic
+from tempact.policies import PolicyPair, build_policies, build_trainer, device_of
 from tempact.reporting.records import write_samples
 from tempact.reporting.report import write_report
 from tempact.reporting.strips import write_extremes, write_showcase
@@ -26,16 +27,7 @@ from tempact.runs.checkpoint import check_config, latest, load, resolve_resume, 
 from tempact.runs.logs import MetricsLogger, Progress
 from tempact.seeds import restore_rng
 from tempact.trainer import Aborted, Iteration, Trainer
-from tempact.worlds import (
-    PolicyPair,
-    build_policies,
-    build_prompts,
-    build_rewards,
-    build_suite,
-    build_trainer,
-    check_executor,
-    is_shapeworld,
-)
+from tempact.worlds import world_of
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +68,12 @@ def train(config: RunConfig, resume: str) -> int:
     the run cannot go on (`trainer.Aborted`) or no judge answered. Either way the state is saved."""
     with claim_run_folder(config.output) as folder, ExitStack() as opened:
         checkpoint = resolve_resume(resume, folder)
-        check_executor(config)
-        prompts, rewards = build_prompts(config), build_rewards(config)  # what is missing is said before weights load
+        world = world_of(config)
+        world.check()
+        prompts, rewards = (
+            world.prompts(),
+            world.rewards(device_of(config)),
+        )  # missing ones are told before weights load
         opened.callback(rewards.close)
         policies = build_policies(config)
         trainer = build_trainer(config, policies, prompts, rewards)
@@ -95,7 +91,7 @@ def train(config: RunConfig, resume: str) -> int:
         if not finished:
             log.warning("stopped after iteration %d; `--resume auto` goes on from there", trainer.done)
             return EXIT_STOPPED
-        if not is_shapeworld(config.executor.weights):
+        if world.real_video:
             log.info("%s\nno held-out evaluation: ShapeWorld's is for its own executor", write_report(folder))
             return 0
         with trainer.ema.applied(policies.executor.parameters()):
@@ -163,7 +159,8 @@ def evaluate(
 
     store: keeps what is done, so that a killed evaluation can go on.
     """
-    suite = build_suite(config, policies)
+    suite = world_of(config).held_out(policies.planner, policies.executor)
+    assert suite is not None, "another world's videos"
     with Progress("evaluation", 0) as progress:
         result = suite.run(progress.tell, methods, store)
     rows = write_evaluation(folder, result.scores, config.evaluation.bootstrap, config.evaluation.seed)
