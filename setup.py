@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 setup(
     name="tempact",
-    version="0.1.0",
+    version="0.2.0",
     description="Post-training of autoregressive video models for temporal order: a planner and an executor, together",
     license="Apache-2.0",
     license_files=["LICENSE"],

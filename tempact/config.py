@@ -79,7 +79,7 @@ class ExecutorConfig:
     lora: LoraConfig
     optim: OptimConfig
     adapters: tuple[str, ...] = ()  # LoRA files and PEFT folders that are merged into a Wan checkpoint, in this order
-    entry: str = ""  # of a .pt file that holds several models: generator_ema, generator or model; "": the first of these
+    entry: str = ""  # of a .pt file with several models: generator_ema, generator or model; "": the first of these
     decoder: str = ""  # file of a tiny decoder (TAEHV) for generated videos and previews; "": the VAE's
     precision: str = "fp32"  # of a Wan checkpoint: fp32, bf16, or bf16-fp32-gates
     wan_folder: str = ""  # Wan2.1-T2V-1.3B (its own or diffusers'), for text encoder and VAE; "": that of the weights

@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from tempact import callable_command
 from tempact.cli import guarded, parse_run
 from tempact.config import RunConfig
 from tempact.errors import UserError
@@ -62,6 +63,8 @@ def _configured(arguments: argparse.Namespace, options: list[str]) -> tuple[RunC
     given = [word for key, value in own.items() if value is not None for word in (f"--{key}", str(value))]
     return parse_run([*source, *options, *given], PROGRAM)[0], run if known else None
 
+
+callable_command(__name__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from tempact import callable_command
 from tempact.cli import CONFIG, LineParser, guarded, lora_options, parse_run
 from tempact.config import RunConfig
 from tempact.errors import UserError
@@ -76,6 +77,8 @@ def _configured(arguments: argparse.Namespace, options: list[str]) -> RunConfig:
     config = parse_run([*source, *frames, *options], PROGRAM)[0]
     return replace(config, planner=replace(config.planner, train=False))  # any sampling setting may be tried
 
+
+callable_command(__name__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from tempact import callable_command
 from tempact.cli import guarded, parse_run, to_yaml
 
 
@@ -25,8 +26,10 @@ def _train(argv: list[str] | None) -> int:
     from tempact.runs.run import train
 
     setup_logging()
-    return train(config, options.resume)
+    return train(config, options.resume).exit_code
 
+
+callable_command(__name__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,14 +11,14 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tempact.config import OptimConfig, RunConfig
+from tempact.config import RunConfig
 from tempact.executor.executor import Executor
 from tempact.executor.rollout import gaussian_noise
 from tempact.planner.planner import Planner
@@ -31,7 +31,7 @@ from tempact.rl.advantages import (
     plan_rewards,
     shuffled,
 )
-from tempact.rl.optim import EMA
+from tempact.rl.optim import EMA, PolicyOptimizer
 from tempact.seeds import derive_seed
 from tempact.types import Batch, PlanBatch, Prompt, Rollout, Scored, missing_mask
 
@@ -84,37 +84,6 @@ class Iteration:
     scored: Scored
     batch: Batch
     metrics: dict[str, float]
-
-
-@dataclass
-class PolicyOptimizer:
-    """A trained policy's optimiser, and how often in a row its update was refused."""
-
-    parameters: dict[str, nn.Parameter]
-    config: OptimConfig
-    optimiser: torch.optim.Optimizer = field(init=False)
-    skipped: int = 0
-
-    def __post_init__(self) -> None:
-        c = self.config
-        self.optimiser = torch.optim.AdamW(
-            self.parameters.values(), lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay
-        )
-
-    def step(self, progress: float) -> dict[str, float]:
-        """Clips, steps if every gradient is finite, and clears the gradients.
-
-        progress: 0 at the first iteration, 1 at the last; sets the learning rate.
-        """
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.config.lr * (1 + progress * (self.config.lr_end - 1))
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.grad_clip)
-        finite = bool(torch.isfinite(norm))
-        if finite:
-            self.optimiser.step()
-        self.skipped = 0 if finite else self.skipped + 1
-        self.optimiser.zero_grad(set_to_none=True)
-        return {"grad_norm": norm.item() if finite else float("nan"), "skipped_updates": float(self.skipped)}
 
 
 class Trainer:
@@ -186,8 +155,8 @@ class Trainer:
             "done": self.done,
             # raw, beside the averaged ones that the adapter folder holds
             "executor": {name: p.detach().cpu() for name, p in self.executor_policy.parameters.items()},
-            "planner_optimiser": self.planner_policy.optimiser.state_dict(),
-            "executor_optimiser": self.executor_policy.optimiser.state_dict(),
+            "planner_optimiser": self.planner_policy.optimizer.state_dict(),
+            "executor_optimiser": self.executor_policy.optimizer.state_dict(),
             "ema": self.ema.state_dict(),
             "skipped": [self.planner_policy.skipped, self.executor_policy.skipped],
         }
@@ -197,8 +166,8 @@ class Trainer:
         with torch.no_grad():
             for name, value in state["executor"].items():
                 self.executor_policy.parameters[name].copy_(value)
-        self.planner_policy.optimiser.load_state_dict(state["planner_optimiser"])
-        self.executor_policy.optimiser.load_state_dict(state["executor_optimiser"])
+        self.planner_policy.optimizer.load_state_dict(state["planner_optimiser"])
+        self.executor_policy.optimizer.load_state_dict(state["executor_optimiser"])
         self.ema.load_state_dict(state["ema"])
         self.planner_policy.skipped, self.executor_policy.skipped = state["skipped"]
 
@@ -255,7 +224,7 @@ class Trainer:
             return {}
         self.wide_gap = self.wide_gap or too_wide(metrics, self.config.executor.max_rollout_gap)
         if self.wide_gap:  # the videos are those of another policy than the one that would be trained on them
-            self.executor_policy.optimiser.zero_grad(set_to_none=True)
+            self.executor_policy.clear()
             return metrics
         metrics |= self._step(self.executor_policy, "executor")
         if not self.executor_policy.skipped:

@@ -14,7 +14,7 @@ from tempact.policies import build_policies, build_trainer
 from tempact.presets import get_preset
 from tempact.reporting.records import read_metrics
 from tempact.runs import run as run_module
-from tempact.runs.checkpoint import load
+from tempact.runs.checkpoint import verify
 from tempact.runs.run import EXIT_ABORTED
 from tempact.trainer import RolloutGapTooWide, Trainer, too_wide
 
@@ -78,7 +78,7 @@ def test_the_run_is_saved_and_ends_with_its_own_exit_code(
     assert "saved after iteration 1" in told
     (row,) = read_metrics(folder)
     assert min(gaps(row)) > 1.0
-    state = load(folder / "checkpoints" / "step-000001").state
+    state = verify(folder / "checkpoints" / "step-000001").state
     assert state["done"] == 1 and state["ema"]["updates"] == 0
     # what was wrong is set right, or allowed: the run goes on
     assert train.main([*SMOKE, "--output", str(folder), "--executor.max_rollout_gap", "1e6"]) == 0

@@ -1,20 +1,61 @@
-"""Exponential moving average of a policy's trainable parameters (ALGORITHM.md 2.7)."""
+"""One optimiser step of a policy, and the exponential moving average of its parameters (docs/algorithm.md 2.7)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from tempact.config import OptimConfig
 from tempact.errors import UserError
+
+
+@dataclass
+class PolicyOptimizer:
+    """AdamW over the trained parameters of one policy.
+
+    parameters: by name. skipped: updates in a row that were refused because a gradient was not finite.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    config: OptimConfig
+    optimizer: torch.optim.Optimizer = field(init=False)
+    skipped: int = 0
+
+    def __post_init__(self) -> None:
+        c = self.config
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay
+        )
+
+    def step(self, progress: float) -> dict[str, float]:
+        """Clips the gradients, steps if all of them are finite, and clears them.
+
+        progress: in [0, 1], 0 at the first iteration and 1 at the last; sets the learning rate.
+        Returns grad_norm (before clipping, NaN if not finite) and skipped_updates.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * (1 + progress * (self.config.lr_end - 1))
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.grad_clip)
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            self.optimizer.step()
+        self.skipped = 0 if finite else self.skipped + 1
+        self.clear()
+        return {"grad_norm": norm.item() if finite else float("nan"), "skipped_updates": float(self.skipped)}
+
+    def clear(self) -> None:
+        """Drops the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 class EMA:
     """average <- average + (1 - d_n)(parameter - average), d_n = min((1 + n) / (10 + n), decay), n = 0, 1, ...
 
-    Kept in fp32, where the small steps of a long average do not vanish.
+    The averages are fp32, in which the small steps of a long average are not rounded away.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float):
@@ -23,7 +64,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Once per optimiser step."""
+        """Moves the averages towards `parameters`; called once after each optimiser step."""
         decay = min((1 + self.updates) / (10 + self.updates), self.decay)
         self.updates += 1
         for name, average in self.average.items():
@@ -31,7 +72,7 @@ class EMA:
 
     @contextmanager
     def applied(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """Inside, the parameters hold the averages; afterwards their own values again, bit for bit."""
+        """A context in which `parameters` hold the averages; their own values come back afterwards, bit for bit."""
         kept = {name: p.detach().clone() for name, p in parameters.items()}
         _copy(self.average, parameters)
         try:
@@ -43,7 +84,7 @@ class EMA:
         return {"updates": self.updates, "average": self.average}
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes over a saved average; UserError if its names or shapes are not those of the parameters."""
+        """Loads a saved average; UserError if names or shapes differ from those of the trained parameters."""
         saved = state["average"]
         for name in sorted(self.average.keys() ^ saved.keys()):
             place = "missing" if name in self.average else "unexpected"

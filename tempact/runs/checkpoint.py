@@ -5,8 +5,9 @@
                             state/     state.pt (optimisers, averages, iteration), rng.pt, config.json
                             COMPLETE   sizes and SHA-256 hashes of all files, written last
 
-A folder is filled under another name in the same place, synced, and renamed: whatever kills a save, the
-checkpoints before it stay valid. What COMPLETE does not confirm is never loaded.
+A save fills a folder under another name in the same place, syncs it and renames it: a save that is killed leaves the
+earlier checkpoints valid. A file that COMPLETE does not confirm is never loaded. Reading changes nothing on disk, so a
+run that trains can be read; the remains of a killed save are cleared by the process that holds the run's lock.
 """
 
 from __future__ import annotations
@@ -49,13 +50,15 @@ class CorruptCheckpoint(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: `state` as given to `save`, `rng` for `restore_rng`, `config` flattened."""
+    """A checkpoint folder whose files were verified when this object was made (`verify`, `latest`).
+
+    digest: the first 12 hex digits of the SHA-256 of COMPLETE, which lists the hashes of all files. state, rng and
+    config are read from disk at each access: `state` as given to `save`, `rng` for `restore_rng`, `config` flattened.
+    """
 
     path: Path
     step: int
-    state: dict
-    rng: dict
-    config: dict[str, object]
+    digest: str
 
     @property
     def planner_dir(self) -> Path:
@@ -64,6 +67,26 @@ class Checkpoint:
     @property
     def executor_dir(self) -> Path:
         return self.path / "executor"
+
+    @property
+    def name(self) -> str:
+        """Step and content, for results: "step-000040 (0123456789ab)"."""
+        return f"{_name(self.step)} ({self.digest})"
+
+    @property
+    def state(self) -> dict:
+        return self._tensors("state.pt")
+
+    @property
+    def rng(self) -> dict:
+        return self._tensors("rng.pt")
+
+    @property
+    def config(self) -> dict[str, object]:
+        return json.loads((self.path / "state" / "config.json").read_text())
+
+    def _tensors(self, file: str) -> dict:
+        return torch.load(self.path / "state" / file, map_location="cpu", weights_only=True)
 
 
 def save(
@@ -74,10 +97,11 @@ def save(
     config: RunConfig,
     keep: int,
 ) -> Path:
-    """Writes checkpoint `step` and keeps the newest `keep`; returns its folder.
+    """Writes checkpoint `step`, keeps the newest `keep` checkpoints and returns the new folder.
 
-    `writers` map a sub-folder ("planner", "executor") to what fills it; `state` holds tensors and plain data
-    only. UserError when the disk is full: nothing that was saved before is lost.
+    The caller holds the run's lock (`claim_run_folder`). `writers` map a sub-folder ("planner", "executor") to the
+    function that fills it; `state` holds tensors and plain data only. Raises UserError when the disk is full; earlier
+    checkpoints are then untouched.
     """
     assert keep >= 1
     parent = Path(run_folder) / FOLDER
@@ -85,7 +109,7 @@ def save(
     saving = parent / (final.name + SAVING)
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        _recover(parent)
+        recover(run_folder)
         _fill(saving, step, writers, state, config)
         _swap_in(saving, final)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -94,7 +118,7 @@ def save(
         kept = latest(run_folder)
         raise UserError(
             f"{final}: no space left on the disk ({shutil.disk_usage(parent).free >> 20} MiB free); free some and go "
-            f"on with --resume auto from {kept.name if kept else 'the start'}"
+            f"on with --resume auto from {kept.path.name if kept else 'the start'}"
         ) from error
     finally:
         shutil.rmtree(saving, ignore_errors=True)
@@ -103,35 +127,33 @@ def save(
     return final
 
 
-def load(path: Path) -> Checkpoint:
-    """Verifies and reads a checkpoint folder; CorruptCheckpoint if a file is not as it was saved."""
+def verify(path: Path) -> Checkpoint:
+    """The checkpoint in a folder; CorruptCheckpoint if a file differs from its size or hash in COMPLETE."""
     path = Path(path)
     reason = defect(path)
     if reason:
         raise CorruptCheckpoint(f"{path}: {reason}; accepted: a checkpoint as it was saved")
-    state, rng = (torch.load(path / "state" / f, map_location="cpu", weights_only=True) for f in ("state.pt", "rng.pt"))
-    config = json.loads((path / "state" / "config.json").read_text())
-    return Checkpoint(path, int(path.name.removeprefix("step-")), state, rng, config)
+    digest = hashlib.sha256((path / COMPLETE).read_bytes()).hexdigest()[:12]
+    return Checkpoint(path, int(_stem(path).removeprefix("step-")), digest)
 
 
-def latest(run_folder: Path) -> Path | None:
-    """The newest checkpoint that verifies. Others are passed over with a warning that says why."""
-    parent = Path(run_folder) / FOLDER
-    if parent.is_dir():
-        _recover(parent)
-    for _, path in _list(parent):
-        reason = defect(path)
-        if reason is None:
-            return path
-        log.warning("%s passed over: %s", path, reason)
+def latest(run_folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that verifies; others are passed over with a warning that says why. Read-only."""
+    for _, path in _list(Path(run_folder) / FOLDER):
+        try:
+            return verify(path)
+        except CorruptCheckpoint as error:
+            log.warning("passed over: %s", error)
+        except FileNotFoundError:  # the run that trains has removed it meanwhile
+            continue
     return None
 
 
-def resolve_resume(value: str, run_folder: Path) -> Path | None:
-    """The checkpoint that `--resume` means, None for a run from the start.
+def resolve_resume(value: str, run_folder: Path) -> Checkpoint | None:
+    """The checkpoint that `--resume` names, None for a run from the start.
 
-    "auto": the newest intact one of `run_folder`, if it has any. "none": a new run, refused where the folder
-    already holds checkpoints. Anything else is the path of a checkpoint or of a run folder.
+    "auto": the newest intact checkpoint of `run_folder`, if there is one. "none": a new run, refused where the folder
+    already holds checkpoints. Any other value is the path of a checkpoint or of a run folder.
     """
     present = [path for _, path in _list(Path(run_folder) / FOLDER)]
     if value == "none":
@@ -158,7 +180,7 @@ def resolve_resume(value: str, run_folder: Path) -> Path | None:
         return found
     if not path.is_dir() or _step(path.name) is None:
         raise UserError(f"resume: {value} is no checkpoint; accepted: auto, none, .../step-000040 or a run folder")
-    return path
+    return verify(path)
 
 
 def check_config(checkpoint: Checkpoint, config: RunConfig) -> None:
@@ -198,7 +220,7 @@ def defect(path: Path) -> str | None:
         return f"{COMPLETE} is missing (the save did not finish)"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{COMPLETE} is damaged"
-    if step != _step(path.name):
+    if step != _step(_stem(path)):
         return f"{COMPLETE} is for step {step}"
     needed = {"state/state.pt", "state/rng.pt", "state/config.json"}
     if not needed <= files.keys():
@@ -252,8 +274,12 @@ def _swap_in(saving: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _recover(parent: Path) -> None:
-    """Clears what a killed save left: half-filled folders go, a replaced checkpoint without successor comes back."""
+def recover(run_folder: Path) -> None:
+    """Clears the remains of a killed save: half-filled folders go, a replaced checkpoint without successor comes back.
+
+    Only for the process that holds the run's lock.
+    """
+    parent = Path(run_folder) / FOLDER
     for folder in parent.glob(f"step-*{SAVING}"):
         shutil.rmtree(folder)
     for folder in parent.glob(f"step-*{REPLACED}"):
@@ -265,10 +291,17 @@ def _recover(parent: Path) -> None:
 
 
 def _list(parent: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint, the newest first."""
+    """(step, folder) of every checkpoint, the newest first; one that is being replaced stands in for its successor."""
     if not parent.is_dir():
         return []
-    return sorted(((step, path) for path in parent.iterdir() if (step := _step(path.name)) is not None), reverse=True)
+    found = {path.name: path for path in parent.iterdir() if _step(path.name) is not None}
+    for path in parent.glob(f"step-*{REPLACED}"):
+        found.setdefault(_stem(path), path)
+    return sorted(((step, path) for name, path in found.items() if (step := _step(name)) is not None), reverse=True)
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(REPLACED)
 
 
 def _name(step: int) -> str:

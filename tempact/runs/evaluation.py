@@ -21,9 +21,9 @@ from tempact.executor.rollout import gaussian_noise
 from tempact.files import claim_run_folder, safe_name, write_atomic
 from tempact.policies import PolicyPair, build_policies, device_of
 from tempact.rewards.judges.calls import JudgeOutage
-from tempact.runs.checkpoint import COMPLETE, latest
+from tempact.runs.checkpoint import latest
 from tempact.runs.logs import Progress, setup_logging
-from tempact.runs.run import EXIT_ABORTED, evaluate, trained_policies
+from tempact.runs.run import EXIT_ABORTED, evaluate, load_newest
 from tempact.worlds import world_of
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ HOW_ONLY = ("rollout_videos", "micro_batch", "cuda_graphs", "text_cache")
 
 
 def _policies(config: RunConfig, run: Path | None) -> PolicyPair:
-    return trained_policies(config, run) if run else build_policies(config)
+    return load_newest(config, run)[0] if run else build_policies(config)
 
 
 def policy_digest(config: RunConfig) -> str:
@@ -111,9 +111,7 @@ def untrained_folder(config: RunConfig) -> Path:
 def weights_of(run: Path | None) -> str:
     """Which weights the newest checkpoint of a run holds, by name and hash; "untrained" without a run."""
     newest = None if run is None else latest(run)
-    if newest is None:
-        return "untrained"
-    return f"{newest.name} ({hashlib.sha256((newest / COMPLETE).read_bytes()).hexdigest()[:12]})"
+    return "untrained" if newest is None else newest.name
 
 
 def evaluation_name(config: RunConfig, weights: str) -> str:

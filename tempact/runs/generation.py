@@ -1,7 +1,4 @@
-"""The files of a generated video, written while it is made: mp4, film strip and plan.
-
-Videos of instructions, with no training around: a plan each, made chunk by chunk and written as they come.
-"""
+"""Videos of instructions without training: a plan each, generated chunk by chunk and written as the frames come."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -25,10 +22,11 @@ from tempact.files import claim_run_folder, safe_name, write_atomic
 from tempact.models.wan.codec import Codec
 from tempact.planner.planner import Planner
 from tempact.planner.plans import Request
-from tempact.policies import build_executor, build_planner, device_of
-from tempact.runs.checkpoint import latest
+from tempact.policies import PolicyPair, build_executor, build_planner, device_of
+from tempact.runs.checkpoint import Checkpoint
 from tempact.runs.logs import Progress
-from tempact.types import Plan
+from tempact.runs.run import load_policies, newest, use_newest
+from tempact.types import Plan, Prompt
 from tempact.video import Mp4Writer, StripRow, film_strip, save_strip, shown_frames
 from tempact.worlds import World, world_of
 
@@ -78,47 +76,52 @@ def write_video(
     return [mp4, strip, told]
 
 
-@dataclass(frozen=True)
-class Adapters:
-    """PEFT folders; the planner's is None where only an executor's was given."""
+def generate(
+    policies: PolicyPair | str | Path, prompt: str, *, plan: Plan | None = None, seed: int = 0
+) -> Iterator[Tensor]:
+    """One video of an instruction, chunk by chunk: uint8 frames [t, 3, height, width] on the host.
 
-    executor: Path
-    planner: Path | None = None
-
-
-def find_adapters(path: Path) -> Adapters:
-    """Those of the newest checkpoint of a run, or the executor's own PEFT folder; UserError if there is none."""
-    if (path / CONFIG).is_file():
-        return Adapters(path)
-    checkpoint = latest(path)
-    if checkpoint is None:
-        raise UserError(f"{path}: holds no intact checkpoint; accepted: the folder of a training run, a PEFT folder")
-    return Adapters(checkpoint / "executor", checkpoint / "planner")
+    Args:
+        policies: as `load_policies` returns them, or a run folder.
+        plan: steps over the whole video; None asks the planner for one.
+        seed: of the noise, and of the plan that is sampled.
+    """
+    pair = policies if isinstance(policies, PolicyPair) else load_policies(policies)
+    request = Request("prompt", Prompt("", prompt), plan)
+    own = plan or _planned(pair.planner, request, seed)
+    noise = gaussian_noise(seed, pair.executor.noise_shape(1, 1), pair.executor.device)
+    yield from stream_frames(pair.executor, own, noise)
 
 
 def make_videos(
     config: RunConfig, requests: Sequence[Request], seed: int, count: int, output: Path, adapter: Path | None
 ) -> Iterator[Path]:
-    """`count` videos of every request under `output`; the paths of each come when it is written.
+    """Writes `count` videos of every request under `output`; yields the paths of each video when it is written.
 
-    Video n of a request has the seed n further than the request's own, else than `seed`: of its noise, and of its
-    plan where the request has none. The planner is loaded only if a request needs it. Raises UserError, before
-    anything is loaded or written, for an instruction that the executor does not know, a seed out of range
-    and an adapter that is not there.
+    Video n has the request's seed plus n, else `seed` plus n: for its noise, and for its plan where the request has
+    none. The planner is loaded only if a request needs it. adapter: a run, whose newest checkpoint is loaded, or a PEFT
+    folder of the executor. Raises UserError, before anything is loaded or written, for an instruction that the executor
+    cannot follow, a seed out of range and a run without an intact checkpoint.
     """
     if not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"--seed: found {seed}; accepted: 0 to {LARGEST_SEED}")
     world = world_of(config)
     for request in requests:
         _check_instruction(world, request)
-    adapters = None if adapter is None else find_adapters(adapter)
+    checkpoint = newest(adapter) if adapter is not None and not (adapter / CONFIG).is_file() else None
     device = device_of(config)
     executor = build_executor(config, device)
     planner = build_planner(config, device) if any(request.plan is None for request in requests) else None
-    if adapters is not None:
-        executor.load_adapter(adapters.executor)
-        if planner is not None and adapters.planner is not None:
-            planner.load_adapter(adapters.planner)
+    if adapter is not None and checkpoint is not None:
+
+        def use(found: Checkpoint) -> None:
+            executor.load_adapter(found.executor_dir)
+            if planner is not None:
+                planner.load_adapter(found.planner_dir)
+
+        adapter = use_newest(adapter, checkpoint, use).executor_dir
+    elif adapter is not None:
+        executor.load_adapter(adapter)
     latents = latent_of_frames(executor.codec, executor.settings.frames)
     chunks = len(requests) * count * executor.settings.chunks
     with claim_run_folder(output) as folder, Progress("making chunks", chunks) as progress:
@@ -129,14 +132,14 @@ def make_videos(
             for n in range(count):
                 plan = request.plan or _planned(planner, request, first + n)
                 name = stem if count == 1 else f"{stem}-{n:02d}"
-                facts = _facts(config, executor, request, first + n, adapters)
+                facts = _facts(config, executor, request, first + n, adapter)
                 note = note_of(config, planned=request.plan is None)
                 frames = _streamed(executor, plan, first + n, progress)
                 yield from write_video(folder, name, plan, frames, latents, executor.codec.fps, facts, note)
 
 
 def note_of(config: RunConfig, *, planned: bool) -> str:
-    """What must be said of a video: "random weights", "random planner" where one made the plan, or nothing."""
+    """The label of a video: "random weights", "random planner" (random weights made the plan), or ""."""
     return world_of(config).note or ("random planner" if planned and config.planner.weights == "random" else "")
 
 
@@ -162,7 +165,7 @@ def _planned(planner: Planner | None, request: Request, seed: int) -> Plan:
 
 
 def _streamed(executor: Executor, plan: Plan, seed: int, progress: Progress) -> Iterator[Tensor]:
-    """The frames of one video, with its progress."""
+    """The frames of one video; reports progress."""
     began, frames = time.monotonic(), 0
     noise = gaussian_noise(seed, executor.noise_shape(1, 1), executor.device)
     for chunk in stream_frames(executor, plan, noise):
@@ -172,9 +175,9 @@ def _streamed(executor: Executor, plan: Plan, seed: int, progress: Progress) -> 
 
 
 def _facts(
-    config: RunConfig, executor: Executor, request: Request, seed: int, adapters: Adapters | None
+    config: RunConfig, executor: Executor, request: Request, seed: int, adapter: Path | None
 ) -> dict[str, object]:
-    """What it takes to make the video again."""
+    """The settings that reproduce the video."""
     prompt, settings = request.prompt, config.executor
     named = {"prompt_id": prompt.prompt_id, "category": prompt.category}
     return {
@@ -186,5 +189,5 @@ def _facts(
         "preset": config.preset,
         "executor": {"weights": settings.weights, "adapters": settings.adapters, "precision": settings.precision},
         "planner": "a plan given" if request.plan is not None else config.planner.weights,
-        **({"adapter": str(adapters.executor)} if adapters is not None else {}),
+        **({"adapter": str(adapter)} if adapter is not None else {}),
     }

@@ -1,17 +1,18 @@
-"""A training run around the trainer: its folder, checkpoints, logs, videos, evaluation and report."""
+"""A training run around the trainer: folder, checkpoints, logs, videos, evaluation and report."""
 
 from __future__ import annotations
 
 import logging
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from tempact.cli import EXIT_STOPPED, fingerprint, to_yaml
-from tempact.config import RunConfig
+from tempact.cli import EXIT_STOPPED, fingerprint, from_yaml, to_yaml
+from tempact.config import RunConfig, validate
 from tempact.errors import UserError
 from tempact.evaluation.harness import CellStore
 from tempact.evaluation.methods import BOTH, METHODS, SINGLE, STEP, Method
@@ -23,7 +24,7 @@ from tempact.reporting.records import write_samples
 from tempact.reporting.report import write_report
 from tempact.reporting.strips import write_extremes, write_showcase
 from tempact.rewards.judges.calls import JudgeOutage
-from tempact.runs.checkpoint import check_config, latest, load, resolve_resume, save
+from tempact.runs.checkpoint import Checkpoint, check_config, latest, recover, resolve_resume, save
 from tempact.runs.logs import MetricsLogger, Progress
 from tempact.seeds import restore_rng
 from tempact.trainer import Aborted, Iteration, Trainer
@@ -33,6 +34,17 @@ log = logging.getLogger(__name__)
 
 SHOWN = {SINGLE: "single prompt", STEP: "before: step prompts", BOTH: "after: + TempAct"}  # rows of the film strips
 EXIT_ABORTED = 3  # the run could not go on
+LOAD_ATTEMPTS = 5  # a run that trains may remove a checkpoint while it is read; the newest is then read in its place
+
+Callback = Callable[[Iteration], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """folder: of the run. exit_code: 0 finished, 130 stopped early, 3 the run could not go on; the state is saved."""
+
+    folder: Path
+    exit_code: int
 
 
 class StopRequest:
@@ -63,17 +75,24 @@ class StopRequest:
         log.warning("%s: finishing this iteration, then saving; once more to stop at once", signal.Signals(number).name)
 
 
-def train(config: RunConfig, resume: str) -> int:
-    """Trains, evaluates and reports; returns the exit code: 0, EXIT_STOPPED when asked to stop, EXIT_ABORTED when
-    the run cannot go on (`trainer.Aborted`) or no judge answered. Either way the state is saved."""
+def train(config: RunConfig, resume: str = "auto", *, callbacks: Sequence[Callback] = ()) -> RunResult:
+    """Trains both policies, evaluates them and writes the report, all in the folder `config.output`.
+
+    Args:
+        resume: "auto" goes on from the newest intact checkpoint of the folder, "none" begins, any other value is the
+            path of a checkpoint or a run folder.
+        callbacks: called with each finished `Iteration` (plans, videos, rewards, metrics), before it is recorded.
+            A callback that keeps videos keeps their memory.
+
+    Raises UserError for a configuration or a file that cannot work.
+    """
+    validate(config)
     with claim_run_folder(config.output) as folder, ExitStack() as opened:
+        recover(folder)
         checkpoint = resolve_resume(resume, folder)
         world = world_of(config)
-        world.check()
-        prompts, rewards = (
-            world.prompts(),
-            world.rewards(device_of(config)),
-        )  # missing ones are told before weights load
+        world.check()  # missing parts are named before weights load
+        prompts, rewards = world.prompts(), world.rewards(device_of(config))
         opened.callback(rewards.close)
         policies = build_policies(config)
         trainer = build_trainer(config, policies, prompts, rewards)
@@ -83,30 +102,39 @@ def train(config: RunConfig, resume: str) -> int:
         write_atomic(folder / "config.yaml", to_yaml(config))
         try:
             with StopRequest().listening() as stop:
-                finished = loop(config, folder, policies, trainer, stop)
+                finished = loop(config, folder, policies, trainer, stop, callbacks)
         except (Aborted, JudgeOutage) as error:
             store(config, folder, policies, trainer)
             log.error("%s; saved after iteration %d", error, trainer.done)
-            return EXIT_ABORTED
+            return RunResult(folder, EXIT_ABORTED)
         if not finished:
             log.warning("stopped after iteration %d; `--resume auto` goes on from there", trainer.done)
-            return EXIT_STOPPED
+            return RunResult(folder, EXIT_STOPPED)
         if world.real_video:
             log.info("%s\nno held-out evaluation: ShapeWorld's is for its own executor", write_report(folder))
-            return 0
+            return RunResult(folder, 0)
         with trainer.ema.applied(policies.executor.parameters()):
             evaluate(config, folder, policies)
-    return 0
+    return RunResult(folder, 0)
 
 
-def loop(config: RunConfig, folder: Path, policies: PolicyPair, trainer: Trainer, stop: StopRequest) -> bool:
-    """The iterations that are left, recorded; False if it was asked to stop."""
+def loop(
+    config: RunConfig,
+    folder: Path,
+    policies: PolicyPair,
+    trainer: Trainer,
+    stop: StopRequest,
+    callbacks: Sequence[Callback] = (),
+) -> bool:
+    """Runs and records the iterations that are left; False if a stop was requested."""
     settings = config.trainer
     metrics = MetricsLogger(folder, trainer.done, config.wandb_project or None)
     try:
         with Progress("training", settings.iterations, trainer.done) as progress:
             for iteration in trainer.iterations(progress.phase):
                 last = iteration.number == settings.iterations
+                for callback in callbacks:
+                    callback(iteration)
                 metrics.log(iteration.number, iteration.metrics)
                 progress.step(shown(iteration))
                 if iteration.number % settings.samples_every == 0 or iteration.number == 1 or last:
@@ -116,19 +144,20 @@ def loop(config: RunConfig, folder: Path, policies: PolicyPair, trainer: Trainer
                     store(config, folder, policies, trainer)
                 if stop:
                     return False
+                del iteration  # its videos and recorded states must not live through the next one: tens of GiB at size
     finally:
         metrics.close()
     return True
 
 
 def shown(iteration: Iteration) -> dict[str, float]:
-    """The few numbers worth watching."""
+    """The few metrics that the progress line shows."""
     names = {"executor/reward": "executor", "planner/reward": "planner", "rewards/temporal_following/mean": "order"}
     return {label: iteration.metrics[name] for name, label in names.items() if name in iteration.metrics}
 
 
 def store(config: RunConfig, folder: Path, policies: PolicyPair, trainer: Trainer) -> None:
-    """Saves both adapters (the executor's averaged, ready for use) and all that a resumed run needs."""
+    """Saves both adapters (the executor's averaged, ready for use) and the training state."""
 
     def save_executor(path: Path) -> None:
         with trainer.ema.applied(policies.executor.parameters()):
@@ -138,14 +167,13 @@ def store(config: RunConfig, folder: Path, policies: PolicyPair, trainer: Traine
     save(folder, trainer.done, writers, trainer.state(), config, config.trainer.keep_checkpoints)
 
 
-def restore(path: Path, config: RunConfig, policies: PolicyPair, trainer: Trainer) -> None:
-    """Weights, optimisers, averages and position of a checkpoint."""
-    checkpoint = load(path)
+def restore(checkpoint: Checkpoint, config: RunConfig, policies: PolicyPair, trainer: Trainer) -> None:
+    """Loads weights, optimisers, averages and position; UserError if the configuration is not the checkpoint's."""
     check_config(checkpoint, config)
     policies.planner.load_adapter(checkpoint.planner_dir)
     trainer.load_state(checkpoint.state)
     restore_rng(checkpoint.rng)
-    log.info("resumed from %s", path)
+    log.info("resumed from %s", checkpoint.path)
 
 
 def evaluate(
@@ -157,7 +185,7 @@ def evaluate(
 ) -> None:
     """The held-out table, videos and report of a finished run; the executor holds its averaged weights.
 
-    store: keeps what is done, so that a killed evaluation can go on.
+    store: keeps finished parts, so that a killed evaluation can go on.
     """
     suite = world_of(config).held_out(policies.planner, policies.executor)
     assert suite is not None, "another world's videos"
@@ -169,13 +197,43 @@ def evaluate(
     log.info("%s\n%s", folder / "evaluation.json", markdown_table(rows))
 
 
-def trained_policies(config: RunConfig, folder: Path) -> PolicyPair:
-    """Both policies as the newest checkpoint of a run holds them."""
-    path = latest(folder)
-    if path is None:
-        raise UserError(f"{folder}: holds no intact checkpoint; accepted: the folder of a training run")
+def load_policies(run: str | Path, device: str = "auto") -> PolicyPair:
+    """Planner and executor of a run's newest checkpoint; UserError for a folder without an intact one.
+
+    run: a run folder, also of a run that is training. device: auto, cpu or cuda.
+    """
+    folder = Path(run)
+    return load_newest(replace(from_yaml(folder / "config.yaml"), device=device), folder)[0]
+
+
+def load_newest(config: RunConfig, folder: Path) -> tuple[PolicyPair, Checkpoint]:
+    """Both policies as the newest checkpoint of a run holds them, and that checkpoint."""
+    found = newest(folder)  # a run without a checkpoint is refused before weights are loaded
     policies = build_policies(config)
-    checkpoint = load(path)
+    return policies, use_newest(folder, found, lambda checkpoint: load_adapters(policies, checkpoint))
+
+
+def load_adapters(policies: PolicyPair, checkpoint: Checkpoint) -> None:
     policies.planner.load_adapter(checkpoint.planner_dir)
     policies.executor.load_adapter(checkpoint.executor_dir)
-    return policies
+
+
+def newest(folder: Path) -> Checkpoint:
+    """The newest intact checkpoint of a run; UserError if there is none."""
+    found = latest(folder)
+    if found is None:
+        raise UserError(f"{folder}: holds no intact checkpoint; accepted: the folder of a training run, a PEFT folder")
+    return found
+
+
+def use_newest(folder: Path, checkpoint: Checkpoint, use: Callable[[Checkpoint], None]) -> Checkpoint:
+    """Calls `use` with `checkpoint` and returns it, or the then newest one of a run that has removed it meanwhile."""
+    for _ in range(LOAD_ATTEMPTS):
+        try:
+            use(checkpoint)
+            return checkpoint
+        except (UserError, OSError):
+            if checkpoint.path.is_dir():
+                raise
+        checkpoint = newest(folder)
+    raise UserError(f"{folder}: its checkpoints change faster than they can be read; accepted: a run that is finished")

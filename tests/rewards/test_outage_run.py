@@ -21,7 +21,7 @@ from tempact.cli import EXIT_USER_ERROR
 from tempact.reporting.records import read_metrics
 from tempact.rewards.judges import client as judge_client
 from tempact.runs import run as run_module
-from tempact.runs.checkpoint import defect, latest, load
+from tempact.runs.checkpoint import defect, latest
 from tempact.runs.run import EXIT_ABORTED
 
 ITERATIONS = 4
@@ -140,7 +140,7 @@ def test_an_outage_past_the_limit_saves_and_stops(tmp_path: Path, monkeypatch, c
         done = len(rows(tmp_path))
         saved = latest(tmp_path / "run")
         assert 1 <= done < ITERATIONS and saved is not None and defect(saved) is None
-        assert load(saved).state["done"] == done
+        assert saved.state["done"] == done
         shown = capfd.readouterr().err
         assert "no answer from 127.0.0.1" in shown and f"saved after iteration {done}" in shown
         server.revive()

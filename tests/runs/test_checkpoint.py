@@ -17,7 +17,16 @@ from safetensors.torch import load_file, save_file
 from tempact.config import ExecutorConfig, LoraConfig, OptimConfig, PlannerConfig, RunConfig
 from tempact.errors import UserError
 from tempact.runs import checkpoint as module
-from tempact.runs.checkpoint import CorruptCheckpoint, check_config, defect, latest, load, resolve_resume, save
+from tempact.runs.checkpoint import (
+    CorruptCheckpoint,
+    check_config,
+    defect,
+    latest,
+    recover,
+    resolve_resume,
+    save,
+    verify,
+)
 from tempact.seeds import capture_rng, restore_rng
 
 LORA, OPTIM = LoraConfig(2, 4, ("q",)), OptimConfig(1e-3)
@@ -39,8 +48,8 @@ def store(run: Path, step: int, keep: int = 5, **writers) -> Path:
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     path = store(tmp_path, 40)
-    assert path == tmp_path / "checkpoints" / "step-000040" and latest(tmp_path) == path
-    loaded = load(path)
+    assert path == tmp_path / "checkpoints" / "step-000040" and latest(tmp_path).path == path
+    loaded = verify(path)
     assert loaded.step == 40 and loaded.state["done"] == 40
     assert torch.equal(loaded.state["moment"], torch.full((3,), 40 / 7))
     assert load_file(loaded.planner_dir / "adapter_model.safetensors")["lora_A"][0, 0] == 40
@@ -65,7 +74,7 @@ def test_an_optimiser_goes_on_exactly(tmp_path: Path) -> None:
     steps(weight, optimiser, 3)
     random.seed(9), np.random.seed(9), torch.manual_seed(9)
 
-    loaded = load(path)
+    loaded = verify(path)
     resumed = loaded.state["weight"].requires_grad_()
     optimiser = torch.optim.AdamW([resumed], lr=0.5)
     optimiser.load_state_dict(loaded.state["optimiser"])
@@ -104,10 +113,10 @@ def test_damage_is_found_and_the_one_before_is_used(
     if harm == "gone":
         victim.unlink()
     with caplog.at_level(logging.WARNING):
-        assert latest(tmp_path) == good
-    assert "step-000040 passed over" in caplog.text
+        assert latest(tmp_path).path == good
+    assert "passed over: " in caplog.text and "step-000040: " in caplog.text
     with pytest.raises(CorruptCheckpoint, match="step-000040"):
-        load(bad)
+        verify(bad)
 
 
 def test_names_that_lead_out_of_the_checkpoint_are_refused(tmp_path: Path) -> None:
@@ -138,10 +147,10 @@ def test_a_save_killed_anywhere_leaves_a_valid_checkpoint(tmp_path: Path, again:
             os._exit(0)
         survived = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         found = latest(tmp_path)
-        assert found is not None and load(found).state["done"] in (20, step), killed_at
+        assert found is not None and found.state["done"] in (20, step), killed_at
         if survived:
             break
-    assert found.name == f"step-{step:06d}" and killed_at > 10
+    assert found.path.name == f"step-{step:06d}" and killed_at > 10
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == sorted({"step-000020", f"step-{step:06d}"})
 
 
@@ -163,6 +172,37 @@ def _die_at(call: int) -> None:
     Path.rename = counted(Path.rename)
 
 
+def test_reading_a_run_that_is_saving_changes_nothing_on_disk(tmp_path: Path) -> None:
+    store(tmp_path, 20)
+    parent = tmp_path / "checkpoints"
+    seen: list[tuple[str, list[str]]] = []
+
+    def look(folder: Path) -> None:
+        before = sorted(path.name for path in parent.iterdir())
+        found = latest(tmp_path)
+        assert sorted(path.name for path in parent.iterdir()) == before
+        seen.append((found.path.name, before))
+        adapter(1.0)(folder)
+
+    store(tmp_path, 40, executor=look)  # another process may read in the middle of a save
+    assert seen == [("step-000020", ["step-000020", "step-000040.saving"])]
+    (parent / "step-000040").rename(parent / "step-000040.replaced")  # killed between the two renames of a second save
+    assert latest(tmp_path).name.startswith("step-000040 (") and (parent / "step-000040.replaced").is_dir()
+    (parent / "step-000060.saving").mkdir()
+    recover(tmp_path)
+    assert sorted(path.name for path in parent.iterdir()) == ["step-000020", "step-000040"]
+
+
+def test_a_checkpoint_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store(tmp_path, 20)
+    hashed: list[str] = []
+    plain = module._sha256
+    monkeypatch.setattr(module, "_sha256", lambda path: hashed.append(path.name) or plain(path))
+    found = resolve_resume("auto", tmp_path)
+    assert found.state["done"] == 20 and found.rng and found.config
+    assert len(hashed) == len(set(hashed)) + 2  # two policies' files have the same two names
+
+
 def test_a_failing_writer_leaves_nothing_behind(tmp_path: Path) -> None:
     store(tmp_path, 20)
 
@@ -179,7 +219,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no space left.*--resume auto from step-000020") as caught:
         store(tmp_path, 40, executor=lambda folder: Path("/dev/full").write_text("x"))
     assert "\n" not in str(caught.value)
-    assert latest(tmp_path) == good and defect(good) is None
+    assert latest(tmp_path).path == good and defect(good) is None
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000020"]
 
 
@@ -190,7 +230,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_changed_configuration_is_refused_with_its_keys(tmp_path: Path) -> None:
-    loaded = load(store(tmp_path, 20))
+    loaded = verify(store(tmp_path, 20))
     check_config(loaded, CONFIG)
     longer = dataclasses.replace(
         CONFIG, trainer=dataclasses.replace(CONFIG.trainer, iterations=999), output="elsewhere"
@@ -204,19 +244,18 @@ def test_a_changed_configuration_is_refused_with_its_keys(tmp_path: Path) -> Non
     with pytest.raises(UserError) as caught:
         check_config(loaded, changed)
     assert "executor.continuations (8 -> 6), seed (0 -> 4);" in str(caught.value) and "\n" not in str(caught.value)
-    older = dataclasses.replace(
-        loaded, config={k: v for k, v in loaded.config.items() if k != "executor.eta"} | {"x": None}
-    )
+    older = {k: v for k, v in loaded.config.items() if k != "executor.eta"} | {"x": None}
+    (loaded.path / "state" / "config.json").write_text(json.dumps(older))
     with pytest.raises(UserError, match=r"executor.eta \(null -> 1.0\), x \(null -> null\)"):
-        check_config(older, CONFIG)
+        check_config(loaded, CONFIG)
 
 
 def test_what_resume_means(tmp_path: Path) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
     assert resolve_resume("auto", run) is None and resolve_resume("none", run) is None
     path = store(other, 20)
-    assert resolve_resume("auto", other) == path
-    assert resolve_resume(str(other), run) == path and resolve_resume(str(path), run) == path
+    assert resolve_resume("auto", other).path == path
+    assert {resolve_resume(str(each), run).path for each in (other, path)} == {path}
     with pytest.raises(UserError, match="already holds step-000020 of another run"):
         resolve_resume("none", other)
     with pytest.raises(UserError, match="is no checkpoint; accepted: auto, none"):

@@ -26,7 +26,7 @@ from tempact.reporting.report import write_report
 from tempact.rewards.base import Scoring
 from tempact.rewards.judges.calls import JudgeOutage
 from tempact.runs import run as run_module
-from tempact.runs.checkpoint import defect, load
+from tempact.runs.checkpoint import defect, verify
 from tempact.runs.run import EXIT_ABORTED
 from tempact.trainer import Iteration, Trainer
 from tempact.types import PlanBatch, Scored
@@ -113,7 +113,7 @@ def test_checkpoints_are_whole_and_hold_both_adapters(finished: Path) -> None:
 
 
 def test_the_executor_adapter_holds_averages_and_the_state_raw_weights(finished: Path) -> None:
-    checkpoint = load(finished / "checkpoints" / "step-000002")
+    checkpoint = verify(finished / "checkpoints" / "step-000002")
     stored = load_file(checkpoint.executor_dir / "adapter_model.safetensors")
     average, raw = checkpoint.state["ema"]["average"], checkpoint.state["executor"]
     assert checkpoint.state["ema"]["updates"] == 2 and average.keys() == raw.keys()
@@ -251,7 +251,7 @@ def test_a_run_whose_updates_keep_failing_is_saved_whole(
     rows = read_metrics(folder)
     assert [row["executor/skipped_updates"] for row in rows] == [1.0, 2.0]
     assert all(row["executor/grad_norm"] is None for row in rows)
-    state = load(folder / "checkpoints" / "step-000002").state
+    state = verify(folder / "checkpoints" / "step-000002").state
     assert state["skipped"] == [0, 2] and state["done"] == 2 and state["ema"]["updates"] == 0
     monkeypatch.setattr(run_module, "build_trainer", build)
     assert train.main(arguments) == 0 and unevaluated == [1]
@@ -284,7 +284,7 @@ def test_a_run_whose_judges_are_gone_saves_and_stops(
 
     monkeypatch.setattr(ShapeWorld, "rewards", judged)
     assert train.main(arguments) == EXIT_ABORTED and unevaluated == [] and closed == [1]
-    assert load(folder / "checkpoints" / "step-000001").state["done"] == 1
+    assert verify(folder / "checkpoints" / "step-000001").state["done"] == 1
     monkeypatch.setattr(ShapeWorld, "rewards", build)
     assert train.main(arguments) == 0 and unevaluated == [1]
     assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3]  # no iteration is lost or done twice
