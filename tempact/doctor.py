@@ -1,4 +1,4 @@
-"""`python -m tempact.doctor [--json]`: has this machine what a run needs? `doctor judges`: do its judges judge?"""
+"""`python -m tempact.doctor [--json]`: checks this machine for a run. `doctor judges`: asks each judge for a score."""
 
 from __future__ import annotations
 

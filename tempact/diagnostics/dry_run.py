@@ -33,13 +33,14 @@ from tempact.policies import missing_planner
 from tempact.worlds import world_of
 
 LEAST_CONTINUATIONS = 2  # of an execution group
-MOST_BRANCHES = 256  # asked for: the cache's bookkeeping takes its time
+MOST_BRANCHES = 256  # tried: the cache's bookkeeping takes its time
 
 
 def dry_run(config: RunConfig, gpu_gib: float) -> list[str]:
-    """What the run would take. gpu_gib: memory of the GPU to plan for; 0: that at hand, else usual ones.
+    """Lines: operations, memory by phase, the largest counts that fit, and missing files and addresses.
 
-    UserError for settings that cannot work and files that are not what they should be.
+    gpu_gib: memory of the GPU to plan for, GiB; 0: the GPU at hand, else usual ones. UserError for settings that cannot
+    work and files that cannot be read.
     """
     if gpu_gib < 0:
         raise UserError(f"--gpu_gib: found {gpu_gib}; accepted: GiB of the GPU to plan for, 0 for the one at hand")
@@ -157,7 +158,7 @@ def _fit(run: Run, needs: Needs, budget: Budget) -> Iterator[str]:
 
 
 def _most(run: Run) -> int:
-    """The most continuations that are asked for."""
+    """The largest number of continuations that is tried."""
     return max(LEAST_CONTINUATIONS, MOST_BRANCHES // run.plans, run.config.executor.continuations)
 
 
@@ -173,7 +174,7 @@ def _missing(config: RunConfig) -> Iterator[str]:
 
 
 def missing(config: RunConfig) -> list[str]:
-    """A line each (key, what was found, what is accepted) for what training lacks; large files are not read through."""
+    """A line (key, what was found, what is accepted) for each file, package, address and folder that training lacks."""
     world = world_of(config)
     lines = [*world.missing(), *missing_planner(config.planner.weights)]
     for key, folder in world.folders().items():

@@ -58,7 +58,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is traced: the transformer, its settings, latents (H, W), and whether csrc_triton's kernels serve."""
+    """An executor to trace; latents (H, W); kernels: csrc_triton's kernels serve, else the torch path."""
 
     model: WanConfig
     settings: ExecutorConfig
@@ -218,7 +218,7 @@ def _context(sizes: Sizes, frames: int, contexts: int) -> Context:
 
 
 def cache_rows(settings: RolloutSettings, plans: int, continuations: int, fork: int, frame_tokens: int) -> int:
-    """Rows of the cache's pools after a rollout whose plans all fork at frame `fork`, by the books of a cache."""
+    """Rows of the cache's pools after a rollout whose plans all fork at frame `fork`, counted by a real cache."""
     with _Bookkeeping(settings, frame_tokens) as history:
         branches = [history.new_branch() for _ in range(plans)]
         for start in range(0, settings.frames, settings.chunk):
@@ -233,7 +233,7 @@ def cache_rows(settings: RolloutSettings, plans: int, continuations: int, fork: 
 
 
 class _Bookkeeping(KVHistory):
-    """A history of which nothing is ever computed, with the smallest rows there are."""
+    """A history with the smallest rows there are, for which nothing is computed."""
 
     def __init__(self, settings: RolloutSettings, frame_tokens: int):
         with torch.device("cpu"):

@@ -17,17 +17,16 @@ from tempact.executor.executor import TEXTS_KEPT
 from tempact.executor.rollout import RolloutSettings
 
 GIB = 2**30
-TERA = 10**12
-# what torch's count of tensors leaves out: the CUDA context and libraries' workspaces, and holes between tensors
+# not in torch's count of tensors: the CUDA context with libraries' workspaces, and holes between tensors
 CONTEXT_BYTES = 1 * GIB
 HOLES = 0.05
-HOPELESS = 2
+HOPELESS = 2  # times the room; a larger count cannot fit either
 EXACT, TRACED, ESTIMATED = "exact", "traced", "estimated"  # shapes; the code on fake tensors; a formula
 
 
 @dataclass(frozen=True)
 class Item:
-    """Bytes of one thing, and where the number is from: EXACT, TRACED or ESTIMATED."""
+    """Bytes of one kind of data; source: EXACT, TRACED or ESTIMATED."""
 
     what: str
     bytes: int
@@ -36,7 +35,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of an iteration, and what it holds beside what is always there."""
+    """A part of an iteration, and the data that only this part holds."""
 
     name: str
     items: tuple[Item, ...]
@@ -48,7 +47,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Needs:
-    """A run's memory: kept for the whole iteration, by phase, and on the host."""
+    """Memory of a run: data kept for whole iterations, data of each phase, and data on the host."""
 
     kept: tuple[Item, ...]
     phases: tuple[Phase, ...]
@@ -66,7 +65,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Budget:
-    """A device's memory; on_gpu: tensors cannot have all of it, and what is on the host is elsewhere."""
+    """A device's memory. On a GPU, tensors cannot have all of it; without one, data of the host count too."""
 
     name: str
     bytes: int
@@ -93,10 +92,9 @@ def total(items: Iterable[Item]) -> int:
 
 
 def largest(taken: Callable[[int], int], room: int, least: int, most: int) -> int:
-    """The largest count within [least, most] whose bytes fit into `room`, 0 if none does.
+    """The largest count within [least, most] for which `taken(count)` bytes fit into `room`; 0 if none does.
 
-    Counts are asked one by one: the cache grows by eighths, so that one more may take less. What takes
-    HOPELESS times the room ends it.
+    Counts are tried one by one: the cache grows by eighths, so that one more may take less.
     """
     found = 0
     for count in range(least, most + 1):
@@ -109,7 +107,7 @@ def largest(taken: Callable[[int], int], room: int, least: int, most: int) -> in
 
 
 def table(needs: Needs) -> list[str]:
-    """Lines: what is kept, then each phase with its sum and that of everything."""
+    """Lines: data kept, then each phase with its sum and the sum of both, then data on the host."""
     kept = total(needs.kept)
     lines = [f"kept all the time: {size(kept)}", *_items(needs.kept)]
     for phase in needs.phases:
@@ -122,21 +120,22 @@ def _items(items: Iterable[Item]) -> list[str]:
 
 
 def size(count: int) -> str:
-    """Bytes as people read them: 3.45 GiB, 12.0 MiB."""
-    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= unit:
-            value = count / unit
-            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {name}"
-    return f"{count} B"
+    """Bytes to three digits: 3.45 GiB, 12.0 MiB."""
+    return _rounded(count, {"GiB": GIB, "MiB": 2**20, "KiB": 2**10}) or f"{count} B"
 
 
 def tera(flops: float) -> str:
-    """Operations as people read them: 28.3 TF, 8.93 PF."""
-    for unit, name in ((1000 * TERA, "PF"), (TERA, "TF"), (TERA // 1000, "GF")):
-        if flops >= unit:
-            value = flops / unit
-            return f"{value:.{2 if value < 10 else 1}f} {name}"
-    return f"{flops / 10**6:.2f} MF"
+    """Operations to three digits: 28.3 TF, 8.93 PF."""
+    return _rounded(flops, {"PF": 10**15, "TF": 10**12, "GF": 10**9}) or f"{flops / 10**6:.2f} MF"
+
+
+def _rounded(count: float, units: dict[str, int]) -> str:
+    """In the first unit that is no larger than the count; "" if all are."""
+    for name, unit in units.items():
+        if count >= unit:
+            value = count / unit
+            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {name}"
+    return ""
 
 
 FP32 = 4  # bytes of a number
@@ -192,12 +191,12 @@ class Run:
 
     @property
     def offloaded(self) -> bool:
-        """Do a text encoder's weights wait on the host?"""
+        """Do the text encoder's weights wait on the host?"""
         return self.config.executor.offload_text_encoder and self.decoder is not None and self.text_bytes > 0
 
     @property
     def attended(self) -> dict[int, int]:
-        """Latent frames that the chunk at each frame attends to."""
+        """Number of latent frames in the context of the chunk that starts at each frame."""
         s = self.settings
         return {start: len(s.window.attended(start, s.chunk)) for start in range(0, s.frames, s.chunk)}
 
@@ -213,7 +212,7 @@ class Run:
         return math.ceil(self.settings.chunks / CHUNKS_A_PROMPT)
 
     def recached(self, start: int) -> tuple[int, int]:
-        """Latent frames whose K/V a switch at `start` attends to, and those that it rewrites."""
+        """A switch at `start` under "recache": latent frames attended to, and latent frames whose K/V it rewrites."""
         frames = self.settings.window.recached(start)
         return min(self.settings.window.sink, frames[0] if frames else 0), len(frames)
 
@@ -227,7 +226,7 @@ class Run:
         return min(most // steps, each // steps) * steps if most >= steps else min(most, steps)
 
     def changed(self, *, continuations: int | None = None, prompts: int | None = None) -> Run:
-        """The same with another N or another number of prompts."""
+        """This run with other numbers of continuations (N) or of prompts."""
         config = self.config
         executor = replace(config.executor, continuations=continuations or config.executor.continuations)
         data = replace(config.data, prompts_per_iteration=prompts or config.data.prompts_per_iteration)
@@ -235,7 +234,7 @@ class Run:
 
 
 def needs_of(run: Run, *, planning: bool = True) -> Needs:
-    """The memory of a training run; planning: with the planner's phases."""
+    """Memory of training. planning: include the planner's phases."""
     activations = _rollout_activations(run)
     training = update_cost(run).bytes
     held = max(activations, training) if run.graphs else 0
@@ -263,13 +262,13 @@ def needs_of(run: Run, *, planning: bool = True) -> Needs:
 
 
 def update_cost(run: Run) -> footprint.Cost:
-    """Of the largest micro-batch of the executor's update."""
+    """Cost of the largest micro-batch of the executor's update."""
     again = run.config.executor.checkpoint_activations
     return footprint.update(run.sizes, run.update_rows, max(run.attended.values()), checkpointing=again)
 
 
 def _weights(run: Run) -> list[Item]:
-    """What is loaded, and what belongs to the adapters."""
+    """All models, and the adapters' gradients and optimiser states."""
     parameters = footprint.parameters_of(run.sizes)
     items = [Item("executor's weights", parameters.weight_bytes, EXACT)]
     items += _adapter("executor", parameters.trained * FP32, ema=True)
@@ -293,7 +292,7 @@ def _adapter(who: str, trained: int, *, ema: bool = False) -> list[Item]:
 
 
 def _kept_of_a_rollout(run: Run) -> list[Item]:
-    """The cache keeps its size; text rows, latents and recorded transitions stay until the next iteration."""
+    """The cache keeps its size; text rows stay at hand; latents and transitions live until the update is done."""
     sizes, settings, n = run.sizes, run.settings, run.config.executor.continuations
     tokens = sizes.frame_tokens
     rows = footprint.cache_rows(settings, run.together // n, n, run.fork, tokens)
@@ -308,12 +307,12 @@ def _kept_of_a_rollout(run: Run) -> list[Item]:
 
 
 def _transitions(run: Run, each: int) -> int:
-    """fp32 chunks, so many of them for every continuation."""
+    """Bytes of `each` fp32 chunks for every continuation."""
     return run.branches * each * run.sizes.latent_bytes(run.settings.chunk)
 
 
 def _rollout_activations(run: Run) -> int:
-    """Of the widest call: a chunk of all branches, or the pass that rewrites a branch's window under a new text."""
+    """Activations of the widest call: a chunk of all videos, or the pass that rewrites a video's window."""
     settings = run.settings
     calls = [(run.together, max(run.attended.values()), settings.chunk)]
     if settings.text_switch == "recache":
@@ -322,7 +321,7 @@ def _rollout_activations(run: Run) -> int:
 
 
 def _rollout(run: Run) -> list[Item]:
-    """Beside the cache and the activations."""
+    """Data of a rollout beside the cache and the activations."""
     sizes, settings = run.sizes, run.settings
     steps = len(settings.schedule.sigmas) - 1
     plans = run.together // run.config.executor.continuations
@@ -373,15 +372,15 @@ def _planner_phases(run: Run) -> list[Phase]:
 
 @dataclass(frozen=True)
 class Work:
-    """Operations: a denoiser call without adapters by frames attended to (own ones included); phases of an
-    iteration."""
+    """Operations. calls: of a denoiser call without adapters, by frames attended to, own ones included. phases: of an
+    iteration's."""
 
     calls: dict[int, int]
     phases: dict[str, int]
 
 
 def work_of(run: Run) -> Work:
-    """The executor's operations; a plan that switches after its first chunk has the most."""
+    """Operations of the executor, where every plan forks after its first chunk."""
     s, sizes = run.settings, run.sizes
     bare = _affine(run, adapters=False)
     adapted = _affine(run, adapters=True)
@@ -401,7 +400,7 @@ def work_of(run: Run) -> Work:
 
 
 def _affine(run: Run, *, adapters: bool) -> Callable[[int], int]:
-    """Operations of one video's call by the frames of its context: they grow by the same amount with each."""
+    """Operations of one video's call as a function of its context's frames, which add the same amount each."""
     most = max(run.attended.values())
     chunk = run.settings.chunk
     none, all_ = (footprint.denoise(run.sizes, 1, a, chunk, adapters=adapters).flops for a in (0, most))
