@@ -309,7 +309,8 @@ class Wan(World):
             weights, device=device, precision=settings.precision, adapters=adapters, entry=settings.entry
         )
         sizes, dtype = transformer.config, transformer.patch_embedding.weight.dtype
-        codec = load_codec(self.release, dtype, device)
+        decoder = Path(settings.decoder) if preview and settings.decoder else None
+        codec = load_codec(self.release, dtype, device, decoder)
         if sizes.in_dim != codec.latent_channels:
             raise UserError(
                 f"{weights}: found {sizes.in_dim} latent channels; accepted: {codec.latent_channels}, as the VAE"
@@ -332,7 +333,7 @@ class Wan(World):
         from tempact.models.wan.checkpoints.files import find_weights
         from tempact.models.wan.checkpoints.lora import open_adapter
         from tempact.models.wan.text import source_of
-        from tempact.models.wan.vae import DIFFUSERS_FILE, ORIGINAL_FILE
+        from tempact.models.wan.vae import find_vae
 
         if self.at_hand:
             yield from tried("executor.weights", lambda: [file.stat() for file in find_weights(Path(self.weights))])
@@ -344,12 +345,7 @@ class Wan(World):
             yield f"executor.wan_folder: {named or repr(named)} is not a folder; accepted: {accepted}"
             return
         yield from tried("executor.wan_folder", lambda: source_of(folder, bfloat16))
-        vae = folder / "vae" if (folder / "vae").is_dir() else folder
-        if not (folder / ORIGINAL_FILE).is_file() and not all(
-            (vae / name).is_file() for name in ("config.json", DIFFUSERS_FILE)
-        ):
-            accepted = f"vae/ with config.json and {DIFFUSERS_FILE}, or {ORIGINAL_FILE}"
-            yield f"executor.wan_folder: {folder}: found no VAE; accepted: {accepted}"
+        yield from tried("executor.wan_folder", lambda: find_vae(folder))
 
     def sizes(self) -> WorldSizes:
         height, width = self.config.executor.video_size

@@ -13,7 +13,7 @@ from tempact.config import PlannerConfig
 from tempact.diagnostics.footprints import PlannerSizes, Sizes
 from tempact.diagnostics.trace import FAKE, fake, on_meta, traced
 from tempact.errors import UserError
-from tempact.models.wan.codec import DecoderState, call_size, pixel_frames
+from tempact.models.wan.codec import DecoderState, pixel_frames
 from tempact.worlds import VAE_STRIDE, local_folder
 
 # what a planner is told, in Qwen3's tokens (docs/algorithm.md 4.2 counts a prompt of that size)
@@ -103,7 +103,7 @@ class Decoder:
         with traced(kernels=on_gpu) as trace, torch.no_grad():
             fake(vae)
             decoder = WanDecoder(vae, options)
-            self.latents, self.videos = call_size(decoder, sizes.latent)
+            self.latents, self.videos = decoder.call_size(sizes.latent)
             states = [DecoderState()]
 
             def decode(count: int) -> tuple[int, int]:

@@ -145,7 +145,7 @@ class Executor:
         frames = torch.empty(0)
         parts: list[tuple[Tensor, Transition]] = []
         for own, latents, transition in self._in_turn(plans, fork_frames, noise):
-            part = Rollout(latents, self.codec.decode_forked(latents, fork_frames[own]).wait(), transition)
+            part = Rollout(latents, self.codec.decode_forked(latents, fork_frames[own]), transition)
             made(part)
             if len(part.frames) == len(plans):
                 return part

@@ -13,11 +13,9 @@ run that trains can be read; the remains of a killed save are cleared by the pro
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -29,7 +27,7 @@ from safetensors import SafetensorError
 
 from tempact.config import RunConfig
 from tempact.errors import UserError
-from tempact.files import disk_full
+from tempact.files import disk_full, file_hash, sync
 from tempact.seeds import capture_rng
 
 log = logging.getLogger(__name__)
@@ -233,7 +231,7 @@ def defect(path: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        if _sha256(file) != digest:
+        if file_hash(file) != digest:
             return f"{name} does not have the hash it was saved with"
     return None
 
@@ -250,11 +248,11 @@ def _fill(
     (folder / "state" / "config.json").write_text(json.dumps(flatten(config), indent=1, sort_keys=True))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for file in files:
-        _sync(file)
-    listed = {f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in files}
+        sync(file)
+    listed = {f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": file_hash(f)} for f in files}
     (folder / COMPLETE).write_text(json.dumps({"step": step, "files": listed}, indent=1))
     for path in (folder / COMPLETE, *(p for p in folder.rglob("*") if p.is_dir()), folder):
-        _sync(path)
+        sync(path)
 
 
 def _save_tensors(value: dict, path: Path) -> None:
@@ -270,7 +268,7 @@ def _swap_in(saving: Path, final: Path) -> None:
     if final.exists():
         final.rename(replaced)
     saving.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -310,16 +308,3 @@ def _name(step: int) -> str:
 
 def _step(name: str) -> int | None:
     return int(name.removeprefix("step-")) if re.fullmatch(r"step-\d{6,}", name) else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, UMT5Config
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from tempact.errors import UserError
 from tempact.executor.sampler import Schedule
@@ -76,7 +76,7 @@ def build_text_encoder(texts: list[str]) -> TextEncoder:
         vocab_size=raw.get_vocab_size(), d_model=WAN.text_dim, d_kv=24, d_ff=192, num_layers=2, num_heads=4,
         pad_token_id=0, eos_token_id=1, dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
     )  # fmt: skip
-    return TextEncoder.from_config(config, tokenizer, WAN.text_len)
+    return TextEncoder(UMT5EncoderModel(config), tokenizer, WAN.text_len)
 
 
 def draw_clips(arguments: tuple[int, int]) -> list[Clip]:
