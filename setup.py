@@ -1,8 +1,19 @@
-"""Packaging. Exact tested versions are in constraints.txt."""
+"""Packaging of tempact. Exact tested versions are in constraints.txt.
+
+csrc_triton is a distribution of its own, csrc-triton (csrc_triton/pyproject.toml), and the only owner of its files. An
+installed tempact depends on it, and pip builds it from the folder beside this file. An editable tempact owns no files
+and serves both packages from the checkout, so that changes of kernels take effect at once.
+"""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+KERNELS = Path(__file__).resolve().parent / "csrc_triton"
+EDITABLE = "TEMPACT_EDITABLE" in os.environ  # set by build_backend.py
 
 setup(
     name="tempact",
@@ -11,13 +22,14 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["csrc_triton*", "tempact*"]),
+    packages=find_packages(include=["tempact*", "csrc_triton*"] if EDITABLE else ["tempact*"]),
     package_data={
         "tempact": ["reporting/*.j2", "rewards/rubrics/*.md", "shapeworld/weights/**/*.json",
                     "shapeworld/weights/**/*.safetensors", "shapeworld/weights/**/*.jinja", "evaluation/*.j2",
                     "evaluation/temporal_order/*.jsonl"],
     },
     install_requires=[
+        "triton>=3.5; platform_system == 'Linux'" if EDITABLE else f"csrc-triton @ {KERNELS.as_uri()}",
         "huggingface-hub>=1.0",
         "imageio-ffmpeg>=0.5",
         "jinja2>=3.1",
@@ -33,7 +45,6 @@ setup(
         "tokenizers>=0.22",
         "torch>=2.11",
         "transformers>=5.0",
-        "triton>=3.5; platform_system == 'Linux'",
         "tyro>=1.0",
     ],
     extras_require={

@@ -1,7 +1,8 @@
 """docs/architecture.svg, drawn from the code's own imports: `PYTHONPATH=tests python tests/draw_architecture.py`.
 
-A box is a room (a module or package of `tempact`, or csrc_triton), a row is a layer of tests/test_imports.py. An arrow leads
-from a room to one that it imports; arrows that follow from others (a -> b -> c makes a -> c superfluous) are left out.
+A box is a room (a module or package of `tempact`, or csrc_triton), a row is a layer of tests/test_imports.py. An arrow
+leads from a room to one that it imports; arrows that follow from others (a -> b -> c makes a -> c superfluous) and arrows to
+the rooms that everyone may import are left out.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from test_imports import LAYERS, REPOSITORY, graph, part_of, sources
 
 FILE = REPOSITORY / "docs" / "architecture.svg"
 WIDTH, ROW, BOX_HEIGHT, LETTER, GAP = 940, 62, 28, 7.4, 22
-COMMANDS = set(LAYERS[-1])
+COMMANDS, EVERYONE = set(LAYERS[-1]), {name for layer in LAYERS[:2] for name in layer}
 
 
 def rooms() -> list[list[str]]:
@@ -53,13 +54,14 @@ def draw() -> str:
             places[name] = (x + width / 2, height - ROW * (i + 1), width)
             x += width + GAP
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="monospace" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+        'font-family="monospace" font-size="12">',
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0L8 4L0 8z" fill="#777"/></marker></defs>',
         f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
     ]
     for room, targets in arrows().items():
-        for other in sorted(targets):
+        for other in sorted(targets - EVERYONE):
             (x, y, _), (to_x, to_y, _) = places[room], places[other]
             start, end = y + BOX_HEIGHT, to_y
             bend = (start + end) / 2
@@ -68,7 +70,15 @@ def draw() -> str:
                 'fill="none" stroke="#999" marker-end="url(#tip)"/>'
             )
     for name, (x, y, width) in places.items():
-        colour = "#e8f0fe" if name in COMMANDS else "#fdf3dc" if name == "csrc_triton" else "#f4f4f4"
+        colour = (
+            "#e8f0fe"
+            if name in COMMANDS
+            else "#fdf3dc"
+            if name == "csrc_triton"
+            else "#fff"
+            if name in EVERYONE
+            else "#f0f0f0"
+        )
         lines.append(
             f'<rect x="{x - width / 2:.0f}" y="{y:.0f}" width="{width:.0f}" height="{BOX_HEIGHT}" rx="5" '
             f'fill="{colour}" stroke="#555"/><text x="{x:.0f}" y="{y + 18:.0f}" text-anchor="middle">{name}</text>'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from csrc_triton.qk_norm_rope.naive import rotate
+from csrc_triton.qk_norm_rope import rotate
 from tempact.models.wan.codec import PixelCodec
 from tempact.models.wan.text_padding import cut_length
 from tempact.models.wan.transformer import ChunkAttention, WanConfig, WanTransformer, rope_tables
