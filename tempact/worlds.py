@@ -141,15 +141,20 @@ class World:
         return FilePrompts(Path(source), self.config.data.prompts_per_iteration)
 
     def rewards(self, device: torch.device) -> RewardSet:
-        """The four rewards of training: served judges, and PickScore on `device`. The caller closes them.
+        """Rewards of training: served judges, PickScore on `device`, and the user's own. The caller closes them.
 
-        UserError for judges that the environment does not name and for PickScore's weights.
+        UserError for own rewards that cannot be imported, judges that the environment does not name and PickScore's
+        weights.
         """
-        from tempact.rewards.real import open_judges, open_scorer, real_rewards
+        from tempact.rewards.base import load_rewards
+        from tempact.rewards.judges.client import JudgeClient
+        from tempact.rewards.judges.config import JudgeConfig
+        from tempact.rewards.pickscore import PickScorer, real_rewards
 
-        judges = open_judges(self.config.judges)
+        settings, custom = self.config.judges, load_rewards(self.config.rewards.custom)
+        judges = JudgeClient(JudgeConfig.from_environment(settings=settings))
         try:
-            return real_rewards(judges, open_scorer(self.config.judges, device), self.config.judges)
+            return real_rewards(judges, PickScorer.load(settings, device), settings).extended(custom)
         except UserError:
             judges.close()
             raise
@@ -173,10 +178,12 @@ class World:
 
         Judges are looked up in the environment, not asked; `python -m tempact.doctor judges` asks them.
         """
+        from tempact.rewards.base import load_rewards
         from tempact.rewards.judges.config import ROLES, JudgeConfig
 
         yield from self.missing_weights()
         yield from tried("data.prompts", self.prompts)
+        yield from tried("rewards.custom", lambda: load_rewards(self.config.rewards.custom))
         if self.judged and importlib.util.find_spec("openai") is None:
             yield "judges: found no package openai; accepted: after pip install -e '.[judges]'"
         for role, fallback in ROLES.items() if self.judged else ():
@@ -260,12 +267,19 @@ class ShapeWorld(World):
         return ShapeWorldPrompts()
 
     def rewards(self, device: torch.device) -> RewardSet:
-        """ShapeWorld's own four; with `judges.shapeworld` served judges score all but the picture quality."""
-        from tempact.rewards.real import judged_rewards, open_judges
+        """ShapeWorld's four and the user's own; `judges.shapeworld`: served judges score all but picture quality."""
+        from tempact.rewards.base import load_rewards
         from tempact.shapeworld.world import shapeworld_rewards
 
-        own, settings = shapeworld_rewards(), self.config.judges
-        return judged_rewards(open_judges(settings), own.aesthetics, settings) if settings.shapeworld else own
+        rewards, settings, custom = shapeworld_rewards(), self.config.judges, load_rewards(self.config.rewards.custom)
+        if settings.shapeworld:
+            from tempact.rewards.judged import judged_rewards
+            from tempact.rewards.judges.client import JudgeClient
+            from tempact.rewards.judges.config import JudgeConfig
+
+            judges = JudgeClient(JudgeConfig.from_environment(settings=settings))
+            rewards = judged_rewards(judges, rewards.aesthetics, settings)
+        return rewards.extended(custom)
 
     def held_out(self, planner: Planner, executor: Executor) -> ShapeWorldSuite:
         """Held-out instructions, scored by the verifier and the shipped learned judge."""

@@ -22,7 +22,7 @@ from tempact import evaluate
 from tempact.config import JudgeSettings
 from tempact.evaluation.judges import JudgedVideo, Verdict
 from tempact.evaluation.ledger import Ledger
-from tempact.rewards.judges.calls import JudgeOutage
+from tempact.rewards.judges import JudgeOutage
 from tempact.runs import evaluation
 
 KEYS = ("prompt_id", "condition", "seed", "judge")

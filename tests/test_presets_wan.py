@@ -19,9 +19,8 @@ from tempact.executor.window import WINDOWS
 from tempact.models.wan.random_weights import RANDOM, RandomText
 from tempact.policies import build_policies, build_trainer
 from tempact.presets import get_preset
-from tempact.rewards.judges.calls import JudgeCall
-from tempact.rewards.pickscore import PickScorer
-from tempact.rewards.real import RealRewards, real_rewards
+from tempact.rewards.judges import JudgeCall
+from tempact.rewards.pickscore import Aesthetics, PickScorer, real_rewards
 from tempact.types import Batch, Plan, PlanBatch, Prompt, Step
 from tempact.worlds import RandomWan, Wan, world_of
 
@@ -184,7 +183,7 @@ def test_rewards_of_real_video_are_judges_and_pickscore(tmp_path: Path, monkeypa
     monkeypatch.setenv("TEMPACT_JUDGE_BASE_URL", "http://127.0.0.1:9/v1")
     monkeypatch.setenv("TEMPACT_JUDGE_MODEL", "m")
     rewards = world_of(config).rewards(CPU)
-    assert isinstance(rewards, RealRewards) and rewards.temporal_following.frames == 4
+    assert rewards.temporal_following.pictures == 4 and isinstance(rewards.aesthetics, Aesthetics)
     rewards.close()
     before = threading.active_count()
     with pytest.raises(UserError, match=r"judges\.aesthetics_weights: none cannot be loaded"):

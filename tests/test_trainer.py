@@ -169,7 +169,7 @@ def test_iterations_draw_anew(learned: Learned) -> None:
 
 def test_metrics_describe_the_iteration(learned: Learned) -> None:
     metrics, scored, batch = learned.first.metrics, learned.first.scored, learned.first.batch
-    for name, values in vars(scored).items():
+    for name, values in scored.named():
         assert metrics[f"rewards/{name}/mean"] == pytest.approx(values.mean().item())
         assert metrics[f"rewards/{name}/std"] == pytest.approx(values.std(correction=0).item())
         assert metrics[f"rewards/{name}/missing"] == 0.0

@@ -110,12 +110,13 @@ def read_metrics(run_folder: Path) -> list[dict]:
 def write_samples(run_folder: Path, step: int, plans: PlanBatch, scored: Scored, batch: Batch) -> Path:
     """samples/step-000040.jsonl: one row a continuation with its prompt, plan, rewards and advantages.
 
-    Missing rewards and masked advantages are null.
+    Missing rewards and masked advantages are null. A run with rewards of its own has them under "custom".
     """
     rows = []
     for p, plan in enumerate(plans.plans):
         prompt = plans.prompt_of(p)
         for n in range(scored.temporal_following.shape[1]):
+            custom = {own.name: _at(own.scores, *(p, n)[: own.scores.ndim]) for own in scored.custom}
             rows.append(
                 {
                     "step": step,
@@ -133,6 +134,7 @@ def write_samples(run_folder: Path, step: int, plans: PlanBatch, scored: Scored,
                     "aesthetics": _at(scored.aesthetics, p, n),
                     "plan_advantage": _at(batch.plan_advantage, p) if batch.plan_mask[p] else None,
                     "execution_advantage": _at(batch.execution_advantage, p, n) if batch.execution_mask[p, n] else None,
+                    **({"custom": custom} if custom else {}),
                 }
             )
     path = Path(run_folder) / SAMPLES / f"step-{step:06d}.jsonl"

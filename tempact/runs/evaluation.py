@@ -20,7 +20,7 @@ from tempact.evaluation.temporal_order.vbench import export_vbench
 from tempact.executor.rollout import gaussian_noise
 from tempact.files import claim_run_folder, safe_name, write_atomic
 from tempact.policies import PolicyPair, build_policies, device_of
-from tempact.rewards.judges.calls import JudgeOutage
+from tempact.rewards.judges import JudgeOutage
 from tempact.runs.checkpoint import latest
 from tempact.runs.logs import Progress, setup_logging
 from tempact.runs.run import EXIT_ABORTED, evaluate, load_newest

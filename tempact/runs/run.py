@@ -23,7 +23,7 @@ from tempact.policies import PolicyPair, build_policies, build_trainer, device_o
 from tempact.reporting.records import write_samples
 from tempact.reporting.report import write_report
 from tempact.reporting.strips import write_extremes, write_showcase
-from tempact.rewards.judges.calls import JudgeOutage
+from tempact.rewards.judges import JudgeOutage
 from tempact.runs.checkpoint import Checkpoint, check_config, latest, recover, resolve_resume, save
 from tempact.runs.logs import MetricsLogger, Progress
 from tempact.seeds import restore_rng

@@ -31,7 +31,7 @@ from tempact.evaluation.temporal_order import vbench
 from tempact.evaluation.temporal_order.prompts import OrderPrompt
 from tempact.evaluation.temporal_order.vbench import export_vbench
 from tempact.executor.window import WINDOWS
-from tempact.rewards.judges.calls import JudgeOutage
+from tempact.rewards.judges import JudgeOutage
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Step
 
 SINGLE, STEP, PLANNER_ONLY, EXECUTOR_ONLY, BOTH = METHODS

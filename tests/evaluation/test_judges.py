@@ -37,7 +37,7 @@ from tempact.evaluation.statistics import PICKSCORE
 from tempact.evaluation.temporal_order.prompts import OrderPrompt
 from tempact.rewards.frame_picks import media_hash
 from tempact.rewards.judged import HELD_OUT, VideoVerdict, rubric_version, video_fields
-from tempact.rewards.judges.calls import JudgeCall, JudgeOutage, JudgeResult
+from tempact.rewards.judges import JudgeCall, JudgeOutage, JudgeResult
 from tempact.rewards.judges.replies import read_reply
 from tempact.rewards.pickscore import PickScorer
 from tempact.types import Missing

@@ -24,7 +24,7 @@ from tempact.evaluation.statistics import read_evaluation
 from tempact.reporting.records import read_metrics
 from tempact.reporting.report import write_report
 from tempact.rewards.base import Scoring
-from tempact.rewards.judges.calls import JudgeOutage
+from tempact.rewards.judges import JudgeOutage
 from tempact.runs import run as run_module
 from tempact.runs.checkpoint import defect, verify
 from tempact.runs.run import EXIT_ABORTED
