@@ -28,17 +28,18 @@ LAYERS = (
     ("evaluation",),
     ("reporting",),
     ("worlds",),
+    ("policies",),
     ("runs", "diagnostics"),
     ("train", "generate", "evaluate", "report", "doctor"),
 )
-POLICIES = ("tempact.planner*", "tempact.executor*", "tempact.trainer", "tempact.worlds")
+POLICIES = ("tempact.planner*", "tempact.executor*", "tempact.trainer", "tempact.worlds", "tempact.policies")
 MODEL_CODE = ("tempact.models*", "transformers*", "peft*", *POLICIES)
 # (these modules, never reach these), also through others
 NEVER_REACH = [
     ("csrc_triton*", ("tempact*",)),
     ("tempact.rl*", MODEL_CODE),
     ("tempact.rewards*", ("tempact.models*", "peft*", *POLICIES)),  # transformers: PickScore is a CLIP
-    ("tempact.shapeworld.world", ("tempact.planner.planner", "tempact.executor*", "tempact.trainer", "tempact.worlds")),
+    ("tempact.shapeworld.world", ("tempact.planner.planner", *POLICIES[1:])),
     ("tempact.shapeworld.matcher", ("tempact.shapeworld.verifier*",)),
     ("tempact.cli", ("torch*", "numpy*", "transformers*", "peft*", "matplotlib*")),
 ]

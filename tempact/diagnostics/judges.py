@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from tempact.diagnostics.versions import FAULT, NOTE, OK
+from tempact.diagnostics import FAULT, NOTE, OK
 from tempact.errors import UserError
 from tempact.rewards.frame_picks import Span, pixel_window
 from tempact.rewards.judged import HELD_OUT, PLAN, STEP, VIDEO, JudgedReward
