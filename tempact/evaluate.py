@@ -15,8 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tempact import callable_command
-from tempact.cli import LineParser, guarded, parse_run
+from tempact.cli import LineParser, callable_command, guarded, parse_run
 from tempact.config import RunConfig
 from tempact.errors import UserError
 from tempact.evaluation.methods import (
@@ -179,7 +178,7 @@ def _lengths(given: Sequence[str], usual: dict[str, int], chunk: int) -> dict[st
     return lengths
 
 
-callable_command(__name__)
+callable_command(__name__, "tempact.runs.evaluation")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,8 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tempact import callable_command
-from tempact.cli import CONFIG, LineParser, guarded, lora_options, parse_run
+from tempact.cli import CONFIG, LineParser, callable_command, guarded, lora_options, parse_run
 from tempact.config import RunConfig
 from tempact.errors import UserError
 from tempact.presets import DEFAULT
@@ -78,7 +77,7 @@ def _configured(arguments: argparse.Namespace, options: list[str]) -> RunConfig:
     return parse_run([*source, *frames, *options, *untrained], PROGRAM)[0]
 
 
-callable_command(__name__)
+callable_command(__name__, "tempact.runs.generation")
 
 if __name__ == "__main__":
     sys.exit(main())
