@@ -25,7 +25,8 @@ setup(
     packages=find_packages(include=["tempact*", "csrc_triton*"] if EDITABLE else ["tempact*"]),
     package_data={
         "tempact": ["py.typed", "reporting/*.j2", "rewards/rubrics/*.md", "shapeworld/weights/**/*.json",
-                    "shapeworld/weights/**/*.safetensors", "shapeworld/weights/**/*.jinja", "evaluation/temporal_order/*.jsonl"],
+                    "shapeworld/weights/**/*.safetensors", "shapeworld/weights/**/*.jinja",
+                    "evaluation/temporal_order/*.jsonl"],
     },
     install_requires=[
         "triton>=3.5; platform_system == 'Linux'" if EDITABLE else f"csrc-triton @ {KERNELS.as_uri()}",
