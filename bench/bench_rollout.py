@@ -17,6 +17,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from tempact.executor.attention import Context
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -24,7 +25,6 @@ from bench.bench_step import CHUNK_FRAMES, REFERENCE, TINY
 from bench.harness import OURS, Bench, Contender, Outputs
 from bench.report import Row
 from csrc_triton.runtime import backend
-from tempact.executor.attention import Context
 from tempact.executor.cuda_graphs import CudaGraphRunner
 from tempact.executor.executor import Executor
 from tempact.executor.kv_history import KVHistory

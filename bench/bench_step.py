@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tempact.executor.attention import Context
 from torch import Tensor
 
 from bench.harness import OURS, Bench, Contender, Outputs
@@ -16,7 +17,6 @@ from bench.timing import memory_of
 from csrc_triton import CacheView, ForkableKVCache
 from csrc_triton.runtime import backend
 from tempact.config import ExecutorConfig, LoraConfig, OptimConfig
-from tempact.executor.attention import Context
 from tempact.executor.cuda_graphs import CudaGraphRunner
 from tempact.executor.executor import Executor
 from tempact.models.wan.transformer import ChunkAttention, WanConfig, WanTransformer

@@ -6,7 +6,7 @@ again only when the copies from it are done, so nothing waits and no copy in fli
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import TracebackType
@@ -65,6 +65,44 @@ class CacheView:
         rows = (self.segments or SegmentTable.read(self.table)).rows()
         k, v = (pool.index_select(0, rows.flatten()).unflatten(0, rows.shape) for pool in (self.k, self.v))
         return k, v
+
+
+@dataclass(frozen=True, eq=False)
+class LayerViews:
+    """The context of a batch of B branches in every layer: one segment table over each layer's pools.
+
+    `views[layer]` is the layer's `CacheView`. pools holds k, v [rows, heads, head_dim] of each layer; table is that of
+    `CacheView`.
+    """
+
+    pools: tuple[tuple[Tensor, Tensor], ...]
+    table: Tensor
+    segments: SegmentTable | None = field(default=None, repr=False)  # of which `table` is the device's part
+
+    @classmethod
+    def of(cls, pools: Sequence[tuple[Tensor, Tensor]], segments: Sequence[Sequence[Run]]) -> LayerViews:
+        """segments[b] are the (first row, length) of batch row b; they are not checked against the pools."""
+        table = SegmentTable(len(segments), max([1, *map(len, segments)]), pools[0][0].device)
+        table.set(segments)
+        return cls(tuple(pools), table.table, table)
+
+    def __len__(self) -> int:
+        return len(self.pools)
+
+    def __getitem__(self, layer: int) -> CacheView:
+        return CacheView(*self.pools[layer], self.table, self.segments)
+
+    def __iter__(self) -> Iterator[CacheView]:
+        return (self[layer] for layer in range(len(self)))
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Data pointers of the pools, as `ForkableKVCache.addresses`."""
+        return tuple(pool.data_ptr() for pools in self.pools for pool in pools)
+
+    def with_table(self, table: Tensor) -> LayerViews:
+        """The same pools read through another table on their device."""
+        return LayerViews(self.pools, table)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,9 +18,19 @@ import torch
 from torch import Tensor
 
 from csrc_triton._rows import RowCounts, Run, Segment, Segments, cut_out, join, locate
-from csrc_triton._tables import BoundRows, BoundTable, CacheRows, CacheView, Reservation, SegmentTable, staged
+from csrc_triton._tables import BoundRows, BoundTable, CacheRows, CacheView, LayerViews, Reservation, staged
 
-__all__ = ["BoundRows", "BoundTable", "BranchMemory", "CacheRows", "CacheView", "ForkableKVCache", "Reservation", "Run"]
+__all__ = [
+    "BoundRows",
+    "BoundTable",
+    "BranchMemory",
+    "CacheRows",
+    "CacheView",
+    "ForkableKVCache",
+    "LayerViews",
+    "Reservation",
+    "Run",
+]
 
 MAX_ROWS = 2**31 - 1  # segment tables are int32
 
@@ -264,18 +274,16 @@ class ForkableKVCache:
         except ValueError as error:
             raise ValueError(f"branch {branch}: {error}") from None
 
-    def views(self, branches: Sequence[int], ranges: Sequence[tuple[int, int]]) -> list[CacheView]:
+    def views(self, branches: Sequence[int], ranges: Sequence[tuple[int, int]]) -> LayerViews:
         """One view a layer of the same token ranges [start, stop) of several branches, one a batch row."""
         return self.joined_views([[(branch, ranges)] for branch in branches])
 
-    def joined_views(self, batch: Sequence[Sequence[tuple[int, Sequence[tuple[int, int]]]]]) -> list[CacheView]:
+    def joined_views(self, batch: Sequence[Sequence[tuple[int, Sequence[tuple[int, int]]]]]) -> LayerViews:
         """One view a layer; batch row b reads the pieces batch[b] in their order, each of them token ranges
         [start, stop) of a branch."""
         _check_branches(batch)
         found = [[run for branch, ranges in pieces for run in self.segments(branch, ranges)] for pieces in batch]
-        table = SegmentTable(len(found), max([1, *map(len, found)]), self._pools[0][0].device)
-        table.set(found)
-        return [CacheView(k, v, table.table, table) for k, v in self._pools]
+        return LayerViews.of(self._pools, found)
 
     def bind(self, batch: int, slots: int) -> BoundTable:
         """Views of `batch` branches with room for `slots` segments each, at addresses that stay.

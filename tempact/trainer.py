@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tempact.config import RunConfig
 from tempact.executor.executor import Executor
-from tempact.executor.rollout import gaussian_noise
+from tempact.executor.sampler import gaussian_noise
 from tempact.planner.planner import Planner
 from tempact.rewards.base import RewardSet
 from tempact.rl.advantages import (

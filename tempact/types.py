@@ -115,12 +115,10 @@ class Transition:
 class Rollout:
     """Videos of P plans x N continuations.
 
-    latents     [P, N, C, F, H, W] fp32 clean latents
     frames      [P, N, T_pixel, 3, height, width] uint8
     transition  the recorded chunk, None when nothing is trained (evaluation)
     """
 
-    latents: Tensor
     frames: Tensor
     transition: Transition | None = None
 

@@ -305,7 +305,7 @@ class Wan(World):
         transformer = load_transformer(
             weights, device=device, precision=settings.precision, adapters=adapters, entry=settings.entry
         )
-        sizes, dtype = transformer.config, transformer.patch_embedding.weight.dtype
+        sizes, dtype = transformer.config, transformer.dtype
         decoder = Path(settings.decoder) if preview and settings.decoder else None
         codec = load_codec(self.release, dtype, device, decoder)
         if sizes.in_dim != codec.latent_channels:
@@ -395,7 +395,7 @@ class RandomWan(Wan):
         log.warning("executor.weights: %s: videos are noise", self.weights)
         torch.manual_seed(self.config.seed)
         transformer = random_transformer(self.weights, self.config.executor.precision, device)
-        codec = random_codec(self.weights, transformer.patch_embedding.weight.dtype, device)
+        codec = random_codec(self.weights, transformer.dtype, device)
         return ExecutorParts(transformer, RandomText(self.weights, device), codec, self.config.executor.video_size)
 
     def missing_weights(self) -> Iterator[str]:

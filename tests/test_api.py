@@ -13,7 +13,7 @@ import torch
 
 import tempact
 from tempact.config import RunConfig
-from tempact.executor.rollout import gaussian_noise
+from tempact.executor.sampler import gaussian_noise
 from tempact.shapeworld.story import CHUNK, FRAMES, SIZE
 from tempact.trainer import Iteration, Trainer
 

@@ -15,7 +15,7 @@ from tempact import evaluate, generate
 from tempact.config import RunConfig
 from tempact.diagnostics.dry_run import missing
 from tempact.errors import UserError
-from tempact.executor.rollout import gaussian_noise
+from tempact.executor.sampler import gaussian_noise
 from tempact.models.wan.checkpoints.load import load_transformer
 from tempact.models.wan.transformer import WanConfig
 from tempact.policies import build_policies

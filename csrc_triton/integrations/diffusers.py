@@ -23,7 +23,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from csrc_triton import CacheRows, CacheView, ForkableKVCache, fork_attention, qk_norm_rope
+from csrc_triton import CacheRows, ForkableKVCache, LayerViews, fork_attention, qk_norm_rope
 from csrc_triton.kv_cache import Reservation
 
 
@@ -33,7 +33,7 @@ class _Chunk:
 
     branches: list[int]
     start: int
-    views: list[CacheView] | None
+    views: LayerViews | None
     commit: bool
     rope: tuple[Tensor, Tensor] | None = None  # cos and sin of the call, [L, 1, head_dim / 2]
     reservation: Reservation | None = None

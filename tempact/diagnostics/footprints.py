@@ -21,25 +21,21 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from csrc_triton import CacheView
-from csrc_triton.kv_cache import Reservation
+from csrc_triton import ForkableKVCache, LayerViews
 from tempact.config import ExecutorConfig, PlannerConfig
 from tempact.diagnostics.trace import FAKE, fake, on_meta, recomputed, traced
-from tempact.executor.attention import Context
-from tempact.executor.cuda_graphs import CudaGraphRunner
+from tempact.executor.cuda_graphs import Context
 from tempact.executor.executor import Executor
-from tempact.executor.kv_history import KVHistory
-from tempact.executor.rollout import RolloutSettings
+from tempact.executor.kv_history import FIRST_FRAMES, KVHistory
+from tempact.executor.rollout import Branch, walk_chunks
+from tempact.executor.sampler import RolloutSettings
 from tempact.models.adapters import freeze_reference
 from tempact.models.wan.checkpoints.load import set_precision
 from tempact.models.wan.transformer import TextKV, WanConfig, WanTransformer
 from tempact.planner.language_model import DTYPES, LOGITS_AT_ONCE
 
 FEW_LAYERS, MORE_LAYERS = 2, 3  # traced instead of all: with one, the peak lies elsewhere
-SHORT, LONG = (
-    128,
-    192,
-)  # tokens traced instead of a plan's: with flash attention bytes grow by the same amount with each
+SHORT, LONG = 128, 192  # tokens traced instead of a plan's: with flash attention bytes grow evenly with them
 
 
 @dataclass(frozen=True)
@@ -67,8 +63,7 @@ class Sizes:
 
     @property
     def frame_tokens(self) -> int:
-        _, rows, columns = self.model.patch
-        return self.latent[0] // rows * (self.latent[1] // columns)
+        return self.model.frame_tokens(*self.latent)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -164,7 +159,7 @@ def trace_denoise(sizes: Sizes, rows: int, context_frames: int, frames: int, ada
         context = _context(sizes, context_frames, rows)
         before = trace.restart()
         with executor.precision(), nullcontext() if adapters else executor.peft.disable_adapter():
-            executor.calls.velocity(x, sigma, text, positions, context)
+            executor.runner.velocity(x, sigma, text, positions, context)
         return Cost(trace.peak - before, trace.flops)
 
 
@@ -187,7 +182,7 @@ def trace_update(sizes: Sizes, rows: int, context_frames: int, checkpointing: bo
 
         def velocity() -> Tensor:
             with executor.precision():
-                return executor.calls.policy_velocity(x, sigma, words, index, positions, context).float()
+                return executor.runner.policy_velocity(x, sigma, words, index, positions, context).float()
 
         with torch.no_grad(), executor.reference():
             reference = velocity()
@@ -213,38 +208,38 @@ def _context(sizes: Sizes, frames: int, contexts: int) -> Context:
     layers = range(sizes.model.layers)
     if not sizes.kernels:
         return [(_empty(sizes, contexts, rows, *head), _empty(sizes, contexts, rows, *head)) for _ in layers]
-    runs = [[(0, rows)]] * contexts
-    return [CacheView.of(_empty(sizes, rows, *head), _empty(sizes, rows, *head), runs) for _ in layers]
+    pools = [(_empty(sizes, rows, *head), _empty(sizes, rows, *head)) for _ in layers]
+    return LayerViews.of(pools, [[(0, rows)]] * contexts)
 
 
 def cache_rows(settings: RolloutSettings, plans: int, continuations: int, fork: int, frame_tokens: int) -> int:
-    """Rows of the cache's pools after a rollout whose plans all fork at frame `fork`, counted by a real cache."""
-    with _Bookkeeping(settings, frame_tokens) as history:
-        branches = [history.new_branch() for _ in range(plans)]
-        for start in range(0, settings.frames, settings.chunk):
-            if start and settings.text_switch == "recache":  # a switch at every chunk is the most there can be
-                history.recache(branches, torch.empty(len(branches), 1, start, 1, 1), TextKV([]))
-            if start == fork and continuations > 1:
-                branches = [new for branch in branches for new in history.fork(branch, continuations)]
-            history.context(branches, start)
-            if start + settings.chunk < settings.frames:
-                history.commit(branches, torch.empty(0), TextKV([]))
-        return history.cache.rows_total
+    """Rows of the cache's pools after a roll-out whose plans all fork at frame `fork`, by the books of a cache."""
+    rows = FIRST_FRAMES * frame_tokens
+    cache = ForkableKVCache(1, 1, 1, rows=rows, dtype=torch.bfloat16, device=torch.device("cpu"))
+    # a switch at every chunk is the most there can be
+    prompts = [[str(chunk) for chunk in range(settings.chunks)]] * plans
+    nothing = torch.empty(plans * continuations, 0, settings.frames)
+    with _Bookkeeping(cast(Any, None), cache, settings.window, settings.chunk, frame_tokens) as history:
+
+        def make(start: int, branches: list[Branch], _: TextKV) -> Tensor:
+            history.context([branch.cached for branch in branches], start)
+            return nothing
+
+        for _ in walk_chunks(
+            history, prompts, lambda _: TextKV([]), settings, make, lambda *_: nothing,
+            frames=settings.frames, continuations=continuations, switch_frames=[fork] * plans,
+        ):  # fmt: skip
+            pass
+        return cache.rows_total
 
 
 class _Bookkeeping(KVHistory):
-    """A history with the smallest rows there are, for which nothing is computed."""
+    """A history whose rows are reserved and dropped, and never written."""
 
-    def __init__(self, settings: RolloutSettings, frame_tokens: int):
-        with torch.device("cpu"):
-            model = WanTransformer(WanConfig(dim=4, ffn_dim=4, freq_dim=4, text_dim=4, heads=1, layers=1, in_dim=1,
-                                             out_dim=1, patch=(1, 1, 1)))  # fmt: skip
-        super().__init__(CudaGraphRunner(model, tuple), settings.window, settings.chunk, (frame_tokens, 1))
-
-    def _turn(self, reservation: Reservation, *_: object) -> None:
+    def _turn(self, *_: object) -> None:
         pass
 
-    def _write(self, reservation: Reservation, *_: object) -> None:
+    def _write(self, *_: object) -> None:
         pass
 
 

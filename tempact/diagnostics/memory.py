@@ -14,7 +14,7 @@ from tempact.config import RunConfig
 from tempact.diagnostics import footprints as footprint
 from tempact.diagnostics.sizes import Decoder, video_bytes
 from tempact.executor.executor import TEXTS_KEPT
-from tempact.executor.rollout import RolloutSettings
+from tempact.executor.sampler import RolloutSettings
 
 GIB = 2**30
 # not in torch's count of tensors: the CUDA context with libraries' workspaces, and holes between tensors

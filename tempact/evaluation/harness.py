@@ -37,7 +37,7 @@ from tempact.video import read_mp4, save_mp4
 
 if TYPE_CHECKING:  # reports read scores without loading what makes videos
     from tempact.executor.executor import Executor
-    from tempact.executor.rollout import NoiseSource
+    from tempact.executor.sampler import NoiseSource
     from tempact.planner.planner import Planner
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class Sample:
 class Evaluation:
     """A suite in a folder: makes and scores what is missing there, and gives what is done.
 
-    noise: `executor.rollout.gaussian_noise`, from seed, shape and device.
+    noise: `executor.sampler.gaussian_noise`, from seed, shape and device.
     """
 
     def __init__(
@@ -225,19 +225,23 @@ class Evaluation:
 
     def _make(self, method: Method, first: int, prompts: Sequence[OrderPrompt], seed: int) -> None:
         """The missing videos of a batch."""
+        from tempact.executor.sampler import NoiseSource
+
         missing = [i for i, prompt in enumerate(prompts) if self.video(method, prompt, seed) is None]
         if not missing:
             return
         plans = self._planned(method.planner, first, prompts, seed)
         chosen = [plans[i] for i in missing]
         shape, device, suite = self.executor.noise_shape, self.executor.device, self.suite
-        draws = [
+        sources = [
             self.noise(suite.seed_of("noise", first, group, seed), shape(len(group), 1), device)
             for group in suite.groups(prompts)
         ]
 
-        def noise(chunk: int) -> Tensor:
-            return torch.cat([draw(chunk) for draw in draws])[missing]
+        def draw(chunk: int, own: range) -> Tensor:
+            return torch.cat([source(chunk) for source in sources])[[missing[plan] for plan in own]]
+
+        noise = NoiseSource((len(missing), *shape(1, 1)[1:]), draw)
 
         with self.executor.reference() if method.executor == "start" else nullcontext():
             videos = self.executor.rollout(chosen, [0] * len(chosen), noise).frames[:, 0]

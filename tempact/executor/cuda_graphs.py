@@ -1,8 +1,8 @@
 """The executor's calls of its transformer, as CUDA graphs where the kernels serve.
 
-A chunk of one video keeps a GPU busy for about as long as the host takes to launch it. A graph launches in one go what
-was recorded once. Inputs are copied to where the recording read them; contexts are segment tables over the cache's
-pools, which stay in place, so one graph serves every chunk of a video.
+A chunk of one video keeps a GPU busy for about as long as the host takes to launch its kernels. A graph launches in one
+go what was recorded once. Inputs are copied to where the recording read them; a context is a segment table over the
+cache's pools, which are read in place, so one graph serves every chunk of a video.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,15 +20,39 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from csrc_triton import CacheRows, CacheView, ForkableKVCache, runtime
+from csrc_triton import CacheRows, ForkableKVCache, LayerViews, fork_attention, runtime
 from csrc_triton.fork_attention import HEAD_DIMS
-from tempact.executor.attention import CachedAttention, Context, StoringAttention
-from tempact.models.wan.transformer import TextKV, WanTransformer
+from csrc_triton.kv_cache import Reservation
+from tempact.models.wan.transformer import ChunkAttention, TextKV, WanTransformer
 
 SLOTS = 4  # segment tables are widened to a multiple of it, so that their width seldom changes
 MOST_GRAPHS = 24  # each holds its inputs and outputs; calls of other shapes run as they are
 
+# K/V before a chunk: in the cache, or K and V [P, Lp, heads, head_dim] of each layer; None before the first chunk
+Context = LayerViews | Sequence[tuple[Tensor, Tensor]] | None
+
 logger = logging.getLogger(__name__)
+
+
+class CachedAttention(ChunkAttention):
+    """Attention of one chunk over its own tokens and the cached context."""
+
+    def __init__(self, context: Context):
+        self.context = context
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return fork_attention(q, k, v, None if self.context is None else self.context[layer])
+
+
+class StoringAttention(CachedAttention):
+    """The same, writing the chunk's K/V to the cache: `places` gives the rows of a layer."""
+
+    def __init__(self, context: Context, places: Callable[[int], CacheRows]):
+        super().__init__(context)
+        self.places = places
+
+    def rows(self, layer: int) -> CacheRows:
+        return self.places(layer)
 
 
 @dataclass
@@ -73,7 +98,7 @@ class _Replay(torch.autograd.Function):
 
 
 class CudaGraphRunner:
-    """The calls of one transformer, and the K/V cache that they share.
+    """The calls of one transformer, recorded as CUDA graphs and replayed.
 
     parameters: the trained ones. graphs: use CUDA graphs where the model is on a GPU and the kernels serve; a call is
     recorded after `warm_calls` of its shape, since recording takes as long as many calls.
@@ -83,11 +108,9 @@ class CudaGraphRunner:
 
     def __init__(self, model: WanTransformer, parameters: Callable[[], Iterable[nn.Parameter]], *, graphs: bool = True):
         self.model, self.parameters = model, parameters
-        weight = model.patch_embedding.weight
         # the torch path waits for the device, which a recording must not
-        served = model.config.head_dim in HEAD_DIMS and runtime.why_not_triton(weight.device, weight.dtype) is None
+        served = model.config.head_dim in HEAD_DIMS and runtime.why_not_triton(model.device, model.dtype) is None
         self.graphs = graphs and served
-        self._cache: ForkableKVCache | None = None
         self._graphs: dict[Hashable, _Graph] = {}
         self._grads: dict[nn.Parameter, Tensor] = {}
         self._pools: tuple[int, ...] = ()
@@ -96,25 +119,13 @@ class CudaGraphRunner:
         self._adapted: nn.Module | None = None
         self._anchor = torch.zeros((), requires_grad=True)
 
-    def cache(self, rows: int) -> ForkableKVCache:
-        """The cache of all histories, `rows` rows large at first; it grows, and keeps its size."""
-        if self._cache is None:
-            config, weight = self.model.config, self.model.patch_embedding.weight
-            self._cache = ForkableKVCache(
-                config.layers, config.heads, config.head_dim, rows=rows, dtype=weight.dtype, device=weight.device
-            )
-        return self._cache
-
     def velocity(self, x: Tensor, sigma: Tensor, text: TextKV, positions: Tensor, context: Context) -> Tensor:
         """`WanTransformer.forward` without gradient; context as `KVHistory.context` gives it."""
-        past, rebuild = _unpacked(context)
-        words = [tensor for pair in text.layers for tensor in pair]
 
-        def call(x: Tensor, sigma: Tensor, positions: Tensor, *rest: Tensor) -> Tensor:
-            attend = CachedAttention(rebuild(rest[len(words) :]))
-            return self.model(x, sigma, _text(rest[: len(words)]), positions, attend)
+        def call(context: Context, x: Tensor, sigma: Tensor, positions: Tensor, *words: Tensor) -> Tensor:
+            return self.model(x, sigma, _text(words), positions, CachedAttention(context))
 
-        return self._run("velocity", call, [x, sigma, positions, *words, *past], context)
+        return self._run("velocity", call, [x, sigma, positions, *_flat(text)], context)
 
     def write_context(
         self,
@@ -122,22 +133,23 @@ class CudaGraphRunner:
         sigma: Tensor,
         text: TextKV,
         positions: Tensor,
-        context: Context,
-        rows: list[CacheRows],
+        context: LayerViews | None,
+        cache: ForkableKVCache,
+        reservation: Reservation,
     ) -> None:
-        """`WanTransformer.write_context` into `rows`, one entry a layer."""
-        past, rebuild = _unpacked(context)
-        words = [tensor for pair in text.layers for tensor in pair]
-        length = rows[0].length
+        """`WanTransformer.write_context` into the reserved rows of the cache, which the caller commits."""
 
-        def call(x: Tensor, sigma: Tensor, positions: Tensor, first: Tensor, *rest: Tensor) -> Tensor:
-            places = [CacheRows(row.k, row.v, first, length) for row in rows]
-            attend = StoringAttention(rebuild(rest[len(words) :]), places)
-            self.model.write_context(x, sigma, _text(rest[: len(words)]), positions, attend)
+        def call(
+            context: Context, x: Tensor, sigma: Tensor, positions: Tensor, first: Tensor, *words: Tensor
+        ) -> Tensor:
+            def rows(layer: int) -> CacheRows:
+                return replace(cache.rows_of(reservation, layer), first_rows=first)
+
+            self.model.write_context(x, sigma, _text(words), positions, StoringAttention(context, rows))
             return first
 
-        inputs = [x, sigma, positions, rows[0].first_rows, *words, *past]
-        self._run(("write", length), call, inputs, context)
+        inputs = [x, sigma, positions, reservation.first_rows_on_device, *_flat(text)]
+        self._run(("write", reservation.length), call, inputs, context, cache.addresses)
 
     def policy_velocity(
         self, x: Tensor, sigma: Tensor, words: Tensor, index: Tensor, positions: Tensor, context: Context
@@ -146,27 +158,43 @@ class CudaGraphRunner:
 
         words: rows of the text encoder [n, text_len, text_dim]; index [B] int64: the text of each batch row.
         """
-        past, rebuild = _unpacked(context)
 
-        def call(x: Tensor, sigma: Tensor, words: Tensor, index: Tensor, positions: Tensor, *rest: Tensor) -> Tensor:
+        def call(context: Context, x: Tensor, sigma: Tensor, words: Tensor, index: Tensor, positions: Tensor) -> Tensor:
             text = self.model.project_text(words).select(index)
-            return self.model(x, sigma, text, positions, CachedAttention(rebuild(rest)))
+            return self.model(x, sigma, text, positions, CachedAttention(context))
 
-        return self._run("policy", call, [x, sigma, words, index, positions, *past], context)
+        return self._run("policy", call, [x, sigma, words, index, positions], context)
 
-    def _run(self, name: Hashable, call: Callable[..., Tensor], inputs: list[Tensor], context: Context) -> Tensor:
-        if not (self.graphs and inputs[0].is_cuda and runtime.get_backend() != "torch"):
-            return call(*inputs)
-        self._forget_moved_pools()
+    def _run(
+        self,
+        name: Hashable,
+        call: Callable[..., Tensor],
+        inputs: list[Tensor],
+        context: Context,
+        pools: tuple[int, ...] = (),
+    ) -> Tensor:
+        """`call(context, *inputs)`; pools: addresses of those that it writes to."""
+        views = context if isinstance(context, LayerViews) else None
+        usable = self.graphs and inputs[0].is_cuda and runtime.get_backend() != "torch"
+        if not usable or views is not context:
+            return call(context, *inputs)
+        given = inputs
+        if views is not None:
+            pools = views.addresses
+            inputs = [*inputs, F.pad(views.table, (0, 0, 0, -views.table.shape[1] % SLOTS))]
+        self._forget_moved_pools(pools)
         shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
-        kind = type(context[0]).__name__ if context else ""
-        key = name, torch.is_grad_enabled(), self._adapter(), kind, shapes, runtime.get_backend()
+        key = name, torch.is_grad_enabled(), self._adapter(), views is None, shapes, runtime.get_backend()
         graph = self._graphs.setdefault(key, _Graph())
         graph.calls += 1
         if graph.forward is None and (graph.calls <= self.warm_calls or self._recorded() >= MOST_GRAPHS):
-            return self._plain(call, inputs)  # also compiles what must be compiled
+            return self._plain(partial(call, context), given)  # also compiles what must be compiled
         if graph.forward is None:
-            self._record(graph, call, inputs)
+
+            def recorded(*own: Tensor) -> Tensor:
+                return call(None, *own) if views is None else call(views.with_table(own[-1]), *own[:-1])
+
+            self._record(graph, recorded, inputs)
         else:
             graph.load(inputs)
         assert graph.forward is not None and graph.output is not None
@@ -241,11 +269,11 @@ class CudaGraphRunner:
         if missing:
             torch._foreach_zero_(missing)
 
-    def _forget_moved_pools(self) -> None:
-        """Recordings read the cache's pools where they were."""
-        pools = () if self._cache is None else self._cache.addresses
-        if pools != self._pools:
-            self.forget()
+    def _forget_moved_pools(self, pools: tuple[int, ...]) -> None:
+        """Gives up all recordings where the cache's pools have moved: recordings read and write them in place."""
+        if pools and pools != self._pools:
+            if self._pools:
+                self.forget()
             self._pools = pools
 
     def forget(self) -> None:
@@ -262,25 +290,9 @@ class CudaGraphRunner:
         return () if not isinstance(layer, BaseTunerLayer) or layer.disable_adapters else tuple(layer.active_adapters)
 
 
+def _flat(text: TextKV) -> list[Tensor]:
+    return [tensor for pair in text.layers for tensor in pair]
+
+
 def _text(tensors: Sequence[Tensor]) -> TextKV:
     return TextKV(list(zip(tensors[::2], tensors[1::2], strict=True)))
-
-
-def _unpacked(context: Context) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Context]]:
-    """A context's tensors but for the pools, and how a context is made of such tensors."""
-    if context is None:
-        return [], lambda _: None
-    if isinstance(context[0], CacheView):
-        views = [view for view in context if isinstance(view, CacheView)]
-        table = views[0].table
-        wide = F.pad(table, (0, 0, 0, -table.shape[1] % SLOTS))
-
-        def rebuild(tensors: Sequence[Tensor]) -> Context:
-            own = tensors[0]
-            if own is wide:  # not recorded: the views know their segments, which the torch path needs
-                return views
-            return [CacheView(view.k, view.v, own) for view in views]
-
-        return [wide], rebuild
-    flat = [tensor for pair in context if isinstance(pair, tuple) for tensor in pair]
-    return flat, lambda tensors: list(zip(tensors[::2], tensors[1::2], strict=True))

@@ -1,9 +1,9 @@
 """The executor policy: a causal diffusion transformer with a trainable adapter and its frozen start.
 
-`rollout` makes videos; `update` is one Flow-GRPO step on the recorded transition chunks. Velocities,
-old ones included, come from one path (ALGORITHM.md decision 4), through the context rebuilt from stored
-clean latents. The roll-out's own K/V are not kept for it: a plan's context of six frames is 1.6 GiB at full size,
-100 GiB for an iteration of 64 plans, and making it anew takes a few percent of the update.
+`rollout` makes videos; `update` is one Flow-GRPO step on the recorded transition chunks. Velocities, old ones included,
+come from one path (docs/algorithm.md, decision 4), through the context rebuilt from stored clean latents. The
+roll-out's own K/V are not kept for the update: a plan's context of six frames is 1.6 GiB at full size, 100 GiB for an
+iteration of 64 plans, and making it anew takes a few percent of the update.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,14 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from torch import Tensor, nn
 
+from csrc_triton import ForkableKVCache
 from tempact.config import ExecutorConfig
 from tempact.errors import UserError
 from tempact.executor.cuda_graphs import CudaGraphRunner
+from tempact.executor.kv_history import FIRST_FRAMES, KVHistory
 from tempact.executor.lora import LoraLinear
-from tempact.executor.rollout import (
-    NoiseSource,
-    PromptKV,
-    RolloutSettings,
-    chunk_prompts,
-    joined,
-    on_device,
-    rebuild_context,
-    roll_out,
-)
+from tempact.executor.rollout import PromptKV, chunk_prompts, joined, on_device, rebuild_context, roll_out
+from tempact.executor.sampler import NoiseSource, RolloutSettings
 from tempact.models.adapters import freeze_reference, load_adapter, reference_active, save_adapter
 from tempact.models.wan.codec import Codec
 from tempact.models.wan.text import PromptEncoder
@@ -47,7 +42,7 @@ TEXTS_KEPT = 1024  # prompts whose text rows stay at hand: under a GB at full si
 
 @dataclass(frozen=True)
 class _Entries:
-    """Training rows of one micro-batch: plans (indices), their continuations and transitions, row-major."""
+    """Training rows of one micro-batch: indices of plans, their continuations and transitions, row-major."""
 
     plans: list[int]
     continuations: slice
@@ -55,7 +50,10 @@ class _Entries:
 
 
 class Executor:
-    """WanTransformer + LoRA ("default" trainable, "ref" frozen), text encoder, codec, sampler settings."""
+    """A `WanTransformer` with LoRA ("default" is trained, "ref" frozen), text encoder, codec and roll-out settings.
+
+    size: height and width of its videos, pixels.
+    """
 
     def __init__(
         self,
@@ -83,16 +81,33 @@ class Executor:
         self.model = model  # the same module, its linears now carrying adapters
         model.checkpoint_activations = config.checkpoint_activations
         freeze_reference(self.peft, lora)
-        self.calls = CudaGraphRunner(model, lambda: self.parameters().values(), graphs=config.cuda_graphs)
-        self._text: dict[str, Tensor] = {}  # rows of the prompts asked for last, without padding
+        self.runner = CudaGraphRunner(model, lambda: self.parameters().values(), graphs=config.cuda_graphs)
+        self._text: dict[str, Tensor] = {}  # rows of the latest prompts, without padding
         self._text_rows = 0
 
     @property
     def device(self) -> torch.device:
-        return self.model.patch_embedding.weight.device
+        return self.model.device
+
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens of a latent frame."""
+        return self.model.config.frame_tokens(*self.latent_size)
+
+    @cached_property
+    def cache(self) -> ForkableKVCache:
+        """The K/V of all histories; it grows, and keeps its size."""
+        config, rows = self.model.config, FIRST_FRAMES * self.frame_tokens
+        return ForkableKVCache(
+            config.layers, config.heads, config.head_dim, rows=rows, dtype=self.model.dtype, device=self.device
+        )
+
+    def history(self) -> KVHistory:
+        """An empty history."""
+        return KVHistory(self.runner, self.cache, self.settings.window, self.settings.chunk, self.frame_tokens)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The trainable ones by name."""
+        """The trained parameters by name."""
         return {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
 
     def save_adapter(self, folder: Path) -> None:
@@ -104,82 +119,81 @@ class Executor:
     def encode(self, prompts: list[str]) -> Tensor:
         """Text rows [n, rows, text_dim], zero past each prompt's end.
 
-        All rows, or as many as the longest prompt so far needs (WanConfig.text_multiple). Prompts that have not been
-        asked for in a long time are encoded again.
+        All rows, or as many as the longest prompt so far needs (WanConfig.text_multiple). The rows of the latest
+        TEXTS_KEPT prompts are kept; other prompts are encoded again.
         """
-        asked = list(dict.fromkeys(prompts))
+        asked, config = list(dict.fromkeys(prompts)), self.model.config
         new = [prompt for prompt in asked if prompt not in self._text]
         if new:
-            weight = self.model.patch_embedding.weight
-            for prompt, rows in zip(new, self.text_encoder.encode(new).to(weight.device, weight.dtype), strict=True):
+            encoded = self.text_encoder.encode(new).to(self.device, self.model.dtype)
+            for prompt, rows in zip(new, encoded, strict=True):
                 length = 1 + int(rows.any(dim=-1).nonzero().amax())
                 self._text[prompt] = rows[:length].clone()
-                self._text_rows = max(self._text_rows, self._rows_for(length))
-        for prompt in asked:  # those asked for last come last
+                cut = bool(config.text_multiple)
+                needed = cut_length(length, config.text_len, config.text_multiple) if cut else config.text_len
+                self._text_rows = max(self._text_rows, needed)
+        for prompt in asked:  # the latest come last
             self._text[prompt] = self._text.pop(prompt)
         for prompt in list(self._text)[: max(0, len(self._text) - max(TEXTS_KEPT, len(asked)))]:
             del self._text[prompt]
         texts = (self._text[prompt] for prompt in prompts)
         return torch.stack([F.pad(text, (0, 0, 0, self._text_rows - len(text))) for text in texts])
 
-    def _rows_for(self, length: int) -> int:
-        config = self.model.config
-        return cut_length(length, config.text_len, config.text_multiple) if config.text_multiple else config.text_len
-
     def noise_shape(self, plans: int, continuations: int) -> tuple[int, ...]:
-        """Shape of one chunk's noise: [P, N, K, C, c, H, W]."""
-        steps = len(self.settings.schedule.sigmas) - 1
-        return (plans, continuations, steps, self.codec.latent_channels, self.settings.chunk, *self.latent_size)
+        """Shape of one chunk's noise: [P, N, K, C, c, H, W], K that of the chunk with the most denoising calls."""
+        calls = max(self.settings.schedule.calls, self.settings.first.calls)
+        return (plans, continuations, calls, self.codec.latent_channels, self.settings.chunk, *self.latent_size)
 
     def rollout(
         self,
         plans: list[Plan],
-        fork_frames: list[int],
+        switch_frames: list[int],
         noise: NoiseSource,
         made: Callable[[Rollout], None] = lambda part: None,
     ) -> Rollout:
-        """Videos of P plans x N continuations (N is the noise's); plan p forks at fork_frames[p].
+        """Videos of P plans x N continuations, N being the noise's; plan p forks at switch_frames[p].
 
-        `made` is given the videos of a few plans as soon as they are there, before the next ones are begun.
+        `made` is given the videos of a few plans as soon as they are decoded, before the next ones are begun. The
+        transition is None where a switch frame is 0 (`roll_out`).
         """
-        frames = torch.empty(0)
-        parts: list[tuple[Tensor, Transition]] = []
-        for own, latents, transition in self._in_turn(plans, fork_frames, noise):
-            part = Rollout(latents, self.codec.decode_forked(latents, fork_frames[own]), transition)
+        frames, transitions = torch.empty(0), list[Transition | None]()
+        for own in self._parts(plans, noise):
+            latents, transition = self._roll_out(plans[own], switch_frames[own], noise.part(own))
+            part = Rollout(self.codec.decode_forked(latents, switch_frames[own]), transition)
+            del latents  # nothing of these videos but frames and transition stays while the next ones are made
             made(part)
             if len(part.frames) == len(plans):
                 return part
-            if not parts:  # the videos of all plans can be most of a host's memory: no second copy
+            if not transitions:  # the videos of all plans can be most of a host's memory: no second copy
                 frames = part.frames.new_empty(len(plans), *part.frames.shape[1:])
             frames[own] = part.frames
-            parts.append((latents, transition))
-        return Rollout(torch.cat([latents for latents, _ in parts]), frames, joined([own for _, own in parts]))
+            transitions.append(transition)
+            del part
+        return Rollout(frames, joined(transitions))
 
-    def latents(self, plans: list[Plan], fork_frames: list[int], noise: NoiseSource) -> tuple[Tensor, Transition]:
-        """The same without decoding: [P, N, C, F, H, W] and the recorded transitions."""
-        parts = [(latents, transition) for _, latents, transition in self._in_turn(plans, fork_frames, noise)]
+    def latents(
+        self, plans: list[Plan], switch_frames: list[int], noise: NoiseSource
+    ) -> tuple[Tensor, Transition | None]:
+        """As `rollout`, without decoding: latents [P, N, C, F, H, W] and the recorded transitions."""
+        parts = [self._roll_out(plans[own], switch_frames[own], noise.part(own)) for own in self._parts(plans, noise)]
         return torch.cat([latents for latents, _ in parts]), joined([transition for _, transition in parts])
 
-    def _in_turn(
-        self, plans: list[Plan], fork_frames: list[int], noise: NoiseSource
-    ) -> Iterator[tuple[slice, Tensor, Transition]]:
-        """Whole plans, as many as `rollout_videos` lets advance together, with their latents and transitions."""
+    def _parts(self, plans: list[Plan], noise: NoiseSource) -> Iterator[slice]:
+        """Consecutive plans, as many as `rollout_videos` lets advance together."""
         count = len(plans)
         if self.config.rollout_videos:
-            count = max(1, self.config.rollout_videos // noise(0).shape[1])
+            count = max(1, self.config.rollout_videos // noise.shape[1])
         if count < len(plans):  # the text encoder is asked once, also where its weights must come first
             with self.precision():
                 self.encode([prompt for plan in plans for prompt in chunk_prompts(plan, self.settings)])
         for first in range(0, len(plans), count):
-            own = slice(first, min(first + count, len(plans)))
+            yield slice(first, min(first + count, len(plans)))
 
-            def draw(chunk: int, own: slice = own) -> Tensor:
-                drawn = noise(chunk)
-                return drawn if count >= len(plans) else drawn[own].clone()  # that of the others is not kept
-
-            with self.precision():
-                made = roll_out(self.calls, self.encode, plans[own], fork_frames[own], draw, self.settings)
-            yield own, *made
+    def _roll_out(
+        self, plans: list[Plan], switch_frames: list[int], noise: NoiseSource
+    ) -> tuple[Tensor, Transition | None]:
+        with self.precision(), self.history() as history:
+            return roll_out(history, self.encode, plans, switch_frames, noise, self.settings)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -189,14 +203,14 @@ class Executor:
 
     def precision(self) -> AbstractContextManager[Any]:
         """Inside, latents and adapters, which are fp32, are used in the precision of the model's weights."""
-        dtype = self.model.patch_embedding.weight.dtype
+        dtype = self.model.dtype
         low = dtype in (torch.bfloat16, torch.float16)
         return torch.autocast(self.device.type, dtype, enabled=low, cache_enabled=False)
 
     def velocities(self, transition: Transition, plans: list[int]) -> Tensor:
-        """Velocities of the given plans' recorded transitions [plans, N, T, C, c, H, W], without gradient."""
+        """Velocities of recorded transitions of the plans with these indices [plans, N, T, C, c, H, W], no gradient."""
         out = torch.zeros_like(transition.noises[plans])
-        for group in groups_by_start(transition, plans):
+        for group in groups_by_switch(transition, plans):
             for entries, velocity in self._forward(transition, group, grad=False):
                 rows = [plans.index(plan) for plan in entries.plans]
                 for row, value in zip(rows, velocity.unflatten(0, (len(rows), -1)), strict=True):
@@ -205,12 +219,12 @@ class Executor:
         return out
 
     def update(self, batch: Batch, plans: list[int], v_old: Tensor | None = None) -> dict[str, float]:
-        """Accumulates the gradient of the Flow-GRPO loss over the transitions of `plans`.
+        """Accumulates the gradient of the Flow-GRPO loss over the transitions of the plans with these indices.
 
-        v_old as `velocities` returned it before the first step of the iteration; None means that this is
-        that first step, and v_old is the velocity itself without gradient. Returns metrics,
-        with the mean `rollout_gap` of every sigma in units of the clip (only without v_old); the gradient
-        is the mean over the counted (plan, continuation, transition) terms.
+        v_old: as `velocities` returned it before the iteration's first optimiser step; None in that first step, where
+        v_old is the velocity itself without gradient. The gradient is the mean over the counted (plan, continuation,
+        transition) terms. Returns metrics, without v_old also the mean `rollout_gap` of every sigma in units of the
+        clip; {} if no term counts.
         """
         transition = batch.transition
         assert transition is not None
@@ -229,7 +243,7 @@ class Executor:
             for values in (batch.execution_advantage, batch.execution_mask)
         )
         totals: dict[str, Tensor] = {}  # on the device: a micro-batch is prepared while the one before is computed
-        for group in groups_by_start(transition, plans):
+        for group in groups_by_switch(transition, plans):
             for entries, velocity in self._forward(transition, group, grad=True):
                 rows = [plans.index(plan) for plan in entries.plans]
 
@@ -269,19 +283,19 @@ class Executor:
                 for values, step in ((transition.states, t), (transition.states, t + 1), (transition.noises, t))
             )
             levels = sigmas[t], sigmas[t + 1]
-            gap = rollout_gap(own[:, :, i].flatten(0, 1), before, after, noise, *levels, self.settings.eta)
+            gap = rollout_gap(own[:, :, i].flatten(0, 1), before, after, noise, *levels, self.settings.schedule.eta)
             found[f"rollout_gap/{sigmas[t]:.3f}"] = torch.where(kept, gap.double(), 0.0).sum() / (videos * clip)
         return found
 
     def _forward(self, transition: Transition, group: list[int], *, grad: bool) -> Iterator[tuple[_Entries, Tensor]]:
-        """Micro-batches of one group of plans that share the switch frame, with their velocities."""
+        """Micro-batches of plans that share the switch frame, with their velocities."""
         start = int(transition.start[group[0]])
         prompts = [transition.prompts[plan] for plan in group]
-        with torch.no_grad(), self.precision():
-            everything = PromptKV(self.model, self.encode, [text for texts in prompts for text in texts])
-            prefix = transition.prefix[group, :, :start].to(self.device)
-            history = rebuild_context(self.calls, everything, prefix, prompts, self.settings)
-        with history:
+        with self.history() as history:
+            with torch.no_grad(), self.precision():
+                text = PromptKV(self.model, self.encode, [prompt for own in prompts for prompt in own])
+                prefix = transition.prefix[group, :, :start].to(self.device)
+                rebuild_context(history, text, prefix, prompts, self.settings)
             sigmas = torch.tensor(self.settings.schedule.sigmas[:-2], device=self.device)
             for entries in micro_batches(group, transition.noises.shape[1], len(sigmas), self.config.micro_batch):
                 states = rows_of(transition.states, entries.plans)
@@ -294,19 +308,19 @@ class Executor:
                 chosen = sigmas[entries.transitions]
                 sigma = chosen.repeat(states.shape[0] // len(chosen))[:, None].expand(-1, self.settings.chunk)
                 with torch.set_grad_enabled(grad), self.precision():
-                    velocity = self.calls.policy_velocity(
+                    velocity = self.runner.policy_velocity(
                         states.to(self.device), sigma, self.encode(texts), index, history.positions(start), context
                     )
                 yield entries, velocity.float()
 
 
 def rows_of(values: Tensor, plans: list[int]) -> Tensor:
-    """values[plans]; a list as an index would make the host wait for the device."""
+    """values[plans], without the wait of the host for the device that indexing by a list costs."""
     return torch.stack([values[plan] for plan in plans])
 
 
-def groups_by_start(transition: Transition, plans: list[int]) -> list[list[int]]:
-    """`plans` split by switch frame; each group shares the length of its context."""
+def groups_by_switch(transition: Transition, plans: list[int]) -> list[list[int]]:
+    """The plans split by switch frame: the contexts of a group have one length."""
     groups: dict[int, list[int]] = {}
     for plan in plans:
         groups.setdefault(int(transition.start[plan]), []).append(plan)

@@ -1,54 +1,45 @@
-"""The K/V history of a batch of videos: what each chunk attends to and what it leaves behind.
+"""The K/V history of a batch of videos: the context of every chunk, and the K/V that each chunk adds.
 
-Rollout and training both go through `KVHistory`, so that a context rebuilt for training is the context of
-the rollout. Keys are stored with RoPE at their frames' absolute positions. Relative windows move the sink along
-(`executor.window`): its turned keys are copies of their own, one for all branches that share the sink, made of the
-stored ones at every chunk; in bf16 that rounds them a second time.
+Roll-out and training both go through `KVHistory`, so that a context rebuilt for training is the context of the
+roll-out. Keys are stored with RoPE at their frames' absolute positions. Relative windows move the sink along
+(`executor.window`): its rotated keys are copies, one for all branches that share the sink, made from the stored keys at
+every chunk; in bf16 that rounds them a second time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-from csrc_triton.kv_cache import CacheView, Reservation, Run
+from csrc_triton import ForkableKVCache, LayerViews
+from csrc_triton.kv_cache import Reservation, Run
 from csrc_triton.qk_norm_rope import rotate
-from tempact.executor.attention import Context
 from tempact.executor.cuda_graphs import CudaGraphRunner
 from tempact.executor.window import WindowPolicy
 from tempact.models.wan.transformer import TextKV
 
-FIRST_FRAMES = 12  # latent frames that the first cache holds before it grows
+FIRST_FRAMES = 12  # latent frames that a cache holds before it grows
 
 
-class KVHistory:
-    """K/V of videos made by `calls` under a window policy; latents [B, C, F, H, W].
+class KVHistory(AbstractContextManager["KVHistory"]):
+    """K/V in `cache` of videos made in chunks of `chunk` latent frames under a window policy; latents [B, C, F, H, W].
 
-    `size` is the latents' (H, W). Frames that no later chunk attends to are dropped. As a context manager it gives
-    all of its branches back at the end.
+    frame_tokens: tokens of a latent frame. Frames that no later chunk attends to are dropped. As a context manager it
+    gives its branches back to the cache at the end.
     """
 
-    def __init__(self, calls: CudaGraphRunner, window: WindowPolicy, chunk: int, size: tuple[int, int]):
-        self.calls, self.window, self.chunk = calls, window, chunk
-        patch = calls.model.config.patch
-        self.rows_columns = (size[0] // patch[1], size[1] // patch[2])
-        self.frame_tokens = self.rows_columns[0] * self.rows_columns[1]
-        self.device = calls.model.patch_embedding.weight.device
-        self.cache = calls.cache(FIRST_FRAMES * self.frame_tokens)
+    def __init__(
+        self, runner: CudaGraphRunner, cache: ForkableKVCache, window: WindowPolicy, chunk: int, frame_tokens: int
+    ):
+        self.runner, self.cache, self.window = runner, cache, window
+        self.chunk, self.frame_tokens = chunk, frame_tokens
         self.branches: list[int] = []  # in the order they were made
-        self._sinks: dict[tuple[int, tuple[Run, ...]], int] = {}  # (shift, rows of the sink) -> branch of turned keys
+        self._sinks: dict[tuple[int, tuple[Run, ...]], int] = {}  # (shift, rows of the sink) -> branch of rotated keys
 
-    def __enter__(self) -> KVHistory:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Gives all branches back to the cache."""
+    def __exit__(self, *_: object) -> None:
         while self.branches:
             self.cache.release(self.branches.pop())
         while self._sinks:
@@ -71,18 +62,15 @@ class KVHistory:
         return self.cache.length(branch) // self.frame_tokens
 
     def positions(self, start: int) -> Tensor:
-        """Temporal positions of the own frames of the chunk at `start`."""
-        own = self.window.temporal_positions(start, self.chunk)[1]
-        return torch.arange(own[0], own[-1] + 1, device=self.device)
+        """Temporal RoPE positions of the frames of the chunk at `start`, int64 [c]."""
+        return self._range(self.window.temporal_positions(start, self.chunk)[1])
 
-    def context(self, branches: Sequence[int], start: int) -> Context:
-        """What the chunk at frame `start` attends to, per layer; None for the first chunk."""
-        return self._context(branches, *self._attended(start))
+    def context(self, branches: Sequence[int], start: int) -> LayerViews | None:
+        """The K/V that the chunk at frame `start` of each branch attends to; None for the first chunk."""
+        frames = self.window.attended(start, self.chunk)
+        return self._context(branches, frames, self.window.temporal_positions(start, self.chunk)[0])
 
-    def _attended(self, start: int) -> tuple[list[int], list[int]]:
-        return self.window.attended(start, self.chunk), self.window.temporal_positions(start, self.chunk)[0]
-
-    def _context(self, branches: Sequence[int], frames: list[int], positions: list[int]) -> Context:
+    def _context(self, branches: Sequence[int], frames: list[int], positions: list[int]) -> LayerViews | None:
         if not frames:
             return None
         moved = sum(position != frame for position, frame in zip(positions, frames, strict=True))  # all of the sink
@@ -95,6 +83,9 @@ class KVHistory:
         rest = self._tokens(frames[moved:])
         whole = [(0, self.cache.length(turned[0]))]
         return self.cache.joined_views([[(own, whole), (b, rest)] for own, b in zip(turned, branches, strict=True)])
+
+    def _range(self, frames: list[int]) -> Tensor:
+        return torch.arange(frames[0], frames[-1] + 1, device=self.runner.model.device)
 
     def _tokens(self, frames: list[int]) -> list[tuple[int, int]]:
         return [(first * self.frame_tokens, last * self.frame_tokens) for first, last in frame_ranges(frames)]
@@ -109,19 +100,20 @@ class KVHistory:
                 self.cache.commit(reservation)
         return self._sinks[shift, rows]
 
-    def _turn(self, reservation: Reservation, views: list[CacheView], shift: int) -> None:
-        # row and column 0: their channels are not turned
-        rope = self.calls.model.rope(torch.arange(shift, shift + 1, device=self.device), 1, 1)
+    def _turn(self, reservation: Reservation, views: LayerViews, shift: int) -> None:
+        # row and column 0: their channels are not rotated
+        rope = self.runner.model.rope(self._range([shift]), 1, 1)
         for layer, view in enumerate(views):
             k, v = view.gather()
             self.cache.write(reservation, layer, rotate(k, *rope), v)
 
     @torch.no_grad()
     def commit(self, branches: Sequence[int], latents: Tensor, text: TextKV) -> None:
-        """The context pass: appends a chunk's clean latents [B, C, c, H, W] at sigma 0."""
+        """The context pass: appends the K/V of a chunk's clean latents [B, C, c, H, W], at sigma 0."""
         start = self.frames(branches[0])
+        own = self.window.temporal_positions(start, self.chunk)[1]
         with self.cache.reserve(branches, self.chunk * self.frame_tokens) as reservation:
-            self._write(reservation, latents, text, self.positions(start), self.context(branches, start))
+            self._write(reservation, latents, text, own, self.context(branches, start))
             self.cache.commit(reservation)
         self._forget(branches, start + self.chunk)
 
@@ -130,7 +122,7 @@ class KVHistory:
         """Rewrites the window's K/V under a new text, in one bidirectional pass a branch.
 
         latents [B, C, S, H, W] are the last S committed frames, or all; a window's length is enough. A sink beyond
-        the rewritten frames keeps the old text and is attended to (BACKBONES.md section 2, "LL re-cache").
+        the rewritten frames keeps the old text and is attended to (docs/backbones.md section 2, "LL re-cache").
 
         The old K/V are given up first, since no pass reads them, and new ones that no later chunk attends to at once:
         the cache never holds more than windows. If a pass fails the old ones are gone, and the branches can only be
@@ -142,21 +134,21 @@ class KVHistory:
             self.cache.drop(branch, frames[0] * self.frame_tokens, total * self.frame_tokens)
         kept_positions, own_positions = self.window.recache_positions(total)
         kept = list(range(len(kept_positions)))
-        positions = torch.arange(own_positions[0], own_positions[-1] + 1, device=self.device)
         for row, branch in enumerate(branches):
             with self.cache.reserve([branch], len(frames) * self.frame_tokens) as reservation:
-                context = self._context([branch], kept, kept_positions)
                 own = latents[row : row + 1, :, -len(frames) :]
-                self._write(reservation, own, text.row(row), positions, context)
+                context = self._context([branch], kept, kept_positions)
+                self._write(reservation, own, text.row(row), own_positions, context)
                 self.cache.replace(reservation, frames[0] * self.frame_tokens)
             self._forget([branch], total)
 
     def _write(
-        self, reservation: Reservation, latents: Tensor, text: TextKV, positions: Tensor, context: Context
+        self, reservation: Reservation, latents: Tensor, text: TextKV, own: list[int], context: LayerViews | None
     ) -> None:
-        sigma = torch.zeros(latents.shape[0], latents.shape[2], device=self.device)
-        rows = [self.cache.rows_of(reservation, layer) for layer in range(self.cache.layers)]
-        self.calls.write_context(latents, sigma, text, positions, context, rows)
+        """The context pass of frames at positions `own`, into reserved rows."""
+        positions = self._range(own)
+        sigma = torch.zeros(latents.shape[0], latents.shape[2], device=positions.device)
+        self.runner.write_context(latents, sigma, text, positions, context, self.cache, reservation)
 
     def _forget(self, branches: Sequence[int], start: int) -> None:
         """Drops the frames that neither the chunk at `start` nor any later one attends to."""

@@ -1,36 +1,140 @@
-"""The noise levels of a few-step distilled sampler."""
+"""The sampler of a few-step distilled model: settings of a roll-out, noise levels, noise, and a chunk's denoising."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from tempact.config import TRAIN_TIMESTEPS
+import torch
+from torch import Tensor
+
+from csrc_triton.flow_sde import flow_sde_step
+from tempact.config import TRAIN_TIMESTEPS, ExecutorConfig
+from tempact.executor.cuda_graphs import Context, CudaGraphRunner
+from tempact.executor.window import WINDOWS, WindowPolicy
+from tempact.models.wan.transformer import TextKV
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """sigmas: K noise levels of the denoiser calls in falling order, then 0 (K + 1 numbers in [0, 1])."""
+    """sigmas: the noise level of each of the K denoising calls in falling order, then 0: K + 1 numbers in [0, 1].
+
+    eta in (0, 1]: share of the noise that a transition draws anew (docs/algorithm.md 2.1); 1 is the distilled sampler.
+    """
 
     sigmas: tuple[float, ...]
+    eta: float = 1.0
 
     @classmethod
-    def from_timesteps(cls, timesteps: Sequence[int], shift: float) -> Schedule:
+    def from_timesteps(cls, timesteps: Sequence[int], shift: float, eta: float = 1.0) -> Schedule:
         """Warps timesteps tau in (0, 1000]: sigma(u) = shift u / (1 + (shift - 1) u), u = tau / 1000.
 
-        (1000, 750, 500, 250) with shift 5 give 1, 0.9375, 0.8333, 0.625 (ALGORITHM.md 2.1).
+        (1000, 750, 500, 250) with shift 5 give 1, 0.9375, 0.8333, 0.625 (docs/algorithm.md 2.1).
         """
         assert timesteps and all(a > b for a, b in pairwise((TRAIN_TIMESTEPS + 1, *timesteps, 0))) and shift > 0
         levels = (tau / TRAIN_TIMESTEPS for tau in timesteps)
-        return cls((*(shift * u / (1.0 + (shift - 1.0) * u) for u in levels), 0.0))
+        return cls((*(shift * u / (1.0 + (shift - 1.0) * u) for u in levels), 0.0), eta)
 
     @property
-    def timesteps(self) -> tuple[float, ...]:
-        """The warped timestep of each of the K denoiser calls, in (0, 1000]."""
-        return tuple(TRAIN_TIMESTEPS * sigma for sigma in self.sigmas[:-1])
+    def calls(self) -> int:
+        """K, the denoising calls of a chunk."""
+        return len(self.sigmas) - 1
 
     @property
     def transitions(self) -> int:
-        """T, the stochastic transitions: every denoiser call but the last one."""
-        return len(self.sigmas) - 2
+        """T, the stochastic transitions: one after every denoising call but the last."""
+        return self.calls - 1
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """Settings of a roll-out: F latent frames in chunks of c frames.
+
+    text_switch: a new prompt changes its own K/V ("cross_attention"), or the history's too ("recache"). first: the
+    schedule of the first chunk, `schedule` that of all others. separator joins a step's prompt and the next one's,
+    where prompts are smoothed; None: prompts as given.
+    """
+
+    frames: int
+    chunk: int
+    window: WindowPolicy
+    text_switch: str
+    schedule: Schedule
+    first: Schedule
+    separator: str | None
+
+    @classmethod
+    def of(cls, config: ExecutorConfig) -> RolloutSettings:
+        """From a configuration that `validate` has accepted."""
+        c = config
+        schedule, first = (
+            Schedule.from_timesteps(timesteps, c.shift, c.eta)
+            for timesteps in (c.timesteps, c.first_timesteps or c.timesteps)
+        )
+        separator = c.prompt_separator if c.smooth_prompts else None
+        return cls(c.frames, c.chunk_frames, WINDOWS[c.window], c.text_switch, schedule, first, separator)
+
+    @property
+    def chunks(self) -> int:
+        return self.frames // self.chunk
+
+    def schedule_at(self, start: int) -> Schedule:
+        """The schedule of the chunk at latent frame `start`."""
+        return self.schedule if start else self.first
+
+
+@dataclass(frozen=True)
+class NoiseSource:
+    """Standard normal noise of P plans x N continuations; `source(chunk)` draws a chunk's, fp32 [P, N, K, C, c, H, W].
+
+    shape: that of the result. draw: chunk index and plans, numbered as the source was made -> noise of these plans.
+    """
+
+    shape: tuple[int, ...]
+    draw: Callable[[int, range], Tensor]
+    first: int = 0  # number of the first plan
+
+    def __call__(self, chunk: int) -> Tensor:
+        return self.draw(chunk, range(self.first, self.first + self.shape[0]))
+
+    def part(self, plans: slice) -> NoiseSource:
+        """The source of consecutive plans among these."""
+        own = range(self.shape[0])[plans]
+        return replace(self, shape=(len(own), *self.shape[1:]), first=self.first + own.start)
+
+
+def gaussian_noise(seed: int, shape: tuple[int, ...], device: torch.device) -> NoiseSource:
+    """Noise that depends on the seed and the chunk; shape as `Executor.noise_shape` gives it."""
+
+    def draw(chunk: int, plans: range) -> Tensor:
+        # splitmix-like spread, so that neighbouring seeds and chunks start far apart
+        mixed = (seed * 0x9E3779B97F4A7C15 + (chunk + 1) * 0xBF58476D1CE4E5B9) % 2**63
+        generator = torch.Generator(device).manual_seed(mixed)
+        return torch.randn(shape, generator=generator, device=device)[plans.start : plans.stop]
+
+    return NoiseSource(shape, draw)
+
+
+def denoise_chunk(
+    runner: CudaGraphRunner, noise: Tensor, text: TextKV, positions: Tensor, context: Context, schedule: Schedule
+) -> tuple[Tensor, Tensor]:
+    """The K denoising calls of one chunk.
+
+    noise [B, >= K, C, c, H, W]: the chunk at sigma_0, then the noise of each transition; text, positions and context
+    as in `CudaGraphRunner.velocity`. Returns the clean chunk [B, C, c, H, W] and the chunk at sigma_0 .. sigma_T
+    [B, T+1, C, c, H, W].
+    """
+    sigmas, eta = schedule.sigmas, schedule.eta
+    x = noise[:, 0]
+    states = [x]
+    for k in range(schedule.calls):
+        sigma = torch.full((x.shape[0], x.shape[2]), sigmas[k], device=x.device)
+        velocity = runner.velocity(x, sigma, text, positions, context).float()
+        if sigmas[k + 1] == 0.0:
+            x = x - sigmas[k] * velocity  # the last call is deterministic
+        else:
+            levels = sigmas[k], sigmas[k + 1]
+            x = flow_sde_step(x, velocity, noise[:, k + 1], *levels, eta=eta, return_mean=False).sample
+            states.append(x)
+    return x, torch.stack(states, dim=1)

@@ -19,7 +19,7 @@ from tempact.evaluation.statistics import Bootstrap, write_evaluation
 from tempact.evaluation.tables import gather, markdown, markdown_table
 from tempact.evaluation.temporal_order.prompts import SETS, OrderPrompt
 from tempact.evaluation.temporal_order.vbench import export_vbench
-from tempact.executor.rollout import gaussian_noise
+from tempact.executor.sampler import gaussian_noise
 from tempact.files import claim_run_folder, write_atomic
 from tempact.policies import PolicyPair, device_of
 from tempact.reporting.report import write_report, write_results

@@ -16,7 +16,7 @@ from tempact.cli import CONFIG
 from tempact.config import LARGEST_SEED, RunConfig
 from tempact.errors import UserError
 from tempact.executor.executor import Executor
-from tempact.executor.rollout import gaussian_noise
+from tempact.executor.sampler import gaussian_noise
 from tempact.executor.stream import stream_frames
 from tempact.files import claim_run_folder, safe_name, write_atomic
 from tempact.models.wan.codec import Codec

@@ -211,7 +211,7 @@ def test_fake_tensors_keep_what_real_ones_keep(kernels: bool) -> None:
         index = torch.zeros(2, dtype=torch.int64)
         context = footprint._context(sizes, 6, 1)
         before = trace.live
-        out = executor.calls.policy_velocity(x, sigma, words, index, positions, context)
+        out = executor.runner.policy_velocity(x, sigma, words, index, positions, context)
         assert out.requires_grad
         return trace.live - before
 

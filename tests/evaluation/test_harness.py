@@ -72,14 +72,14 @@ class FakeExecutor:
     def noise_shape(self, plans: int, continuations: int) -> tuple[int, ...]:
         return (plans, continuations, 1, 1, 3, 1, 1)
 
-    def rollout(self, plans: list[Plan], fork_frames: list[int], noise) -> Rollout:
+    def rollout(self, plans: list[Plan], switch_frames: list[int], noise) -> Rollout:
         drawn = noise(0)
-        assert drawn.shape[0] == len(plans) == len(fork_frames)
+        assert drawn.shape[0] == len(plans) == len(switch_frames)
         self.made += [f"{plan.instruction} | {plan.steps[-1].prompt}" for plan in plans]
         self.lengths.append(self.settings.frames)
         level = 100 + 40 * drawn[:, 0, 0, 0, 0, 0, 0].tanh() - (0 if self.started else 50)
         frames = level[:, None, None, None, None].expand(-1, self.settings.frames, 3, SIDE, SIDE).to(torch.uint8)
-        return Rollout(torch.zeros(len(plans), 1), frames[:, None])
+        return Rollout(frames[:, None])
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from executor.window_policies import POLICIES
 
 from tempact.diagnostics.footprints import cache_rows
 from tempact.executor.executor import Executor
-from tempact.executor.rollout import RolloutSettings, gaussian_noise
+from tempact.executor.sampler import RolloutSettings, gaussian_noise
 from tempact.presets import get_preset
 from tempact.types import Plan, Step
 
@@ -30,7 +30,7 @@ def test_it_is_the_size_that_a_rollout_leaves(
     executor = make_executor(frames=frames, smooth_prompts=False, **changes)
     plan = Plan("i", tuple(Step(start, start + 3, f"step {start}") for start in range(0, frames, 3)))
     executor.rollout([plan] * plans, [fork] * plans, gaussian_noise(0, executor.noise_shape(plans, continuations), CPU))
-    cache = executor.calls.cache(1)
+    cache = executor.cache
     assert cache.nbytes // cache.row_nbytes == cache.rows_total
     assert cache_rows(executor.settings, plans, continuations, fork, FRAME_TOKENS) == cache.rows_total
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from csrc_triton import runtime
 from tempact.config import ExecutorConfig, LoraConfig, OptimConfig
 from tempact.executor.executor import Executor
-from tempact.executor.rollout import gaussian_noise
+from tempact.executor.sampler import gaussian_noise
 from tempact.models.wan.codec import PixelCodec
 from tempact.models.wan.transformer import WanConfig, WanTransformer
 from tempact.types import Batch, Plan, Step
@@ -52,18 +52,18 @@ def make_executor(config: ExecutorConfig) -> Executor:
 def trained(config: ExecutorConfig, iterations: int) -> tuple[list[Tensor], Executor]:
     """Videos and gradients of a few iterations of rollout, update and optimiser step."""
     executor = make_executor(config)
-    executor.calls.warm_calls = 1
+    executor.runner.warm_calls = 1
     optimiser = torch.optim.SGD(executor.parameters().values(), lr=0.05)
     found: list[Tensor] = []
     for i in range(iterations):
-        rollout = executor.rollout(PLANS, STARTS, gaussian_noise(i, executor.noise_shape(2, 2), DEVICE))
+        latents, transition = executor.latents(PLANS, STARTS, gaussian_noise(i, executor.noise_shape(2, 2), DEVICE))
         advantage = torch.tensor([[1.0, -0.5], [0.3, -1.0]])
         batch = Batch(
             torch.zeros(2), torch.ones(2, dtype=torch.bool), advantage, torch.ones(2, 2, dtype=torch.bool), None,
-            rollout.transition,
+            transition,
         )  # fmt: skip
         executor.update(batch, [0, 1])
-        found += [rollout.latents, *(p.grad.clone() for p in executor.parameters().values() if p.grad is not None)]
+        found += [latents, *(p.grad.clone() for p in executor.parameters().values() if p.grad is not None)]
         optimiser.step()
         optimiser.zero_grad(set_to_none=i % 2 == 0)
     return found, executor
@@ -77,7 +77,7 @@ def test_graphs_give_the_bits_of_plain_calls(window: str, again: bool) -> None:
     with runtime.backend("triton"):
         plain, _ = trained(replace(config, cuda_graphs=False), 3)
         recorded, executor = trained(replace(config, checkpoint_activations=again), 3)
-    graphs = executor.calls._graphs.values()
+    graphs = executor.runner._graphs.values()
     assert sum(graph.forward is not None for graph in graphs) > 4
     assert any(graph.backward is not None for graph in graphs)
     assert len(plain) == len(recorded) > 30
@@ -95,17 +95,17 @@ def test_a_cache_that_grows_and_too_many_shapes_end_in_plain_calls(monkeypatch: 
     with runtime.backend("triton"):
         plain, _ = trained(replace(CONFIG, cuda_graphs=False), 2)
         recorded, executor = trained(CONFIG, 2)
-    assert executor.calls._recorded() == 3
+    assert executor.runner._recorded() == 3
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(recorded, plain, strict=True))
 
 
 def test_the_cache_is_empty_after_every_call() -> None:
     with runtime.backend("torch"):
         found, executor = trained(CONFIG, 1)
-    cache = executor.calls.cache(1)
+    cache = executor.cache
     assert len(found) > 10 and (cache.branches, cache.rows_used) == ((), 0)
     velocities = executor._forward(
-        executor.rollout(PLANS, STARTS, gaussian_noise(5, executor.noise_shape(2, 2), DEVICE)).transition, [0],
+        executor.latents(PLANS, STARTS, gaussian_noise(5, executor.noise_shape(2, 2), DEVICE))[1], [0],
         grad=False,
     )  # fmt: skip
     next(velocities)

@@ -18,7 +18,7 @@ FRAMES, CHUNK = 24, 3
 
 def filled(executor: Executor, plans: int, fork: int, count: int) -> tuple[KVHistory, list[int], TextKV]:
     """`plans` videos of 15 frames that fork into `count` branches at frame `fork`."""
-    history = KVHistory(executor.calls, executor.settings.window, CHUNK, executor.latent_size)
+    history = executor.history()
     ids = [history.new_branch() for _ in range(plans)]
     with torch.no_grad():
         text = executor.model.project_text(executor.encode(["any"]))
@@ -32,7 +32,7 @@ def filled(executor: Executor, plans: int, fork: int, count: int) -> tuple[KVHis
 
 def test_branches_of_a_plan_share_one_turned_sink(make_executor: Make) -> None:
     executor = make_executor(window="tempact-self-forcing", frames=FRAMES)
-    cache = executor.calls.cache(1)
+    cache = executor.cache
     for plans, fork, count, sinks in ((1, 6, 4, 1), (2, 6, 4, 2), (1, 0, 4, 4)):
         history, ids, _ = filled(executor, plans, fork, count)
         with history, torch.no_grad():

@@ -11,7 +11,9 @@ import torch
 from executor.window_policies import POLICIES
 
 from tempact.executor.executor import Executor
-from tempact.executor.rollout import PromptKV, chunk_prompts, gaussian_noise, rebuild_context
+from tempact.executor.kv_history import KVHistory
+from tempact.executor.rollout import PromptKV, chunk_prompts, rebuild_context
+from tempact.executor.sampler import NoiseSource, gaussian_noise
 from tempact.executor.window import WINDOWS, WindowPolicy
 from tempact.types import Plan, Step
 
@@ -32,22 +34,30 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.allclose(a, b, atol=2e-5, rtol=1e-4)
 
 
+def rebuilt(executor: Executor, text: PromptKV, prefix: torch.Tensor, prompts: list[list[str]]) -> KVHistory:
+    history = executor.history()
+    with torch.no_grad():
+        rebuild_context(history, text, prefix, prompts, executor.settings)
+    return history
+
+
 @pytest.mark.parametrize("changes", POLICIES)
 def test_batched_continuations_equal_serial_ones(make_executor: Make, changes: dict) -> None:
     executor = make_executor(**changes)
     noise = gaussian_noise(1, executor.noise_shape(2, 3), CPU)
     forks = [3, 12]
-    together = executor.rollout(PLANS, forks, noise)
+    latents, transition = executor.latents(PLANS, forks, noise)
     for p in range(2):
         for n in (2, 0):
             # before the fork everyone follows continuation 0's noise, after it its own
-            def alone(chunk: int, p: int = p, n: int = n) -> torch.Tensor:
+            def alone(chunk: int, plans: range, p: int = p, n: int = n) -> torch.Tensor:
                 own = n if chunk * 3 >= forks[p] else 0
                 return noise(chunk)[p : p + 1, own : own + 1]
 
-            serial = executor.rollout([PLANS[p]], [forks[p]], alone)
-            assert close(serial.latents[0, 0], together.latents[p, n])
-            assert close(serial.transition.states[0, 0], together.transition.states[p, n])
+            source = NoiseSource((1, 1, *noise.shape[2:]), alone)
+            serial, own_transition = executor.latents([PLANS[p]], [forks[p]], source)
+            assert close(serial[0, 0], latents[p, n])
+            assert close(own_transition.states[0, 0], transition.states[p, n])
 
 
 @pytest.mark.parametrize("limit", [1, 3, 5, 6])
@@ -58,14 +68,14 @@ def test_plans_in_turn_give_what_they_give_together(make_executor: Make, limit: 
     shape = one.noise_shape(2, 3)
     noise, made = gaussian_noise(1, shape, CPU), []
     together, turns = one.rollout(PLANS, [3, 12], noise), two.rollout(PLANS, [3, 12], noise, made.append)
-    assert close(together.latents, turns.latents) and torch.equal(two.latents(PLANS, [3, 12], noise)[0], turns.latents)
+    assert close(one.latents(PLANS, [3, 12], noise)[0], two.latents(PLANS, [3, 12], noise)[0])
     assert torch.equal(torch.cat([part.frames for part in made]), turns.frames)
-    assert [len(part.latents) for part in made] == ([2] if limit >= 6 else [1, 1])
+    assert [len(part.frames) for part in made] == ([2] if limit >= 6 else [1, 1])
     assert (turns.frames.int() - together.frames.int()).abs().max() <= 1
     a, b = together.transition, turns.transition
     assert a.prompts == b.prompts and torch.equal(a.start, b.start) and torch.equal(a.noises, b.noises)
     assert close(a.states, b.states) and close(a.prefix, b.prefix) and a.prefix.shape == b.prefix.shape
-    held = [each.calls.cache(0).nbytes for each in (one, two)]
+    held = [each.cache.nbytes for each in (one, two)]
     assert held[1] == held[0] if limit >= 6 else held[1] < held[0]
 
 
@@ -80,14 +90,12 @@ def test_the_text_encoder_is_asked_once(make_executor: Make, monkeypatch: pytest
 
 def test_continuations_share_the_context_and_differ_after_it(make_executor: Make) -> None:
     executor = make_executor()
-    rollout = executor.rollout(PLANS, [3, 12], gaussian_noise(1, executor.noise_shape(2, 3), CPU))
-    latents = rollout.latents
+    latents, transition = executor.latents(PLANS, [3, 12], gaussian_noise(1, executor.noise_shape(2, 3), CPU))
     assert torch.equal(latents[1, 0, :, :12], latents[1, 2, :, :12])
     assert not torch.allclose(latents[1, 0, :, 12:15], latents[1, 2, :, 12:15])
-    assert torch.equal(rollout.transition.prefix[1], latents[1, 0, :, :12])
-    assert rollout.transition.prefix[0, :, 3:].eq(0).all()
+    assert torch.equal(transition.prefix[1], latents[1, 0, :, :12])
+    assert transition.prefix[0, :, 3:].eq(0).all()
     # the recorded states end in the recorded clean chunk's last noisy state, and follow from the noises
-    transition = rollout.transition
     sigmas = executor.settings.schedule.sigmas
     for t in range(3):
         x, after = transition.states[0, 0, t], transition.states[0, 0, t + 1]
@@ -99,15 +107,15 @@ def test_continuations_share_the_context_and_differ_after_it(make_executor: Make
 def test_order_of_plans_and_continuations_does_not_matter(make_executor: Make) -> None:
     executor = make_executor()
     noise = gaussian_noise(1, executor.noise_shape(2, 3), CPU)
-    one = executor.rollout(PLANS, [3, 12], noise)
+    one, _ = executor.latents(PLANS, [3, 12], noise)
 
-    def mirrored(chunk: int) -> torch.Tensor:
+    def mirrored(chunk: int, plans: range) -> torch.Tensor:
         drawn = noise(chunk).flip(0)
         return torch.cat([drawn[:, :1], drawn[:, 1:].flip(1)], 1)
 
-    other = executor.rollout(PLANS[::-1], [12, 3], mirrored)
-    assert close(one.latents[0, 1], other.latents[1, 2])
-    assert close(one.latents[1, 2], other.latents[0, 1])
+    other, _ = executor.latents(PLANS[::-1], [12, 3], NoiseSource(noise.shape, mirrored))
+    assert close(one[0, 1], other[1, 2])
+    assert close(one[1, 2], other[0, 1])
 
 
 @pytest.mark.parametrize("changes", POLICIES)
@@ -133,10 +141,10 @@ def test_recache_rewrites_the_context_and_cross_attention_does_not(make_executor
         prompts = [["one", "one", "two"]]
         book = PromptKV(executor.model, executor.encode, ["one", "two"])
         prefix = torch.randn(1, 3, 6, 8, 8, generator=torch.Generator().manual_seed(0))
-        history = rebuild_context(executor.calls, book, prefix, prompts, executor.settings)
+        history = rebuilt(executor, book, prefix, prompts)
         caches[switch] = [pair.gather() for pair in history.context(history.branches, 6)]
         if switch == "recache":
-            same = rebuild_context(executor.calls, book, prefix, [["two", "two", "two"]], executor.settings)
+            same = rebuilt(executor, book, prefix, [["two", "two", "two"]])
             unswitched = [pair.gather() for pair in same.context(same.branches, 6)]
     first, second = caches["cross_attention"][1][0], caches["recache"][1][0]
     assert not torch.allclose(first, second)
@@ -146,13 +154,10 @@ def test_recache_rewrites_the_context_and_cross_attention_does_not(make_executor
 
 def test_memory_stays_constant_once_the_window_is_full(make_executor: Make) -> None:
     executor = make_executor(window="longlive", frames=36)
-    settings = executor.settings
     book = PromptKV(executor.model, executor.encode, ["one"])
     used = []
     for frames in (15, 24, 33):
-        with rebuild_context(
-            executor.calls, book, torch.zeros(1, 3, frames, 8, 8), [["one"] * 12], settings
-        ) as history:
+        with rebuilt(executor, book, torch.zeros(1, 3, frames, 8, 8), [["one"] * 12]) as history:
             used.append(history.cache.rows_used)
     tokens = 9 * 4  # sink 3 and the 6 frames before the chunk, 4 tokens each
     assert used == [tokens] * 3
@@ -163,7 +168,7 @@ def test_a_context_pass_that_fails_leaves_the_history_as_it_was(
 ) -> None:
     executor = make_executor(window="longlive")
     book = PromptKV(executor.model, executor.encode, ["one"])
-    history = rebuild_context(executor.calls, book, torch.zeros(1, 3, 6, 8, 8), [["one"] * 3], executor.settings)
+    history = rebuilt(executor, book, torch.zeros(1, 3, 6, 8, 8), [["one"] * 3])
     (branch,) = history.branches
     held = history.cache.rows_used, history.frames(branch)
     monkeypatch.setattr(executor.model, "write_context", lambda *_: 1 / 0)
@@ -177,7 +182,7 @@ def test_a_recache_that_fails_ends_the_videos_and_nothing_else(
 ) -> None:
     executor = make_executor(window="longlive", text_switch="recache")
     noise = gaussian_noise(0, executor.noise_shape(2, 2), CPU)
-    before = executor.rollout(PLANS, [3, 9], noise).latents
+    before = executor.latents(PLANS, [3, 9], noise)[0]
     own, passes = executor.model.write_context, []
 
     def fails(x: torch.Tensor, *rest: object) -> None:
@@ -189,9 +194,9 @@ def test_a_recache_that_fails_ends_the_videos_and_nothing_else(
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
         patch.setattr(executor.model, "write_context", fails)
         executor.rollout([plan(0, 6, 18)] * 2, [3, 3], noise)
-    cache = executor.calls.cache(1)
+    cache = executor.cache
     assert passes[-2:] == [6, 6] and not cache.branches and not cache.rows_used and not cache.rows_reserved
-    assert torch.equal(executor.rollout(PLANS, [3, 9], noise).latents, before)
+    assert torch.equal(executor.latents(PLANS, [3, 9], noise)[0], before)
 
 
 def test_each_branch_is_rewritten_under_its_own_text_from_its_own_latents(make_executor: Make) -> None:
@@ -199,10 +204,10 @@ def test_each_branch_is_rewritten_under_its_own_text_from_its_own_latents(make_e
     book = PromptKV(executor.model, executor.encode, ["one", "two", "three"])
     prefix = torch.randn(2, 3, 6, 8, 8, generator=torch.Generator().manual_seed(0))
     prompts = [["one", "one", "two"], ["one", "one", "three"]]
-    with rebuild_context(executor.calls, book, prefix, prompts, executor.settings) as history:
+    with rebuilt(executor, book, prefix, prompts) as history:
         both = [view.gather() for view in history.context(history.branches, 6)]
         for p in range(2):
-            with rebuild_context(executor.calls, book, prefix[p : p + 1], [prompts[p]], executor.settings) as alone:
+            with rebuilt(executor, book, prefix[p : p + 1], [prompts[p]]) as alone:
                 for pair, own in zip(both, alone.context(alone.branches, 6), strict=True):
                     assert all(torch.allclose(x[p], y[0], atol=1e-6) for x, y in zip(pair, own.gather(), strict=True))
 
@@ -210,7 +215,7 @@ def test_each_branch_is_rewritten_under_its_own_text_from_its_own_latents(make_e
 def test_chunk_prompts_follow_spans_and_smoothing(make_executor: Make) -> None:
     settings = make_executor().settings
     assert (
-        chunk_prompts(PLANS[0], replace(settings, smooth=False)) == ["a step 0"] + ["a step 3"] * 2 + ["a step 9"] * 3
+        chunk_prompts(PLANS[0], replace(settings, separator=None)) == ["a step 0"] + ["a step 3"] * 2 + ["a step 9"] * 3
     )
     assert chunk_prompts(PLANS[0], settings)[0] == "a step 0 Next: a step 3"
     assert chunk_prompts(PLANS[0], settings)[-1] == "a step 9"

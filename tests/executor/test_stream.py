@@ -11,8 +11,7 @@ import torch
 from executor.window_policies import POLICIES
 
 from tempact.executor.executor import Executor
-from tempact.executor.kv_history import FIRST_FRAMES
-from tempact.executor.rollout import gaussian_noise
+from tempact.executor.sampler import gaussian_noise
 from tempact.executor.stream import stream_frames, stream_latents
 from tempact.types import Plan, Step
 
@@ -29,11 +28,14 @@ def plan(*bounds: int) -> Plan:
 def test_a_stream_is_the_rollout_bit_for_bit(make_executor: Make, changes: dict, bounds: tuple[int, ...]) -> None:
     executor = make_executor(frames=24, **changes)
     noise = gaussian_noise(3, executor.noise_shape(1, 1), CPU)
-    whole = executor.rollout([plan(*bounds)], [0], noise)
+    whole, _ = executor.latents([plan(*bounds)], [0], noise)
     chunks = list(stream_latents(executor, plan(*bounds), noise))
     assert [chunk.shape for chunk in chunks] == [(3, 3, 8, 8)] * 8
-    assert torch.equal(torch.cat(chunks, dim=1), whole.latents[0, 0])
-    assert torch.equal(torch.cat(list(stream_frames(executor, plan(*bounds), noise))), whole.frames[0, 0])
+    assert torch.equal(torch.cat(chunks, dim=1), whole[0, 0])
+    assert torch.equal(
+        torch.cat(list(stream_frames(executor, plan(*bounds), noise))),
+        executor.rollout([plan(*bounds)], [0], noise).frames[0, 0],
+    )
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -47,7 +49,7 @@ def test_a_stream_in_the_precision_of_the_weights(make_executor: Make, precision
         assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
         assert not chunk.requires_grad and chunk.dtype == torch.float32
         chunks.append(chunk)
-    assert torch.equal(torch.cat(chunks, dim=1), executor.rollout([plan(0, 6, 12)], [0], noise).latents[0, 0])
+    assert torch.equal(torch.cat(chunks, dim=1), executor.latents([plan(0, 6, 12)], [0], noise)[0][0, 0])
 
 
 @pytest.mark.parametrize("changes", POLICIES[2:])
@@ -56,7 +58,7 @@ def test_cache_rows_stay_constant_once_the_window_is_full(make_executor: Make, c
     executor = make_executor(frames=72, **changes)
     noise = gaussian_noise(0, executor.noise_shape(1, 1), CPU)
     tokens = 4  # of a latent frame
-    cache = executor.calls.cache(FIRST_FRAMES * tokens)
+    cache = executor.cache
     held, rows = [], []
     for _ in stream_latents(executor, plan(*range(0, 73, 9)), noise):
         held.append(cache.rows_used)
@@ -88,7 +90,7 @@ def test_a_dropped_stream_gives_its_rows_back(make_executor: Make) -> None:
     noise = gaussian_noise(0, executor.noise_shape(1, 1), CPU)
     stream = stream_frames(executor, plan(0, 18), noise)
     next(stream)
-    cache = executor.calls.cache(1)
+    cache = executor.cache
     assert cache.rows_used > 0
     del stream
     gc.collect()

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tempact.executor.attention import CachedAttention, Context
+from tempact.executor.cuda_graphs import CachedAttention, Context
 from tempact.executor.executor import Executor
-from tempact.executor.rollout import gaussian_noise
+from tempact.executor.sampler import gaussian_noise
 from tempact.models.wan.transformer import ChunkAttention
 from tempact.types import Plan, Step
 
@@ -55,19 +55,19 @@ class Keys(ChunkAttention):
 
 
 def record(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    recorder, calls = Recorder(), executor.calls
-    velocity, write = calls.velocity, calls.write_context
+    recorder, runner = Recorder(), executor.runner
+    velocity, write = runner.velocity, runner.write_context
 
     def noted_velocity(x, sigma, text, positions, context):
         recorder.note(positions, context, writes=False)
         return velocity(x, sigma, text, positions, context)
 
-    def noted_write(x, sigma, text, positions, context, rows):
+    def noted_write(x, sigma, text, positions, context, *places):
         recorder.note(positions, context, writes=True)
-        return write(x, sigma, text, positions, context, rows)
+        return write(x, sigma, text, positions, context, *places)
 
-    monkeypatch.setattr(calls, "velocity", noted_velocity)
-    monkeypatch.setattr(calls, "write_context", noted_write)
+    monkeypatch.setattr(runner, "velocity", noted_velocity)
+    monkeypatch.setattr(runner, "write_context", noted_write)
     return recorder
 
 

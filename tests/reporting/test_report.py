@@ -83,7 +83,7 @@ def make_sampled(run: Path, step: int) -> None:
     batch = Batch(torch.tensor([1.0, -1.0]), torch.tensor([True, True]), following, mask, None, None)
     write_samples(run, step, plans, scored, batch)
     frames = torch.stack([video(True), video(False), video(False), video(True)]).view(2, 2, 24, 3, 24, 24)
-    write_extremes(run, step, plans, Rollout(torch.empty(0), frames), scored)
+    write_extremes(run, step, plans, Rollout(frames), scored)
 
 
 def make_evaluated(run: Path, levels: dict[str, float] = LEVELS) -> None:

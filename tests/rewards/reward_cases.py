@@ -80,7 +80,7 @@ def rollout_of(plans: PlanBatch, starts: Sequence[int], continuations: int = 2, 
         for n in range(continuations):
             frames[p, n, :, 2] = tint(p, n)
     empty = torch.empty(0)
-    return Rollout(empty, frames, Transition(empty, empty, torch.tensor(starts), empty, [[] for _ in range(count)]))
+    return Rollout(frames, Transition(empty, empty, torch.tensor(starts), empty, [[] for _ in range(count)]))
 
 
 def scores_of(reward: RewardFunction, plans: PlanBatch, rollout: Rollout | None = None) -> Any:

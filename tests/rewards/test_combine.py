@@ -16,7 +16,7 @@ from tempact.types import Plan, PlanBatch, Prompt, Rollout, Step
 def world(plans: int = 2, continuations: int = 3) -> tuple[PlanBatch, Rollout]:
     made = [Plan("words", (Step(0, 24, "words"),), format_score=score) for score in (1.0, 0.5)][:plans]
     frames = torch.zeros(plans, continuations, 24, 3, 24, 24, dtype=torch.uint8)
-    return PlanBatch([Prompt("a", "words")], made, plans), Rollout(torch.zeros(0), frames)
+    return PlanBatch([Prompt("a", "words")], made, plans), Rollout(frames)
 
 
 def reward_set(**changed: Tensor) -> RewardSet:

@@ -101,7 +101,7 @@ def rollout_of(plans: PlanBatch, draw: random.Random) -> Rollout:
     starts = torch.tensor(switch_frames(plans, CHUNK, draw))
     empty = torch.empty(0)
     frames = torch.randint(256, (len(plans.plans), 1, FRAMES, 3, 8, 8), dtype=torch.uint8)  # no two are one request
-    return Rollout(empty, frames, Transition(empty, empty, starts, empty, [[] for _ in plans.plans]))
+    return Rollout(frames, Transition(empty, empty, starts, empty, [[] for _ in plans.plans]))
 
 
 def check_plans(plans: PlanBatch) -> None:

@@ -116,7 +116,7 @@ def rollout(videos: Sequence[Sequence[Sequence[Cue]]], starts: Sequence[int], da
     transition = Transition(
         states, states[:, :, :3], torch.tensor(starts), torch.zeros(plans, 3, max(starts), 24, 24), []
     )
-    return Rollout(torch.zeros(0), frames, transition)
+    return Rollout(frames, transition)
 
 
 RIGHT = reference_cues(STORY)  # move at 3, turn at 6, jump at 15

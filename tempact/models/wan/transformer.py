@@ -63,6 +63,10 @@ class WanConfig:
     def head_dim(self) -> int:
         return self.dim // self.heads
 
+    def frame_tokens(self, height: int, width: int) -> int:
+        """Tokens of a latent frame of this size."""
+        return height // self.patch[1] * (width // self.patch[2])
+
 
 @dataclass
 class TextKV:
@@ -279,6 +283,15 @@ class WanTransformer(nn.Module):
         self.blocks = cast(Sequence[Block], nn.ModuleList(Block(config) for _ in range(config.layers)))
         self.head = Head(config)
 
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; the time MLP and the gates may be kept in fp32 (`checkpoints.load.PRECISIONS`)."""
+        return self.patch_embedding.weight.dtype
+
     def initialise(self) -> None:
         """Wan's start for training from nothing: Xavier linears, zero biases, zero head."""
         for module in self.modules():
@@ -349,7 +362,7 @@ class WanTransformer(nn.Module):
             e0 = self.time_projection(e).unflatten(-1, (6, -1))
         rope = self.rope(positions, patches.shape[3], patches.shape[4])
         # under autocast the stream stays as precise as the weights
-        tokens = patches.flatten(2).transpose(1, 2).to(self.patch_embedding.weight.dtype).contiguous()
+        tokens = patches.flatten(2).transpose(1, 2).to(self.dtype).contiguous()
         return Stream(tokens), e, e0, rope
 
     def _unpatchify(self, tokens: Tensor, shape: torch.Size) -> Tensor:
