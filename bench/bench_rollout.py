@@ -99,10 +99,10 @@ class WarmChunk:
         own: Context = [(k.clone(), v.clone()) for k, v in context]
         calls = CudaGraphRunner(model, tuple, graphs=False)
         positions = torch.arange(self.start, self.start + CHUNK_FRAMES, device=self.device)
-        half = model.patch_embedding.weight.dtype == torch.bfloat16
+        half = model.dtype == torch.bfloat16
         flash = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if half else nullcontext()
         with backend("torch"), flash, self._autocast() if half else nullcontext():
-            text = model.project_text(self.words[branch : branch + 1].to(model.patch_embedding.weight.dtype))
+            text = model.project_text(self.words[branch : branch + 1].to(model.dtype))
             noise = self.noise[branch : branch + 1].to(torch.promote_types(text.layers[0][0].dtype, torch.float32))
             clean, _ = denoise_chunk(calls, noise, text, positions, own, self.settings)
             calls.velocity(clean, torch.zeros(1, CHUNK_FRAMES, device=self.device), text, positions, own)
@@ -110,7 +110,7 @@ class WarmChunk:
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:
-        dtype = self.model.patch_embedding.weight.dtype
+        dtype = self.model.dtype
         with torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
             yield
 

@@ -50,7 +50,7 @@ class Scene:
         self.past: list[tuple[Tensor, Tensor]] = [(k[None], v[None]) for k, v in past]
 
     def _draw(self, *shape: int) -> Tensor:
-        return torch.randn(shape, device=self.device, dtype=self.model.patch_embedding.weight.dtype)
+        return torch.randn(shape, device=self.device, dtype=self.model.dtype)
 
     def views(self) -> list[CacheView]:
         """The context in a cache, forked into the branches."""
