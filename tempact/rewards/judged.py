@@ -218,10 +218,7 @@ class JudgedReward:
 
 
 def judged_rewards(
-    client: Judges,
-    aesthetics: RewardFunction,
-    settings: JudgeSettings,
-    stats: Callable[[], dict[str, float]] = dict,
+    client: Judges, aesthetics: RewardFunction, settings: JudgeSettings, stats: Callable[[], dict[str, float]] = dict
 ) -> RewardSet:
     """The three rewards of judges, and one of pictures with its metrics; closing them closes the client."""
     return RewardSet(

@@ -92,7 +92,7 @@ def test_functions_and_rewards_are_loaded(module: str) -> None:
         ("a-b:f", "found 'a-b:f'; accepted: module:function"),
         ("no_such_module:f", "no_such_module:f: No module named 'no_such_module'; accepted: a module that can be"),
         ("broken_import:f", "broken_import:f: No module named 'no_such_package'"),
-        ("{}:nothing", "has no attribute 'nothing'; accepted: a function or a Reward"),
+        ("{}:nothing", "nothing: found nothing of that name; accepted: a function or a Reward"),
         (
             "{}:number",
             r"found Reward\(name='number', score=3, .*; accepted: an identifier, a function",
