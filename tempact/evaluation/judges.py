@@ -24,7 +24,7 @@ from tempact.evaluation.methods import ROLES
 from tempact.evaluation.statistics import DUPLICATES, PICKSCORE, PICTURE_QUALITY
 from tempact.evaluation.temporal_order.prompts import OrderPrompt
 from tempact.rewards.frame_picks import spread
-from tempact.rewards.judged import TOP_MARK, VideoVerdict, rubric_version, video_call, video_score
+from tempact.rewards.judged import TOP_MARK, VideoVerdict, rubric_version, video_call
 from tempact.rewards.judges import JudgeCall, JudgeResult
 from tempact.rewards.judges.config import ROLES as FALLBACKS
 from tempact.rewards.judges.config import JudgeConfig
@@ -131,7 +131,7 @@ def scores_of(reply: VideoVerdict) -> dict[str, float]:
     fields = reply.model_dump()
     frame_scores = fields.pop("frame_scores")
     marks = {"frame_scores": sum(frame_scores) / len(frame_scores), **fields}
-    return {COMBINED: video_score(reply), **{name: mark / TOP_MARK for name, mark in marks.items()}}
+    return {COMBINED: reply.score(), **{name: mark / TOP_MARK for name, mark in marks.items()}}
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,13 @@ def test_every_missing_path_is_told(tmp_path: Path) -> None:
     )
 
 
+def test_own_rewards_that_are_not_there_are_told(tmp_path: Path) -> None:
+    base = get_preset("shapeworld-smoke")
+    config = replace(base, rewards=replace(base.rewards, custom=("no_such_module:f",)), output=str(tmp_path))
+    (line,) = missing_paths(config, WanConfig())
+    assert line.startswith("rewards.custom: no_such_module:f: No module named 'no_such_module'; accepted: ")
+
+
 def test_judges_and_pickscore_that_are_there_are_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clip, processor = tiny_clip()
     clip.save_pretrained(tmp_path)
