@@ -14,7 +14,7 @@ setup(
     packages=find_packages(include=["csrc_triton*", "tempact*"]),
     package_data={
         "tempact": ["reporting/*.j2", "rewards/rubrics/*.md", "shapeworld/weights/**/*.json",
-                    "shapeworld/weights/**/*.safetensors", "shapeworld/weights/**/*.jinja", "evaluation/*.j2",
+                    "shapeworld/weights/**/*.safetensors", "shapeworld/weights/**/*.jinja",
                     "evaluation/temporal_order/*.jsonl"],
     },
     install_requires=[

@@ -138,7 +138,7 @@ def test_every_folder_with_code_is_a_package_and_data_is_shipped() -> None:
     assert [str(folder) for folder in sorted(code) if not (folder / "__init__.py").is_file()] == []
     shipped = {
         "tempact/reporting": (".j2",),
-        "tempact/evaluation": (".j2", ".jsonl"),
+        "tempact/evaluation": (".jsonl",),
         "tempact/rewards/rubrics": (".md",),
         "tempact/shapeworld/weights": (".json", ".safetensors", ".jinja"),
     }
