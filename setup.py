@@ -1,8 +1,19 @@
-"""Packaging. Exact tested versions are in constraints.txt."""
+"""Packaging of tempact. Exact tested versions are in constraints.txt.
+
+csrc_triton is a distribution of its own, csrc-triton (csrc_triton/pyproject.toml), and the only owner of its files. An
+installed tempact depends on it, and pip builds it from the folder beside this file. An editable tempact owns no files
+and serves both packages from the checkout, so that changes of kernels take effect at once.
+"""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+KERNELS = Path(__file__).resolve().parent / "csrc_triton"
+EDITABLE = "TEMPACT_EDITABLE" in os.environ  # set by build_backend.py
 
 setup(
     name="tempact",
@@ -11,17 +22,17 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["csrc_triton*", "tempact*"]),
+    packages=find_packages(include=["tempact*", "csrc_triton*"] if EDITABLE else ["tempact*"]),
     package_data={
-        "tempact": ["reporting/*.j2", "rewards/rubrics/*.md", "shapeworld/weights/**/*.json",
+        "tempact": ["py.typed", "reporting/*.j2", "rewards/rubrics/*.md", "shapeworld/weights/**/*.json",
                     "shapeworld/weights/**/*.safetensors", "shapeworld/weights/**/*.jinja",
                     "evaluation/temporal_order/*.jsonl"],
     },
     install_requires=[
+        "triton>=3.5; platform_system == 'Linux'" if EDITABLE else f"csrc-triton @ {KERNELS.as_uri()}",
         "huggingface-hub>=1.0",
         "imageio-ffmpeg>=0.5",
         "jinja2>=3.1",
-        "liger-kernel>=0.8.5; platform_system == 'Linux'",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "peft>=0.18",
@@ -33,15 +44,15 @@ setup(
         "tokenizers>=0.22",
         "torch>=2.11",
         "transformers>=5.0",
-        "triton>=3.5; platform_system == 'Linux'",
-        "tyro>=1.0",
     ],
     extras_require={
         "test": ["diffusers>=0.36", "ftfy>=6.2", "hypothesis>=6.100", "mypy>=2.0", "openai>=2.0", "pyarrow>=17",
-                 "pytest>=8.2", "pytest-benchmark>=5.0", "pytest-timeout>=2.3", "ruff>=0.12"],
-        "bench": ["diffusers>=0.36", "liger-kernel>=0.6", "pytest>=8.2", "pytest-benchmark>=5.0"],
+                 "pytest>=8.2", "pytest-benchmark>=5.0", "pytest-timeout>=2.3", "ruff>=0.12",
+                 "liger-kernel>=0.8.5; platform_system == 'Linux'"],
+        "bench": ["diffusers>=0.36", "liger-kernel>=0.8.5", "pytest>=8.2", "pytest-benchmark>=5.0"],
         "diffusers": ["diffusers>=0.36"],
         "judges": ["openai>=2.0"],
+        "liger": ["liger-kernel>=0.8.5"],
         "parquet": ["pyarrow>=17"],
         "wan": ["diffusers>=0.36", "ftfy>=6.2"],
         "wandb": ["wandb>=0.20"],

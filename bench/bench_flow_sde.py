@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bench.harness import OURS, Bench, Contender, Outputs, gradients
 from csrc_triton import flow_sde_step
+from csrc_triton.flow_sde import KINDS as COEFFICIENTS
 from csrc_triton.flow_sde import naive
 from csrc_triton.runtime import backend
 
@@ -36,7 +37,7 @@ def eager(tensors: tuple[Tensor, ...], levels: tuple[Tensor, Tensor]) -> Any:
 
 def plain(x: Tensor, v: Tensor, noise: Tensor, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, ...]:
     """The reference's maths alone: sample, mean, std, log_prob."""
-    return naive.flow_sde_step(x, v, noise, naive.KINDS[KIND](sigma.double(), sigma_next.double(), ETA))
+    return naive.flow_sde_step(x, v, noise, COEFFICIENTS[KIND](sigma.double(), sigma_next.double(), ETA))
 
 
 def outputs(step: Any) -> Outputs:

@@ -29,7 +29,7 @@ from rewards.judge_cases import ROLE, call, client_of, is_right
 
 from bench.report import commit
 from tempact.files import write_atomic
-from tempact.rewards.judges.calls import JudgeCall, JudgeResult
+from tempact.rewards.judges import JudgeCall, JudgeResult
 from tempact.rewards.judges.client import JudgeClient
 from tempact.types import Missing
 

@@ -32,11 +32,10 @@ from tempact.executor.rollout import PromptKV, RolloutSettings, chunk_prompts, d
 from tempact.executor.sampler import Schedule
 from tempact.executor.window import WINDOWS, WindowPolicy
 from tempact.models.wan.checkpoints.load import set_precision
-from tempact.models.wan.codec import DecoderState, HostFrames, StreamDecoder, decode_chunk, decode_whole
+from tempact.models.wan.codec import DecoderState, HostFrames, WanCodec
 from tempact.models.wan.random_weights import RandomText
 from tempact.models.wan.tiny_decoder import TinyDecoder, TinyNetwork
 from tempact.models.wan.transformer import TextKV, WanConfig, WanTransformer
-from tempact.models.wan.vae import WanCodec
 from tempact.models.wan.vae_decoder import DecodeOptions, WanDecoder
 from tempact.presets import get_preset
 from tempact.types import Batch, Plan, Step, Transition
@@ -178,7 +177,9 @@ def test_decode(bench: Bench) -> None:
     ours = WanDecoder(vae, DecodeOptions.of(bench.device))
     exact = stock(copy.deepcopy(vae).float())
     contenders = [
-        Contender(OURS, lambda: decode_whole(ours, latents), lambda frames: {"frames": frames.float()}),
+        Contender(
+            OURS, lambda: ours.decode_chunk([DecoderState()], latents), lambda frames: {"frames": frames.float()}
+        ),
         Contender("stock diffusers", lambda: stock(vae), lambda frames: {"frames": frames}),
     ]
     same = stock(vae).round()  # ours leaves as bytes
@@ -194,7 +195,7 @@ def test_warm_chunk_with_decoder(bench: Bench, decoder: str) -> None:
         pytest.skip("nothing but times; both parts are checked on their own")
     scene = WarmChunk(bench, BRANCHES, 12)
     dtype = torch.bfloat16 if bench.real else torch.float32
-    made: StreamDecoder
+    made: WanCodec
     if decoder == "full VAE":
         made = WanDecoder(make_vae(bench, dtype), DecodeOptions.of(bench.device))
     else:
@@ -205,16 +206,16 @@ def test_warm_chunk_with_decoder(bench: Bench, decoder: str) -> None:
     history, ids = scene.filled()
     text = scene.model.project_text(scene.words)
     root = DecoderState()
-    decode_chunk(made, [root], latents_of(bench, 1, CHUNK_FRAMES))
+    made.decode_chunk([root], latents_of(bench, 1, CHUNK_FRAMES))
     states = root.fork(BRANCHES)
-    decode_chunk(made, states, latents_of(bench, BRANCHES, CHUNK_FRAMES))
+    made.decode_chunk(states, latents_of(bench, BRANCHES, CHUNK_FRAMES))
     shape = (BRANCHES, CHUNK_OUTPUT, 3, 8 * scene.size[0], 8 * scene.size[1])
 
     def run() -> Tensor:
         clean = scene.ours(history, ids, text)
         own = [state.fork(1)[0] for state in states]
         host = HostFrames(shape, bench.device)
-        host.put((slice(None),), decode_chunk(made, own, clean))
+        host.put((slice(None),), made.decode_chunk(own, clean))
         return host.wait()
 
     with history:
@@ -235,7 +236,7 @@ class OnePrompt:
             model = WanTransformer(WanConfig()).to(torch.bfloat16)
         set_precision(model, config.precision)
         self.vae = make_vae(bench, torch.bfloat16)
-        self.codec = WanCodec(self.vae, WanDecoder(self.vae, DecodeOptions.of(bench.device)))
+        self.codec = WanDecoder(self.vae, DecodeOptions.of(bench.device))
         self.executor = Executor(model, RandomText("random", bench.device), self.codec, config, (480, 832))
         steps = [Step(start, start + 6, f"step {start // 6}") for start in range(0, self.frames, 6)]
         self.given = [
@@ -243,7 +244,7 @@ class OnePrompt:
             for p in range(self.plans)
         ]
         self.noise = gaussian_noise(0, self.executor.noise_shape(self.plans, BRANCHES), bench.device)
-        decode_whole(self.codec.decoder, latents_of(bench, 1, 6))  # compiles
+        self.codec.decode_chunk([DecoderState()], latents_of(bench, 1, 6))  # compiles
 
     def batch(self, transition: Transition, plans: int) -> Batch:
         mask = torch.ones(plans, BRANCHES, dtype=torch.bool)
@@ -254,7 +255,7 @@ class OnePrompt:
         watch, forks = Stopwatch(), [self.fork] * self.plans
         latents, transition = self.executor.latents(self.given, forks, self.noise)
         watch.lap("rollout")
-        self.codec.decode_forked(latents, forks).wait()
+        self.codec.decode_forked(latents, forks)
         watch.lap("decode")
         metrics = self.executor.update(self.batch(transition, self.plans), list(range(self.plans)))
         watch.lap("update")

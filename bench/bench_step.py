@@ -20,7 +20,7 @@ from tempact.executor.attention import Context
 from tempact.executor.cuda_graphs import CudaGraphRunner
 from tempact.executor.executor import Executor
 from tempact.models.wan.transformer import ChunkAttention, WanConfig, WanTransformer
-from tempact.rl.flow_grpo import clip_epsilon, flow_grpo_loss
+from tempact.rl.flow_grpo import clip_epsilon, flow_grpo_gradient
 
 CHUNK_FRAMES = 3
 SIGMA = 0.9375
@@ -176,13 +176,13 @@ class Update:
         with torch.no_grad(), executor.reference():
             old = self._velocity(context)
         new = self._velocity(context)
-        loss, _ = flow_grpo_loss(
+        gradient, _ = flow_grpo_gradient(
             new, new.detach(), old, self.noise.to(new.dtype), torch.ones(1, device=new.device),
             torch.ones(1, device=new.device, dtype=torch.bool),
             clip=clip_epsilon(executor.config.clip_velocity_rms, new.numel()), kl_weight=executor.config.kl_weight,
             terms=1,
         )  # fmt: skip
-        loss.backward()
+        new.backward(gradient)
         return new.detach(), {name: p.grad for name, p in trained.items() if p.grad is not None}
 
     def _velocity(self, context: Context) -> Tensor:

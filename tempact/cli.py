@@ -1,9 +1,7 @@
-"""Command lines and YAML to configurations, and the console script `tempact <verb>`.
+"""Command lines and YAML files to configurations, and the console script `tempact <verb>`.
 
-Both come to the same thing, values for dotted keys over a preset, and are read by the same strict rules.
-Nothing here imports torch: a wrong option is refused at once.
-
-What a PEFT folder says of itself, as options of a command line. Imports no torch, so that parsing stays quick.
+Both give values for dotted keys over a preset, and are read by the same strict rules. Nothing here imports torch: a
+wrong option is refused at once.
 """
 
 from __future__ import annotations
@@ -16,16 +14,18 @@ import importlib
 import json
 import logging
 import math
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from types import ModuleType
+from typing import Any, NoReturn, get_args, get_origin
 
-import tyro
 import yaml
 
-from tempact.config import RunConfig, validate
+from tempact.config import RUN, RunConfig, at_least, check_keys, flatten, key, keys_of, sections_of, validate
 from tempact.errors import UserError
 from tempact.presets import DEFAULT, PRESETS, get_preset
 
@@ -39,22 +39,15 @@ ACCEPTED = {bool: "true or false", int: "a whole number", float: "a finite numbe
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a command line says beside the configuration."""
+    """Options of a command line beside the configuration."""
 
-    resume: str = "auto"  # auto (the newest checkpoint in the output folder), none, or a checkpoint or run folder
-    dry_run: bool = False  # print the whole configuration, what it takes and what is missing, and stop
-    gpu_gib: float = 0.0  # with --dry-run: memory of the GPU to plan for, GiB; 0: that at hand, else usual ones
-
-
-@dataclass(frozen=True)
-class _CommandLine(RunConfig):
-    """All options, for the help; the preset is an argument of its own."""
-
-    preset: tyro.conf.Suppress[str]
-    config: str = ""  # YAML file with any of the keys below
-    resume: str = RunOptions.resume  # auto (newest checkpoint in the output folder), none, or a folder
-    dry_run: bool = RunOptions.dry_run  # print the whole configuration, what it takes and what is missing, and stop
-    gpu_gib: float = RunOptions.gpu_gib  # with --dry-run: memory of the GPU to plan for, GiB; 0: that at hand
+    config: str = key("", RUN, "YAML file with any of the keys below")
+    resume: str = key("auto", RUN, "auto (newest checkpoint of the output folder), none, or a checkpoint or run folder")
+    dry_run: bool = key(False, RUN, "print the whole configuration, its needs and what is missing, and stop")
+    gpu_gib: float = key(
+        0.0, RUN, "with --dry-run: memory of the GPU to plan for, GiB; 0: that at hand, else usual ones",
+        at_least(0, "GiB of the GPU to plan for, 0 for the one at hand"),
+    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,6 +80,19 @@ def guarded(action: Callable[[], int]) -> int:
         return EXIT_STOPPED
 
 
+class Command(ModuleType):
+    """A command's module that can be called: `tempact.train(config)` is `tempact.runs.run.train(config)`."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(self.home), self.__name__.rpartition(".")[2])(*arguments, **options)
+
+
+def callable_command(module: str, home: str) -> None:
+    """Makes `module` a `Command` for the function of its own name in the module `home`."""
+    sys.modules[module].__class__ = Command
+    sys.modules[module].home = home  # type: ignore[attr-defined]
+
+
 class LineParser(argparse.ArgumentParser):
     """An argument parser for `guarded` actions: a wrong option is a UserError."""
 
@@ -97,32 +103,36 @@ class LineParser(argparse.ArgumentParser):
 def parse_run(argv: Sequence[str] | None, program: str) -> tuple[RunConfig, RunOptions]:
     """[PRESET] [--config FILE] [--resume auto|none|PATH] [--dry-run] [--gpu-gib GIB] [--section.field value ...].
 
-    The preset comes first, then the file, then single values. Raises UserError in one line.
+    The file's values go over the preset's, single values over both. Raises UserError in one line for what cannot be
+    read or cannot work; --help prints and exits with code 0.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     preset = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
-    config = get_preset(preset or DEFAULT)
+    config, options = get_preset(preset or DEFAULT), RunOptions()
     if "-h" in arguments or "--help" in arguments:
-        show_help(config, program)
-    given = _options(arguments)
-    file = given.pop("config", None)
-    if file is not None:
-        config = from_yaml(Path(_read_option("config", str, file)), config if preset else None)
-    options = RunOptions()
-    for key, kind in keys_of(RunOptions).items():
-        if key in given:
-            options = dataclasses.replace(options, **{key: _read_option(key, kind, given.pop(key))})
-    kinds = keys_of(RunConfig)
-    for key, words in given.items():
-        positive = key.replace(".no_", ".") if "." in key else key.removeprefix("no_")
-        if key != positive and kinds.get(positive) is bool and not words:
-            key, words = positive, ["false"]
-        if key == "preset":
+        sys.stdout.write(help_text(config, program))
+        sys.exit(0)
+    keys, others = keys_of(RunConfig), keys_of(RunOptions)
+    for name, words in sorted(_options(arguments).items(), key=lambda option: option[0] not in others):  # these first
+        positive = name.replace(".no_", ".") if "." in name else name.removeprefix("no_")
+        if name != positive and positive in keys and keys[positive].kind is bool and not words:
+            name, words = positive, ["false"]
+        if name == "preset":
             raise UserError(f"--preset: no such option; accepted: {program} {words[0] if words else 'PRESET'} ...")
-        if key not in kinds:
-            known = [*kinds, *keys_of(RunOptions), "config"]
-            raise UserError(f"--{key}: unknown option; nearest: --{nearest(key, known)}")
-        config = _assign(config, key, _read_option(key, kinds[key], words))
+        if name not in keys and name not in others:
+            raise UserError(f"--{name}: unknown option; nearest: --{nearest(name, [*keys, *others])}")
+        kind = (keys | others)[name].kind
+        words = words or (["true"] if kind is bool else [])
+        # a file may give an empty list, but an option without a word is a mistake
+        raw = words[0] if len(words) == 1 and get_origin(kind) is not tuple else words or None
+        found = repr(" ".join(words)) if words else "nothing after it"
+        if name in keys:
+            config = _put(config, name, raw, found, "--")
+        else:
+            options = _put(options, name, raw, found, "--")
+        if name == "config":
+            config = from_yaml(Path(options.config), config if preset else None)
+    check_keys(options, "--")
     validate(config)
     return config, options
 
@@ -130,61 +140,63 @@ def parse_run(argv: Sequence[str] | None, program: str) -> tuple[RunConfig, RunO
 def _options(arguments: list[str]) -> dict[str, list[str]]:
     """The words after each option, by its dotted key; the last mention of an option counts."""
     given: dict[str, list[str]] = {}
-    key = None
     for argument in arguments:
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
-            key = name.replace("-", "_")
-            given[key] = [value] if equals else []
-        elif key is None:
+            given.pop(name := name.replace("-", "_"), None)
+            given[name] = [value] if equals else []
+        elif not given:
             raise UserError(f"{argument}: found before any option; accepted: [PRESET] --section.field value ...")
         else:
-            given[key].append(argument)
+            next(reversed(given.values())).append(argument)
     return given
 
 
-def _read_option(key: str, kind: Any, words: list[str]) -> Any:
-    if kind is bool and not words:
-        return True
-    # a file may give an empty list, but an option without a word is a mistake
-    raw: object = words[0] if len(words) == 1 and get_origin(kind) is not tuple else words or None
+def help_text(config: RunConfig, program: str) -> str:
+    """Presets, and every option by section: its type, value in `config`, description and accepted values."""
+    width = min(max(shutil.get_terminal_size().columns, 80), 120)
+    lines = [f"usage: {program} [PRESET] [--config FILE] [--section.key value ...]", "", "presets:"]
+
+    def tell(head: str, about: str) -> None:
+        lines.extend([f"  {head}", textwrap.indent(textwrap.fill(about, width - 8), " " * 8)])
+
+    for name, make in PRESETS.items():
+        tell(name, str(make.__doc__).partition("\n\n")[0])
+    lines += ["", "options; defaults are those of the preset:"]
+    values, sections, section = flatten(RunOptions()) | flatten(config), sections_of(RunConfig), ""
+    for name, own in (keys_of(RunOptions) | keys_of(RunConfig)).items():
+        if name.rpartition(".")[0] != section:
+            section = name.rpartition(".")[0]
+            lines += ["", f"{section}: {sections[section].__doc__}"]
+        if name != "preset":
+            accepted = (f"accepted: {rule.accepted}" for rule in own.rules)
+            tell(f"--{name} {kind_word(own.kind)} (default: {word(values[name])})", "; ".join((own.about, *accepted)))
+    return "\n".join(lines) + "\n"
+
+
+def kind_word(kind: Any) -> str:
+    """INT, "INT ..." for a tuple of any length."""
+    return " ".join("..." if one is Ellipsis else one.__name__.upper() for one in get_args(kind) or (kind,))
+
+
+def word(value: object) -> str:
+    """A value as on the command line."""
+    shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return repr(shown) if shown != shown.strip() else shown or "nothing"
+
+
+def _put(config: Any, name: str, raw: object, found: str, before: str) -> Any:
+    """`config` with one more value, read from `raw`; `found`, and `before` ahead of the key, are for the UserError."""
+
+    def put(section: Any, name: str) -> Any:
+        head, _, rest = name.partition(".")
+        return dataclasses.replace(section, **{head: put(getattr(section, head), rest) if rest else value})
+
     try:
-        return _read(kind, raw)
+        value = _read(keys_of(type(config))[name].kind, raw)
     except ValueError as error:
-        found = repr(" ".join(words))[:SHOWN_CHARACTERS] if words else "nothing after it"
-        raise UserError(f"--{key}: found {found}; accepted: {error}") from error
-
-
-def show_help(config: RunConfig, program: str) -> None:
-    """Prints presets and all options with this configuration's values, and exits with code 0."""
-    presets = "\n\n".join(f"{name}: {make.__doc__}" for name, make in PRESETS.items())
-    tyro.cli(
-        _CommandLine,
-        args=["--help"],
-        default=_CommandLine(**vars(config)),
-        prog=f"{program} [PRESET]",
-        description=f"Presets:\n\n{presets}\n\nThe preset comes first; its values are the defaults below.",
-        use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,),
-    )
-
-
-def keys_of(kind: type, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of a configuration class, with the types of their values."""
-    hints = get_type_hints(kind)
-    keys: dict[str, Any] = {}
-    for field in dataclasses.fields(kind):
-        key, inner = f"{prefix}{field.name}", hints[field.name]
-        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
-            keys |= keys_of(inner, f"{key}.")
-        else:
-            keys[key] = inner
-    return keys
-
-
-def _assign(config: Any, key: str, value: object) -> Any:
-    head, _, rest = key.partition(".")
-    return dataclasses.replace(config, **{head: _assign(getattr(config, head), rest, value) if rest else value})
+        raise UserError(f"{before}{name}: found {found[:SHOWN_CHARACTERS]}; accepted: {error}") from error
+    return put(config, name)
 
 
 def _read(kind: Any, raw: object) -> Any:
@@ -205,12 +217,7 @@ def _read(kind: Any, raw: object) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False}[str(raw).lower()]
-        if isinstance(raw, str):
-            value = kind(raw)
-        elif kind is float and type(raw) is int:
-            value = float(raw)
-        else:
-            value = raw
+        value: Any = kind(raw) if isinstance(raw, str) or (kind is float and type(raw) is int) else raw
         if type(value) is not kind or (kind is float and not math.isfinite(value)):
             raise ValueError
     except (ValueError, KeyError):
@@ -252,10 +259,9 @@ def from_yaml(path: Path, base: RunConfig | None = None) -> RunConfig:
     """
     try:
         data = yaml.load(path.read_text(encoding="utf-8-sig"), _UniqueKeys)  # a SafeLoader
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); accepted: a YAML file") from error
-    except (UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); accepted: a YAML file") from error
+    except (OSError, yaml.YAMLError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: cannot be read ({reason}); accepted: a YAML file") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: found {type(data).__name__}; accepted: a mapping of configuration keys")
     preset = data.pop("preset", base.preset if base else DEFAULT)
@@ -265,28 +271,22 @@ def from_yaml(path: Path, base: RunConfig | None = None) -> RunConfig:
         config = base or get_preset(str(preset))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    kinds = keys_of(RunConfig)
-    sections = {key[:i] for key in kinds for i, letter in enumerate(key) if letter == "."}
-    for key, raw in _flat(data, sections):
-        if key not in kinds:
-            if key in sections:
-                raise UserError(f"{path}: {key}: found {raw!r}; accepted: a mapping")
-            raise UserError(f"{path}: {key}: unknown key; nearest: {nearest(key, kinds)}")
-        try:
-            config = _assign(config, key, _read(kinds[key], raw))
-        except ValueError as error:
-            raise UserError(f"{path}: {key}: found {repr(raw)[:SHOWN_CHARACTERS]}; accepted: {error}") from error
+    keys, sections = keys_of(RunConfig), sections_of(RunConfig)
+    for name, raw in _flat(data, sections):
+        if name not in keys:
+            fault = f"found {raw!r}; accepted: a mapping" if name in sections else None
+            raise UserError(f"{path}: {name}: {fault or f'unknown key; nearest: {nearest(name, keys)}'}")
+        config = _put(config, name, raw, repr(raw), f"{path}: ")
     return config
 
 
-def _flat(data: dict, sections: set[str], prefix: str = "") -> Iterable[tuple[str, object]]:
+def _flat(data: dict, sections: Iterable[str], prefix: str = "") -> Iterable[tuple[str, object]]:
     """Dotted keys and values of nested mappings; only sections are opened."""
     for name, value in data.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and key in sections:
-            yield from _flat(value, sections, f"{key}.")
+        if isinstance(value, dict) and f"{prefix}{name}" in sections:
+            yield from _flat(value, sections, f"{prefix}{name}.")
         else:
-            yield key, value
+            yield f"{prefix}{name}", value
 
 
 def fingerprint(config: RunConfig) -> str:

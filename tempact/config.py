@@ -1,176 +1,301 @@
-"""Typed configuration. Light on purpose: importing it must not import torch.
+"""The configuration of a run: every key with its type, default, description, accepted values, and what it sets.
 
-Every field is read somewhere (a test looks), every unit is in the name or the comment. Named presets
-are in `presets.py`; parsing of command lines and YAML is in `cli.py`.
+The last three are metadata of a field, which `validate`, the command line's help and docs/config.md read, and a resumed
+run and an evaluation for the keys that may differ. Nothing here imports torch. Presets are in `presets.py`; command
+lines and YAML files are read in `cli.py`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
+from math import inf
+from operator import attrgetter
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from tempact.errors import UserError
 
+T = TypeVar("T")
 LARGEST_SEED = 2**62  # generators take 64 bits, and the seeds of further videos count on from here
+TRAIN_TIMESTEPS = 1000  # of the noise schedule that Wan's models were trained with
+ROPE_POSITIONS = 1024  # temporal positions of Wan's models; a reference implementation's table ends there
+TOKEN_PIXELS = 16  # of a token's side: 8 by the VAE, 2 by the transformer's patches
+EXECUTOR_PRECISIONS = ("fp32", "bf16", "bf16-fp32-gates")  # docs/backbones.md section 1
+ENTRIES = ("generator_ema", "generator", "model", "state_dict")  # models of a published .pt file
+
+# what a key sets; a video's identity is in the keys of the first kind alone
+VIDEO = "video"  # videos of given weights, and the training
+TRAINING = "training"  # the training, but no video of given weights
+SPEED = "speed"  # time and memory: results are the same up to rounding
+RUN = "run"  # what is recorded and evaluated, how long a run goes on, when it gives up
+RESUME_MAY_CHANGE = (SPEED, RUN)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Accepted values of a key in words, the test of a value, and how a refused one is shown."""
+
+    accepted: str
+    good: Callable[[Any], bool]
+    shown: Callable[[Any], str] = repr
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key. kind: type of its values. default: dataclasses.MISSING where presets alone have a value."""
+
+    kind: Any
+    default: Any
+    sets: str
+    about: str
+    rules: tuple[Rule, ...]
+
+
+def described(sets: str, about: str, *rules: Rule) -> dict[str, Any]:
+    """Metadata of a field."""
+    return {"sets": sets, "about": about, "rules": rules}
+
+
+def key(default: T, sets: str, about: str, *rules: Rule) -> T:
+    """A field with a default and its metadata; of type `T` for type checkers, as `dataclasses.field` is."""
+    return field(default=default, metadata=described(sets, about, *rules))
+
+
+def at_least(low: int, accepted: str = "") -> Rule:
+    return Rule(accepted or f"at least {low}", lambda value: low <= value < inf)
+
+
+def choice(*names: str) -> Rule:
+    return Rule(", ".join(name or "nothing" for name in names), lambda value: value in names)
+
+
+COUNT, NOT_NEGATIVE, OR_ALL = at_least(1), at_least(0), at_least(0, "0 (all), or at least 1")
+POSITIVE = Rule("above 0", lambda value: 0 < value < inf)
+SHARE = Rule("above 0, at most 1", lambda value: 0 < value <= 1)
+DECAY = Rule("0 to 1", lambda value: 0 <= value <= 1)
+SEED = Rule(f"0 to {LARGEST_SEED}", lambda value: 0 <= value <= LARGEST_SEED)
+GROUP = at_least(2, "at least 2 (a group's members are compared)")
+SOME = Rule("at least one", bool)
+SWITCHES = choice("cross_attention", "recache")
+LIGER = choice("auto", "off", "model", "all")
+FOLDER = Rule("a folder", lambda name: bool(name.strip()))
+BETAS = Rule("each 0 to below 1", lambda betas: all(0 <= beta < 1 for beta in betas))
+FALLING = Rule(
+    f"falling numbers in (0, {TRAIN_TIMESTEPS}]",
+    lambda steps: all(a > b for a, b in pairwise((TRAIN_TIMESTEPS + 1, *steps, 0))),
+)
+SIZE = Rule(
+    f"multiples of {TOKEN_PIXELS}x{TOKEN_PIXELS}",
+    lambda size: all(side > 0 and side % TOKEN_PIXELS == 0 for side in size),
+    lambda size: "x".join(map(str, size)),
+)
+FUNCTIONS = Rule(
+    "each module:function", lambda names: all(re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name) for name in names)
+)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Numbers of a window policy, in latent frames: the earlier frames that a chunk attends to.
+
+    window: attended frames, sink and own chunk included; None for all. sink: first frames that are always attended.
+    positions: "absolute", or "relative": beyond the window the attended frames are numbered without the gap behind the
+    sink. max_frames: longest video; None where only the RoPE positions end.
+    """
+
+    window: int | None = None
+    sink: int = 0
+    positions: str = "absolute"
+    max_frames: int | None = None
+
+    def check(self, frames: int, chunk: int) -> None:
+        """UserError if a video of `frames` latent frames cannot be made in chunks of `chunk`."""
+        if self.window is not None and not 1 <= chunk <= self.window - self.sink:
+            room = f"1 to {self.window - self.sink} with this window ({self.window} frames, {self.sink} of them sink)"
+            refuse("executor.chunk_frames", chunk, room)
+        if frames < 1 or frames % chunk:
+            refuse("executor.frames", frames, f"a positive multiple of the chunk, executor.chunk_frames ({chunk})")
+        if self.max_frames is not None and frames > self.max_frames:
+            refuse("executor.frames", frames, f"at most {self.max_frames} with this window")
+        if self.positions == "absolute" and frames > ROPE_POSITIONS:
+            end = f"at most {ROPE_POSITIONS} (RoPE positions) with this window, or a window of relative positions"
+            refuse("executor.frames", frames, end)
+
+
+WINDOWS = {  # docs/backbones.md section 2
+    "full": Window(),
+    "self-forcing": Window(max_frames=21),  # Causal-Forcing's too
+    "longlive": Window(window=12, sink=3),
+    "longlive-infinite": Window(window=12, sink=3, positions="relative"),
+    "tempact-self-forcing": Window(window=12, sink=1, positions="relative"),
+    "infinity-rope": Window(window=6, sink=1, positions="relative"),
+}
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """PEFT LoRA. `targets` are suffixes of module names."""
+    """The trained adapter, a LoRA of PEFT."""
 
-    rank: int
-    alpha: int
-    targets: tuple[str, ...]
+    rank: int = field(metadata=described(VIDEO, "rank of the two factors", COUNT))
+    alpha: int = field(metadata=described(VIDEO, "scale of the adapter times its rank", COUNT))
+    targets: tuple[str, ...] = field(metadata=described(VIDEO, "ends of the names of adapted linear layers", SOME))
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW; `grad_clip` is the largest global gradient norm of one policy."""
+    """AdamW and the gradient clip of one policy."""
 
-    lr: float
-    lr_end: float = 1.0  # share of lr left at the last iteration; it falls linearly from the first
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 1e-4
-    eps: float = 1e-8
-    grad_clip: float = 1.0
+    lr: float = field(metadata=described(TRAINING, "learning rate of the first iteration", NOT_NEGATIVE))
+    lr_end: float = key(1.0, TRAINING, "share of lr left at the last iteration; it falls linearly", SHARE)
+    betas: tuple[float, float] = key((0.9, 0.999), TRAINING, "decay of the two moments", BETAS)
+    weight_decay: float = key(1e-4, TRAINING, "decoupled weight decay", NOT_NEGATIVE)
+    eps: float = key(1e-8, TRAINING, "added to the root of the second moment", NOT_NEGATIVE)
+    grad_clip: float = key(1.0, TRAINING, "largest global norm of the gradient", POSITIVE)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Prompts. `prompts` is "shapeworld": drawn from the grammar's training split; or a CSV, JSONL, parquet
-    or text file of prompts (tempact.prompt_file); "" where none are known yet."""
+    """Training prompts."""
 
-    prompts: str = "shapeworld"
-    prompts_per_iteration: int = 2
+    prompts: str = key(
+        "shapeworld", TRAINING, "shapeworld (drawn from its grammar), or a CSV, JSONL, parquet, text file"
+    )
+    prompts_per_iteration: int = key(2, TRAINING, "prompts of an iteration", COUNT)
 
 
 @dataclass(frozen=True)
 class PlannerConfig:
-    """The planner policy and its GSPO update (ALGORITHM.md 2.4, 2.5)."""
+    """The planner policy and its GSPO update (docs/algorithm.md 2.4, 2.5)."""
 
-    weights: str  # "shapeworld" (shipped), a Hugging Face folder or name, or "random" (small)
+    weights: str = field(metadata=described(VIDEO, "shapeworld (shipped), a Hugging Face folder or name, or random"))
     lora: LoraConfig
     optim: OptimConfig
-    adapter: str = ""  # PEFT folder to start from; the reference is a frozen copy of it. "": a fresh one
-    precision: str = "fp32"  # of the frozen weights: fp32 or bf16
-    thinking: bool = True  # where the chat template can switch it
-    train: bool = True
-    plans_per_prompt: int = 4  # M
-    max_new_tokens: int = 192
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    clip_low: float = 3e-4
-    clip_high: float = 4e-4
-    kl_weight: float = 5e-4
-    advantage_clip: float = 1.0
-    loss_tokens: str = "all"  # "all" counts the whole response, "json" only what follows </think>
-    sampled_together: int = 0  # plans sampled in one batch, which bounds their K and V; 0: all of an iteration
-    micro_batch: int = 0  # plans a backward; 0: all of an update
-    checkpoint_activations: bool = False  # layers are recomputed in the backward pass
-    liger: str = "off"  # Liger kernels: off, auto (all on a GPU), model (in the layers), all (also the fused loss)
+    adapter: str = key("", VIDEO, "PEFT folder to start from, and the frozen reference; nothing: a fresh adapter")
+    precision: str = key("fp32", VIDEO, "precision of the frozen weights", choice("fp32", "bf16"))
+    thinking: bool = key(True, VIDEO, "the model thinks before it answers, where its chat template can switch that")
+    train: bool = key(True, TRAINING, "the planner is trained")
+    plans_per_prompt: int = key(4, TRAINING, "plans sampled for a prompt, M: a planning group", GROUP)
+    max_new_tokens: int = key(192, VIDEO, "longest response, tokens", COUNT)
+    temperature: float = key(1.0, VIDEO, "temperature of sampling; 1 where the planner is trained", POSITIVE)
+    top_p: float = key(1.0, VIDEO, "probability mass that is sampled from; 1 where the planner is trained", SHARE)
+    top_k: int = key(0, VIDEO, "tokens that are sampled from; 0 (off) where trained", at_least(0, "0 (off) or more"))
+    clip_low: float = key(3e-4, TRAINING, "clip of the sequence ratio below 1", POSITIVE)
+    clip_high: float = key(4e-4, TRAINING, "clip of the sequence ratio above 1", POSITIVE)
+    kl_weight: float = key(5e-4, TRAINING, "weight of the divergence from the reference", NOT_NEGATIVE)
+    advantage_clip: float = key(1.0, TRAINING, "largest size of an advantage", POSITIVE)
+    loss_tokens: str = key("all", TRAINING, "tokens in the loss: all, or those after </think>", choice("all", "json"))
+    sampled_together: int = key(0, VIDEO, "plans sampled in one batch, which bounds their K and V", OR_ALL)
+    micro_batch: int = key(0, SPEED, "plans of a backward pass", OR_ALL)
+    checkpoint_activations: bool = key(False, SPEED, "layers are recomputed in the backward pass")
+    liger: str = key(
+        "off", SPEED, "Liger's kernels in the layers (model), and the loss (all); auto: all on a GPU", LIGER
+    )
 
 
 @dataclass(frozen=True)
 class ExecutorConfig:
-    """The executor policy, its rollout and its Flow-GRPO update (ALGORITHM.md 2.1 - 2.3, 2.5)."""
+    """The executor policy, its roll-out and its Flow-GRPO update (docs/algorithm.md 2.1 - 2.3, 2.5)."""
 
-    # "shapeworld" (shipped), a folder of that kind, any published Wan checkpoint, or "random" / "random-tiny"
-    weights: str
+    weights: str = field(metadata=described(VIDEO, "shapeworld or such a folder, a Wan checkpoint, random(-tiny)"))
     lora: LoraConfig
     optim: OptimConfig
-    adapters: tuple[str, ...] = ()  # LoRA files and PEFT folders that are merged into a Wan checkpoint, in this order
-    entry: str = ""  # of a .pt file with several models: generator_ema, generator or model; "": the first of these
-    decoder: str = ""  # file of a tiny decoder (TAEHV) for generated videos and previews; "": the VAE's
-    precision: str = "fp32"  # of a Wan checkpoint: fp32, bf16, or bf16-fp32-gates
-    wan_folder: str = ""  # Wan2.1-T2V-1.3B (its own or diffusers'), for text encoder and VAE; "": that of the weights
-    text_cache: str = "runs/text"  # folder of a Wan text encoder's embeddings, for all runs
-    offload_text_encoder: bool = False  # a Wan text encoder's weights wait on the host while no prompt is new
-    video_size: tuple[int, int] = (480, 832)  # height and width of a Wan checkpoint's videos, pixels
-    train: bool = True
-    continuations: int = 8  # N
-    frames: int = 24  # F, latent frames
-    chunk_frames: int = 3  # c
-    window: str = "full"  # a name in executor.window.WINDOWS
-    text_switch: str = "cross_attention"  # or "recache"
-    timesteps: tuple[int, ...] = (1000, 750, 500, 250)
-    first_timesteps: tuple[int, ...] = ()  # of the first chunk, where it is sampled in other steps; (): timesteps
-    shift: float = 5.0
-    eta: float = 1.0
-    smooth_prompts: bool = True
-    prompt_separator: str = " Next: "  # between a step's prompt and the next one's, where prompts are smoothed
-    switch_rounding: str = "nearest"  # of a plan file's bounds to chunk starts: nearest, or up (as LongLive switches)
-    clip_velocity_rms: float = 0.0055
-    kl_weight: float = 5e-4
-    advantage_clip: float = 2.0
-    max_rollout_gap: float = 1.0  # between log-probs of roll-out and training, in clips; the run stops beyond it
-    ema_decay: float = 0.99
-    micro_batch: int = 64  # (continuation, transition) pairs a backward
-    checkpoint_activations: bool = False  # blocks are recomputed in the backward pass
-    rollout_videos: int = 0  # videos that advance together, by whole plans, which bounds the cache; 0: all
-    cuda_graphs: bool = True  # where the kernels serve; a graph for each shape of a call
+    adapters: tuple[str, ...] = key(
+        (), VIDEO, "LoRA files and PEFT folders merged into a Wan checkpoint, in this order"
+    )
+    entry: str = key("", VIDEO, "model of a .pt file of several; nothing: the first of these", choice("", *ENTRIES))
+    decoder: str = key("", VIDEO, "tiny decoder (a TAEHV file) of generated videos and previews; nothing: the VAE")
+    precision: str = key("fp32", VIDEO, "precision of a Wan checkpoint", choice(*EXECUTOR_PRECISIONS))
+    wan_folder: str = key("", VIDEO, "Wan2.1-T2V-1.3B(-Diffusers) for text encoder and VAE; nothing: that of weights")
+    text_cache: str = key("runs/text", SPEED, "folder of a Wan text encoder's embeddings, shared by runs")
+    offload_text_encoder: bool = key(False, SPEED, "the text encoder waits on the host while no prompt is new")
+    video_size: tuple[int, int] = key((480, 832), VIDEO, "height and width of a Wan checkpoint's videos, pixels", SIZE)
+    train: bool = key(True, TRAINING, "the executor is trained")
+    continuations: int = key(8, TRAINING, "continuations of a plan, N: an execution group", GROUP)
+    frames: int = key(24, VIDEO, "length of a video, latent frames: whole chunks", COUNT)
+    chunk_frames: int = key(3, VIDEO, "length of a chunk, latent frames", COUNT)
+    window: str = key("full", VIDEO, "frames that a chunk attends to (docs/backbones.md section 2)", choice(*WINDOWS))
+    text_switch: str = key("cross_attention", VIDEO, "a new prompt changes its own K/V, or the history's too", SWITCHES)
+    timesteps: tuple[int, ...] = key((1000, 750, 500, 250), VIDEO, "noise levels before the shift", SOME, FALLING)
+    first_timesteps: tuple[int, ...] = key((), VIDEO, "timesteps of the first chunk; nothing: the same", FALLING)
+    shift: float = key(5.0, VIDEO, "shift of the noise levels", POSITIVE)
+    eta: float = key(1.0, VIDEO, "noise of a transition; 0 would leave nothing to learn from", SHARE)
+    smooth_prompts: bool = key(True, VIDEO, "a step's prompt is followed by that of the next step")
+    prompt_separator: str = key(" Next: ", VIDEO, "text between these two prompts")
+    switch_rounding: str = key("nearest", VIDEO, "of a plan file's bounds to chunk starts", choice("nearest", "up"))
+    clip_velocity_rms: float = key(0.0055, TRAINING, "clip of the ratio, as an RMS of velocities", POSITIVE)
+    kl_weight: float = key(5e-4, TRAINING, "weight of the velocity's divergence from the reference", NOT_NEGATIVE)
+    advantage_clip: float = key(2.0, TRAINING, "largest size of an advantage", POSITIVE)
+    max_rollout_gap: float = key(1.0, RUN, "log-probs of roll-out and training, clips apart, that stop a run", POSITIVE)
+    ema_decay: float = key(0.99, TRAINING, "decay of the averaged weights", DECAY)
+    micro_batch: int = key(64, SPEED, "(continuation, transition) pairs of a backward pass", COUNT)
+    checkpoint_activations: bool = key(False, SPEED, "blocks are recomputed in the backward pass")
+    rollout_videos: int = key(0, SPEED, "videos that advance together, by whole plans: bounds the KV cache", OR_ALL)
+    cuda_graphs: bool = key(True, SPEED, "a CUDA graph for each shape of a call, where the kernels serve")
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """Weights of ALGORITHM.md 2.5."""
+    """Weights of the rewards (docs/algorithm.md 2.5)."""
 
-    temporal_following: float = 0.85
-    plan_quality: float = 0.15
-    format_penalty: float = 0.5
-    step_following: float = 0.6
-    aesthetics: float = 0.4
-    custom: tuple[str, ...] = ()  # rewards of one's own, each "module:function"
-    shuffle_advantages: bool = False  # control experiment: advantages permuted over the iteration
+    temporal_following: float = key(0.85, TRAINING, "weight in a plan's reward", NOT_NEGATIVE)
+    plan_quality: float = key(0.15, TRAINING, "weight in a plan's reward", NOT_NEGATIVE)
+    format_penalty: float = key(0.5, TRAINING, "taken from a plan's reward where its format is all wrong", NOT_NEGATIVE)
+    step_following: float = key(0.6, TRAINING, "weight in a continuation's reward", NOT_NEGATIVE)
+    aesthetics: float = key(0.4, TRAINING, "weight in a continuation's reward", NOT_NEGATIVE)
+    custom: tuple[str, ...] = key((), TRAINING, "further rewards, functions that are imported", FUNCTIONS)
+    shuffle_advantages: bool = key(False, TRAINING, "control experiment: advantages permuted over the iteration")
 
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """Rewards for real video. Addresses, models, keys, concurrency and rate limits are in the environment only
-    (docs/judges.md)."""
+    """Rewards of real video. The environment holds addresses, models, keys and rate limits (docs/judges.md)."""
 
-    shapeworld: bool = False  # served judges score ShapeWorld too, in the place of its rules and its verifier
-    deadline_s: float = 120.0  # for a call, with its retries and pauses
-    attempt_s: float = 60.0  # for one request
-    attempts: int = 4  # requests of a call
-    outage_s: float = 300.0  # silence of all servers of a role after which the run saves and stops
-    cache: str = "runs/judges.sqlite"  # replies, for all ranks and runs on a machine; "" for none
-    video_frames: int = 6  # of a whole video that a judge sees
-    step_frames: int = 6  # of a step
-    aesthetics_frames: int = 8  # of a step that PickScore sees
-    aesthetics_batch: int = 64  # frames that PickScore takes at a time
-    aesthetics_weights: str = "yuvalkirstain/PickScore_v1"  # a CLIP folder, or a name on the Hugging Face hub
-    aesthetics_processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # its tokenizer and image sizes
+    shapeworld: bool = key(False, TRAINING, "judges score ShapeWorld too, in place of its rules and its verifier")
+    deadline_s: float = key(120.0, RUN, "seconds for a call, with its retries and pauses", POSITIVE)
+    attempt_s: float = key(60.0, RUN, "seconds for one request", POSITIVE)
+    attempts: int = key(4, RUN, "requests of a call", COUNT)
+    outage_s: float = key(300.0, RUN, "silence of all servers of a role after which a run stops, seconds", POSITIVE)
+    cache: str = key("runs/judges.sqlite", RUN, "replies, for all runs and ranks of a machine; nothing: no cache")
+    video_frames: int = key(6, TRAINING, "frames of a whole video that a judge sees", at_least(2))
+    step_frames: int = key(6, TRAINING, "frames of a step that a judge sees", at_least(2))
+    aesthetics_frames: int = key(8, TRAINING, "frames of a step that PickScore sees", at_least(2))
+    aesthetics_batch: int = key(64, SPEED, "frames that PickScore takes at a time", COUNT)
+    aesthetics_weights: str = key("yuvalkirstain/PickScore_v1", TRAINING, "CLIP folder or Hugging Face name")
+    aesthetics_processor: str = key("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", TRAINING, "its tokenizer and image sizes")
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out evaluation: videos per set, film strips shown, bootstrap resamples."""
+    """Held-out evaluation."""
 
-    simple: int = 64
-    hard: int = 64
-    strips: int = 4
-    bootstrap: int = 2000
-    batch: int = 64
-    seed: int = 1234
+    simple: int = key(64, RUN, "videos of the simple set", COUNT)
+    hard: int = key(64, RUN, "videos of the hard set", COUNT)
+    strips: int = key(4, RUN, "film strips shown", NOT_NEGATIVE)
+    bootstrap: int = key(2000, RUN, "resamples of the bootstrap", COUNT)
+    batch: int = key(64, RUN, "videos that are made together", COUNT)
+    seed: int = key(1234, RUN, "seed of prompts, plans and noise", SEED)
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """The loop. `updates_per_iteration` splits the plan groups of an iteration over that many steps."""
+    """The loop."""
 
-    iterations: int = 100
-    updates_per_iteration: int = 1
-    checkpoint_every: int = 20
-    keep_checkpoints: int = 2
-    samples_every: int = 10
-    max_skipped_updates: int = 5  # consecutive updates refused for non-finite gradients before the run stops
+    iterations: int = key(100, RUN, "iterations of the run, over which the learning rates fall", COUNT)
+    updates_per_iteration: int = key(1, TRAINING, "optimiser steps, each on its own part of the plan groups", COUNT)
+    checkpoint_every: int = key(20, RUN, "iterations between checkpoints", COUNT)
+    keep_checkpoints: int = key(2, RUN, "newest checkpoints that are kept", COUNT)
+    samples_every: int = key(10, RUN, "iterations between sample tables and film strips", COUNT)
+    max_skipped_updates: int = key(5, RUN, "updates in a row refused for non-finite gradients, then stop", NOT_NEGATIVE)
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run, whole."""
+    """The run as a whole."""
 
-    preset: str
+    preset: str = field(metadata=described(RUN, "name of the preset that the configuration began with"))
     planner: PlannerConfig
     executor: ExecutorConfig
     data: DataConfig = field(default_factory=DataConfig)
@@ -178,108 +303,64 @@ class RunConfig:
     judges: JudgeSettings = field(default_factory=JudgeSettings)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    output: str = "runs/shapeworld"
-    seed: int = 0
-    device: str = "auto"  # auto, cpu, cuda
-    kernels: str = "auto"  # auto (Triton on a GPU), torch (the reference path), triton
-    wandb_project: str = ""  # Weights & Biases project, "" for none
-    threads: int = 0  # CPU threads, 0 leaves torch's choice
-    deterministic: bool = False
+    output: str = key("runs/shapeworld", RUN, "folder of the run", FOLDER)
+    seed: int = key(0, VIDEO, "seed of every random draw", SEED)
+    device: str = key("auto", SPEED, "a GPU if there is one (auto), or as named", choice("auto", "cpu", "cuda"))
+    kernels: str = key("auto", SPEED, "Triton's on a GPU (auto), or as named", choice("torch", "triton", "auto"))
+    wandb_project: str = key("", RUN, "Weights & Biases project; nothing: none")
+    threads: int = key(0, SPEED, "CPU threads; 0 leaves torch's choice", NOT_NEGATIVE)
+    deterministic: bool = key(False, SPEED, "torch's deterministic algorithms only")
+
+
+def sections_of(kind: type, prefix: str = "") -> dict[str, type]:
+    """Dotted names and classes of a configuration class's sections; it is the first, named `prefix`."""
+    sections = {prefix: kind}
+    for name, inner in get_type_hints(kind).items():
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            sections |= sections_of(inner, f"{prefix}.{name}".lstrip("."))
+    return sections
+
+
+def keys_of(kind: type) -> dict[str, Key]:
+    """Dotted keys of a configuration class, by section."""
+    keys = {}
+    for section, inner in sections_of(kind).items():
+        hints = get_type_hints(inner)
+        for own in filter(lambda own: own.metadata, dataclasses.fields(inner)):
+            keys[f"{section}.{own.name}".lstrip(".")] = Key(hints[own.name], own.default, **own.metadata)
+    return keys
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Dotted keys and values of a configuration."""
+    return {name: attrgetter(name)(config) for name in keys_of(type(config))}
+
+
+def refuse(name: str, found: object, accepted: str) -> NoReturn:
+    raise UserError(f"{name}: found {found}; accepted: {accepted}")
+
+
+def check_keys(config: Any, prefix: str = "") -> None:
+    """UserError for the first value that its key does not accept; `prefix` goes before the key in the message."""
+    values = flatten(config)
+    for name, own in keys_of(type(config)).items():
+        for rule in own.rules:
+            if not rule.good(values[name]):
+                refuse(f"{prefix}{name}", rule.shown(values[name]), rule.accepted)
 
 
 def validate(config: RunConfig) -> None:
-    """Raises UserError in one line for the first value that cannot work."""
-    executor, planner, trainer, evaluation = config.executor, config.planner, config.trainer, config.evaluation
-    _check_judges(config.judges)
-    _check_ranges(config)
-    counts = {
-        "planner.lora.rank": planner.lora.rank,
-        "planner.lora.alpha": planner.lora.alpha,
-        "planner.max_new_tokens": planner.max_new_tokens,
-        "executor.lora.rank": executor.lora.rank,
-        "executor.lora.alpha": executor.lora.alpha,
-        "executor.chunk_frames": executor.chunk_frames,
-        "executor.micro_batch": executor.micro_batch,
-        "data.prompts_per_iteration": config.data.prompts_per_iteration,
-        "trainer.iterations": trainer.iterations,
-        "trainer.updates_per_iteration": trainer.updates_per_iteration,
-        "trainer.checkpoint_every": trainer.checkpoint_every,
-        "trainer.keep_checkpoints": trainer.keep_checkpoints,
-        "trainer.samples_every": trainer.samples_every,
-        "evaluation.simple": evaluation.simple,
-        "evaluation.hard": evaluation.hard,
-        "evaluation.bootstrap": evaluation.bootstrap,
-        "evaluation.batch": evaluation.batch,
-    }
-    for key, count in counts.items():
-        if count < 1:
-            raise UserError(f"{key}: found {count}; accepted: at least 1")
-    checks = [
-        (executor.frames > 0 and executor.frames % executor.chunk_frames == 0, "executor.frames", executor.frames,
-         f"a positive multiple of executor.chunk_frames ({executor.chunk_frames})"),
-        (planner.plans_per_prompt >= 2, "planner.plans_per_prompt", planner.plans_per_prompt,
-         "at least 2 (a planning group compares plans)"),
-        (executor.continuations >= 2, "executor.continuations", executor.continuations,
-         "at least 2 (an execution group compares continuations)"),
-        (planner.micro_batch >= 0, "planner.micro_batch", planner.micro_batch, "0 (all), or at least 1"),
-        (planner.sampled_together >= 0, "planner.sampled_together", planner.sampled_together, "0 (all), or at least 1"),
-        (executor.rollout_videos >= 0, "executor.rollout_videos", executor.rollout_videos, "0 (all), or at least 1"),
-        (bool(executor.timesteps), "executor.timesteps", executor.timesteps, "at least one"),
-        (bool(executor.lora.targets), "executor.lora.targets", executor.lora.targets, "at least one"),
-        (bool(planner.lora.targets), "planner.lora.targets", planner.lora.targets, "at least one"),
-        (0 < executor.eta <= 1, "executor.eta", executor.eta, "above 0, at most 1 (0 leaves nothing to learn from)"),
-    ]  # fmt: skip
-    for good, key, found, accepted in checks:
-        if not good:
-            raise UserError(f"{key}: found {found}; accepted: {accepted}")
-
-
-def _check_ranges(config: RunConfig) -> None:
-    """Numbers that would turn the learning around, or stop a run long after it began."""
-    planner, executor, rewards = config.planner, config.executor, config.rewards
-    above: dict[str, float] = {
-        "planner.clip_low": planner.clip_low,
-        "planner.clip_high": planner.clip_high,
-        "planner.advantage_clip": planner.advantage_clip,
-        "executor.clip_velocity_rms": executor.clip_velocity_rms,
-        "executor.advantage_clip": executor.advantage_clip,
-        "executor.max_rollout_gap": executor.max_rollout_gap,
-    }
-    least: dict[str, float] = {
-        "planner.kl_weight": planner.kl_weight,
-        "executor.kl_weight": executor.kl_weight,
-        "trainer.max_skipped_updates": config.trainer.max_skipped_updates,
-        "evaluation.strips": config.evaluation.strips,
-        "threads": config.threads,
-        **{f"rewards.{name}": value for name, value in vars(rewards).items() if type(value) is float},
-    }
-    checks: list[tuple[bool, str, object, str]] = [
-        (0 <= executor.ema_decay <= 1, "executor.ema_decay", executor.ema_decay, "0 to 1"),
-        (bool(config.output.strip()), "output", repr(config.output), "a folder"),
-    ]
-    for name, optim in (("planner", planner.optim), ("executor", executor.optim)):
-        above[f"{name}.optim.grad_clip"] = optim.grad_clip
-        least |= {f"{name}.optim.{key}": getattr(optim, key) for key in ("lr", "weight_decay", "eps")}
-        checks += [
-            (0 < optim.lr_end <= 1, f"{name}.optim.lr_end", optim.lr_end, "above 0, at most 1"),
-            (all(0 <= beta < 1 for beta in optim.betas), f"{name}.optim.betas", optim.betas, "each 0 to below 1"),
-        ]
-    for key, seed in (("seed", config.seed), ("evaluation.seed", config.evaluation.seed)):
-        checks.append((0 <= seed <= LARGEST_SEED, key, seed, f"0 to {LARGEST_SEED}"))
-    checks += [(value > 0, key, value, "above 0") for key, value in above.items()]
-    checks += [(value >= 0, key, value, "at least 0") for key, value in least.items()]
-    for good, key, found, accepted in checks:
-        if not good:
-            raise UserError(f"{key}: found {found}; accepted: {accepted}")
-
-
-def _check_judges(judges: JudgeSettings) -> None:
-    least = {"attempts": 1, "aesthetics_batch": 1, "video_frames": 2, "step_frames": 2, "aesthetics_frames": 2}
-    for key, count in least.items():  # two frames: the first and the last
-        if getattr(judges, key) < count:
-            raise UserError(f"judges.{key}: found {getattr(judges, key)}; accepted: at least {count}")
-    for key in ("deadline_s", "attempt_s"):
-        if getattr(judges, key) <= 0:
-            raise UserError(f"judges.{key}: found {getattr(judges, key)}; accepted: above 0")
+    """UserError in one line for the first value that cannot work, as far as the configuration alone tells."""
+    check_keys(config)
+    planner, executor, judges = config.planner, config.executor, config.judges
+    WINDOWS[executor.window].check(executor.frames, executor.chunk_frames)
+    for name, full in {"temperature": 1.0, "top_p": 1.0, "top_k": 0}.items():
+        if planner.train and getattr(planner, name) != full:
+            why = "where the planner is trained, because log-probs are those of the full distribution"
+            refuse(f"planner.{name}", getattr(planner, name), f"{full} {why}")
+    if executor.train and len(executor.timesteps) < 2:
+        why = "two or more where the executor is trained, because the last step is deterministic"
+        refuse("executor.timesteps", executor.timesteps, why)
     if judges.outage_s <= judges.attempt_s:
-        raise UserError(f"judges.outage_s: found {judges.outage_s}; accepted: above attempt_s ({judges.attempt_s})")
+        accepted = f"above judges.attempt_s ({judges.attempt_s}), or one slow reply is an outage"
+        refuse("judges.outage_s", judges.outage_s, accepted)

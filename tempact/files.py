@@ -55,6 +55,21 @@ def writing(path: Path, accepted: str = "a disk with space left") -> Iterator[Pa
         partial.unlink(missing_ok=True)
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Around the parsing of a file that a run wrote: UserError with its name if it is not as it was written."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-from tempact import callable_command
-from tempact.cli import CONFIG, LineParser, guarded, lora_options, parse_run
+from tempact.cli import CONFIG, LineParser, callable_command, guarded, lora_options, parse_run
 from tempact.config import RunConfig
 from tempact.errors import UserError
 from tempact.presets import DEFAULT
@@ -47,7 +45,8 @@ def _generate(arguments: argparse.Namespace, options: list[str]) -> int:
     from tempact.types import Prompt
 
     setup_logging()
-    lengths = config.executor.frames, config.executor.chunk_frames
+    executor = config.executor
+    lengths = executor.frames, executor.chunk_frames, executor.switch_rounding
     if arguments.prompts:
         requests = read_requests(arguments.prompts, *lengths)
     else:
@@ -74,11 +73,11 @@ def _configured(arguments: argparse.Namespace, options: list[str]) -> RunConfig:
     elif adapter is not None:
         raise UserError(f"--adapter: found no config.yaml or {CONFIG} in {adapter}; accepted: a run, a PEFT folder")
     frames = ["--executor.frames", arguments.frames] if arguments.frames else []
-    config = parse_run([*source, *frames, *options], PROGRAM)[0]
-    return replace(config, planner=replace(config.planner, train=False))  # any sampling setting may be tried
+    untrained = ["--planner.train", "false", "--executor.train", "false"]  # any sampling setting may be tried
+    return parse_run([*source, *frames, *options, *untrained], PROGRAM)[0]
 
 
-callable_command(__name__)
+callable_command(__name__, "tempact.runs.generation")
 
 if __name__ == "__main__":
     sys.exit(main())

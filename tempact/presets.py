@@ -1,12 +1,24 @@
-"""Named presets: each is a function that returns a full configuration."""
+"""Named presets: each is a function that returns a full configuration; its docstring begins with the help's line.
+
+Presets of real backbones train as TempAct's authors did (docs/algorithm.md section 3), which differs from the
+inference of a backbone's own authors; `backbone_inference` gives the latter:
+
+    prompts    smoothed, so that a step prepares its successor; authors give each prompt as it is
+    length     30 latent frames, room for switches after which a window moves; Self- and Causal-Forcing's own end at 21
+    window     12 frames with sink 1 and relative positions, which makes those lengths possible; LongLive's is its own
+    precision  bf16 with fp32 norms and gates, for exact log-probs; authors compute in bf16 throughout
+    entry      as authors: of the models in a .pt file, the one that a backbone's own inference reads
+"""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import replace
+from difflib import get_close_matches
+from typing import Any
 
 from tempact.config import (
+    WINDOWS,
     DataConfig,
     EvaluationConfig,
     ExecutorConfig,
@@ -15,19 +27,20 @@ from tempact.config import (
     PlannerConfig,
     RunConfig,
     TrainerConfig,
+    refuse,
+    validate,
 )
-from tempact.errors import UserError
 
-ATTENTION = ("q", "k", "v", "o")
-EXECUTOR_TARGETS = (
-    *(f"self_attn.{name}" for name in ATTENTION),
-    *(f"cross_attn.{name}" for name in ATTENTION),
-    "ffn.0",
-    "ffn.2",
-)
+EXECUTOR_TARGETS = (*(f"{block}_attn.{name}" for block in ("self", "cross") for name in "qkvo"), "ffn.0", "ffn.2")
 SELF_FORCING_TARGETS = tuple(name for name in EXECUTOR_TARGETS if not name.startswith("cross_attn."))
 PLANNER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 QWEN3_MICRO_BATCH = {"1.7B": 8, "4B": 4, "8B": 4}  # plans of up to 2,024 new tokens a backward
+
+
+def derived(base: RunConfig, name: str, planner: PlannerConfig | None = None, **executor: Any) -> RunConfig:
+    """`base` under another name, with another planner and other values of the executor's keys."""
+    executing = replace(base.executor, **executor)
+    return replace(base, preset=name, output=f"runs/{name}", planner=planner or base.planner, executor=executing)
 
 
 def shapeworld() -> RunConfig:
@@ -57,36 +70,29 @@ def shapeworld() -> RunConfig:
 
 def shapeworld_full() -> RunConfig:
     """The same at a size for one H200: more prompts, M = 4, N = 8, a larger evaluation."""
-    base = shapeworld()
+    planner = replace(shapeworld().planner, optim=OptimConfig(lr=1e-3, lr_end=0.1))
+    optim = OptimConfig(lr=2.5e-4, lr_end=0.1)
     return replace(
-        base,
-        preset="shapeworld-full",
-        planner=replace(base.planner, optim=OptimConfig(lr=1e-3, lr_end=0.1)),
-        executor=replace(base.executor, optim=OptimConfig(lr=2.5e-4, lr_end=0.1), continuations=8, micro_batch=768),
+        derived(shapeworld(), "shapeworld-full", planner, optim=optim, continuations=8, micro_batch=768),
         data=DataConfig(prompts_per_iteration=8),
         trainer=TrainerConfig(iterations=120, checkpoint_every=40),
         evaluation=EvaluationConfig(simple=256, hard=256, batch=256),
-        output="runs/shapeworld-full",
     )
 
 
 def shapeworld_smoke() -> RunConfig:
     """Two iterations and a tiny evaluation, to see that everything runs."""
-    base = shapeworld()
+    planner = replace(shapeworld().planner, plans_per_prompt=2)
     return replace(
-        base,
-        preset="shapeworld-smoke",
-        planner=replace(base.planner, plans_per_prompt=2),
-        executor=replace(base.executor, continuations=2),
+        derived(shapeworld(), "shapeworld-smoke", planner, continuations=2),
         data=DataConfig(prompts_per_iteration=1),
         trainer=TrainerConfig(iterations=2, checkpoint_every=1, samples_every=1),
         evaluation=EvaluationConfig(simple=2, hard=2, strips=1, bootstrap=50, batch=2),
-        output="runs/shapeworld-smoke",
     )
 
 
 def qwen3_planner(size: str) -> PlannerConfig:
-    """Qwen3-1.7B, -4B or -8B, which think before they plan (ALGORITHM.md section 3)."""
+    """Qwen3-1.7B, -4B or -8B, which think before they plan (docs/algorithm.md section 3)."""
     return PlannerConfig(
         weights=f"Qwen/Qwen3-{size}",
         lora=LoraConfig(rank=32, alpha=64, targets=PLANNER_TARGETS),
@@ -100,8 +106,11 @@ def qwen3_planner(size: str) -> PlannerConfig:
 
 
 def self_forcing() -> RunConfig:
-    """Self-Forcing on Wan2.1-T2V-1.3B, 480x832 (weights are yours to give): window of 12 frames, raw keys."""
-    # ALGORITHM.md section 3; window and positions of BACKBONES.md section 2, "TA on SF"
+    """Self-Forcing on Wan2.1-T2V-1.3B, 480x832 (weights are yours to give): window of 12 frames, raw keys.
+
+    Prompts, length, window and precision differ from its authors' inference, as said above. TempAct's published
+    adapters saw the prompts of two steps joined without a separator: use them with --executor.prompt_separator "".
+    """
     return RunConfig(
         preset="self-forcing",
         planner=qwen3_planner("1.7B"),
@@ -109,6 +118,7 @@ def self_forcing() -> RunConfig:
             weights="",
             lora=LoraConfig(rank=256, alpha=256, targets=SELF_FORCING_TARGETS),
             optim=OptimConfig(lr=1e-4),
+            entry="generator_ema",
             precision="bf16-fp32-gates",
             offload_text_encoder=True,  # 10.6 GiB
             frames=30,
@@ -122,61 +132,83 @@ def self_forcing() -> RunConfig:
     )
 
 
-def causal_forcing() -> RunConfig:
-    """Causal-Forcing, chunk-wise, on Wan2.1-T2V-1.3B: sampled and attended as Self-Forcing."""
-    return replace(self_forcing(), preset="causal-forcing", output="runs/causal-forcing")
-
-
-def causal_forcing_framewise() -> RunConfig:
-    """Causal-Forcing, frame-wise: chunks of one latent frame, otherwise as causal-forcing."""
-    # published with a buffer of 21 frames: --executor.window self-forcing --executor.frames 21
-    base = causal_forcing()
-    executor = replace(base.executor, chunk_frames=1)
-    name = "causal-forcing-framewise"
-    return replace(base, preset=name, executor=executor, output=f"runs/{name}")
-
-
-def longlive() -> RunConfig:
-    """LongLive on Wan2.1-T2V-1.3B (base and lora.pt): sink of 3 in a window of 12, K/V recached at switches."""
-    base = self_forcing()
-    executor = replace(
-        base.executor,
-        lora=LoraConfig(rank=256, alpha=256, targets=EXECUTOR_TARGETS),
-        window="longlive",
-        text_switch="recache",
-    )
-    return replace(base, preset="longlive", executor=executor, output="runs/longlive")
-
-
 def self_forcing_4b() -> RunConfig:
     """As self-forcing, planned by Qwen3-4B."""
-    planner = qwen3_planner("4B")
-    return replace(self_forcing(), preset="self-forcing-4b", planner=planner, output="runs/self-forcing-4b")
+    return derived(self_forcing(), "self-forcing-4b", qwen3_planner("4B"))
 
 
 def self_forcing_8b() -> RunConfig:
     """As self-forcing, planned by Qwen3-8B."""
-    planner = qwen3_planner("8B")
-    return replace(self_forcing(), preset="self-forcing-8b", planner=planner, output="runs/self-forcing-8b")
+    return derived(self_forcing(), "self-forcing-8b", qwen3_planner("8B"))
 
 
-PRESETS: dict[str, Callable[[], RunConfig]] = {
-    "shapeworld": shapeworld,
-    "shapeworld-full": shapeworld_full,
-    "shapeworld-smoke": shapeworld_smoke,
-    "self-forcing": self_forcing,
-    "self-forcing-4b": self_forcing_4b,
-    "self-forcing-8b": self_forcing_8b,
-    "causal-forcing": causal_forcing,
-    "causal-forcing-framewise": causal_forcing_framewise,
-    "longlive": longlive,
-}
+def causal_forcing() -> RunConfig:
+    """Causal-Forcing, chunk-wise, on Wan2.1-T2V-1.3B: sampled and attended as Self-Forcing.
+
+    Prompts, length, window and precision differ from its authors' inference, as in self-forcing and all that follow.
+    """
+    return derived(self_forcing(), "causal-forcing", entry="generator")
+
+
+def causal_forcing_framewise() -> RunConfig:
+    """Causal-Forcing, frame-wise: chunks of one latent frame, otherwise as causal-forcing."""
+    return derived(self_forcing(), "causal-forcing-framewise", chunk_frames=1)
+
+
+def causal_forcing_2step() -> RunConfig:
+    """Causal-Forcing++, frame-wise: two steps a frame, four for the first one."""
+    first = ExecutorConfig.timesteps
+    return derived(causal_forcing_framewise(), "causal-forcing-2step", timesteps=(1000, 500), first_timesteps=first)
+
+
+def causal_forcing_1step() -> RunConfig:
+    """Causal-Forcing++, frame-wise: one step a frame, four for the first one; it generates, but is not trained."""
+    return derived(causal_forcing_2step(), "causal-forcing-1step", timesteps=(1000,), train=False)
+
+
+def longlive() -> RunConfig:
+    """LongLive on Wan2.1-T2V-1.3B (base and lora.pt): sink of 3 in a window of 12, K/V recached at switches.
+
+    Prompts and precision differ from its authors' inference; window and switches, which come at the first chunk start
+    at or after a plan file's bound (40: 42), do not.
+    """
+    return derived(
+        self_forcing(), "longlive", lora=LoraConfig(rank=256, alpha=256, targets=EXECUTOR_TARGETS), entry="generator",
+        window="longlive", text_switch="recache", switch_rounding="up",
+    )  # fmt: skip
+
+
 DEFAULT = "shapeworld"
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    make.__name__.replace("_", "-"): make
+    for make in (
+        shapeworld, shapeworld_full, shapeworld_smoke, self_forcing, self_forcing_4b, self_forcing_8b, causal_forcing,
+        causal_forcing_framewise, causal_forcing_2step, causal_forcing_1step, longlive,
+    )
+}  # fmt: skip
 
 
 def get_preset(name: str) -> RunConfig:
     """The preset of that name; UserError with the nearest name if there is none."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 1, cutoff=0.0)[0]
-        raise UserError(f"preset: found {name!r}; accepted: {', '.join(PRESETS)} (nearest: {near})")
+        near = get_close_matches(name, PRESETS, 1, cutoff=0.0)[0]
+        refuse("preset", repr(name), f"{', '.join(PRESETS)} (nearest: {near})")
     return PRESETS[name]()
+
+
+def backbone_inference(config: RunConfig) -> RunConfig:
+    """`config` with the prompts, window, length and precision of the inference of its backbone's authors.
+
+    Only values that are the preset's are changed: any other was asked for. LongLive's length is the one asked for.
+    UserError for ShapeWorld, and for a length that the backbone's own window cannot have.
+    """
+    own = get_preset(config.preset).executor
+    if own.weights == DEFAULT:
+        refuse("--inference", f"backbone with the preset {config.preset}", "a preset of a real backbone")
+    theirs: dict[str, Any] = {"smooth_prompts": False, "precision": "bf16"}
+    if own.window != "longlive":
+        theirs |= {"window": "self-forcing", "frames": WINDOWS["self-forcing"].max_frames}
+    usual = {name: value for name, value in theirs.items() if getattr(config.executor, name) == getattr(own, name)}
+    config = replace(config, executor=replace(config.executor, **usual))
+    validate(config)
+    return config

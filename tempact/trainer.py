@@ -33,7 +33,7 @@ from tempact.rl.advantages import (
 )
 from tempact.rl.optim import EMA, PolicyOptimizer
 from tempact.seeds import derive_seed
-from tempact.types import Batch, PlanBatch, Prompt, Rollout, Scored, missing_mask
+from tempact.types import Batch, PlanBatch, Prompt, Rollout, Scored
 
 log = logging.getLogger(__name__)
 
@@ -265,8 +265,8 @@ def prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
 def reward_metrics(scored: Scored) -> dict[str, float]:
     """rewards/<name>/mean, std and missing of every raw reward."""
     metrics: dict[str, float] = {}
-    for name, values in vars(scored).items():
-        present = values[~missing_mask(values)]
+    for name, values in scored.named():
+        present = values[~torch.isnan(values)]
         metrics[f"rewards/{name}/mean"] = present.mean().item() if len(present) else float("nan")
         metrics[f"rewards/{name}/std"] = present.std(correction=0).item() if len(present) else float("nan")
         metrics[f"rewards/{name}/missing"] = 1.0 - present.numel() / values.numel()

@@ -7,10 +7,13 @@ transitions, C latent channels, H x W latent size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
-import torch
 from torch import Tensor
+
+RewardLevel: TypeAlias = Literal["plan", "execution"]
 
 
 @dataclass(frozen=True)
@@ -122,15 +125,32 @@ class Rollout:
     transition: Transition | None = None
 
 
+@dataclass(frozen=True)
+class CustomScores:
+    """Raw scores of one of the user's own rewards (docs/rewards.md).
+
+    name    as in the metrics `rewards/<name>/...` and in the samples
+    level   "plan": added to a plan's reward R; "execution": added to a continuation's reward U
+    weight  factor of the scores in that sum
+    scores  [P] or [P, N] fp32 on the CPU ([P, N] at the execution level), any finite number; NaN is *missing*
+    """
+
+    name: str
+    level: RewardLevel
+    weight: float
+    scores: Tensor
+
+
 @dataclass
 class Scored:
-    """Raw rewards; NaN is *missing*, never a score (ALGORITHM.md, decision 7).
+    """Raw rewards on the CPU; NaN is *missing*, never a score (docs/algorithm.md, decision 7).
 
     plan_quality        [P]     J in [0, 0.9]
     format_score        [P]     f in {0, 0.5, 1}, never missing
     temporal_following  [P, N]  V in [0, 1]
     step_following      [P, N]  L in [0, 1]
     aesthetics          [P, N]  P in [0, 1]
+    custom              the user's own rewards, in the order in which they were given
     """
 
     plan_quality: Tensor
@@ -138,6 +158,15 @@ class Scored:
     temporal_following: Tensor
     step_following: Tensor
     aesthetics: Tensor
+    custom: tuple[CustomScores, ...] = ()
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and raw scores of every reward: the five of the method, then the user's own."""
+        for name, scores in vars(self).items():
+            if name != "custom":
+                yield name, scores
+        for own in self.custom:
+            yield own.name, own.scores
 
 
 @dataclass
@@ -161,8 +190,3 @@ class Missing:
     """A reward that could not be obtained, and why."""
 
     reason: str
-
-
-def missing_mask(scores: Tensor) -> Tensor:
-    """True where a score is missing."""
-    return torch.isnan(scores)

@@ -1,8 +1,8 @@
 """docs/architecture.svg, drawn from the code's own imports: `PYTHONPATH=tests python tests/draw_architecture.py`.
 
 A box is a room (a module or package of `tempact`, or csrc_triton), a row is a layer of tests/test_imports.py. An arrow
-leads from a room to one that it imports; arrows that follow from others (a -> b -> c makes a -> c superfluous) and arrows to
-the rooms that everyone may import are left out.
+leads from a room to one that it imports. Left out: arrows that follow from others (a -> b -> c makes a -> c
+superfluous), and those to rooms that everyone may import.
 """
 
 from __future__ import annotations

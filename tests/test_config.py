@@ -5,14 +5,26 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tempact.cli import RunOptions, fingerprint, from_yaml, keys_of, nearest, parse_run, to_yaml
-from tempact.config import RunConfig, validate
+from tempact.cli import RunOptions, fingerprint, from_yaml, nearest, parse_run, to_yaml
+from tempact.config import (
+    RESUME_MAY_CHANGE,
+    RUN,
+    SPEED,
+    TRAINING,
+    VIDEO,
+    RunConfig,
+    flatten,
+    keys_of,
+    validate,
+)
 from tempact.errors import UserError
 from tempact.presets import DEFAULT, PRESETS, get_preset
 
@@ -44,14 +56,14 @@ def write(tmp_path: Path):
 def test_every_preset_is_valid_and_survives_yaml(name: str, write) -> None:
     config = get_preset(name)
     validate(config)
-    assert config.preset == name and PRESETS[name].__doc__ and "\n" not in PRESETS[name].__doc__
+    assert config.preset == name and config.output == f"runs/{name}" and str(PRESETS[name].__doc__).strip()
     assert from_yaml(write(to_yaml(config))) == config
 
 
 def test_values_that_yaml_could_bend_come_back_equal(write) -> None:
     config = parse(
         "--output", "1e-3", "--wandb_project", "no: ü #1", "--planner.optim.lr", "1e-22", "--seed", "3",
-        "--executor.ema_decay", "0.1", "--executor.timesteps", "900", "--planner.lora.targets", "null", "~",
+        "--executor.ema_decay", "0.1", "--executor.timesteps", "900", "800", "--planner.lora.targets", "null", "~",
     )  # fmt: skip
     again = from_yaml(write(to_yaml(config)))
     assert again == config and type(again.output) is str and again.planner.lora.targets == ("null", "~")
@@ -195,7 +207,7 @@ def test_the_fingerprint_sees_every_value(write) -> None:
             section = section[name]
         value = section[last]
         if isinstance(value, list):
-            section[last] = [2 * item for item in value] or ["x"]
+            section[last] = [2 * item for item in value] or [1 if last == "first_timesteps" else "x"]
         else:
             section[last] = (not value) if isinstance(value, bool) else value * 2 if value else type(value)("1")
         seen.add(fingerprint(from_yaml(write(yaml.safe_dump(data)))))
@@ -227,3 +239,129 @@ def test_every_configuration_field_is_read_somewhere() -> None:
 def test_yaml_is_plain_data() -> None:
     text = to_yaml(get_preset(DEFAULT))
     assert "!!" not in text and set(yaml.safe_load(text)) == {field.name for field in dataclasses.fields(RunConfig)}
+
+
+def scoped(key: str, value: object) -> RunConfig:
+    """The default preset with one value that is not read from words."""
+
+    def put(config: object, names: list[str]) -> object:
+        inner = put(getattr(config, names[0]), names[1:]) if names[1:] else value
+        return dataclasses.replace(config, **{names[0]: inner})
+
+    return put(get_preset(DEFAULT), key.split("."))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--planner.loss_tokens", "bogus"], "planner.loss_tokens: found 'bogus'; accepted: all, json"),
+        (["--planner.temperature", "0.3"], "planner.temperature: found 0.3; accepted: 1.0 where the planner"),
+        (["--planner.temperature", "0"], "planner.temperature: found 0.0; accepted: above 0"),
+        (["--planner.top_p", "0.7"], "planner.top_p: found 0.7; accepted: 1.0 where the planner"),
+        (["--planner.top_k", "20"], "planner.top_k: found 20; accepted: 0 where the planner is trained"),
+        (["--planner.precision", "fp8"], "planner.precision: found 'fp8'; accepted: fp32, bf16"),
+        (["--planner.liger", "yes"], "planner.liger: found 'yes'; accepted: auto, off, model, all"),
+        (["--executor.precision", "fp8"], "executor.precision: found 'fp8'; accepted: fp32, bf16, bf16-fp32-gates"),
+        (["--executor.entry", "ema"], "executor.entry: found 'ema'; accepted: nothing, generator_ema, generator"),
+        (["--executor.window", "wide"], "executor.window: found 'wide'; accepted: full, self-forcing, longlive"),
+        (["--executor.switch_rounding", "down"], "executor.switch_rounding: found 'down'; accepted: nearest, up"),
+        (["--executor.video_size", "32", "40"], "executor.video_size: found 32x40; accepted: multiples of 16x16"),
+        (["--executor.video_size", "0", "16"], "executor.video_size: found 0x16; accepted"),
+        (["--executor.timesteps", "500", "750"], "executor.timesteps: found (500, 750); accepted: falling numbers in"),
+        (["--executor.timesteps", "750", "750"], "executor.timesteps: found (750, 750); accepted: falling numbers"),
+        (["--executor.timesteps", "1001", "500"], "executor.timesteps: found (1001, 500); accepted: falling numbers"),
+        (["--executor.timesteps", "500", "0"], "executor.timesteps: found (500, 0); accepted: falling numbers in (0,"),
+        (["--executor.timesteps", "1000"], "executor.timesteps: found (1000,); accepted: two or more where"),
+        (["--executor.first_timesteps", "5", "7"], "executor.first_timesteps: found (5, 7); accepted: falling numbers"),
+        (["--executor.shift", "0"], "executor.shift: found 0.0; accepted: above 0"),
+        (["--executor.eta", "0"], "executor.eta: found 0.0; accepted: above 0, at most 1"),
+        (["--executor.window", "self-forcing"], "executor.frames: found 24; accepted: at most 21 with this window"),
+        (["--executor.frames", "1026"], "executor.frames: found 1026; accepted: at most 1024 (RoPE positions)"),
+        (["--rewards.custom", "mine.score"], "rewards.custom: found ('mine.score',); accepted: each module:function"),
+        (["--rewards.custom", "a:b:c"], "rewards.custom: found ('a:b:c',); accepted: each module:function"),
+        (["--judges.attempts", "0"], "judges.attempts: found 0; accepted: at least 1"),
+        (["--judges.video_frames", "1"], "judges.video_frames: found 1; accepted: at least 2"),
+        (["--judges.outage_s", "10"], "judges.outage_s: found 10.0; accepted: above judges.attempt_s (60.0)"),
+        (["--device", "tpu"], "device: found 'tpu'; accepted: auto, cpu, cuda"),
+        (["--kernels", "cuda"], "kernels: found 'cuda'; accepted: torch, triton, auto"),
+        (["--gpu_gib", "-1"], "--gpu_gib: found -1.0; accepted: GiB of the GPU to plan for, 0 for the one at hand"),
+    ],
+)  # fmt: skip
+def test_what_the_configuration_alone_shows_to_be_wrong_is_refused(arguments: list[str], found: str) -> None:
+    assert refusal(*arguments).startswith(found)
+
+
+def test_what_is_not_trained_may_be_otherwise() -> None:
+    sampled = ("--planner.train", "false", "--planner.temperature", "0.3", "--planner.top_k", "20")
+    assert parse(*sampled).planner.temperature == 0.3
+    assert parse("--executor.train", "false", "--executor.timesteps", "1000").executor.timesteps == (1000,)
+    assert parse("--rewards.custom", "my_rewards.motion:smooth", "x:y").rewards.custom[1] == "x:y"
+
+
+BAD: dict[object, list[object]] = {
+    int: [-1, 0, 1, 2**70], float: [-1.0, 0.0, 2.0, float("inf")], str: [" ", "bogus"],
+    tuple[str, ...]: [(), ("bogus",)], tuple[int, ...]: [(), (5, 7), (2000, 1)], tuple[int, int]: [(7, 16)],
+    tuple[float, float]: [(0.5, 1.5)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name, key in keys_of(RunConfig).items() if key.rules])
+def test_every_rule_refuses_something_alike_with_and_without_dry_run(name: str) -> None:
+    key = keys_of(RunConfig)[name]
+    for rule in key.rules:
+        bad = next(value for value in BAD[key.kind] if not rule.good(value))
+        with pytest.raises(UserError) as caught:
+            validate(scoped(name, bad))
+        said = str(caught.value)
+        assert said == f"{name}: found {rule.shown(bad)}; accepted: {rule.accepted}" and "\n" not in said
+        words = [str(one) for one in (bad if isinstance(bad, tuple) else (bad,))]
+        if words and "inf" not in words:  # what words can say
+            assert refusal(f"--{name}", *words) == refusal(f"--{name}", *words, "--dry-run") == said
+
+
+def test_every_number_has_a_range() -> None:
+    free = [name for name, key in keys_of(RunConfig).items() if key.kind in (int, float) and not key.rules]
+    assert free == []
+    assert all(key.about for key in keys_of(RunConfig).values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_refused_beyond_the_command_line_too(value: float) -> None:
+    for name, key in keys_of(RunConfig).items():
+        if key.kind is float:
+            with pytest.raises(UserError, match=f"^{name}: found {value}"):
+                validate(scoped(name, value))
+
+
+def test_train_and_its_dry_run_refuse_before_torch_is_imported() -> None:
+    code = (
+        "import sys; from tempact import train; code = train.main(sys.argv[1:]); "
+        "sys.exit(code if 'torch' not in sys.modules else 99)"
+    )
+    bad = ["--planner.loss_tokens", "bogus"]
+    lines = set()
+    for options in (bad, [*bad, "--dry-run"]):
+        done = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        lines.add(done.stderr)
+    assert lines == {"error: planner.loss_tokens: found 'bogus'; accepted: all, json\n"}
+
+
+def test_flattened_values_are_those_of_the_sections() -> None:
+    config = get_preset("longlive")
+    values = flatten(config)
+    assert values["executor.lora.rank"] == 256 and values["seed"] == 0 and values["executor.timesteps"][0] == 1000
+    assert values.keys() == keys_of(RunConfig).keys()
+    data = yaml.safe_load(to_yaml(config))
+    assert data["planner"]["optim"]["lr"] == values["planner.optim.lr"]
+
+
+def test_what_a_key_sets() -> None:
+    sets = {name: key.sets for name, key in keys_of(RunConfig).items()}
+    assert set(sets.values()) == {VIDEO, TRAINING, SPEED, RUN}
+    same = ("rollout_videos", "micro_batch", "cuda_graphs", "text_cache", "checkpoint_activations")
+    assert {sets[f"executor.{name}"] for name in same} == {sets["device"], sets["kernels"]} == {SPEED}
+    assert sets["planner.sampled_together"] == VIDEO  # another batch draws other plans
+    assert sets["executor.kl_weight"] == sets["data.prompts"] == TRAINING
+    assert all(value in RESUME_MAY_CHANGE for name, value in sets.items() if name.startswith("evaluation."))
+    assert {name.split(".")[0] for name, value in sets.items() if value == VIDEO} == {"planner", "executor", "seed"}

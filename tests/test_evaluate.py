@@ -23,7 +23,7 @@ from tempact.config import JudgeSettings
 from tempact.evaluation.judges import JudgedVideo, Verdict
 from tempact.evaluation.ledger import Ledger
 from tempact.executor.executor import Executor
-from tempact.rewards.judges.calls import JudgeOutage
+from tempact.rewards.judges import JudgeOutage
 from tempact.runs import evaluation
 from tempact.worlds import WEIGHTS
 

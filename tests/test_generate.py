@@ -22,12 +22,12 @@ from tempact.executor.rollout import gaussian_noise
 from tempact.executor.stream import stream_frames
 from tempact.models.wan.codec import PixelCodec
 from tempact.planner.planner import Planner
+from tempact.policies import PolicyPair, build_policies
 from tempact.presets import get_preset
 from tempact.runs import generation
 from tempact.runs.checkpoint import save
 from tempact.types import Plan, Step
 from tempact.video import enlarge
-from tempact.worlds import PolicyPair, build_policies
 
 STEPS = [{"start": 0, "end": 3, "prompt": "a cat"}, {"start": 3, "end": 9, "prompt": "a dog"}]
 TINY = ["--executor.weights", "random-tiny", "--executor.lora.rank", "4", "--executor.lora.alpha", "4"]

@@ -24,9 +24,11 @@ from tempact.models.wan.transformer import WanConfig
 from tempact.presets import get_preset
 from tempact.reporting.records import read_metrics
 from tempact.rewards.base import RewardSet
+from tempact.rewards.frame_picks import Span
 from tempact.runs import run as run_module
 from tempact.shapeworld.pretraining.planner import fit_tokenizer
-from tempact.types import Plan, PlanBatch, Rollout, Step
+from tempact.types import Plan, Step
+from tempact.worlds import World
 
 SMALL = WanConfig(dim=48, ffn_dim=64, freq_dim=16, text_dim=16, text_len=512, heads=2, layers=2)
 FRAMES = 15  # beyond the windows of 12
@@ -73,12 +75,9 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-@dataclass
-class Length:
+def length(prompts: list[str], plans: list[Plan], frames: Tensor, spans: list[Span | None]) -> Tensor:
     """Of the planner's answer."""
-
-    def score(self, plans: PlanBatch) -> Tensor:
-        return torch.tensor([len(plan.response) % 10 / 10 for plan in plans.plans])
+    return torch.tensor([len(plan.response) % 10 / 10 for plan in plans])
 
 
 @dataclass
@@ -87,8 +86,8 @@ class Brightness:
 
     first: int
 
-    def score(self, plans: PlanBatch, rollout: Rollout) -> Tensor:
-        return rollout.frames[:, :, self.first :].float().mean(dim=(2, 3, 4, 5)) / 255
+    def __call__(self, prompts: list[str], plans: list[Plan], frames: Tensor, spans: list[Span | None]) -> Tensor:
+        return frames[:, :, self.first :].float().mean(dim=(2, 3, 4, 5)) / 255
 
 
 @pytest.fixture
@@ -100,9 +99,9 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> None:
         words = ("a circle", "a square", "a circle")
         return Plan(instruction, tuple(Step(a, b, w) for (a, b), w in zip(pairwise(bounds), words, strict=True)))
 
-    rewards = RewardSet(Length(), Brightness(0), Brightness(9), Brightness(1))
+    rewards = RewardSet(length, Brightness(0), Brightness(9), Brightness(1))
     monkeypatch.setattr("tempact.planner.planner.parse_plan", planned)
-    monkeypatch.setattr(run_module, "build_rewards", lambda config: rewards)
+    monkeypatch.setattr(World, "rewards", lambda world, device: rewards)
     monkeypatch.setattr(run_module, "write_extremes", lambda *given: None)  # a third of the time, and tested elsewhere
 
 

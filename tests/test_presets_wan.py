@@ -13,17 +13,19 @@ import torch
 from rewards.reward_cases import FakeJudges
 from rewards.tiny_clip import tiny_clip
 
+from tempact.config import flatten
 from tempact.errors import UserError
 from tempact.executor.rollout import gaussian_noise
 from tempact.executor.window import WINDOWS
 from tempact.models.wan.random_weights import RANDOM, RandomText
-from tempact.presets import get_preset
-from tempact.rewards.judges.calls import JudgeCall
-from tempact.rewards.pickscore import PickScorer
-from tempact.rewards.real import RealRewards, real_rewards
+from tempact.policies import build_policies, build_trainer
+from tempact.presets import PRESETS, backbone_inference, get_preset
+from tempact.rewards.judges import JudgeCall
+from tempact.rewards.pickscore import Aesthetics, PickScorer, real_rewards
 from tempact.types import Batch, Plan, PlanBatch, Prompt, Step
-from tempact.worlds import build_policies, build_rewards, build_trainer, is_random
+from tempact.worlds import RandomWan, Wan, world_of
 
+CPU = torch.device("cpu")
 WAN = ("self-forcing", "causal-forcing", "causal-forcing-framewise", "longlive")
 
 
@@ -55,6 +57,44 @@ def test_values_of_the_method() -> None:
     assert (WINDOWS[longlive.window].window, WINDOWS[longlive.window].sink) == (12, 3)
     assert (WINDOWS[other.window].window, WINDOWS[other.window].sink) == (12, 1)
     assert set(longlive.lora.targets) - set(other.lora.targets) == {f"cross_attn.{name}" for name in "qkvo"}
+
+
+def test_entries_steps_and_switches_are_those_of_each_backbone() -> None:
+    """docs/backbones.md sections 2 to 4."""
+    executors = {name: get_preset(name).executor for name in PRESETS if not name.startswith("shapeworld")}
+    first = {"causal-forcing": "generator", "longlive": "generator"}
+    assert {name: e.entry for name, e in executors.items()} == {n: first.get(n, "generator_ema") for n in executors}
+    assert {name for name, e in executors.items() if e.switch_rounding == "up"} == {"longlive"}
+    two, one = executors["causal-forcing-2step"], executors["causal-forcing-1step"]
+    assert (two.timesteps, one.timesteps) == ((1000, 500), (1000,))
+    assert two.first_timesteps == one.first_timesteps == (1000, 750, 500, 250) and two.chunk_frames == 1
+    assert two.train and not one.train
+    assert {e.prompt_separator for e in executors.values()} == {" Next: "}
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("shapeworld")])
+def test_what_the_authors_of_a_backbone_run(name: str) -> None:
+    trained = get_preset(name)
+    theirs = backbone_inference(trained)
+    window = "longlive" if name == "longlive" else "self-forcing"
+    executor, length = theirs.executor, 30 if name == "longlive" else 21
+    assert (executor.window, executor.frames, executor.precision) == (window, length, "bf16")
+    assert not executor.smooth_prompts and executor.entry == trained.executor.entry
+    kept = {key: value for key, value in flatten(theirs).items() if value != flatten(trained)[key]}
+    assert kept.keys() <= {f"executor.{key}" for key in ("smooth_prompts", "window", "frames", "precision")}
+
+
+def test_what_was_asked_for_stays_in_the_authors_inference() -> None:
+    base = get_preset("self-forcing")
+    asked = replace(base, executor=replace(base.executor, frames=12, precision="fp32"))
+    assert (backbone_inference(asked).executor.frames, backbone_inference(asked).executor.precision) == (12, "fp32")
+    assert backbone_inference(small("longlive", frames=240)).executor.frames == 240
+    with pytest.raises(UserError, match="executor.frames: found 60; accepted: at most 21 with this window"):
+        backbone_inference(replace(base, executor=replace(base.executor, frames=60)))
+    with pytest.raises(
+        UserError, match="--inference: found backbone with the preset shapeworld-full; accepted: a pres"
+    ):
+        backbone_inference(get_preset("shapeworld-full"))
 
 
 @pytest.mark.parametrize("name", WAN)
@@ -118,11 +158,11 @@ def test_a_planner_that_the_hub_does_not_give() -> None:
 
 
 def test_names_of_random_weights_are_those_that_can_be_made() -> None:
-    assert all(is_random(name) for name in RANDOM) and not is_random("shapeworld")
+    assert all(RandomWan.claims(name) for name in RANDOM) and not RandomWan.claims("shapeworld")
 
 
 def test_without_the_packages_of_real_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempact.worlds.WAN_PACKAGES", ("diffusers", "no_such_package"))
+    monkeypatch.setattr(Wan, "packages", ("diffusers", "no_such_package"))
     with pytest.raises(UserError, match="random-tiny needs no_such_package; accepted: after pip install -e"):
         build_policies(small("longlive"))
 
@@ -178,13 +218,13 @@ def test_rewards_of_real_video_are_judges_and_pickscore(tmp_path: Path, monkeypa
     weights = {"aesthetics_weights": str(tmp_path), "aesthetics_processor": str(tmp_path)}
     config = replace(base, judges=replace(base.judges, cache="", video_frames=4, **weights))
     with pytest.raises(UserError, match="found no address of the judge plan_quality"):
-        build_rewards(config)
+        world_of(config).rewards(CPU)
     monkeypatch.setenv("TEMPACT_JUDGE_BASE_URL", "http://127.0.0.1:9/v1")
     monkeypatch.setenv("TEMPACT_JUDGE_MODEL", "m")
-    rewards = build_rewards(config)
-    assert isinstance(rewards, RealRewards) and rewards.temporal_following.frames == 4
+    rewards = world_of(config).rewards(CPU)
+    assert rewards.temporal_following.pictures == 4 and isinstance(rewards.aesthetics, Aesthetics)
     rewards.close()
     before = threading.active_count()
     with pytest.raises(UserError, match=r"judges\.aesthetics_weights: none cannot be loaded"):
-        build_rewards(replace(config, judges=replace(config.judges, aesthetics_weights="none")))
+        world_of(replace(config, judges=replace(config.judges, aesthetics_weights="none"))).rewards(CPU)
     assert threading.active_count() == before  # the judges' thread has ended

@@ -18,12 +18,12 @@ from tempact.evaluation.harness import LOSSLESS, Evaluation
 from tempact.evaluation.methods import BOTH, EXECUTOR_ONLY, PLANNER_ONLY, SINGLE, STEP
 from tempact.evaluation.statistics import MethodScores
 from tempact.executor.rollout import gaussian_noise
+from tempact.policies import build_policies, build_trainer
 from tempact.presets import get_preset
 from tempact.runs.evaluation import shapeworld_suite
 from tempact.seeds import derive_seed
 from tempact.trainer import Iteration, TooManySkippedUpdates, Trainer, split, switch_frames
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Scored, Step
-from tempact.worlds import build_policies, build_trainer
 
 NAN = float("nan")
 
@@ -171,7 +171,7 @@ def test_iterations_draw_anew(learned: Learned) -> None:
 
 def test_metrics_describe_the_iteration(learned: Learned) -> None:
     metrics, scored, batch = learned.first.metrics, learned.first.scored, learned.first.batch
-    for name, values in vars(scored).items():
+    for name, values in scored.named():
         assert metrics[f"rewards/{name}/mean"] == pytest.approx(values.mean().item())
         assert metrics[f"rewards/{name}/std"] == pytest.approx(values.std(correction=0).item())
         assert metrics[f"rewards/{name}/missing"] == 0.0

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from csrc_triton import runtime
 from csrc_triton.flow_sde import naive
+from csrc_triton.flow_sde.coefficients import KINDS, Coefficients, cps, dance_grpo, flow_grpo, renoise
+
+__all__ = ["KINDS", "Coefficients", "FlowStep", "cps", "dance_grpo", "flow_grpo", "flow_sde_step", "renoise"]
 
 
 class FlowStep(NamedTuple):
@@ -82,7 +85,7 @@ def flow_sde_step(
         )
     if draw is None:
         draw = naive.normal_noise(stream, offset, x.shape[0], math.prod(x.shape[1:]), x.device).view(x.shape)
-    coefficients = naive.KINDS[kind](_wide(s), _wide(n), eta)
+    coefficients = KINDS[kind](_wide(s), _wide(n), eta)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     sample, mean, std, log_prob = naive.flow_sde_step(x.to(dtype), v.to(dtype), draw.to(dtype), coefficients)
     k = torch.ones_like(std) * (coefficients.kappa / coefficients.std)
@@ -126,8 +129,8 @@ def _unfit(x: Tensor, v: Tensor, noise: Tensor | None) -> str | None:
 
 
 def _check_kind(kind: str, eta: float) -> None:
-    if kind not in naive.KINDS:
-        raise ValueError(f"kind: found {kind!r}; accepted: {', '.join(naive.KINDS)}")
+    if kind not in KINDS:
+        raise ValueError(f"kind: found {kind!r}; accepted: {', '.join(KINDS)}")
     low, high = {"cps": (0.0, 1.0), "renoise": (1.0, 1.0)}.get(kind, (0.0, math.inf))
     if not (low <= eta <= high and math.isfinite(eta)):
         raise ValueError(f"eta: found {eta}; accepted: a finite number in [{low:g}, {high:g}] for kind {kind!r}")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from csrc_triton._samples import SUM_BLOCK, Config, as_rows
 from csrc_triton.flow_sde import naive
+from csrc_triton.flow_sde.coefficients import KINDS, cps_shares
 
 # The block of "step" is part of its result: it says how the sum is split.
 CONFIGS = {"step": Config(2048, 4), "step_drawn": Config(2048, 4), "backward": Config(4096, 4)}
@@ -79,7 +80,7 @@ def _noise(seed, first, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _coefficients(s, n, first, second, KIND: tl.constexpr):
-    """naive.KINDS in fp64. first, second: of naive.cps_shares for "cps", else first is eta."""
+    """coefficients.KINDS in fp64. first, second: of coefficients.cps_shares for "cps", else first is eta."""
     if KIND == "renoise":
         decay = 1.0 - n
         kappa = decay * s
@@ -313,9 +314,9 @@ def flow_sde_step(
             level.contiguous() if isinstance(level, Tensor) else x.new_full(x.shape[:1], level, dtype=torch.float64)
             for level in (sigma, sigma_next)
         ]
-        numbers = list(naive.cps_shares(eta)) if kind == "cps" else [eta, 0.0]
+        numbers = list(cps_shares(eta)) if kind == "cps" else [eta, 0.0]
     else:
-        decay, kappa, std = naive.KINDS[kind](sigma, sigma_next, eta)
+        decay, kappa, std = KINDS[kind](sigma, sigma_next, eta)
         constant = math.log(std) + 0.5 * math.log(2 * math.pi) if std > 0 else math.nan
         numbers = [decay, kappa, std, kappa / std if std > 0 else math.inf, constant]
     sample, mean, drawn, log_prob, table = step_op(x, v, noise, *levels, numbers, kind, seed, offset, return_mean)

@@ -1,17 +1,13 @@
-"""One stochastic denoising step as plain maths (ALGORITHM.md 2.1), and the counter-based generator of its noise.
-
-Every kind is a Gaussian whose mean is linear in the sample and the velocity:
-mean = decay * x - kappa * v, with kappa = -d mean / d v.
-"""
+"""One stochastic denoising step in plain PyTorch (docs/algorithm.md 2.1), and the generator of its noise."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from csrc_triton.flow_sde.coefficients import Coefficients
 
 WORD = 0xFFFFFFFF  # 32 bits
 # Philox-4x32: round multipliers and key increments (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11)
@@ -20,60 +16,6 @@ PHILOX_WEYL = 0x9E3779B9, 0xBB67AE85
 PHILOX_ROUNDS = 10
 UNIFORM_SCALE = 4.6566127342e-10  # the largest for which (2**31 - 1) * scale is below 1 in fp32
 UNIFORM_FLOOR = 1e-7  # of what a logarithm is taken
-
-
-Level = Any  # a float, or an fp64 tensor: 0-d or [B]
-
-
-class Coefficients(NamedTuple):
-    """mean = decay * x - kappa * v, and the standard deviation; of the noise levels' type and shape."""
-
-    decay: Level
-    kappa: Level
-    std: Level
-
-
-def renoise(s: Level, n: Level, eta: float) -> Coefficients:
-    """The distilled sampler: predict x0, add fresh noise at level n. `eta` has no say (it is 1)."""
-    return Coefficients(1 - n, (1 - n) * s, n)
-
-
-def cps(s: Level, n: Level, eta: float) -> Coefficients:
-    """Coefficient-preserving sampling (2509.05952): a part of level n is the predicted noise, the rest fresh."""
-    fresh, left = cps_shares(eta)
-    kept = n * left
-    return Coefficients(1 - n + kept, (1 - n) * s - kept * (1 - s), n * fresh)
-
-
-def cps_shares(eta: float) -> tuple[float, float]:
-    """The shares of the next level that are fresh noise and predicted noise; their squares add up to 1."""
-    fresh = math.sin(eta * math.pi / 2)
-    return fresh, math.sqrt(1 - fresh**2)
-
-
-def dance_grpo(s: Level, n: Level, eta: Level) -> Coefficients:
-    """DanceGRPO's SDE: Euler plus half eta^2 times the score, which is -(x + (1 - s) v) / s."""
-    delta = s - n
-    pull = 0.5 * eta**2 * delta / s
-    return Coefficients(1 - pull, delta + pull * (1 - s), eta * _root(delta))
-
-
-def flow_grpo(s: Level, n: Level, eta: float) -> Coefficients:
-    """Flow-GRPO's SDE: the same with eta grown by sqrt(s / (1 - s)); at s = 1 the next level stands in for s."""
-    below = torch.where(s < 1, s, n) if isinstance(s, Tensor) else (s if s < 1 else n)
-    return dance_grpo(s, n, eta * _root(s / (1 - below)))
-
-
-def _root(value: Level) -> Level:
-    return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
-
-
-KINDS: dict[str, Callable[[Level, Level, float], Coefficients]] = {
-    "cps": cps,
-    "dance_grpo": dance_grpo,
-    "flow_grpo": flow_grpo,
-    "renoise": renoise,
-}
 
 
 def flow_sde_step(

@@ -31,10 +31,10 @@ def forward(
 
     call = Call(q, k, v, Past.of(k, v, context_k, context_v, table), softmax_scale)
     if selection.hopper_serves(q, k, v, context_k, context_v):
-        from csrc_triton.fork_attention import hopper
+        from csrc_triton.fork_attention.hopper import forward as hopper
 
         return hopper.forward(call)
-    from csrc_triton.fork_attention import portable
+    from csrc_triton.fork_attention.portable import forward as portable
 
     return portable.forward(call)
 
@@ -75,12 +75,12 @@ def backward(
 
     call = Call(q, k, v, Past.of(k, v, context_k, context_v, table), softmax_scale)
     if selection.hopper_serves(q, k, v, context_k, context_v):
-        from csrc_triton.fork_attention import hopper_backward
+        from csrc_triton.fork_attention.hopper import backward as hopper
 
-        return hopper_backward.backward(call, out, lse, grad, grad_lse, wants_q, wants_kv)
-    from csrc_triton.fork_attention import portable_backward
+        return hopper.backward(call, out, lse, grad, grad_lse, wants_q, wants_kv)
+    from csrc_triton.fork_attention.portable import backward as portable
 
-    return portable_backward.backward(call, out, lse, grad, grad_lse, wants_q, wants_kv)
+    return portable.backward(call, out, lse, grad, grad_lse, wants_q, wants_kv)
 
 
 @backward.register_fake

@@ -6,19 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from csrc_triton.qk_norm_rope.rope import rotate
+
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension; fp32 inside, fp64 for fp64."""
     wide = x if x.dtype == torch.float64 else x.float()
     return (F.rms_norm(wide, wide.shape[-1:], eps=eps).to(x.dtype) * weight).to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns adjacent channel pairs of x [B, L, heads, head_dim] by angles [L, head_dim / 2]; fp32, fp64 for fp64."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
 def norm_rope(

@@ -6,26 +6,25 @@ import os
 import socket
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import closing
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 
+from tempact.diagnostics import FAULT, NOTE, OK
 from tempact.errors import UserError
-from tempact.rewards.judged import HELD_OUT, PlanQuality, StepFollowing, TemporalFollowing
-from tempact.rewards.judges.calls import JudgeCall, JudgeOutage, JudgeResult, Pending
+from tempact.rewards.frame_picks import Span, pixel_window
+from tempact.rewards.judged import HELD_OUT, PLAN, STEP, VIDEO, JudgedReward
+from tempact.rewards.judges import JudgeOutage
 from tempact.rewards.judges.client import JudgeClient
 from tempact.rewards.judges.config import NO_KEY, PREFIX, ROLES, EndpointConfig, JudgeConfig
-from tempact.types import Missing, Plan, PlanBatch, Prompt, Rollout, Step, Transition
+from tempact.types import Missing, Plan, Step
 
 CONNECTING_S = 3.0
 SHOWN_MODELS = 5
 SHOWN_CHARACTERS = 400  # of what a server says is wrong
-OK, NOTE, FAULT = "ok", "note", "fault"
 LEAST_SCORE = 0.5  # the canned plan is right and the canned video follows it
 INSTRUCTION = "A red ball rolls over a grey floor from the left to the right. Then a blue box appears in the middle."
 STEPS = (
@@ -39,7 +38,7 @@ RED, BLUE, GREY = (210, 40, 40), (40, 70, 200), (150, 150, 150)
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of asking one server: its score in [0, 1], or why there is none."""
+    """A server's score in [0, 1], or the reason why there is none, after `seconds`."""
 
     score: float
     seconds: float
@@ -55,7 +54,7 @@ def findings(timeout_s: float, environment: Mapping[str, str] | None = None) -> 
     held_out = given.get(f"{PREFIX}{HELD_OUT.upper()}_BASE_URL", "").strip()
     for role, fallback in (ROLES | ({HELD_OUT: ""} if held_out else {})).items():
         try:
-            config = JudgeConfig.from_environment({role: fallback}, given)
+            config = JudgeConfig.from_environment({role: fallback}, environment=given)
         except UserError as error:
             yield FAULT, f"judge {role}: {error}"
             continue
@@ -79,53 +78,36 @@ def findings(timeout_s: float, environment: Mapping[str, str] | None = None) -> 
 def ask(role: str, endpoint: EndpointConfig, timeout_s: float) -> Answer:
     """One call to one server, without retries and without the cache, through the reward that a run would use."""
     started = time.monotonic()
+
+    def answer(score: float, reason: str) -> Answer:
+        return Answer(score, time.monotonic() - started, reason)
+
     if reason := why_unreachable(endpoint.base_url):
-        return Answer(float("nan"), time.monotonic() - started, reason)
+        return answer(float("nan"), reason)
     config = JudgeConfig(
         {role: (endpoint,)}, deadline_s=timeout_s, attempt_s=timeout_s, outage_s=2 * timeout_s, attempts=1
     )
-    with closing(JudgeClient(config)) as client:  # says so if the package openai is not there
+    with JudgeClient(config) as client:  # says so if the package openai is not there
         if reason := why_not_served(endpoint, timeout_s):
-            return Answer(float("nan"), time.monotonic() - started, reason)
-        recorder = _Recorder(client)
+            return answer(float("nan"), reason)
         started = time.monotonic()
+        question = {each.name: each for each in (PLAN, STEP)}.get(role, VIDEO)
+        scores = JudgedReward(client, question, role=role)([INSTRUCTION], *canned())
         try:
-            score = float(_pending(role, recorder).result().flatten()[0])
+            score = float(scores.result().flatten()[0])
         except JudgeOutage as error:
-            return Answer(float("nan"), time.monotonic() - started, str(error))
-    missing = [found.reason for found in (reply.result() for reply in recorder.replies) if isinstance(found, Missing)]
-    return Answer(score, time.monotonic() - started, "; ".join(missing))
-
-
-class _Recorder:
-    """Keeps the futures: a reward only says that a score is missing, its future says why."""
-
-    def __init__(self, client: JudgeClient):
-        self._client, self.replies = client, list[Future[JudgeResult]]()
-
-    def submit(self, calls: Sequence[JudgeCall]) -> list[Future[JudgeResult]]:
-        replies = self._client.submit(calls)
-        self.replies += replies
-        return replies
-
-    def stats(self) -> dict[str, float]:
-        return self._client.stats()
-
-    def close(self) -> None:
-        self._client.close()
-
-
-def _pending(role: str, judges: _Recorder) -> Pending:
-    plans, rollout = canned()
-    if role == "plan_quality":
-        return PlanQuality(judges).start(plans)
-    reward = StepFollowing(judges) if role == "step_following" else TemporalFollowing(judges, role=role)
-    return reward.start(plans, rollout)
+            return answer(float("nan"), str(error))
+    missing = [
+        found.reason for found in (reply.result() for reply in scores.replies.values()) if isinstance(found, Missing)
+    ]
+    return answer(score, "; ".join(missing))
 
 
 def why_unreachable(address: str) -> str:
-    """Why nothing can be connected to there, "" if it can or if a proxy stands between. It takes CONNECTING_S at most
-    for each of the host's addresses, where the client would wait for an outage."""
+    """The reason why no connection can be made to an address, "" if one can or if a proxy stands between.
+
+    It takes CONNECTING_S at most for each of the host's addresses, where the client would wait for an outage.
+    """
     parts = urlsplit(address)
     if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname or ""):
         return ""
@@ -140,8 +122,10 @@ def why_unreachable(address: str) -> str:
 
 
 def why_not_served(endpoint: EndpointConfig, timeout_s: float) -> str:
-    """Why the server will not judge with this key and model, "" if nothing speaks against it. The client would go on
-    asking until an outage, as it must during a run; a server that lists no models is not held to it."""
+    """The reason why the server will not judge with this key and model, "" if none is known.
+
+    The client would go on asking until an outage, as it must during a run. A server that lists no models passes.
+    """
     import openai
 
     server = openai.OpenAI(
@@ -160,13 +144,12 @@ def why_not_served(endpoint: EndpointConfig, timeout_s: float) -> str:
     return f"the server has no model {endpoint.model}; it serves {shown}"
 
 
-def canned() -> tuple[PlanBatch, Rollout]:
-    """A plan of two steps that is right, and a video that follows it: one continuation, forked at the second step."""
+def canned() -> tuple[list[Plan], Tensor, list[Span | None]]:
+    """A right plan of two steps, one continuation that follows it, and the span of its second step."""
     steps = (Step(0, SWITCH, STEPS[0]), Step(SWITCH, LATENT_FRAMES, STEPS[1]))
-    plans = PlanBatch([Prompt("canned", INSTRUCTION)], [Plan(INSTRUCTION, steps)], 1)
-    empty = torch.empty(0)
-    switch = Transition(empty, empty, torch.tensor([SWITCH]), empty, [[]])
-    return plans, Rollout(empty, canned_video()[None, None], switch)
+    video = canned_video()
+    span = Span(*pixel_window(SWITCH, LATENT_FRAMES, LATENT_FRAMES, len(video)), steps[1])
+    return [Plan(INSTRUCTION, steps)], video[None, None], [span]
 
 
 def canned_video() -> Tensor:

@@ -25,13 +25,13 @@ from tempact.evaluation.statistics import DUPLICATES, PICKSCORE, PICTURE_QUALITY
 from tempact.evaluation.temporal_order.prompts import OrderPrompt
 from tempact.rewards.frame_picks import spread
 from tempact.rewards.judged import TOP_MARK, VideoVerdict, rubric_version, video_call, video_score
-from tempact.rewards.judges.calls import JudgeResult, Judges
+from tempact.rewards.judges import JudgeResult, Judges
 from tempact.rewards.judges.config import ROLES as FALLBACKS
+from tempact.rewards.judges.config import JudgeConfig
 from tempact.shapeworld.grammar import parse_instruction
 from tempact.shapeworld.matcher import WEIGHTS, ShapeWorldJudge
 from tempact.shapeworld.story import Story
-from tempact.shapeworld.verifier.quality import duplicates, picture_quality
-from tempact.shapeworld.verifier.verify import verify
+from tempact.shapeworld.verifier import duplicates, picture_quality, verify
 from tempact.types import Missing
 
 if TYPE_CHECKING:  # it needs transformers' CLIP
@@ -162,9 +162,9 @@ def pickscore_judge(weights: str, scorer: PickScorer) -> LocalJudge:
 
 def load_pickscore(settings: JudgeSettings, device: torch.device) -> list[VideoJudge]:
     """PickScore as in training, of the frames and prompts of the benchmark. UserError if it cannot be had."""
-    from tempact.rewards.real import open_scorer  # late: it needs transformers' CLIP
+    from tempact.rewards.pickscore import PickScorer  # late: it needs transformers' CLIP
 
-    return [pickscore_judge(settings.aesthetics_weights, open_scorer(settings, device))]
+    return [pickscore_judge(settings.aesthetics_weights, PickScorer.load(settings, device))]
 
 
 def shapeworld_judges(device: torch.device) -> list[VideoJudge]:
@@ -202,9 +202,8 @@ def served_judges(names: Sequence[str], settings: JudgeSettings) -> Iterator[lis
         yield []
         return
     from tempact.rewards.judges.client import JudgeClient
-    from tempact.rewards.real import judge_config
 
-    config = judge_config(settings, {ROLES[name]: FALLBACKS.get(ROLES[name], "") for name in names})
+    config = JudgeConfig.from_environment({ROLES[name]: FALLBACKS.get(ROLES[name], "") for name in names}, settings)
     models = {name: config.roles[ROLES[name]][0].model for name in dict.fromkeys(names)}
     if len(set(models.values())) < len(models):
         accepted = "another model for the held-out judge: TEMPACT_JUDGE_HELD_OUT_BASE_URL, _MODEL and _API_KEY"

@@ -39,7 +39,7 @@ from tempact.models.wan.codec import Codec
 from tempact.models.wan.text import PromptEncoder
 from tempact.models.wan.text_padding import cut_length
 from tempact.models.wan.transformer import WanTransformer
-from tempact.rl.flow_grpo import clip_epsilon, flow_grpo_loss, rollout_gap
+from tempact.rl.flow_grpo import clip_epsilon, flow_grpo_gradient, rollout_gap
 from tempact.types import Batch, Plan, Rollout, Transition
 
 TEXTS_KEPT = 1024  # prompts whose text rows stay at hand: under a GB at full size
@@ -145,7 +145,7 @@ class Executor:
         frames = torch.empty(0)
         parts: list[tuple[Tensor, Transition]] = []
         for own, latents, transition in self._in_turn(plans, fork_frames, noise):
-            part = Rollout(latents, self.codec.decode_forked(latents, fork_frames[own]).wait(), transition)
+            part = Rollout(latents, self.codec.decode_forked(latents, fork_frames[own]), transition)
             made(part)
             if len(part.frames) == len(plans):
                 return part
@@ -236,7 +236,7 @@ class Executor:
                 def pick(values: Tensor, index: list[int], entries: _Entries = entries) -> Tensor:
                     return rows_of(values, index)[:, entries.continuations, entries.transitions].flatten(0, 2)
 
-                loss, metrics = flow_grpo_loss(
+                gradient, metrics = flow_grpo_gradient(
                     velocity,
                     velocity.detach() if v_old is None else pick(v_old, rows),
                     pick(v_ref, rows),
@@ -247,7 +247,7 @@ class Executor:
                     kl_weight=self.config.kl_weight,
                     terms=terms,
                 )
-                loss.backward()
+                velocity.backward(gradient)
                 if v_old is None:
                     metrics |= self._gaps(velocity.detach(), transition, entries, mask[..., 0], terms // steps, clip)
                 for name, value in metrics.items():

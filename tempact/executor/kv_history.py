@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton.kv_cache import CacheView, Reservation, Run
-from csrc_triton.qk_norm_rope.naive import rotate
+from csrc_triton.qk_norm_rope import rotate
 from tempact.executor.attention import Context
 from tempact.executor.cuda_graphs import CudaGraphRunner
 from tempact.executor.window import WindowPolicy

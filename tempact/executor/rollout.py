@@ -14,7 +14,6 @@ from torch import Tensor
 
 from csrc_triton.flow_sde import flow_sde_step
 from tempact.config import ExecutorConfig
-from tempact.errors import UserError
 from tempact.executor.attention import Context
 from tempact.executor.cuda_graphs import CudaGraphRunner
 from tempact.executor.kv_history import KVHistory
@@ -35,7 +34,6 @@ def smooth_prompts(prompts: Sequence[str], separator: str = SEPARATOR) -> list[s
     return [*(f"{prompt}{separator}{after}" for prompt, after in zip(prompts, following, strict=False)), *prompts[-1:]]
 
 
-TEXT_SWITCHES = ("cross_attention", "recache")  # what a new prompt changes: its own K/V, or the history's too
 NoiseSource = Callable[[int], Tensor]  # chunk index -> [P, N, K, C, c, H, W] fp32 standard normal
 
 
@@ -53,16 +51,11 @@ class RolloutSettings:
 
     @classmethod
     def of(cls, config: ExecutorConfig) -> RolloutSettings:
-        """Raises UserError for a name that is none, and for a video that window or schedule cannot make."""
-        for key, names in {"window": tuple(WINDOWS), "text_switch": TEXT_SWITCHES}.items():
-            if getattr(config, key) not in names:
-                raise UserError(f"executor.{key}: found {getattr(config, key)!r}; accepted: {', '.join(names)}")
-        window = WINDOWS[config.window]
-        window.check(config.frames, config.chunk_frames)
+        """From a configuration that `validate` has accepted."""
         return cls(
             frames=config.frames,
             chunk=config.chunk_frames,
-            window=window,
+            window=WINDOWS[config.window],
             text_switch=config.text_switch,
             schedule=Schedule.from_timesteps(config.timesteps, config.shift),
             eta=config.eta,

@@ -12,24 +12,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tempact.errors import UserError
-
-ROPE_POSITIONS = 1024  # that Wan's models know; a reference implementation's table ends there
+from tempact import config
+from tempact.config import Window
 
 
 @dataclass(frozen=True)
-class WindowPolicy:
-    """`window` counts attended frames including the sink and the own chunk; None attends to everything.
-
-    sink: first frames that are always attended. positions: "absolute", or "relative": beyond the window
-    the attended frames are numbered without the gap behind the sink. max_frames: longest video, None where only the
-    positions end.
-    """
-
-    window: int | None = None
-    sink: int = 0
-    positions: str = "absolute"
-    max_frames: int | None = None
+class WindowPolicy(Window):
+    """A window's numbers, and the frames and positions that follow from them."""
 
     def attended(self, start: int, chunk: int) -> list[int]:
         """History frames (before `start`) that the chunk [start, start + chunk) attends to, in order."""
@@ -65,28 +54,5 @@ class WindowPolicy:
             return history, own
         return list(range(own[0] - len(history), own[0])), own
 
-    def check(self, frames: int, chunk: int) -> None:
-        """Raises UserError if a video of `frames` latent frames cannot be made in chunks of `chunk`."""
-        if self.window is not None and not 1 <= chunk <= self.window - self.sink:
-            accepted = (
-                f"1 to {self.window - self.sink} with this window ({self.window} frames, {self.sink} of them sink)"
-            )
-            raise UserError(f"executor.chunk_frames: found {chunk}; accepted: {accepted}")
-        if frames < 1 or frames % chunk:
-            raise UserError(f"executor.frames: found {frames}; accepted: a positive multiple of the chunk ({chunk})")
-        if self.max_frames is not None and frames > self.max_frames:
-            raise UserError(f"executor.frames: found {frames}; accepted: at most {self.max_frames} with this window")
-        if self.positions == "absolute" and frames > ROPE_POSITIONS:
-            accepted = f"at most {ROPE_POSITIONS} (RoPE positions) with this window, or a window of relative positions"
-            raise UserError(f"executor.frames: found {frames}; accepted: {accepted}")
 
-
-# BACKBONES.md section 2
-WINDOWS: dict[str, WindowPolicy] = {
-    "full": WindowPolicy(),
-    "self-forcing": WindowPolicy(max_frames=21),  # Causal-Forcing's too
-    "longlive": WindowPolicy(window=12, sink=3),
-    "longlive-infinite": WindowPolicy(window=12, sink=3, positions="relative"),
-    "tempact-self-forcing": WindowPolicy(window=12, sink=1, positions="relative"),
-    "infinity-rope": WindowPolicy(window=6, sink=1, positions="relative"),
-}
+WINDOWS = {name: WindowPolicy(**vars(numbers)) for name, numbers in config.WINDOWS.items()}

@@ -1,8 +1,8 @@
-"""Liger's kernels for the planner: RMSNorm, SwiGLU and RoPE of Qwen3, and the fused GRPO loss.
+"""Optional Liger kernels for the planner (`pip install -e '.[liger]'`): RMSNorm, SwiGLU, RoPE, fused GRPO loss.
 
-The fused loss makes logits a block of the vocabulary at a time and computes its gradient in the forward pass.
-It is asked for with importance sampling at the level of sequences and its per-sequence mean, which is GSPO
-(ALGORITHM.md 2.4). `check_fused_loss` refuses a version that would do something else.
+The fused loss makes logits a block of the vocabulary at a time and computes its gradient in the forward pass. With
+sequence-level importance sampling and a mean over each sequence it is GSPO (docs/algorithm.md 2.4).
+`check_fused_loss` refuses versions of Liger that compute something else.
 """
 
 from __future__ import annotations
@@ -22,26 +22,30 @@ from tempact.errors import UserError
 
 log = logging.getLogger(__name__)
 
-CHOICES = ("auto", "off", "model", "all")
 NEEDED = ("beta", "epsilon_low", "epsilon_high", "loss_type", "importance_sampling_level", "use_ref_model", "compiled")
 
 
 def choose(asked: str, plain: bool, device: torch.device) -> str:
-    """What of Liger serves: "off", "model" (kernels in the layers) or "all" (also the fused loss).
+    """The part of Liger in use: "off", "model" (kernels in the layers) or "all" (also the fused loss).
 
-    `asked` is `planner.liger`; plain: the head is a linear layer without an adapter. "auto" is "off" where Liger is not
-    installed or the model is on no CUDA device, else "all", with an adapter on the head "model". Raises UserError for
-    what is asked for and cannot be had.
+    Args:
+        asked: `planner.liger`. "auto" is "off" without Liger or a CUDA device, else "all", or "model" with an adapter
+            on the head.
+        plain: the head is a linear layer without an adapter.
+        device: the model's.
+
+    Raises UserError for an unknown choice, a missing or unfit liger-kernel, and "all" with an adapter on the head.
     """
-    if asked not in CHOICES:
-        raise UserError(f"planner.liger: found {asked!r}; accepted: {', '.join(CHOICES)}")
     installed = importlib.util.find_spec("liger_kernel") is not None
     if asked == "auto":
         asked = ("all" if plain else "model") if installed and device.type == "cuda" else "off"
     if asked == "off":
         return asked
     if not installed:
-        raise UserError(f"planner.liger: found {asked!r} without liger-kernel; accepted here: auto, off")
+        raise UserError(
+            f"planner.liger: found {asked!r} without liger-kernel; accepted here: auto, off, or any after "
+            "pip install -e '.[liger]'"
+        )
     if asked == "all":
         if not plain:
             raise UserError("planner.liger: found 'all' with an adapter on the head; accepted: auto, off, model")
@@ -50,7 +54,7 @@ def choose(asked: str, plain: bool, device: torch.device) -> str:
 
 
 def use_kernels(model: PreTrainedModel) -> bool:
-    """Puts Liger's RMSNorm, SwiGLU and RoPE into a Qwen3 on a CUDA device; False if nothing was changed."""
+    """Puts Liger's RMSNorm, SwiGLU and RoPE into a Qwen3 on a CUDA device; returns False elsewhere."""
     if model.config.model_type != "qwen3" or model.device.type != "cuda":
         return False
     from liger_kernel.transformers import apply_liger_kernel_to_qwen3
@@ -62,7 +66,7 @@ def use_kernels(model: PreTrainedModel) -> bool:
         rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=model
     )
     fused_rope = modeling_qwen3.apply_rotary_pos_emb
-    # Liger changes the module for the whole process; models that come later, or run on the CPU, keep their own
+    # Liger changes the module for the whole process; later models, and those on the CPU, keep their own
     for name in names:
         setattr(modeling_qwen3, name, before[name])
     modeling_qwen3.apply_rotary_pos_emb = _by_device(fused_rope, before["apply_rotary_pos_emb"])
@@ -92,12 +96,12 @@ def fused_gspo_loss(
     clip_high: float,
     kl_weight: float,
 ) -> Tensor:
-    """GSPO loss of one sequence; the scalar's gradient reaches `hidden`, not the head.
+    """GSPO loss of one sequence, a scalar with a gradient for `hidden` and none for the head.
 
     Args:
         hidden, reference_hidden: [n, width], states before the head at n counted tokens, of policy and reference.
         ids: [n] int64, the counted tokens. No token gives -advantage, the loss of ratio 1.
-        old: [n] fp32 log-probs before the first update; None says that they are those of `hidden`.
+        old: [n] fp32 log-probs before the first update; None stands for the log-probs of `hidden`.
         clip_low, clip_high, kl_weight: as in `tempact.rl.gspo.gspo_loss`.
     """
     if not len(ids):
@@ -123,10 +127,10 @@ def _loss_class() -> type[nn.Module]:
 
 
 def check_fused_loss() -> None:
-    """Raises UserError if the installed fused loss has no sequence-level ratio, or takes the option and drops it.
+    """Raises UserError if the installed fused loss lacks the sequence-level ratio, or takes the option and drops it.
 
-    Older versions did one or the other. A small case tells: one sequence whose tokens moved by different amounts
-    has a loss of -advantage * exp(mean move).
+    Older versions did one or the other. The test case is one sequence whose tokens' log-probs moved by different
+    amounts: its loss is -advantage * exp(mean move).
     """
     found = f"planner.liger: found liger-kernel {version('liger-kernel')}, whose fused GRPO loss"
     accepted = "accepted: a newer liger-kernel, or --planner.liger model"

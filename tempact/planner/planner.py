@@ -1,10 +1,10 @@
-"""The planner policy: a causal language model with a trainable adapter and its frozen start.
+"""The planner policy: a causal language model with a trainable adapter and a frozen copy of the adapter's start.
 
-Plans are sampled from the very distribution that log-probs are computed under (ALGORITHM.md decision 8):
-temperature 1, top-p 1, no top-k; a planner that is trained refuses anything else.
+Log-probs are those of the distribution that plans are sampled from (docs/algorithm.md decision 8): temperature 1,
+top-p 1, no top-k. A planner in training refuses other settings.
 
-Sequences are sampled with padding on the left and trained with padding on the right. The update goes through
-them a micro-batch at a time and never holds the logits of whole sequences.
+Sequences are sampled with padding on the left and trained with padding on the right. The update goes by micro-batches
+and never holds the logits of whole sequences.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tempact.config import PlannerConfig
 from tempact.errors import UserError
-from tempact.models.adapters import freeze_reference, load_adapter, reference_active, save_adapter
+from tempact.models.adapters import adapted, load_adapter, reference_active, save_adapter
 from tempact.planner import liger
 from tempact.planner.language_model import check_head, chosen_log_probs, load_chat_model, opens_thought, thought_length
 from tempact.planner.plans import THINK_START, parse_plan, plan_messages
@@ -33,11 +32,9 @@ from tempact.types import Batch, PlanBatch, PlanTokens, Prompt
 
 log = logging.getLogger(__name__)
 
-LOSS_TOKENS = ("all", "json")
-
 
 class Planner:
-    """A chat model + LoRA ("default" trainable, "ref" frozen) that answers instructions with plans."""
+    """A chat model with LoRA ("default" trainable, "ref" frozen) that answers instructions with plans."""
 
     def __init__(
         self,
@@ -48,13 +45,16 @@ class Planner:
         chunk: int,
         adapter: Path | None = None,
     ):
-        """Plans of `frames` latent frames in chunks of `chunk`.
+        """Args:
+            model, tokenizer: of a chat model, as `load_chat_model` gives them.
+            frames, chunk: latent frames of a plan and of a chunk.
+            adapter: PEFT folder of the start, also the reference. None: a fresh adapter without effect, drawn from
+                torch's global generator.
 
-        `adapter` is a PEFT folder to start from; without it a fresh adapter, which changes nothing yet, is
-        drawn from torch's global generator. The start is also the reference. Raises UserError for sampling
-        settings that do not fit, a tokenizer without chat template or an adapter that does not fit.
+        Raises UserError for a tokenizer without chat template and an adapter that does not fit.
         """
-        _check(config, tokenizer)
+        if not tokenizer.chat_template:
+            raise UserError("planner.weights: the tokenizer has no chat template; accepted: a chat model")
         self.config, self.tokenizer, self.frames, self.chunk = config, tokenizer, frames, chunk
         lora = PeftLoraConfig(
             r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=list(config.lora.targets),
@@ -65,14 +65,7 @@ class Planner:
         if serves != "off":
             kernels = liger.use_kernels(model)
             log.info("planner: Liger's kernels: %s, its fused loss: %s", kernels, serves == "all")
-        try:
-            self.peft = get_peft_model(model.requires_grad_(False), lora)
-        except ValueError as error:
-            targets = list(config.lora.targets)
-            raise UserError(f"planner.lora.targets: found {targets}; accepted: module names of the planner") from error
-        if adapter is not None:
-            load_adapter(self.peft, adapter)
-        freeze_reference(self.peft, lora)
+        self.peft = adapted(model, lora, "planner", adapter)
         self.peft.eval()  # no dropout: the policy that samples is the one that is trained
         check_head(model)
         self.head = model.get_output_embeddings()
@@ -86,7 +79,7 @@ class Planner:
     def load(
         cls, folder: Path, config: PlannerConfig, frames: int, chunk: int, *, device: str | torch.device = "cpu",
     ) -> Planner:  # fmt: skip
-        """Model and tokenizer from a Hugging Face folder, `config.adapter` on top.
+        """A planner from a Hugging Face folder and the adapter `config.adapter`.
 
         Raises UserError as `load_chat_model` and the constructor do.
         """
@@ -98,7 +91,7 @@ class Planner:
         return self.peft.device
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The trainable ones by name."""
+        """Trainable parameters by name."""
         return {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
 
     def save_adapter(self, folder: Path) -> None:
@@ -106,11 +99,11 @@ class Planner:
         save_adapter(self.peft, folder)
 
     def load_adapter(self, folder: Path) -> None:
-        """Loads a PEFT folder into the trained adapter; the reference stays. Raises UserError if it does not fit."""
+        """Loads a PEFT folder into the trained adapter, not the reference. Raises UserError if it does not fit."""
         load_adapter(self.peft, folder)
 
     def prompt_text(self, instruction: str) -> str:
-        """What the model reads before it answers."""
+        """The model's input for an instruction: the chat as the tokenizer's template writes it."""
         messages = plan_messages(instruction, self.frames, self.chunk)
         return self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=self.config.thinking
@@ -118,7 +111,7 @@ class Planner:
 
     @torch.no_grad()
     def sample(self, prompts: list[Prompt], plans_per_prompt: int, seed: int, *, reference: bool = False) -> PlanBatch:
-        """`plans_per_prompt` plans for every prompt, the same for the same seed and `sampled_together`.
+        """Samples `plans_per_prompt` plans a prompt, the same for the same seed and `config.sampled_together`.
 
         Leaves the global random state as it was. `reference` samples from the frozen start.
         """
@@ -146,10 +139,10 @@ class Planner:
         return PlanBatch(prompts, plans, plans_per_prompt, self.tokens(ids, responses))
 
     def log_probs(self, tokens: PlanTokens, *, reference: bool = False) -> Tensor:
-        """Log-softmax (temperature 1) of every counted token given what precedes it: [P, L] fp32.
+        """Log-softmax (temperature 1) of every counted token given the tokens before it: [P, L] fp32.
 
-        Zero where `tokens.response_mask` is False. `reference` computes the frozen start's. Without gradients
-        this goes by micro-batches; what needs gradients is split by its caller.
+        Zero where `tokens.response_mask` is False. `reference` uses the frozen start. Goes by micro-batches without
+        gradients; with gradients the caller splits.
         """
         size = self.config.micro_batch or len(tokens.input_ids)
         if not torch.is_grad_enabled() and size < len(tokens.input_ids):
@@ -158,7 +151,7 @@ class Planner:
         return self._head_log_probs(self._hidden(tokens, reference), tokens)
 
     def _head_log_probs(self, hidden: Tensor, tokens: PlanTokens) -> Tensor:
-        """Of the counted tokens, from hidden [P, L, width]; zero elsewhere."""
+        """Log-probs [P, L] of the counted tokens from hidden [P, L, width], zero elsewhere."""
         rows, columns = _counted(tokens, self.device)
         ids = tokens.input_ids.to(self.device)[rows, columns]
         with self._autocast():
@@ -166,10 +159,14 @@ class Planner:
         return torch.zeros(tokens.input_ids.shape, device=self.device).index_put((rows, columns), found)
 
     def update(self, batch: Batch, plans: list[int], old: Tensor | None) -> dict[str, float]:
-        """Adds the gradient of the GSPO loss over `plans` (rows of the batch) to the trained adapter's.
+        """Adds the gradient of the GSPO loss (docs/algorithm.md 2.4) to the trained adapter's.
 
-        `old` [len(plans), L] are log-probs before the first of several updates; None says that this is the first,
-        and the ratio is exactly 1. Returns the metrics of `gspo_loss`, or none where no plan could be scored.
+        Args:
+            batch: an iteration's plans, advantages and mask of scored plans.
+            plans: the batch's rows of this update.
+            old: [len(plans), L] log-probs before the first of several updates; None in the first, whose ratio is 1.
+
+        Returns the metrics of `gspo_loss`, none where no plan is scored.
         """
         assert batch.tokens is not None
         config, scored = self.config, [i for i, plan in enumerate(plans) if batch.plan_mask[plan]]
@@ -185,61 +182,51 @@ class Planner:
             tokens = trimmed(batch.tokens.select([plans[i] for i in rows]))
             advantage = batch.plan_advantage[[plans[i] for i in rows]]
             before = None if old is None else old[rows, : tokens.input_ids.shape[1]]
-            loss, metrics = (self._fused if self.fused_loss else self._eager)(tokens, advantage, before, len(scored))
+            loss, metrics = self._loss(tokens, advantage, before, len(scored))
             loss.backward()
             shares.append(metrics)
         return {name: math.fsum(share[name] for share in shares) for share in shares[:1] for name in share}
 
-    def _eager(
+    def _loss(
         self, tokens: PlanTokens, advantage: Tensor, old: Tensor | None, terms: int
     ) -> tuple[Tensor, dict[str, float]]:
-        """The share of a micro-batch in the update's loss and metrics."""
-        with torch.no_grad():
-            reference = self.log_probs(tokens, reference=True)
-        log_probs = self.log_probs(tokens)
-        return self._gspo(log_probs, log_probs.detach() if old is None else old, reference, tokens, advantage, terms)
+        """The share of a micro-batch in an update's loss and metrics; `terms` plans are in the update.
 
-    def _fused(
-        self, tokens: PlanTokens, advantage: Tensor, old: Tensor | None, terms: int
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The same with Liger's fused loss, whose ratios and divergences the metrics are not taken from.
-
-        It averages them over tokens, and has no ratio to show.
+        With Liger's fused loss the metrics come from log-probs all the same: Liger averages its own over tokens and
+        shows no ratio.
         """
+        config, every = self.config, torch.ones(len(advantage), dtype=torch.bool)
+        clips = {"clip_low": config.clip_low, "clip_high": config.clip_high, "kl_weight": config.kl_weight}
         with torch.no_grad():
             start = self._hidden(tokens, reference=True)
+            reference = self._head_log_probs(start, tokens)
         hidden = self._hidden(tokens, reference=False)
+        with torch.set_grad_enabled(not self.fused_loss):
+            log_probs = self._head_log_probs(hidden, tokens)
+        before = log_probs.detach() if old is None else old
+        loss, metrics = gspo_loss(
+            log_probs, before, reference, tokens.response_mask, advantage, every, **clips, terms=terms
+        )
+        if not self.fused_loss:
+            return loss, metrics
         rows, columns = _counted(tokens, self.device)
         ids = tokens.input_ids.to(self.device)
-        settings = {key: getattr(self.config, key) for key in ("clip_low", "clip_high", "kl_weight")}
         losses = []
         with self._autocast():
             for row, worth in enumerate(advantage.tolist()):
                 own = columns[rows == row]
                 states, first = (x[row, own - 1] for x in (hidden, start))
                 was = None if old is None else old[row, own].float()
-                losses.append(liger.fused_gspo_loss(states, self.head, ids[row, own], worth, was, first, **settings))
+                losses.append(liger.fused_gspo_loss(states, self.head, ids[row, own], worth, was, first, **clips))
         loss = torch.stack(losses).sum() / terms
-        with torch.no_grad():
-            new, reference = (self._head_log_probs(states, tokens) for states in (hidden, start))
-            _, metrics = self._gspo(new, new if old is None else old, reference, tokens, advantage, terms)
         return loss, metrics | {"loss": loss.item()}
-
-    def _gspo(
-        self, log_probs: Tensor, old: Tensor, reference: Tensor, tokens: PlanTokens, advantage: Tensor, terms: int
-    ) -> tuple[Tensor, dict[str, float]]:
-        config, every = self.config, torch.ones(len(advantage), dtype=torch.bool)
-        return gspo_loss(
-            log_probs, old, reference, tokens.response_mask, advantage, every, clip_low=config.clip_low,
-            clip_high=config.clip_high, kl_weight=config.kl_weight, terms=terms,
-        )  # fmt: skip
 
     def _hidden(self, tokens: PlanTokens, reference: bool) -> Tensor:
         """States before the head, [P, L, width]."""
         ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
         body = self.peft.get_base_model().base_model
         where: dict[str, Tensor] = {}
-        # what is causal never sees padding to its right, and flash attention takes no mask
+        # a causal model never sees padding to its right, and flash attention takes no mask
         if body.dtype == torch.float32 or not bool(mask[:, 0].all()):
             positions = (mask.long().cumsum(1) - 1).clamp_min(0)  # a shift by left padding changes nothing
             where = {"attention_mask": mask.long(), "position_ids": positions}
@@ -247,7 +234,7 @@ class Planner:
             return body(input_ids=ids, use_cache=False, **where).last_hidden_state
 
     def _autocast(self) -> AbstractContextManager[None]:
-        """The adapter's fp32 weights are used in the precision of the model's."""
+        """Inside, the adapter's fp32 weights are used in the model's precision."""
         if self.peft.get_base_model().dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
@@ -255,7 +242,7 @@ class Planner:
     @contextmanager
     def _checkpointing(self) -> Iterator[None]:
         """Inside, decoder layers are recomputed in the backward pass, if so configured."""
-        # transformers does so in training mode only, but all that lies inside the layers stays without dropout
+        # transformers recomputes in training mode only; modules inside the layers stay in eval mode, without dropout
         layers = [m for m in self.peft.modules() if isinstance(m, GradientCheckpointingLayer)]
         active = self.config.checkpoint_activations and torch.is_grad_enabled()
         for layer in layers:
@@ -275,12 +262,8 @@ class Planner:
         stop = next((i for i, token in enumerate(response) if token in ends), len(response) - 1)
         return response[: stop + 1]
 
-    def _thought(self, prompt: list[int], response: list[int]) -> int:
-        opened = opens_thought(self.tokenizer.decode(prompt[-8:]))
-        return thought_length(self.tokenizer, response, opened=opened)
-
     def tokens(self, prompts: list[list[int]], responses: list[list[int]]) -> PlanTokens:
-        """Token ids of prompts and their responses as a right-padded batch; `config.loss_tokens` says what counts."""
+        """Prompts and their responses, token ids, as a right-padded batch; `config.loss_tokens` decides what counts."""
         shape = len(prompts), max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
         ids = torch.full(shape, self.generation.pad_token_id)
         attention, counted = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
@@ -288,13 +271,16 @@ class Planner:
             end = len(prompt) + len(response)
             ids[row, :end] = torch.tensor([*prompt, *response])
             attention[row, :end] = True
-            thought = self._thought(prompt, response) if self.config.loss_tokens == "json" else 0
-            counted[row, len(prompt) + thought : end] = True
+            first = len(prompt)
+            if self.config.loss_tokens == "json":
+                opened = opens_thought(self.tokenizer.decode(prompt[-8:]))
+                first += thought_length(self.tokenizer, response, opened=opened)
+            counted[row, first:end] = True
         return PlanTokens(*(x.to(self.device) for x in (ids, attention, counted)))
 
 
 def _plain_head(model: PreTrainedModel, targets: Sequence[str]) -> bool:
-    """Is the head a linear layer that none of the adapter's targets (suffixes of module names) reaches?"""
+    """True where the head is a linear layer outside the adapter's targets (suffixes of module names)."""
     head = model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if module is head]
     reached = any(name == target or name.endswith(f".{target}") for name in names for target in targets)
@@ -302,27 +288,27 @@ def _plain_head(model: PreTrainedModel, targets: Sequence[str]) -> bool:
 
 
 def trimmed(tokens: PlanTokens) -> PlanTokens:
-    """The same sequences without columns that are padding in all of them, at the right."""
+    """The same sequences without the columns at the right that are padding in all of them."""
     length = int(tokens.attention_mask.any(0).nonzero()[-1]) + 1
     return PlanTokens(tokens.input_ids[:, :length], tokens.attention_mask[:, :length], tokens.response_mask[:, :length])
 
 
 def _counted(tokens: PlanTokens, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the counted tokens; the first token of a sequence has nothing before it to predict it."""
+    """Rows and columns of the counted tokens, without first tokens: nothing before them predicts them."""
     rows, columns = tokens.response_mask[:, 1:].nonzero(as_tuple=True)
     return rows.to(device), columns.to(device) + 1
 
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Global generators start from `seed` inside and are put back afterwards."""
+    """Inside, torch's global generators start from `seed`; their states are restored afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
 
 def _generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PlannerConfig) -> GenerationConfig:
-    """Sampling settings that inherit nothing but the end tokens: shipped ones cut the distribution (top-k 20)."""
+    """Sampling settings that inherit the end tokens alone: shipped settings cut the distribution (top-k 20)."""
     ends = model.generation_config.eos_token_id if model.generation_config else None
     ends = tokenizer.eos_token_id if ends is None else ends
     if ends is None:
@@ -339,23 +325,3 @@ def _generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conf
     )  # fmt: skip
     model.generation_config = own  # generate() fills what it finds unset from there
     return own
-
-
-def _check(config: PlannerConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    full = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    for key, value in full.items():
-        found = getattr(config, key)
-        if config.train and found != value:
-            raise UserError(
-                f"planner.{key}: found {found}; accepted: {value} where the planner is trained, because log-probs are"
-                " those of the full distribution"
-            )
-    ranges = {"temperature": config.temperature > 0, "top_p": 0 < config.top_p <= 1, "top_k": config.top_k >= 0}
-    accepted = {"temperature": "above 0", "top_p": "above 0, at most 1", "top_k": "0 (off) or more"}
-    for key, good in ranges.items():
-        if not good:
-            raise UserError(f"planner.{key}: found {getattr(config, key)}; accepted: {accepted[key]}")
-    if config.loss_tokens not in LOSS_TOKENS:
-        raise UserError(f"planner.loss_tokens: found {config.loss_tokens!r}; accepted: {', '.join(LOSS_TOKENS)}")
-    if not tokenizer.chat_template:
-        raise UserError("planner.weights: the tokenizer has no chat template; accepted: a chat model")

@@ -1,10 +1,8 @@
-"""What the planner is asked, and the form in which it answers.
+"""Plans as text: the chat that asks for one, the parser of answers, plan files, and requests for videos from files.
 
-From a planner's response to a plan. Never raises, whatever the planner wrote.
-
-A response is usable as written (format score 1) when what follows `</think>` is a JSON array of
-{"start", "end", "prompt"} objects, and nothing else, whose spans cover [0, F) in order on chunk bounds. Other
-responses are repaired (format score 0.5); `Plan.repairs` holds the names of the repairs made:
+An answer is usable as written (format score 1) when the text after `</think>` is a JSON array of
+{"start", "end", "prompt"} objects and nothing else, whose spans cover [0, F) in order on chunk bounds. Other answers
+are repaired (format score 0.5); `Plan.repairs` holds the names of the repairs made:
 
   extracted          the steps were found inside other text, another JSON value or a truncated array
   steps dropped      an object without a usable prompt (blank, missing, not a string) is left out
@@ -18,29 +16,25 @@ responses are repaired (format score 0.5); `Plan.repairs` holds the names of the
   gaps closed        a step does not end where the next one starts; the next one's start counts
   starts at 0        the first step starts elsewhere
   ends at F          the last step ends elsewhere
-  snapped            a bound is off the chunk grid (nearest multiple, ties upwards) or leaves a step no chunk
+  snapped            a bound is off the chunk grid (rounded) or leaves a step no chunk
 
-A response without one usable step is unusable: format score 0, one step that holds the whole instruction.
+An answer without a usable step is unusable: format score 0, and one step that holds the whole instruction.
 
-A plan from a file, in the place of a planner's.
-
-Requests for videos from a file of prompts.
-
-Beside what such a file holds (tempact.prompt_file) a row may have `plan` (the steps, as in a plan file) and `seed`.
+Bounds off the grid are rounded to the nearest chunk start, ties upwards. Plans from files may instead follow a
+backbone that switches prompts at the first chunk start at or after a bound (`executor.switch_rounding`: "up").
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from tempact.config import LARGEST_SEED
 from tempact.errors import UserError
@@ -48,6 +42,14 @@ from tempact.prompt_file import SHOWN, PromptRow, check_ids, read_rows
 from tempact.types import Plan, Prompt, Step
 
 log = logging.getLogger(__name__)
+
+THINK_START, THINK_END = "<think>", "</think>"
+MAX_RESPONSE_CHARS = 20_000  # after </think>; longer answers are unusable
+MAX_PROMPT_CHARS = 600  # about what text encoders of video models read
+MAX_DECODES = 200  # JSON objects looked for in an answer that is no bare array
+UNUSABLE = "unusable"
+ACCEPTED = 'a JSON file with steps: "start" and "end" (latent frames), "prompt"'
+ROUND_BY = {"nearest": lambda chunk: chunk // 2, "up": lambda chunk: chunk - 1}  # added before a floor division
 
 SYSTEM = """You direct a video of {frames} latent frames, made in chunks of {chunk} frames. \
 Split the user's instruction into consecutive steps and answer with a JSON array only, in this form:
@@ -68,27 +70,9 @@ def plan_messages(instruction: str, frames: int, chunk: int) -> list[dict[str, s
 
 
 def plan_json(steps: Sequence[Step]) -> str:
-    """The compact JSON that a planner answers with; `parse_plan` reads it back."""
+    """Steps as the compact JSON of a planner's answer, the inverse of `parse_plan`."""
     rows = [{"start": step.start, "end": step.end, "prompt": step.prompt} for step in steps]
     return json.dumps(rows, ensure_ascii=False, separators=(",", ":"))
-
-
-THINK_START, THINK_END = "<think>", "</think>"
-MAX_RESPONSE_CHARS = 20_000  # after </think>; longer ones are unusable
-MAX_PROMPT_CHARS = 600  # about what text encoders of video models read
-MAX_DECODES = 200  # JSON objects looked for in a response that is no bare array
-UNUSABLE = "unusable"
-
-
-class _Step(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    start: int
-    end: int
-    prompt: str
-
-
-_STEPS = TypeAdapter(list[_Step])
 
 
 @dataclass
@@ -100,10 +84,14 @@ class _Draft:
     prompt: str
 
 
-def parse_plan(response: str, instruction: str, frames: int, chunk: int) -> Plan:
-    """The plan in `response` for `frames` latent frames in chunks of `chunk` (a divisor of `frames`).
+def parse_plan(response: str, instruction: str, frames: int, chunk: int, rounding: str = "nearest") -> Plan:
+    """The plan in a planner's response. Never raises, whatever the response holds; the module lists the repairs.
 
-    The module's docstring lists the repairs.
+    Args:
+        response: the planner's text, with or without a thought.
+        instruction: the user's, kept in the plan, and the only step of an unusable answer.
+        frames, chunk: latent frames of the video and of a chunk, a divisor of `frames`.
+        rounding: of bounds off the chunk grid, "nearest" or "up".
     """
     repairs: dict[str, None] = {}  # an ordered set
     drafts = _read(response, repairs)
@@ -111,13 +99,13 @@ def parse_plan(response: str, instruction: str, frames: int, chunk: int) -> Plan
         whole = (Step(0, frames, instruction),)
         return Plan(instruction, whole, format_score=0.0, repairs=(UNUSABLE,), response=response)
     drafts = _tidy(drafts, frames // chunk, repairs)
-    bounds = _bounds(drafts, frames, chunk, repairs)
-    steps = tuple(Step(a, b, d.prompt) for a, b, d in zip(bounds[:-1], bounds[1:], drafts, strict=True))
+    bounds = _bounds(drafts, frames, chunk, ROUND_BY[rounding](chunk), repairs)
+    steps = tuple(Step(a, b, d.prompt) for (a, b), d in zip(pairwise(bounds), drafts, strict=True))
     return Plan(instruction, steps, format_score=0.5 if repairs else 1.0, repairs=tuple(repairs), response=response)
 
 
 def answer_of(response: str) -> str:
-    """What follows the last `</think>`; all of it without that tag, nothing of a thought that never ends."""
+    """The text after the last `</think>`; all of it without that tag, nothing of a thought without end."""
     _, closed, answer = response.rpartition(THINK_END)
     return "" if not closed and THINK_START in answer else answer
 
@@ -126,12 +114,6 @@ def _read(response: str, repairs: dict[str, None]) -> list[_Draft]:
     answer = answer_of(response).strip()
     if len(answer) > MAX_RESPONSE_CHARS:
         return []
-    try:
-        strict = _STEPS.validate_json(_clean(answer))
-    except ValidationError:
-        strict = None
-    if strict and all(step.prompt.strip() for step in strict):
-        return [_Draft(_clamped(step.start), _clamped(step.end), step.prompt.strip()) for step in strict]
     found, whole = _find_steps(answer)
     if not whole:
         repairs["extracted"] = None
@@ -139,7 +121,7 @@ def _read(response: str, repairs: dict[str, None]) -> list[_Draft]:
 
 
 def _find_steps(answer: str) -> tuple[list[dict], bool]:
-    """Objects that look like steps, and whether they are the entries of one bare array."""
+    """Objects that look like steps, and True where they are the entries of one bare array."""
     decoder = json.JSONDecoder()
     try:
         value = decoder.decode(answer)
@@ -221,7 +203,7 @@ def _tidy(drafts: list[_Draft], most: int, repairs: dict[str, None]) -> list[_Dr
     return drafts
 
 
-def _bounds(drafts: list[_Draft], frames: int, chunk: int, repairs: dict[str, None]) -> list[int]:
+def _bounds(drafts: list[_Draft], frames: int, chunk: int, add: int, repairs: dict[str, None]) -> list[int]:
     """n + 1 increasing chunk bounds from 0 to `frames` for n steps, at most one step a chunk."""
     first, last = drafts[0].start, drafts[-1].end
     if first is not None and first != 0:
@@ -234,7 +216,7 @@ def _bounds(drafts: list[_Draft], frames: int, chunk: int, repairs: dict[str, No
             repairs["gaps closed"] = None
         wanted.append(before.end if after.start is None else after.start)
     filled = _fill([*wanted, frames])
-    bounds = [(bound + chunk // 2) // chunk * chunk for bound in filled]
+    bounds = [(bound + add) // chunk * chunk for bound in filled]
     count = len(drafts)
     for i in range(1, count):  # a chunk for every step before, then for every step after
         bounds[i] = max(bounds[i], bounds[i - 1] + chunk)
@@ -256,24 +238,21 @@ def _fill(bounds: list[int | None]) -> list[int]:
     return filled
 
 
-ACCEPTED = 'a JSON file with steps: "start" and "end" (latent frames), "prompt"'
+def read_plan(path: Path, instruction: str, frames: int, chunk: int, rounding: str = "nearest") -> Plan:
+    """The plan in a JSON file: an array of steps, or an object that holds one, repaired as a planner's answer is.
 
-
-def read_plan(path: Path, instruction: str, frames: int, chunk: int) -> Plan:
-    """The steps in a JSON file, an array of them or an object that holds one, repaired as a planner's answer is.
-
-    Raises UserError where the file cannot be read or holds no step; repairs are logged.
+    Arguments as for `parse_plan`. Logs repairs. Raises UserError for an unreadable file and one without a step.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); accepted: {ACCEPTED}") from error
-    return plan_of(text, str(path), instruction, frames, chunk)
+    return _given_plan(text, str(path), instruction, frames, chunk, rounding)
 
 
-def plan_of(text: str, where: str, instruction: str, frames: int, chunk: int) -> Plan:
-    """The same from JSON text; `where` says in messages whose text it is."""
-    plan = parse_plan(text, instruction, frames, chunk)
+def _given_plan(text: str, where: str, instruction: str, frames: int, chunk: int, rounding: str) -> Plan:
+    """`parse_plan` for JSON that a user gave; messages call it `where`."""
+    plan = parse_plan(text, instruction, frames, chunk, rounding)
     if UNUSABLE in plan.repairs:
         raise UserError(f"{where}: found no steps; accepted: {ACCEPTED}")
     if plan.repairs:
@@ -283,7 +262,7 @@ def plan_of(text: str, where: str, instruction: str, frames: int, chunk: int) ->
 
 @dataclass(frozen=True)
 class Request:
-    """An instruction to make videos of. `where`: what messages call it; plan, seed: its own, None if it has none."""
+    """An instruction to make videos of: its name in messages, and its own plan and seed (None: not given)."""
 
     where: str
     prompt: Prompt
@@ -291,42 +270,40 @@ class Request:
     seed: int | None = None
 
 
-def read_requests(path: Path, frames: int, chunk: int) -> list[Request]:
-    """The file's rows in order; plans are of `frames` latent frames in chunks of `chunk`.
+def read_requests(path: Path, frames: int, chunk: int, rounding: str = "nearest") -> list[Request]:
+    """The requests in a file of prompts (`tempact.prompt_file`), in order of its rows.
 
-    Raises UserError that names the row: for all that `tempact.prompt_file` refuses, an id given twice, a plan without
-    steps, a seed that is none.
+    Beside a prompt's columns a row may have `plan` (the steps, as in a plan file) and `seed`. `frames`, `chunk` and
+    `rounding` are those of `parse_plan`. Raises UserError naming the row for a bad prompt, an id given twice, a plan
+    without steps and a bad seed.
     """
     rows = read_rows(path, ("plan", "seed"))
     check_ids(rows)
-    return [Request(row.where, row.prompt, _plan(row, frames, chunk), _seed(row)) for row in rows]
+    return [Request(row.where, row.prompt, _plan_cell(row, frames, chunk, rounding), _seed_cell(row)) for row in rows]
 
 
-def _plan(row: PromptRow, frames: int, chunk: int) -> Plan | None:
-    steps = _given(row.cells, "plan")
+def _plan_cell(row: PromptRow, frames: int, chunk: int, rounding: str) -> Plan | None:
+    steps = _cell(row, "plan")
     if steps is None:
         return None
     if not isinstance(steps, str | list | dict):
         raise UserError(f"{row.where}: plan: found {repr(steps)[:SHOWN]}; accepted: steps, as in a plan file")
     text = steps if isinstance(steps, str) else json.dumps(steps)
-    return plan_of(text, f"{row.where}: plan", row.prompt.text, frames, chunk)
+    return _given_plan(text, f"{row.where}: plan", row.prompt.text, frames, chunk, rounding)
 
 
-def _seed(row: PromptRow) -> int | None:
-    found = _given(row.cells, "seed")
-    if found is None:
-        return None
-    try:
-        seed = int(found) if isinstance(found, str) else found
-    except ValueError:
-        seed = None
-    if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:
+def _seed_cell(row: PromptRow) -> int | None:
+    found = seed = _cell(row, "seed")
+    if isinstance(found, str):
+        with contextlib.suppress(ValueError):
+            seed = int(found)
+    if seed is not None and (type(seed) is not int or not 0 <= seed <= LARGEST_SEED):
         accepted = f"a whole number from 0 to {LARGEST_SEED}"
         raise UserError(f"{row.where}: seed: found {repr(found)[:SHOWN]}; accepted: {accepted}")
     return seed
 
 
-def _given(cells: Mapping[str, Any], key: str) -> Any:
-    """A cell's value, None where it is empty."""
-    value = cells.get(key)
+def _cell(row: PromptRow, key: str) -> Any:
+    """A cell's value, None where the cell is empty."""
+    value = row.cells.get(key)
     return None if isinstance(value, str) and not value.strip() else value

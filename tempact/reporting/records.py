@@ -110,12 +110,13 @@ def read_metrics(run_folder: Path) -> list[dict]:
 def write_samples(run_folder: Path, step: int, plans: PlanBatch, scored: Scored, batch: Batch) -> Path:
     """samples/step-000040.jsonl: one row a continuation with its prompt, plan, rewards and advantages.
 
-    Missing rewards and masked advantages are null.
+    Missing rewards and masked advantages are null. A run with rewards of its own has them under "custom".
     """
     rows = []
     for p, plan in enumerate(plans.plans):
         prompt = plans.prompt_of(p)
         for n in range(scored.temporal_following.shape[1]):
+            custom = {own.name: _at(own.scores, *(p, n)[: own.scores.ndim]) for own in scored.custom}
             rows.append(
                 {
                     "step": step,
@@ -133,6 +134,7 @@ def write_samples(run_folder: Path, step: int, plans: PlanBatch, scored: Scored,
                     "aesthetics": _at(scored.aesthetics, p, n),
                     "plan_advantage": _at(batch.plan_advantage, p) if batch.plan_mask[p] else None,
                     "execution_advantage": _at(batch.execution_advantage, p, n) if batch.execution_mask[p, n] else None,
+                    **({"custom": custom} if custom else {}),
                 }
             )
     path = Path(run_folder) / SAMPLES / f"step-{step:06d}.jsonl"
@@ -160,3 +162,36 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}:{whole % 60:02d} min"
     return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
+
+
+# keys of metrics.jsonl and their meanings; docs/metrics.md is written from them (tests/write_references.py)
+MEANINGS = {
+    "step": "iteration, from 1",
+    "time_s": "seconds that the run has taken, over all its resumed parts",
+    "POLICY/reward": "mean combined reward, of plans for the planner and of continuations for the executor",
+    "POLICY/reward_std": "deviation of rewards from their group's mean, over all groups; it divides advantages",
+    "POLICY/frac_reward_zero_std": "share of groups whose rewards are all equal, which teach nothing",
+    "POLICY/missing": "share of combined rewards that are missing",
+    "POLICY/loss": "policy loss plus weighted divergence, of the iteration's last update",
+    "POLICY/kl": "divergence from the frozen reference, of that update",
+    "POLICY/ratio": "mean ratio of the new to the old probability",
+    "POLICY/ratio_deviation": "mean distance of that ratio from 1; 0 where there is one update an iteration",
+    "POLICY/clip_ratio/low": "share of terms whose ratio the lower clip stops, at negative advantages",
+    "POLICY/clip_ratio/high": "share of terms whose ratio the upper clip stops, at positive advantages",
+    "POLICY/grad_norm": "global norm of the gradient before its clip; null where it is not finite",
+    "POLICY/skipped_updates": "updates in a row that were left out for gradients that are not finite",
+    "executor/rollout_gap/SIGMA": "difference of log-probs between roll-out and training at that noise level, in clips",
+    "rewards/REWARD/mean": "mean of a raw reward, from 0 to 1",
+    "rewards/REWARD/std": "deviation of a raw reward",
+    "rewards/REWARD/missing": "share of a raw reward's scores that are missing",
+    "rewards/aesthetics/truncated": "share of prompts longer than PickScore reads",
+    "judge/ROLE/calls": "calls of a judge that ended",
+    "judge/ROLE/missing": "share of them without a valid reply",
+    "judge/ROLE/cache_hits": "share of them that the cache answered",
+    "judge/ROLE/retries": "requests beyond the first of each call",
+    "judge/ROLE/latency_mean_s": "mean seconds of calls that reached a server; _p95_s and _max_s likewise",
+    "judge/ROLE/latency_p95_s": "95th percentile of these",
+    "judge/ROLE/latency_max_s": "longest of these",
+    "timing_s/PHASE": "seconds of a phase: plan, rollout, rewards (beyond what overlaps with it), update",
+    "memory/peak_gib": "most GPU memory that tensors have taken since the process began, GiB",
+}

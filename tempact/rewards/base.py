@@ -1,131 +1,205 @@
-"""What a reward is: scores of plans or of videos, with *missing* as a result of its own.
+"""Rewards: functions that score plans or their videos, and the set of them that a run trains on.
 
-The four rewards of the method, scored together (ALGORITHM.md 2.6).
+The method has four (docs/algorithm.md 2.6), a user may add more (docs/rewards.md). A score that could not be had is
+missing (NaN), never a number.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from tempact.types import PlanBatch, Rollout, Scored
+from tempact.errors import UserError
+from tempact.rewards.frame_picks import Span, switch_spans
+from tempact.types import CustomScores, Plan, PlanBatch, RewardLevel, Rollout, Scored
 
 log = logging.getLogger(__name__)
 
 
-class PlanReward(Protocol):
-    """Judges plans as text."""
-
-    def score(self, plans: PlanBatch) -> Tensor:
-        """[P] fp32; NaN where no score could be had (ALGORITHM.md decision 7)."""
-        ...
-
-
-class VideoReward(Protocol):
-    """Judges every continuation of every plan."""
-
-    def score(self, plans: PlanBatch, rollout: Rollout) -> Tensor:
-        """[P, N] fp32; NaN where no score could be had."""
-        ...
-
-
-class Scores(Protocol):
-    """A reward's scores, which may be still on their way."""
-
-    def result(self) -> Tensor:
-        """Waits for them; NaN where missing."""
-        ...
+# (prompts, plans, frames, spans) -> scores, of the P plans of a rollout or of a part of it:
+#   prompts  the user's instruction of each plan
+#   plans    steps as the planner wrote them, not smoothed
+#   frames   uint8 [P, N, T, 3, height, width], T pixel frames, N continuations of each plan
+#   spans    the switched step of each plan and its pixel frames; None where no step begins at the switch frame
+#   scores   [P] or [P, N], NaN where missing: a tensor, a sequence, or an object whose `result()` waits for them
+RewardFunction: TypeAlias = Callable[[list[str], list[Plan], Tensor, list[Span | None]], Any]
 
 
 @dataclass(frozen=True)
-class Known:
-    scores: Tensor
+class Reward:
+    """A reward of one's own, added to the method's (docs/rewards.md).
 
-    def result(self) -> Tensor:
-        return self.scores
+    name    a Python identifier, as in the metrics `rewards/<name>/mean`, `std` and `missing`
+    score   the function; it runs on the training thread, on the frames' device
+    weight  factor of the scores in the reward of their level, any finite number
+    level   "execution": [P, N] scores, added to each continuation's reward; "plan": [P] scores, or [P, N] of which the
+            mean is taken, added to each plan's reward
+
+    Raises UserError for another name, weight or level.
+    """
+
+    name: str
+    score: RewardFunction
+    weight: float = 1.0
+    level: RewardLevel = "execution"
+
+    def __post_init__(self) -> None:
+        good = self.name.isidentifier() and callable(self.score) and math.isfinite(self.weight)
+        if not good or self.level not in get_args(RewardLevel):
+            accepted = "an identifier, a function, a finite weight, and the level execution or plan"
+            raise UserError(f"rewards.custom: found {self}; accepted: {accepted}")
 
 
-class VideoScores(NamedTuple):
-    """Of the videos of a few plans, [plans, N] each."""
+def load_rewards(entries: Iterable[str]) -> tuple[Reward, ...]:
+    """The rewards that `rewards.custom` names: "module:name" of a Reward, or of a function, which is a reward of that
+    name, of weight 1, at the execution level.
 
-    temporal_following: Scores
-    step_following: Scores
-    aesthetics: Scores
+    Modules are found as `import` finds them, and in the current folder. Raises UserError for an entry that is none.
+    """
+    return tuple(_loaded(entry) for entry in entries)
+
+
+def _loaded(entry: str) -> Reward:
+    module, _, name = entry.partition(":")
+    if not (name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        raise UserError(f"rewards.custom: found {entry!r}; accepted: module:function")
+    if os.getcwd() not in sys.path:  # `python -m` has it there, the console script has not
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise UserError(f"rewards.custom: {entry}: {error}; accepted: a module that can be imported") from error
+    except AttributeError as error:
+        raise UserError(f"rewards.custom: {entry}: {error}; accepted: a function or a Reward") from error
+    return found if isinstance(found, Reward) else Reward(name, found)
 
 
 @dataclass(frozen=True)
 class RewardSet:
-    """Plan quality J, temporal following V (whole video), step following L (the step at the switch),
-    aesthetics P (the transition chunk)."""
+    """The rewards of a run. The weights of the method's four are `rewards.<name>` in the configuration.
 
-    plan_quality: PlanReward
-    temporal_following: VideoReward
-    step_following: VideoReward
-    aesthetics: VideoReward
+    plan_quality        J [P]; called before there are videos, with no frames ([P, 0, 0, 3, 0, 0]) and no spans
+    temporal_following  V [P, N] of whole videos
+    step_following      L [P, N] of the switched step
+    aesthetics          P [P, N] of the pictures after the switch
+    custom              the user's own
+    metrics             gives metrics of the scoring itself since its last call, named as in `metrics.jsonl`
+    close               ends what the rewards have started; they score nothing afterwards
+
+    Raises UserError where two rewards have one name.
+    """
+
+    plan_quality: RewardFunction
+    temporal_following: RewardFunction
+    step_following: RewardFunction
+    aesthetics: RewardFunction
+    custom: tuple[Reward, ...] = ()
+    metrics: Callable[[], dict[str, float]] = dict
+    close: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
+        taken = {each.name for each in fields(Scored)}
+        for reward in self.custom:
+            if reward.name in taken:
+                accepted = f"a name of its own, beside {', '.join(sorted(taken))}"
+                raise UserError(f"rewards.custom: found {reward.name!r} a second time; accepted: {accepted}")
+            taken.add(reward.name)
+
+    def extended(self, rewards: Iterable[Reward]) -> RewardSet:
+        """The set with more of the user's rewards. Raises UserError where two have one name."""
+        return replace(self, custom=(*self.custom, *rewards))
 
     def begin(self, plans: PlanBatch) -> Scoring:
         """Starts to score plans whose videos are still to be made."""
-        return Scoring(self, plans, self.start_plans(plans))
+        none = torch.empty(len(plans.plans), 0, 0, 3, 0, 0, dtype=torch.uint8)
+        spans: list[Span | None] = [None] * len(plans.plans)
+        return Scoring(self, plans, self.plan_quality(_prompts(plans), plans.plans, none, spans))
 
-    def score(self, plans: PlanBatch, rollout: Rollout) -> Scored:
-        """All raw rewards on the CPU. A number outside [0, 1] is no score: it counts as missing."""
-        scoring = self.begin(plans)
-        scoring.add(rollout)
-        return scoring.result()
 
-    def start_plans(self, plans: PlanBatch) -> Scores:
-        return Known(self.plan_quality.score(plans))
-
-    def start_videos(self, plans: PlanBatch, rollout: Rollout) -> VideoScores:
-        rewards = self.temporal_following, self.step_following, self.aesthetics
-        return VideoScores(*(Known(reward.score(plans, rollout)) for reward in rewards))
-
-    def metrics(self) -> dict[str, float]:
-        """How the scoring itself went since the last call of this; names as in `metrics.jsonl`."""
-        return {}
-
-    def close(self) -> None:
-        """Ends what the rewards have started; they score nothing afterwards."""
+VIDEO_REWARDS = ("temporal_following", "step_following", "aesthetics")
 
 
 @dataclass
 class Scoring:
-    """The scores of a batch of plans, whose videos come a few plans at a time.
+    """Raw rewards on their way: of a batch of plans whose videos come a few plans at a time.
 
-    Where judges serve, they work while the next videos are made.
+    Judges work while the next videos are made.
     """
 
     rewards: RewardSet
     plans: PlanBatch
-    quality: Scores
-    parts: list[VideoScores] = field(default_factory=list)
-    seen: int = 0  # plans whose videos have come
+    quality: Any  # what the function of plan quality has returned
+    parts: list[dict[str, Any]] = field(default_factory=list)  # what the others have returned, by name
+    shapes: list[list[int]] = field(default_factory=list)  # of the parts: plans, continuations
 
     def add(self, rollout: Rollout) -> None:
-        """The videos of the next plans, P' x N."""
-        own = range(self.seen, self.seen + len(rollout.frames))
-        prompts, plans = [self.plans.prompt_of(p) for p in own], [self.plans.plans[p] for p in own]
-        self.parts.append(self.rewards.start_videos(PlanBatch(prompts, plans, 1), rollout))
-        self.seen = own.stop
+        """Starts to score the videos of the next plans."""
+        first, shape = sum(plans for plans, _ in self.shapes), list(rollout.frames.shape[:2])
+        own = range(first, first + shape[0])
+        part = PlanBatch([self.plans.prompt_of(p) for p in own], [self.plans.plans[p] for p in own], 1)
+        given = _prompts(part), part.plans, rollout.frames, switch_spans(part, rollout)
+        functions = {name: getattr(self.rewards, name) for name in VIDEO_REWARDS}
+        functions |= {reward.name: reward.score for reward in self.rewards.custom}
+        self.parts.append({name: function(*given) for name, function in functions.items()})
+        self.shapes.append(shape)
 
     def result(self) -> Scored:
-        """Waits for all. Every tensor has its whole shape, NaN where missing."""
-        assert self.seen == len(self.plans.plans), f"videos of {self.seen} of {len(self.plans.plans)} plans"
-        names = VideoScores._fields
-        videos = {name: torch.cat([getattr(part, name).result().cpu() for part in self.parts]) for name in names}
+        """Waits for all scores. Every tensor has its whole shape, NaN where missing.
+
+        A number outside [0, 1] of the method's rewards is logged and counts as missing. Raises UserError for own
+        scores of a wrong shape and for infinite ones.
+        """
+        count, seen = len(self.plans.plans), sum(plans for plans, _ in self.shapes)
+        assert seen == count, f"videos of {seen} of {count} plans"
+        custom = [CustomScores(r.name, r.level, r.weight, self._whole(r.name, r.level)) for r in self.rewards.custom]
+        for own in custom:
+            if torch.isinf(own.scores).any():
+                accepted = "finite ones, NaN for missing"
+                raise UserError(f"rewards.custom: {own.name}: found infinite scores; accepted: {accepted}")
         return Scored(
-            plan_quality=_valid("plan_quality", self.quality.result()),
+            plan_quality=_valid("plan_quality", _tensor("plan_quality", self.quality, [[count]])),
             format_score=torch.tensor([plan.format_score for plan in self.plans.plans]),
-            **{name: _valid(name, scores) for name, scores in videos.items()},
+            **{name: _valid(name, self._whole(name)) for name in VIDEO_REWARDS},
+            custom=tuple(custom),
+        )
+
+    def _whole(self, name: str, level: RewardLevel = "execution") -> Tensor:
+        parts = zip(self.parts, self.shapes, strict=True)
+        return torch.cat(
+            [_tensor(name, part[name], [shape] + [shape[:1]] * (level == "plan")) for part, shape in parts]
         )
 
 
+def _prompts(plans: PlanBatch) -> list[str]:
+    return [plans.prompt_of(p).text for p in range(len(plans.plans))]
+
+
+def _tensor(name: str, returned: Any, shapes: list[list[int]]) -> Tensor:
+    """What a reward has returned, fp32 on the CPU, of one of the shapes."""
+    scores = returned.result() if hasattr(returned, "result") else returned
+    try:
+        found = torch.as_tensor(scores).detach().float().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"rewards.custom: {name}: found {type(scores).__name__} ({error}); accepted: numbers"
+        ) from error
+    if list(found.shape) not in shapes:
+        accepted = f"{' or '.join(map(str, shapes))} (plans, continuations)"
+        raise UserError(f"rewards.custom: {name}: found scores of shape {list(found.shape)}; accepted: {accepted}")
+    return found
+
+
 def _valid(name: str, scores: Tensor) -> Tensor:
-    scores = scores.detach().float().cpu()
+    """Scores of the method's own, of which a number outside [0, 1] is none."""
     outside = ~torch.isnan(scores) & ~((scores >= 0) & (scores <= 1))
     if outside.any():
         log.warning("%s: %d scores outside [0, 1] count as missing", name, int(outside.sum()))

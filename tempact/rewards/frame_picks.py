@@ -1,4 +1,4 @@
-"""Which frames of a video a judge sees, and how they are sent (ALGORITHM.md 2.6, invariant 28)."""
+"""Frames of a video for a judge: their choice, the span of the switched step, JPEG files (docs/algorithm.md 2.6)."""
 
 from __future__ import annotations
 
@@ -7,20 +7,44 @@ import io
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from tempact.types import PlanBatch, Rollout, Step
+
 JPEG_QUALITY = 85
 ENCODERS = 8  # threads at most; Pillow compresses without the interpreter's lock
 
 
-def spread(first: int, last: int, count: int) -> list[int]:
-    """At most `count` frames from `first` to `last`, both among them, as evenly as whole numbers allow.
+class Span(NamedTuple):
+    """The step that begins at a plan's switch frame, and its pixel frames: `first` to `last`, both included."""
 
-    Rising and without repeats: a window of fewer than `count` frames is taken whole. `count` is at least 2.
+    first: int
+    last: int
+    step: Step
+
+
+def switch_spans(plans: PlanBatch, rollout: Rollout) -> list[Span | None]:
+    """The span of every plan's switched step. None where no step begins at the switch frame (a plan of one step), and
+    for a rollout without a trained chunk."""
+    if rollout.transition is None:
+        return [None] * len(plans.plans)
+    spans: list[Span | None] = []
+    for plan, start in zip(plans.plans, rollout.transition.start.tolist(), strict=True):
+        step = next((step for step in plan.steps if step.start == start), None)
+        pixels = rollout.frames.shape[2]
+        spans.append(Span(*pixel_window(step.start, step.end, plan.frames, pixels), step) if step else None)
+    return spans
+
+
+def spread(first: int, last: int, count: int) -> list[int]:
+    """At most `count` (at least 2) frames, evenly spaced in whole numbers from `first` to `last`, both included.
+
+    Ascending, without repeats: a window of fewer than `count` frames is taken whole.
     """
     assert 0 <= first <= last and count >= 2, (first, last, count)
     gaps = min(count - 1, last - first)
@@ -32,9 +56,8 @@ def pixel_window(start: int, end: int, frames: int, pixel_frames: int) -> tuple[
     """First and last pixel frame of latent frames [start, end).
 
     frames        F, latent frames of the video
-    pixel_frames  of the whole video, r(F - 1) + 1 for a codec that makes r of each latent frame after the first (4 for
-                  Wan's VAE, 1 for ShapeWorld): latent frame 0 is pixel frame 0, latent frame i > 0 is
-                  r(i - 1) + 1 .. ri
+    pixel_frames  r(F - 1) + 1, pixel frames of the video; r = 4 for Wan's VAE, 1 for ShapeWorld. Latent frame 0 is
+                  pixel frame 0, latent frame i > 0 is pixel frames r(i - 1) + 1 to ri
     """
     assert 0 <= start < end <= frames, (start, end, frames)
     rate, rest = divmod(pixel_frames - 1, max(1, frames - 1))
@@ -43,7 +66,7 @@ def pixel_window(start: int, end: int, frames: int, pixel_frames: int) -> tuple[
 
 
 def jpegs(frames: Tensor) -> tuple[bytes, ...]:
-    """JPEG files of uint8 [k, 3, height, width], in order."""
+    """One JPEG file for each of uint8 [k, 3, height, width], in order."""
     assert frames.dtype == torch.uint8 and frames.ndim == 4 and frames.shape[1] == 3, (frames.dtype, frames.shape)
     pictures = frames.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     with ThreadPoolExecutor(min(ENCODERS, len(pictures), os.cpu_count() or 1)) as pool:
@@ -57,7 +80,7 @@ def _jpeg(picture: np.ndarray) -> bytes:
 
 
 def media_hash(images: Sequence[bytes]) -> str:
-    """SHA-256 of files in their order, for the cache of replies."""
+    """SHA-256 of the files in their order, part of a reply's key in the cache."""
     total = hashlib.sha256()
     for image in images:
         total.update(hashlib.sha256(image).digest())

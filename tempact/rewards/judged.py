@@ -1,14 +1,8 @@
-"""What the judges are asked: texts in `rubrics/`, and how a plan's words are quoted to them.
+"""The three rewards of judges: plan quality J, temporal following V, step following L (docs/algorithm.md 2.6).
 
-Every rubric file begins with `version: N`; a change of its wording is a new version, because scores of two versions
-are not the same measurement. Words of a user or a planner never stand in a system message.
-
-Plan quality J: a text judge compares the plan with the instruction (ALGORITHM.md 2.6).
-
-Step following L: a vision judge on the step that starts at the switch (ALGORITHM.md 2.6).
-
-Temporal following V: a vision judge on the whole video, which knows the instruction and nothing of the plan
-(ALGORITHM.md 2.6).
+The judges' instructions are in `rubrics/`. Every file there begins with `version: N`; a change of its wording is a new
+version, because scores of two versions are not the same measurement. Words of a user or a planner never stand in a
+system message.
 """
 
 from __future__ import annotations
@@ -16,21 +10,26 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
+import torch
 from pydantic import BaseModel, Field, create_model
 from torch import Tensor
 
-from tempact.rewards.frame_picks import jpegs, media_hash, pixel_window, spread
-from tempact.rewards.judges.calls import JudgeCall, Judges, Pending, Replies, Rubric
-from tempact.types import Plan, PlanBatch, Rollout, Step
+from tempact.config import JudgeSettings
+from tempact.rewards.base import RewardFunction, RewardSet
+from tempact.rewards.frame_picks import Span, jpegs, media_hash, spread
+from tempact.rewards.judges import JudgeCall, JudgeResult, Judges, Rubric
+from tempact.types import Missing, Plan
 
 FOLDER = Path(__file__).parent / "rubrics"
 FRAMES = "{frames}"  # stands in a rubric for the number of pictures
+HELD_OUT = "held_out"  # role of the judge of evaluations, never trained against
 
 # what could end a string, a line or a message: the special tokens of chat templates all have angle brackets, and a
 # server reads them in a user's message too; JSON's own escapes leave them as they are
@@ -39,7 +38,7 @@ _ESCAPED = re.compile("[<>\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 @cache
 def rubric(name: str, fields: type[BaseModel], frames: int = 0) -> Rubric:
-    """The rubric in `rubrics/<name>.md` for a reply of `fields`; `frames` is the number of pictures, 0 for none."""
+    """The rubric of `rubrics/<name>.md` for a reply of `fields`; `frames` is the number of pictures, 0 for none."""
     head, _, text = (FOLDER / f"{name}.md").read_text(encoding="utf-8").partition("\n")
     key, _, version = head.partition(": ")
     assert key == "version" and version.isdecimal() and (FRAMES in text) == bool(frames), name
@@ -50,8 +49,8 @@ def quoted(task: str, data: Mapping[str, object]) -> str:
     """A user message: `task` in this project's words, then `data` as one JSON object between two equal lines.
 
     Text cannot leave its JSON string: quotes, line ends and angle brackets in it are escaped. Nor can it close the
-    data: the boundary is a hash of the data, so that to hold it a text would have to hold its own hash. Equal data
-    give equal messages, which the cache of replies needs.
+    data: the boundary is a hash of the data, so that a text would have to contain its own hash. Equal data give equal
+    messages, which the cache of replies needs.
     """
     body = json.dumps(data, ensure_ascii=False, indent=1)
     body = _ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", body)
@@ -65,17 +64,11 @@ def quoted(task: str, data: Mapping[str, object]) -> str:
 
 TOP_MARK = 10.0
 Mark = Annotated[float, Field(ge=0, le=TOP_MARK)]
-
-
-PLAN_ROLE = "plan_quality"
-FAITHFULNESS, COVERAGE, TEMPORAL, HALLUCINATION = 0.4, 0.25, 0.25, 0.3
-PLAN_TASK = "Judge this plan."
-
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class PlanVerdict(BaseModel):
-    """The judge's reply; names beside these are ignored."""
+    """A judge's reply about a plan; other names in it are ignored."""
 
     faithfulness: Share
     coverage: Share
@@ -83,39 +76,8 @@ class PlanVerdict(BaseModel):
     hallucination: Share
 
 
-def plan_score(verdict: PlanVerdict) -> float:
-    """J in [0, 0.9]."""
-    raw = FAITHFULNESS * verdict.faithfulness + COVERAGE * verdict.coverage + TEMPORAL * verdict.temporal
-    return min(1.0, max(0.0, raw - HALLUCINATION * verdict.hallucination))
-
-
-def plan_call(plan: Plan) -> JudgeCall:
-    """The question about a plan: its instruction and its steps as the planner wrote them, not smoothed."""
-    data = {"instruction": plan.instruction, "steps": [step.prompt for step in plan.steps]}
-    return JudgeCall(PLAN_ROLE, rubric(PLAN_ROLE, PlanVerdict), quoted(PLAN_TASK, data))
-
-
-@dataclass(frozen=True)
-class PlanQuality:
-    judges: Judges
-
-    def start(self, plans: PlanBatch) -> Pending:
-        """Sends all plans to the judge; scores [P]."""
-        replies = self.judges.submit([plan_call(plan) for plan in plans.plans])
-        return Pending((len(plans.plans),), {(p,): reply for p, reply in enumerate(replies)}, plan_score)
-
-    def score(self, plans: PlanBatch) -> Tensor:
-        """[P] in [0, 0.9], NaN where missing."""
-        return self.start(plans).result()
-
-
-STEP_ROLE = "step_following"
-SUBJECT, SCENE, ACTION, APPEARANCE, FINAL = 0.15, 0.15, 0.2, 0.2, 0.3
-STEP_TASK = "Judge this part of a video."
-
-
 class StepVerdict(BaseModel):
-    """The judge's reply; names beside these are ignored."""
+    """A judge's reply about a step; other names in it are ignored."""
 
     subject: Mark
     scene: Mark
@@ -124,56 +86,9 @@ class StepVerdict(BaseModel):
     final: Mark
 
 
-def step_score(verdict: StepVerdict) -> float:
-    """L in [0, 1]."""
-    marks = SUBJECT * verdict.subject + SCENE * verdict.scene + ACTION * verdict.action
-    marks += APPEARANCE * verdict.appearance + FINAL * verdict.final
-    return min(1.0, marks / TOP_MARK)
-
-
-def step_call(prompt: str, frames: Tensor) -> JudgeCall:
-    """The question about a step: its prompt as the planner wrote it, and pictures uint8 [k, 3, height, width]."""
-    images = jpegs(frames)
-    asked = rubric(STEP_ROLE, StepVerdict, len(images))
-    return JudgeCall(STEP_ROLE, asked, quoted(STEP_TASK, {"step": prompt}), images, media_hash(images))
-
-
-def switched_steps(plans: PlanBatch, rollout: Rollout, count: int) -> Iterator[tuple[int, Step, list[int]]]:
-    """Of every plan with a step that starts at the switch: its index, that step, and `count` pixel frames of the step,
-    its first and its last among them. Where no step starts at the switch nothing can be compared."""
-    assert rollout.transition is not None
-    for p, (plan, start) in enumerate(zip(plans.plans, rollout.transition.start.tolist(), strict=True)):
-        step = plan.steps[plan.step_at(start)]
-        if step.start == start:
-            window = pixel_window(step.start, step.end, plan.frames, rollout.frames.shape[2])
-            yield p, step, spread(*window, count)
-
-
-@dataclass(frozen=True)
-class StepFollowing:
-    judges: Judges
-    frames: int = 6  # that the judge sees
-
-    def start(self, plans: PlanBatch, rollout: Rollout) -> Pending:
-        """Sends the switched step of all videos to the judge, plan by plan; scores [P, N]."""
-        replies: Replies = {}
-        for p, step, picks in switched_steps(plans, rollout, self.frames):
-            asked = self.judges.submit([step_call(step.prompt, video[picks]) for video in rollout.frames[p]])
-            replies |= {(p, n): reply for n, reply in enumerate(asked)}
-        return Pending(tuple(rollout.frames.shape[:2]), replies, step_score)
-
-    def score(self, plans: PlanBatch, rollout: Rollout) -> Tensor:
-        """[P, N] in [0, 1], NaN where missing or where no step starts at the switch."""
-        return self.start(plans, rollout).result()
-
-
-VIDEO_ROLE, HELD_OUT = "temporal_following", "held_out"  # HELD_OUT: of evaluations, never trained against
-FRAME_SCORES, WHOLE, TEMPORAL_ORDER, PHYSICAL, CONSISTENCY, ALIGNMENT = 0.2, 0.3, 0.2, 0.1, 0.1, 0.1
-VIDEO_TASK = "Judge this video."
-
-
 class VideoVerdict(BaseModel):
-    """The judge's reply; names beside these are ignored. `video_fields` asks for one frame score a picture."""
+    """A judge's reply about a video; other names in it are ignored. `video_fields` asks for one frame score a
+    picture."""
 
     frame_scores: list[Mark]
     temporal_order: Mark
@@ -190,45 +105,142 @@ def video_fields(frames: int) -> type[VideoVerdict]:
     return create_model(f"VideoVerdict{frames}", __base__=VideoVerdict, frame_scores=scores)
 
 
+def plan_score(verdict: PlanVerdict) -> float:
+    """J in [0, 0.9]."""
+    raw = 0.4 * verdict.faithfulness + 0.25 * verdict.coverage + 0.25 * verdict.temporal
+    return min(1.0, max(0.0, raw - 0.3 * verdict.hallucination))
+
+
+def step_score(verdict: StepVerdict) -> float:
+    """L in [0, 1]."""
+    what = 0.15 * verdict.subject + 0.15 * verdict.scene + 0.2 * verdict.action
+    return min(1.0, (what + (0.2 * verdict.appearance + 0.3 * verdict.final)) / TOP_MARK)
+
+
 def video_score(verdict: VideoVerdict) -> float:
     """V in [0, 1]."""
-    marks = FRAME_SCORES * sum(verdict.frame_scores) / len(verdict.frame_scores) + WHOLE * verdict.final
-    marks += TEMPORAL_ORDER * verdict.temporal_order + PHYSICAL * verdict.physical
-    marks += CONSISTENCY * verdict.consistency + ALIGNMENT * verdict.alignment
+    marks = 0.2 * sum(verdict.frame_scores) / len(verdict.frame_scores) + 0.3 * verdict.final
+    marks += 0.2 * verdict.temporal_order + 0.1 * verdict.physical
+    marks += 0.1 * verdict.consistency + 0.1 * verdict.alignment
     return min(1.0, marks / TOP_MARK)
 
 
-def rubric_version() -> str:
-    """Of the wording: scores of two versions are not the same measurement."""
-    return rubric(VIDEO_ROLE, video_fields(1), 1).version
+@dataclass(frozen=True)
+class Question:
+    """A question that judges are asked.
 
-
-def video_call(instruction: str, pictures: Tensor, role: str = VIDEO_ROLE) -> JudgeCall:
-    """The question about a video.
-
-    pictures  uint8 [k, 3, height, width], what the judge sees: the first frame, the last, and frames evenly between
-    role      which judge is asked
+    name    of the rubric's file, and of the role that answers
+    task    first words of the user message
+    fields  the reply's, by the number of pictures
+    score   from a reply to a score in [0, 1]
     """
-    images = jpegs(pictures)
-    asked = rubric(VIDEO_ROLE, video_fields(len(images)), len(images))
-    return JudgeCall(role, asked, quoted(VIDEO_TASK, {"instruction": instruction}), images, media_hash(images))
+
+    name: str
+    task: str
+    fields: Callable[[int], type[BaseModel]]
+    score: Callable[[Any], float]
+
+    def call(self, data: Mapping[str, object], pictures: Tensor | None = None, role: str = "") -> JudgeCall:
+        """The call that asks it about quoted data and pictures uint8 [k, 3, height, width]; role: "" for its own."""
+        images = () if pictures is None else jpegs(pictures)
+        asked = rubric(self.name, self.fields(len(images)), len(images))
+        return JudgeCall(
+            role or self.name, asked, quoted(self.task, data), images, media_hash(images) if images else ""
+        )
+
+
+PLAN = Question("plan_quality", "Judge this plan.", lambda frames: PlanVerdict, plan_score)
+STEP = Question("step_following", "Judge this part of a video.", lambda frames: StepVerdict, step_score)
+VIDEO = Question("temporal_following", "Judge this video.", video_fields, video_score)
+
+
+def rubric_version() -> str:
+    """Version of the wording about videos: scores of two versions are not the same measurement."""
+    return rubric(VIDEO.name, video_fields(1), 1).version
+
+
+def video_call(instruction: str, pictures: Tensor, role: str = VIDEO.name) -> JudgeCall:
+    """The question about a video: its instruction, and pictures uint8 [k, 3, height, width], the first and the last
+    frame among them. role: the judge that is asked."""
+    return VIDEO.call({"instruction": instruction}, pictures, role)
+
+
+Replies: TypeAlias = dict[tuple[int, ...], Future[JudgeResult]]  # by place in the scores
 
 
 @dataclass(frozen=True)
-class TemporalFollowing:
+class JudgedScores:
+    """Scores that judges are working on.
+
+    shape    of the scores
+    replies  a place without one has no score
+    score    from a reply to a score in [0, 1]
+    """
+
+    shape: tuple[int, ...]
+    replies: Replies
+    score: Callable[[Any], float]
+
+    def result(self) -> Tensor:
+        """Waits for all replies: fp32 on the CPU, NaN where no score could be had. Always of the whole shape, so that
+        ranks stay in step whatever is missing. Raises JudgeOutage, and nothing else on purpose."""
+        scores = torch.full(self.shape, float("nan"))
+        for place, reply in self.replies.items():
+            found = reply.result()
+            if not isinstance(found, Missing):
+                scores[place] = self.score(found)
+        return scores
+
+
+@dataclass(frozen=True)
+class JudgedReward:
+    """The reward of one question to the judges, a `RewardFunction`: it sends its calls and returns at once.
+
+    pictures  of a video or of its switched step that the judge sees, at least 2; not used for plans
+    role      the judge that is asked, "" for the question's own
+
+    J [P] of PLAN: the instruction and the steps as the planner wrote them, not smoothed. V [P, N] of VIDEO: the whole
+    video and the instruction; the judge knows nothing of the plan. L [P, N] of STEP: the video of the switched step and
+    that step's prompt; NaN where no step begins at the switch frame.
+    """
+
     judges: Judges
-    frames: int = 6  # that the judge sees
-    role: str = VIDEO_ROLE
+    question: Question
+    pictures: int = 6
+    role: str = ""
 
-    def start(self, plans: PlanBatch, rollout: Rollout) -> Pending:
-        """Sends all videos to the judge, plan by plan; scores [P, N]."""
+    def __call__(self, prompts: list[str], plans: list[Plan], frames: Tensor, spans: list[Span | None]) -> JudgedScores:
+        shape = (len(plans),) if self.question is PLAN else tuple(frames.shape[:2])
         replies: Replies = {}
-        picks = spread(0, rollout.frames.shape[2] - 1, self.frames)
-        for p, (plan, videos) in enumerate(zip(plans.plans, rollout.frames, strict=True)):
-            asked = self.judges.submit([video_call(plan.instruction, video[picks], self.role) for video in videos])
+        for p, (plan, videos, span) in enumerate(zip(plans, frames, spans, strict=True)):
+            if self.question is PLAN:
+                data = {"instruction": plan.instruction, "steps": [step.prompt for step in plan.steps]}
+                replies[(p,)] = self.judges.submit([PLAN.call(data, role=self.role)])[0]
+                continue
+            if self.question is VIDEO:
+                data, window = {"instruction": plan.instruction}, (0, frames.shape[2] - 1)
+            elif span is not None:
+                data, window = {"step": span.step.prompt}, (span.first, span.last)
+            else:
+                continue
+            picks = spread(*window, self.pictures)
+            asked = self.judges.submit([self.question.call(data, video[picks], self.role) for video in videos])
             replies |= {(p, n): reply for n, reply in enumerate(asked)}
-        return Pending(tuple(rollout.frames.shape[:2]), replies, video_score)
+        return JudgedScores(shape, replies, self.question.score)
 
-    def score(self, plans: PlanBatch, rollout: Rollout) -> Tensor:
-        """[P, N] in [0, 1], NaN where missing."""
-        return self.start(plans, rollout).result()
+
+def judged_rewards(
+    client: Judges,
+    aesthetics: RewardFunction,
+    settings: JudgeSettings,
+    stats: Callable[[], dict[str, float]] = dict,
+) -> RewardSet:
+    """The three rewards of judges, and one of pictures with its metrics; closing them closes the client."""
+    return RewardSet(
+        plan_quality=JudgedReward(client, PLAN),
+        temporal_following=JudgedReward(client, VIDEO, settings.video_frames),
+        step_following=JudgedReward(client, STEP, settings.step_frames),
+        aesthetics=aesthetics,
+        metrics=lambda: client.stats() | stats(),
+        close=client.close,
+    )

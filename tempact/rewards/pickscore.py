@@ -1,6 +1,6 @@
-"""Aesthetics P: PickScore of the step that starts at the switch, against that step's prompt (ALGORITHM.md 2.6).
+"""Aesthetics P: PickScore of the step that begins at the switch, against that step's prompt (docs/algorithm.md 2.6).
 
-CLIP reads 77 tokens, its start and end among them; what a prompt has beyond is cut off and counted
+CLIP reads 77 tokens, start and end token included; longer prompts are cut off and counted
 (`rewards/aesthetics/truncated`).
 """
 
@@ -15,9 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
+from tempact.config import JudgeSettings
 from tempact.errors import UserError
-from tempact.rewards.judged import switched_steps
-from tempact.types import PlanBatch, Rollout
+from tempact.rewards.base import RewardSet
+from tempact.rewards.frame_picks import Span, spread
+from tempact.rewards.judged import judged_rewards
+from tempact.rewards.judges import Judges
+from tempact.types import Plan
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +30,10 @@ BICUBIC = 3  # PIL's number, as it stands in preprocessor_config.json
 
 
 class PickScorer:
-    """PickScore of videos. Not trained: frozen, without gradients."""
+    """PickScore of videos, by a frozen CLIP model."""
 
     def __init__(self, model: CLIPModel, processor: CLIPProcessor, batch_frames: int = 64):
-        """batch_frames: frames that the vision model takes at a time."""
+        """batch_frames: frames that the vision model takes at a time. UserError for a processor that is not bicubic."""
         self.model = model.eval().requires_grad_(False)
         self.batch_frames = batch_frames
         self._tokenizer, images = processor.tokenizer, processor.image_processor
@@ -45,24 +49,25 @@ class PickScorer:
         self._texts = self._truncated = 0
 
     @classmethod
-    def load(cls, weights: str, processor: str, device: torch.device, batch_frames: int = 64) -> PickScorer:
-        """From folders or names on the Hugging Face hub; fp16 on a GPU, else fp32. UserError if one is not there."""
+    def load(cls, settings: JudgeSettings, device: torch.device) -> PickScorer:
+        """From the folders or names on the Hugging Face hub that `judges.aesthetics_weights` and `_processor` give;
+        fp16 on a GPU, else fp32. UserError if one is not there."""
         dtype = torch.float16 if device.type == "cuda" else torch.float32
-        model = _loaded(CLIPModel, "judges.aesthetics_weights", weights, dtype=dtype)
-        made = _loaded(CLIPProcessor, "judges.aesthetics_processor", processor)
-        return cls(model.to(device), made, batch_frames)
+        model = _loaded(CLIPModel, "judges.aesthetics_weights", settings.aesthetics_weights, dtype=dtype)
+        processor = _loaded(CLIPProcessor, "judges.aesthetics_processor", settings.aesthetics_processor)
+        return cls(model.to(device), processor, settings.aesthetics_batch)
 
     def cuts(self, text: str) -> bool:
-        """Has a text more tokens than the model reads, so that its end is not?"""
+        """True for a text of more tokens than the model reads."""
         return len(self._tokenizer(_plain(text), verbose=False)["input_ids"]) > self._tokens
 
     @torch.inference_mode()
     def score(self, text: str, videos: Tensor) -> Tensor:
-        """exp(logit_scale) times the cosine between the text and the renormalised mean of the frames' normalised
-        embeddings.
+        """PickScore of videos uint8 [V, k, 3, height, width], on any device.
 
-        videos: uint8 [V, k, 3, height, width] on any device. Returns fp32 [V] on the CPU, about 15 to 25 with
-        PickScore's weights; NaN where the model gives no finite number.
+        exp(logit_scale) times the cosine between the text's embedding and the renormalised mean of the frames'
+        normalised embeddings: fp32 [V] on the CPU, about 15 to 25 with PickScore's weights; NaN where the model gives
+        no finite number.
         """
         assert videos.dtype == torch.uint8 and videos.ndim == 5 and videos.shape[2] == 3, (videos.dtype, videos.shape)
         frames = torch.cat([self._embed(part) for part in videos.flatten(0, 1).split(self.batch_frames)])
@@ -71,7 +76,7 @@ class PickScorer:
         return score.masked_fill(~torch.isfinite(score), float("nan")).cpu()
 
     def stats(self) -> dict[str, float]:
-        """Share of the texts since the last call of this that were cut off; nothing if there were none."""
+        """Share of the texts since the last call of this method that were cut off; {} if there were none."""
         texts, truncated, self._texts, self._truncated = self._texts, self._truncated, 0, 0
         if truncated:
             log.info("aesthetics: %d of %d prompts have more than CLIP's %d tokens", truncated, texts, self._tokens)
@@ -105,8 +110,8 @@ class PickScorer:
 
 
 def _plain(text: str) -> str:
-    """The text without half a surrogate pair, which no tokenizer takes, and without special tokens, with which a
-    planner could end it where it likes."""
+    """The text without lone surrogates, which no tokenizer takes, and without special tokens, which would let a planner
+    end the text early."""
     return text.encode("utf-8", "replace").decode().replace("<|", "< |")
 
 
@@ -120,12 +125,22 @@ def _loaded(kind: Any, key: str, name: str, **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class Aesthetics:
-    scorer: PickScorer
-    frames: int = 8  # of a step
+    """The reward P, a `RewardFunction`. frames: frames of a step that the model sees, at least 2."""
 
-    def score(self, plans: PlanBatch, rollout: Rollout) -> Tensor:
-        """[P, N]: PickScore over SCALE, cut to [0, 1]; NaN where missing or where no step starts at the switch."""
-        scores = torch.full(rollout.frames.shape[:2], float("nan"))
-        for p, step, picks in switched_steps(plans, rollout, self.frames):
-            scores[p] = self.scorer.score(step.prompt, rollout.frames[p][:, picks]) / SCALE
+    scorer: PickScorer
+    frames: int = 8
+
+    def __call__(self, prompts: list[str], plans: list[Plan], frames: Tensor, spans: list[Span | None]) -> Tensor:
+        """[P, N]: PickScore over SCALE, cut to [0, 1]; NaN where missing or where no step begins at the switch."""
+        scores = torch.full(frames.shape[:2], float("nan"))
+        for p, span in enumerate(spans):
+            if span is not None:
+                picks = spread(span.first, span.last, self.frames)
+                scores[p] = self.scorer.score(span.step.prompt, frames[p][:, picks]) / SCALE
         return scores.clamp(0, 1)
+
+
+def real_rewards(client: Judges, scorer: PickScorer, settings: JudgeSettings) -> RewardSet:
+    """The four rewards for real video: three judges and PickScore, which runs while they work. Closing them closes the
+    client; waiting for their scores may raise JudgeOutage."""
+    return judged_rewards(client, Aesthetics(scorer, settings.aesthetics_frames), settings, scorer.stats)

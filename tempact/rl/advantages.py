@@ -1,6 +1,6 @@
 """Hierarchical advantages: plans against plans of the same prompt, continuations against those of the same plan.
 
-Formulas: ALGORITHM.md 2.5 with the global standard deviation of *centred* rewards (section 3). A missing
+Formulas of docs/algorithm.md 2.5, with the global standard deviation of *centred* rewards (section 3). A missing
 reward (NaN) is left out of every mean and deviation; a group with fewer than two scored members is left out
 of the update.
 """
@@ -11,34 +11,47 @@ import torch
 from torch import Tensor
 
 from tempact.config import RewardConfig
-from tempact.types import Scored
+from tempact.types import RewardLevel, Scored
 
-PLAN_EPS, EXECUTION_EPS = 1e-4, 1e-6
+PLAN_EPS, EXECUTION_EPS = 1e-4, 1e-6  # added to the standard deviations
 
 
 def plan_rewards(scored: Scored, weights: RewardConfig) -> Tensor:
-    """R [P]: weighted mean over continuations of V and J, less the format penalty; NaN where J or all V miss."""
+    """R [P]: weighted mean of V over continuations, plus weighted J, less the format penalty, plus own rewards of
+    plans (their mean where they score continuations). NaN where a reward of some weight is missing, of V and of own
+    scores of continuations where all of a plan's are."""
     following = torch.nanmean(_weighted(scored.temporal_following, weights.temporal_following), dim=1)
     quality = _weighted(scored.plan_quality, weights.plan_quality)
-    return following + quality - weights.format_penalty * (1.0 - scored.format_score)
+    reward = following + quality - weights.format_penalty * (1.0 - scored.format_score)
+    for own in _own(scored, "plan"):
+        reward = reward + (torch.nanmean(own, dim=1) if own.ndim == 2 else own)
+    return reward
 
 
 def execution_rewards(scored: Scored, weights: RewardConfig) -> Tensor:
-    """U [P, N]: weighted L and P; NaN where either misses."""
+    """U [P, N]: weighted L and P, plus own rewards of continuations. NaN where a reward of some weight is missing."""
     following = _weighted(scored.step_following, weights.step_following)
-    return following + _weighted(scored.aesthetics, weights.aesthetics)
+    reward = following + _weighted(scored.aesthetics, weights.aesthetics)
+    for own in _own(scored, "execution"):
+        reward = reward + own
+    return reward
+
+
+def _own(scored: Scored, level: RewardLevel) -> list[Tensor]:
+    return [_weighted(own.scores, own.weight) for own in scored.custom if own.level == level]
 
 
 def _weighted(scores: Tensor, weight: float) -> Tensor:
-    """A reward of no weight cannot be missed."""
+    """Scores times their weight; a reward of weight 0 cannot be missed."""
     return weight * scores if weight else torch.zeros_like(scores)
 
 
 def group_advantages(rewards: Tensor, clip: float, eps: float) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Centred on the group, over the global deviation of centred rewards, clipped.
+    """Rewards less their group's mean, over the standard deviation of all centred rewards, clipped to +-`clip`.
 
-    rewards [G, S], NaN where missing. Returns advantages [G, S] (0 where masked), mask [G, S] and metrics
-    reward, reward_std, frac_reward_zero_std (of the groups that count), missing.
+    rewards [G, S] of G groups, NaN where missing. Returns advantages [G, S] (0 where masked), the mask [G, S] of
+    members that count, and the metrics reward, reward_std, frac_reward_zero_std (share of the groups that count whose
+    rewards are equal) and missing.
     """
     present = ~torch.isnan(rewards)
     counted = present & (present.sum(1, keepdim=True) >= 2)
@@ -62,7 +75,7 @@ def group_advantages(rewards: Tensor, clip: float, eps: float) -> tuple[Tensor, 
 
 
 def shuffled(advantage: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
-    """The counted advantages permuted over the whole iteration: the control that must learn nothing."""
+    """[G, S] advantages, the counted ones permuted over the whole iteration: the control that must learn nothing."""
     result = advantage.clone()
     values = advantage[mask]
     result[mask] = values[torch.randperm(len(values), generator=generator).to(values.device)]

@@ -1,15 +1,15 @@
-"""Flow-GRPO on few-step transitions (ALGORITHM.md 2.2, 2.3)."""
+"""Flow-GRPO on few-step transitions (docs/algorithm.md 2.2, 2.3)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from csrc_triton import flow_policy_loss
-from csrc_triton.flow_sde.naive import cps
+from csrc_triton import flow_policy_loss_and_grad
+from csrc_triton.flow_sde import cps
 
 
-def flow_grpo_loss(
+def flow_grpo_gradient(
     velocity: Tensor,
     old: Tensor,
     reference: Tensor,
@@ -21,27 +21,28 @@ def flow_grpo_loss(
     kl_weight: float,
     terms: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The share of one micro-batch in the mean clipped policy loss plus velocity KL.
+    """Gradient of the mean clipped policy loss plus velocity KL, for one micro-batch: `velocity.backward(gradient)`.
+
+    The loss has a closed form, so that value and gradient come from one call. On policy, where `old` is
+    `velocity.detach()` and shares its memory, the fused kernel reads and writes each tensor once.
 
     Args:
-        velocity, old, reference, noise: [B, C, c, H, W] fp32, one recorded transition a row; only velocity
-            gets a gradient.
-        advantage, mask: [B]; rows whose mask is False count for nothing.
+        velocity, old, reference, noise: [B, C, c, H, W] fp32, one recorded transition a row.
+        advantage, mask: [B]; rows with a False mask do not count, whatever their advantage (NaN too).
         clip: epsilon of the ratio clip (see `clip_epsilon`).
         kl_weight: beta_v.
-        terms: counted rows of the whole update, so that the micro-batches' losses and gradients add up.
+        terms: counted rows of the whole update, so that losses and gradients of its micro-batches add up.
 
     Returns:
-        The loss and its metrics, each a share that adds up over micro-batches: kl, ratio, clip_ratio/low and
-        /high (rows whose gradient the clip cut), ratio_deviation (mean distance of the ratio from 1). Metrics are
-        fp64 scalars on the loss's device, which nothing here waits for.
+        The gradient in `velocity`, [B, C, c, H, W], and metrics that add up over micro-batches: loss, kl, ratio,
+        clip_ratio/low and /high (share of rows whose gradient the clip stopped), ratio_deviation (mean distance of the
+        ratio from 1). Metrics are fp64 scalars on the device of `velocity`; none of them is waited for.
     """
-    each = flow_policy_loss(velocity, old, reference, noise, torch.where(mask, advantage, 0.0), clip=clip)
-
-    def share(values: Tensor) -> Tensor:
-        return torch.where(mask, values, 0.0).sum() / terms
-
-    loss = share(each.loss + kl_weight * each.kl)
+    weight = mask.to(velocity.dtype) / terms
+    each, gradient = flow_policy_loss_and_grad(
+        velocity, old, reference, noise, torch.where(mask, advantage, 0.0),
+        clip=clip, loss_weight=weight, kl_weight=kl_weight * weight,
+    )  # fmt: skip
     shares = {
         "loss": each.loss + kl_weight * each.kl,
         "kl": each.kl,
@@ -51,20 +52,22 @@ def flow_grpo_loss(
         "clip_ratio/high": each.clipped & (advantage > 0),
     }
     # fp64, so that ratios of 1 have mean 1 after the micro-batches' shares are added
-    return loss, {name: share(value.detach().double()) for name, value in shares.items()}
+    return gradient, {name: torch.where(mask, value.double(), 0.0).sum() / terms for name, value in shares.items()}
 
 
 def rollout_gap(
     velocity: Tensor, states: Tensor, following: Tensor, noise: Tensor, sigma: float, next_sigma: float, eta: float
 ) -> Tensor:
-    """How far training's log-probs are from the roll-out's: |z| with the roll-out's velocity as the old one, [B].
+    """Distance of training's log-probs from the roll-out's: |log-ratio| [B] with the roll-out's velocity as old.
 
-    The velocity that the roll-out used is the one that took it from `states` to `following` with `noise`: the mean of
-    the step is linear in it (ALGORITHM.md 2.1). 0 where both compute alike, up to rounding.
+    The mean of a step is linear in the velocity (docs/algorithm.md 2.1), so the velocity that the roll-out used follows
+    from the two recorded states and the noise. 0, up to rounding, where training and roll-out compute alike.
 
     Args:
-        velocity: of training, [B, C, c, H, W], at `states` [B, C, c, H, W], from noise level `sigma`.
-        following, noise: the state at `next_sigma` and what was drawn on the way there.
+        velocity: training's velocity at `states`, [B, C, c, H, W].
+        states, following: recorded states at the levels `sigma` and `next_sigma`, [B, C, c, H, W].
+        noise: the noise drawn between them, [B, C, c, H, W].
+        eta: of the CPS step, in (0, 1].
     """
     decay, kappa, std = cps(sigma, next_sigma, eta)
     used = (decay * states + std * noise - following) / kappa
@@ -72,9 +75,9 @@ def rollout_gap(
 
 
 def clip_epsilon(clip_velocity_rms: float, elements: int) -> float:
-    """The ratio's clip for transitions of `elements` numbers (ALGORITHM.md 2.2).
+    """Epsilon of the ratio clip for transitions of `elements` numbers (docs/algorithm.md 2.2).
 
-    One standard deviation of the log-ratio where v - v_old has that rms, so that chunk size and resolution
-    do not change its meaning.
+    It is one standard deviation of the log-ratio where v - v_old has the given root mean square, so that its meaning
+    does not depend on chunk size and resolution.
     """
     return clip_velocity_rms / elements**0.5

@@ -12,12 +12,10 @@ run that trains can be read; the remains of a killed save are cleared by the pro
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -27,21 +25,15 @@ from pathlib import Path, PurePosixPath
 import torch
 from safetensors import SafetensorError
 
-from tempact.config import RunConfig
+from tempact.config import RESUME_MAY_CHANGE, RunConfig, flatten, keys_of
 from tempact.errors import UserError
-from tempact.files import disk_full
+from tempact.files import disk_full, file_hash, sync
 from tempact.seeds import capture_rng
 
 log = logging.getLogger(__name__)
 
 FOLDER, COMPLETE = "checkpoints", "COMPLETE"
 SAVING, REPLACED = ".saving", ".replaced"  # suffixes of folders that a killed save may leave
-# keys that a resumed run may change: they do not touch what an iteration computes
-FREE_KEYS = (
-    "preset", "output", "device", "wandb_project", "threads", "trainer.iterations", "trainer.checkpoint_every",
-    "trainer.keep_checkpoints", "trainer.samples_every", "executor.max_rollout_gap", "evaluation.",
-    "judges.deadline_s", "judges.attempt_s", "judges.attempts", "judges.outage_s", "judges.cache",
-)  # fmt: skip
 
 
 class CorruptCheckpoint(UserError):
@@ -184,30 +176,18 @@ def resolve_resume(value: str, run_folder: Path) -> Checkpoint | None:
 
 
 def check_config(checkpoint: Checkpoint, config: RunConfig) -> None:
-    """UserError that lists the keys in which `config` differs from the checkpoint's, but for FREE_KEYS."""
-    now, then = flatten(config), checkpoint.config
+    """UserError that lists the keys in which `config` differs from the checkpoint's and a resumed run may not."""
+    now, then = json.loads(json.dumps(flatten(config))), checkpoint.config
+    free = {name for name, key in keys_of(RunConfig).items() if key.sets in RESUME_MAY_CHANGE}
     changed = [
         f"{key} ({json.dumps(then.get(key))} -> {json.dumps(now.get(key))})"
         for key in sorted(now.keys() | then.keys())
-        if not key.startswith(FREE_KEYS) and (key in now, now.get(key)) != (key in then, then.get(key))
+        if key not in free and (key in now, now.get(key)) != (key in then, then.get(key))
     ]
     if changed:
         raise UserError(
             f"{checkpoint.path}: saved with another configuration: {', '.join(changed)}; accepted: the same values"
         )
-
-
-def flatten(config: RunConfig) -> dict[str, object]:
-    """Dotted keys to JSON values."""
-
-    def walk(prefix: str, value: object) -> dict[str, object]:
-        if not isinstance(value, dict):
-            return {prefix: value}
-        return {
-            k: v for key, inner in value.items() for k, v in walk(f"{prefix}.{key}" if prefix else key, inner).items()
-        }
-
-    return walk("", json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 def defect(path: Path) -> str | None:
@@ -233,7 +213,7 @@ def defect(path: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        if _sha256(file) != digest:
+        if file_hash(file) != digest:
             return f"{name} does not have the hash it was saved with"
     return None
 
@@ -250,11 +230,11 @@ def _fill(
     (folder / "state" / "config.json").write_text(json.dumps(flatten(config), indent=1, sort_keys=True))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for file in files:
-        _sync(file)
-    listed = {f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in files}
+        sync(file)
+    listed = {f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": file_hash(f)} for f in files}
     (folder / COMPLETE).write_text(json.dumps({"step": step, "files": listed}, indent=1))
     for path in (folder / COMPLETE, *(p for p in folder.rglob("*") if p.is_dir()), folder):
-        _sync(path)
+        sync(path)
 
 
 def _save_tensors(value: dict, path: Path) -> None:
@@ -270,7 +250,7 @@ def _swap_in(saving: Path, final: Path) -> None:
     if final.exists():
         final.rename(replaced)
     saving.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -310,16 +290,3 @@ def _name(step: int) -> str:
 
 def _step(name: str) -> int | None:
     return int(name.removeprefix("step-")) if re.fullmatch(r"step-\d{6,}", name) else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,8 +1,7 @@
 """`python -m tempact.shapeworld.pretrain`: ShapeWorld's weights from nothing.
 
-The three courses (executor with text encoder, planner, judge) do not depend on each other and train side by
-side, each in a process of its own. A run that was cut off goes on where it stopped. MANIFEST.json records
-what made the weights.
+The three courses (executor with text encoder, planner, judge) are independent and train side by side, each in its own
+process. An interrupted run goes on where it stopped. MANIFEST.json records how the weights were made.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def _pretrain(argv: list[str] | None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """UserError for what cannot be done, before a course begins."""
+    """Parsed options. Raises UserError for a bad value before a course begins."""
     parser = LineParser(prog="python -m tempact.shapeworld.pretrain", description=__doc__)
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of the weights (default: the shipped)")
     parser.add_argument("--seed", type=int, default=0)
@@ -78,7 +77,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run_stages(arguments: argparse.Namespace, argv: list[str]) -> dict[str, int]:
-    """Exit code of each course's process; a course that is finished with this seed and length is not run again."""
+    """Runs the courses and returns their exit codes; skips a course finished with this seed and length."""
     command = [sys.executable, "-m", "tempact.shapeworld.pretrain", *argv]
     left = [stage for stage in STEPS if arguments.fresh or not finished(arguments, stage)]
     children = {stage: subprocess.Popen([*command, "--stage", stage]) for stage in left}
@@ -90,7 +89,7 @@ def run_stages(arguments: argparse.Namespace, argv: list[str]) -> dict[str, int]
 
 
 def finished(arguments: argparse.Namespace, stage: str) -> bool:
-    """Do weights of this course, seed and length lie in the folder already?"""
+    """True where the folder holds weights of this course, seed and length."""
     file = arguments.out / stage / METRICS
     if not file.is_file():
         return False
@@ -103,7 +102,7 @@ def steps_of(arguments: argparse.Namespace, stage: str) -> int:
 
 
 def train_stage(arguments: argparse.Namespace) -> None:
-    """One course; its figures, and what it ran on, go beside its weights."""
+    """Trains one course; writes its figures, versions and hardware beside its weights."""
     import peft
     import tokenizers
     import torch
@@ -111,19 +110,19 @@ def train_stage(arguments: argparse.Namespace) -> None:
     from transformers.utils import logging as transformers_logging
 
     from csrc_triton import runtime
-    from tempact.shapeworld.pretraining.executor import train_executor
-    from tempact.shapeworld.pretraining.matcher import train_judge
-    from tempact.shapeworld.pretraining.planner import train_planner
+    from tempact.shapeworld.pretraining import train
+    from tempact.shapeworld.pretraining.executor import ExecutorCourse
+    from tempact.shapeworld.pretraining.matcher import JudgeCourse
+    from tempact.shapeworld.pretraining.planner import PlannerCourse
 
     transformers_logging.disable_progress_bar()
     torch.set_float32_matmul_precision("high")
     runtime.set_backend("torch")  # the courses compile their blocks, which fuses the same
-    courses = {"executor": train_executor, "planner": train_planner, "judge": train_judge}
+    courses = {"executor": ExecutorCourse, "planner": PlannerCourse, "judge": JudgeCourse}
     folder, steps = arguments.out / arguments.stage, steps_of(arguments, arguments.stage)
     workers = max(1, (os.cpu_count() or 1) // len(STEPS))
-    figures = courses[arguments.stage](
-        folder, steps, arguments.seed, arguments.device, resume=not arguments.fresh, workers=workers
-    )
+    course = courses[arguments.stage](arguments.seed, arguments.device, workers)
+    figures = train(course, folder, steps, resume=not arguments.fresh)
     gpu = arguments.device == "cuda"
     metrics = figures | {
         "seed": arguments.seed,
@@ -135,7 +134,7 @@ def train_stage(arguments: argparse.Namespace) -> None:
 
 
 def write_manifest(arguments: argparse.Namespace) -> None:
-    """What made the weights: command, figures, versions and hardware of each course, sizes and hashes."""
+    """Writes the record of the weights: command, figures, versions and hardware of each course, sizes and hashes."""
     files = sorted(path for path in arguments.out.rglob("*") if path.is_file() and path.name != MANIFEST)
     total = sum(path.stat().st_size for path in files)
     scale = f" --scale {arguments.scale}" if arguments.scale != 1.0 else ""

@@ -1,7 +1,7 @@
 """Exact drawing of ShapeWorld scenes, vectorised over any batch shape, without gradients.
 
-A picture is described by numbers alone (`TRACK` values an entity), so that partly finished events,
-ground truth and the verifier's own re-drawing of what it tracked all use one function.
+A picture is described by numbers alone (`TRACK` values an entity), so that partly finished events, ground truth and
+the verifier's own re-drawing of tracked shapes all use one function.
 """
 
 from __future__ import annotations
@@ -12,7 +12,13 @@ from torch import Tensor
 from tempact.shapeworld.story import COLOURS, COLUMN_X, RADII, ROW_Y, SIZE, Entity
 
 # columns of a track: centre x, centre y (pixels), radius (pixels), opacity [0, 1], red, green, blue
-TRACK = 7
+X, Y, RADIUS, OPACITY, COLOUR = range(5)
+TRACK = COLOUR + 3
+# the first column that an event of a kind changes; a jump and a blink only for a while
+COLUMN_OF = {
+    "move": X, "turn": COLOUR, "grow": RADIUS, "shrink": RADIUS,
+    "vanish": OPACITY, "appear": OPACITY, "jump": Y, "blink": OPACITY,
+}  # fmt: skip
 SQUARE_SIDE = 0.9  # half a square's side over its radius, so that shapes of one radius look alike in size
 CROSS_ARM = 0.36  # half a cross arm's width over its radius
 TRIANGLE_TOP = 1.1  # height of a triangle's tip above its centre over its radius
@@ -25,7 +31,7 @@ def entity_track(entity: Entity) -> tuple[float, ...]:
 
 
 def _distance(shape: Tensor, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
-    """Signed distance to the outline (negative inside) of the shape index in `shape`; y grows downwards."""
+    """Signed distance to the outline (negative inside) of the shape with index `shape`; y grows downwards."""
     ax, ay = dx.abs(), dy.abs()
     circle = torch.hypot(dx, dy) - radius
     square = torch.maximum(ax, ay) - SQUARE_SIDE * radius
@@ -56,6 +62,6 @@ def draw(tracks: Tensor, shapes: Tensor) -> Tensor:
     picture = torch.zeros(*masks.shape[:-3], 3, SIZE, SIZE, device=tracks.device, dtype=tracks.dtype)
     for entity in range(tracks.shape[-2]):
         mask = masks[..., entity, None, :, :]
-        colour = tracks[..., entity, 4:7, None, None]
+        colour = tracks[..., entity, COLOUR:, None, None]
         picture = picture * (1.0 - mask) + colour * mask
     return picture

@@ -1,23 +1,24 @@
-"""ShapeWorld's prompts: an endless training split, fixed validation and test sets.
+"""ShapeWorld's prompts and rewards.
 
-ShapeWorld's rewards: a rule-based plan judge and the exact verifier, behind the interface of `rewards`.
+Prompts are an endless training split and fixed validation and test sets. Rewards are a rule-based judge of plans and
+the exact verifier of videos, with the interface of `rewards.base`.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tempact.rewards.base import RewardSet
+from tempact.rewards.frame_picks import Span
+from tempact.rewards.judged import PlanVerdict, plan_score
 from tempact.shapeworld.grammar import parse_instruction, read_step, sample_story, write_instruction
 from tempact.shapeworld.story import CHUNK, Event, Story, apply_event, states
-from tempact.shapeworld.verifier.quality import picture_quality
-from tempact.shapeworld.verifier.verify import verify, verify_steps
-from tempact.types import Plan, PlanBatch, Prompt, Rollout
+from tempact.shapeworld.verifier import picture_quality, verify, verify_steps
+from tempact.types import Plan, Prompt
 
 HARD_SHARE = 0.5  # of training prompts
 
@@ -44,37 +45,19 @@ def _prompt(rng: random.Random, split: str, category: str, number: int) -> Promp
 # the reward is picture quality to this power: its spread within a group is then near that of step following, so that
 # its weight of 0.4 has a say; left at 1, training buys step following with quality
 AESTHETICS_POWER = 4
-FAITHFULNESS, COVERAGE, TEMPORAL, HALLUCINATION = 0.4, 0.25, 0.25, 0.3  # ALGORITHM.md 2.6
-
-
-@dataclass(frozen=True)
-class PlanVerdict:
-    """Sub-scores of a plan, each in [0, 1].
-
-    faithfulness: share of the plan's steps that say only what the instruction says, the opening scene first.
-    coverage: share of the instruction's events that the plan has.
-    temporal: share of the events that stand in order, each in a step of its own.
-    hallucination: share of the plan's events that the instruction lacks; repeats, unreadable steps, entities of another
-        colour and openings that are not there count among them.
-    """
-
-    faithfulness: float
-    coverage: float
-    temporal: float
-    hallucination: float
-
-    @property
-    def score(self) -> float:
-        """J in [0, 0.9]."""
-        raw = FAITHFULNESS * self.faithfulness + COVERAGE * self.coverage + TEMPORAL * self.temporal
-        return min(1.0, max(0.0, raw - HALLUCINATION * self.hallucination))
 
 
 def judge_plan(plan: Plan) -> PlanVerdict:
-    """Compares what the plan's steps tell with what its instruction tells.
+    """Compares the plan's steps with its instruction.
 
-    Looks count: an opening must name what is visible at first, as it looks there, and an event's entity must have the
-    colour that it has by then, in the story or in the order of the plan.
+    faithfulness   share of the steps that say only what the instruction says, the opening scene first
+    coverage       share of the instruction's events that the plan has
+    temporal       share of the events that stand in order, each in a step of its own
+    hallucination  share of the plan's events that the instruction lacks; repeats, unreadable steps, entities of another
+                   colour and openings that are not there count among them
+
+    Looks count: an opening must name the entities that are visible at first, as they look there, and an event's entity
+    must have the colour that it has by then, in the story or in the order of the plan.
     """
     story = parse_instruction(plan.instruction)
     scenes, now = states(story), list(story.entities)
@@ -125,61 +108,46 @@ def _longest_rise(numbers: Sequence[int]) -> int:
     return max(best, default=0)
 
 
-class PlanQuality:
-    def score(self, plans: PlanBatch) -> Tensor:
-        return torch.tensor([judge_plan(plan).score for plan in plans.plans])
+def plan_quality(prompts: list[str], plans: list[Plan], frames: Tensor, spans: list[Span | None]) -> Tensor:
+    """J [P] in [0, 0.9]: `judge_plan`."""
+    return torch.tensor([plan_score(judge_plan(plan)) for plan in plans])
 
 
-class TemporalFollowing:
-    """The verifier on the whole video; it knows the instruction and nothing of the plan."""
-
-    def score(self, plans: PlanBatch, rollout: Rollout) -> Tensor:
-        count = rollout.frames.shape[1]
-        stories = [story for plan in plans.plans for story in [parse_instruction(plan.instruction)] * count]
-        return verify(_pixels(rollout), stories).score.unflatten(0, (-1, count))
+def temporal_following(prompts: list[str], plans: list[Plan], frames: Tensor, spans: list[Span | None]) -> Tensor:
+    """V [P, N] in [0, 1]: the verifier on whole videos; it knows the instruction and nothing of the plan."""
+    count = frames.shape[1]
+    stories = [story for plan in plans for story in [parse_instruction(plan.instruction)] * count]
+    return verify(frames.flatten(0, 1).float() / 255.0, stories).score.unflatten(0, (-1, count))
 
 
-class StepFollowing:
-    """The verifier on the span of the step that starts at the switch. Missing where no step starts there, and
-    where the step's prompt cannot be read."""
-
-    def score(self, plans: PlanBatch, rollout: Rollout) -> Tensor:
-        assert rollout.transition is not None
-        count = rollout.frames.shape[1]
-        scores = torch.full(rollout.frames.shape[:2], float("nan"))
-        rows: list[int] = []
-        told: list[tuple[Story, tuple[int, int], list[Event]]] = []
-        for p, (plan, start) in enumerate(zip(plans.plans, rollout.transition.start.tolist(), strict=True)):
-            step = plan.steps[plan.step_at(start)]
-            story = parse_instruction(plan.instruction)
-            reading = read_step(step.prompt, story.entities)
-            if step.start == start and reading is not None:
-                rows.append(p)
-                told.append((story, (step.start, step.end), list(reading.events)))
-        if rows:
-            stories, windows, expected = zip(*(each for each in told for _ in range(count)), strict=True)
-            frames = rollout.frames[rows].flatten(0, 1).float() / 255.0
-            scores[rows] = verify_steps(frames, stories, windows, expected).unflatten(0, (-1, count)).cpu()
-        return scores
+def step_following(prompts: list[str], plans: list[Plan], frames: Tensor, spans: list[Span | None]) -> Tensor:
+    """L [P, N] in [0, 1]: the verifier on the switched step. NaN where no step begins at the switch frame, and where
+    the step's prompt cannot be read."""
+    count = frames.shape[1]
+    scores = torch.full(frames.shape[:2], float("nan"))
+    rows: list[int] = []
+    told: list[tuple[Story, tuple[int, int], list[Event]]] = []
+    for p, (plan, span) in enumerate(zip(plans, spans, strict=True)):
+        story = parse_instruction(plan.instruction)
+        reading = read_step(span.step.prompt, story.entities) if span is not None else None
+        if span is not None and reading is not None:
+            rows.append(p)
+            told.append((story, (span.step.start, span.step.end), list(reading.events)))
+    if rows:
+        stories, windows, expected = zip(*(each for each in told for _ in range(count)), strict=True)
+        videos = frames[rows].flatten(0, 1).float() / 255.0
+        scores[rows] = verify_steps(videos, stories, windows, expected).unflatten(0, (-1, count)).cpu()
+    return scores
 
 
-class Aesthetics:
-    """Picture quality of the transition chunk, to the power of AESTHETICS_POWER."""
-
-    def score(self, plans: PlanBatch, rollout: Rollout) -> Tensor:
-        assert rollout.transition is not None
-        chunks = [
-            frames[:, start : start + CHUNK]
-            for frames, start in zip(rollout.frames, rollout.transition.start.tolist(), strict=True)
-        ]
-        frames = torch.cat(chunks).float() / 255.0
-        return picture_quality(frames).mean(1).pow(AESTHETICS_POWER).unflatten(0, rollout.frames.shape[:2])
-
-
-def _pixels(rollout: Rollout) -> Tensor:
-    return rollout.frames.flatten(0, 1).float() / 255.0
+def aesthetics(prompts: list[str], plans: list[Plan], frames: Tensor, spans: list[Span | None]) -> Tensor:
+    """P [P, N] in [0, 1]: picture quality of the trained chunk, to the power of AESTHETICS_POWER."""
+    starts = (CHUNK if span is None else span.first for span in spans)  # a plan of one step forks after its first chunk
+    chunks = torch.cat([videos[:, start : start + CHUNK] for videos, start in zip(frames, starts, strict=True)])
+    quality = picture_quality(chunks.float() / 255.0)
+    return quality.mean(1).pow(AESTHETICS_POWER).unflatten(0, frames.shape[:2])
 
 
 def shapeworld_rewards() -> RewardSet:
     """All four; they run on the frames' device."""
-    return RewardSet(PlanQuality(), TemporalFollowing(), StepFollowing(), Aesthetics())
+    return RewardSet(plan_quality, temporal_following, step_following, aesthetics)

@@ -14,6 +14,7 @@ from rewards.judge_server import GOOD, Server
 
 from tempact import doctor
 from tempact.diagnostics.judges import canned, canned_video, findings, why_unreachable
+from tempact.rewards.frame_picks import Span
 from tempact.rewards.judges.config import ROLES
 
 KEY = "sk-canary-0d9a"
@@ -142,9 +143,9 @@ def test_a_name_that_is_no_host() -> None:
 
 
 def test_the_canned_video_follows_the_canned_plan() -> None:
-    plans, rollout = canned()
+    plans, frames, spans = canned()
     video = canned_video()
-    assert rollout.frames.shape == (1, 1, *video.shape) and video.dtype == torch.uint8
+    assert frames.shape == (1, 1, *video.shape) and video.dtype == torch.uint8
     red = (video[:, 0] > 180) & (video[:, 1] < 80)
     blue = (video[:, 2] > 180) & (video[:, 0] < 80)
     columns = torch.arange(video.shape[-1], dtype=torch.float32)
@@ -152,4 +153,4 @@ def test_the_canned_video_follows_the_canned_plan() -> None:
     assert centres[0] < 0.2 * video.shape[-1] and centres[21] > 0.8 * video.shape[-1]
     assert all(b >= a - 0.5 for a, b in itertools.pairwise(centres)) and centres[21] == centres[-1]
     assert not blue[:22].any() and blue[22:].any((1, 2)).all()  # the switch at latent frame 6 is pixel frame 21
-    assert rollout.transition is not None and plans.plans[0].steps[1].start == rollout.transition.start.item() == 6
+    assert spans == [Span(21, 44, plans[0].steps[1])] and plans[0].steps[1].start == 6

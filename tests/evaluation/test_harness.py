@@ -31,7 +31,7 @@ from tempact.evaluation.temporal_order.vbench import export_vbench
 from tempact.executor.window import WINDOWS
 from tempact.reporting import report
 from tempact.reporting.report import write_results
-from tempact.rewards.judges.calls import JudgeOutage
+from tempact.rewards.judges import JudgeOutage
 from tempact.seeds import derive_seed
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Step
 

@@ -17,6 +17,7 @@ from PIL import Image
 from rewards.reward_cases import data_of
 from rewards.test_rubrics import PLANTED
 from rewards.tiny_clip import tiny_clip
+from tempact.shapeworld.verifier.verify import verify
 from torch import Tensor
 
 from tempact.config import JudgeSettings
@@ -38,13 +39,12 @@ from tempact.evaluation.statistics import DUPLICATES, PICKSCORE, PICTURE_QUALITY
 from tempact.evaluation.temporal_order.prompts import OrderPrompt
 from tempact.rewards.frame_picks import media_hash
 from tempact.rewards.judged import HELD_OUT, VideoVerdict, rubric_version, video_fields
-from tempact.rewards.judges.calls import JudgeCall, JudgeOutage, JudgeResult
+from tempact.rewards.judges import JudgeCall, JudgeOutage, JudgeResult
 from tempact.rewards.judges.replies import read_reply
 from tempact.rewards.pickscore import PickScorer
 from tempact.shapeworld.grammar import parse_instruction
 from tempact.shapeworld.pretraining.clips import relaxed_cues, shape_indices, tell
 from tempact.shapeworld.renderer import draw
-from tempact.shapeworld.verifier.verify import verify
 from tempact.shapeworld.world import held_out_prompts
 from tempact.types import Missing
 

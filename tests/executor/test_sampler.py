@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from csrc_triton import flow_sde_step
-from tempact.errors import UserError
 from tempact.executor.sampler import Schedule
 
 TIMESTEPS = (1000, 750, 500, 250)
@@ -30,15 +29,3 @@ def test_noise_gain_of_each_transition():
     levels = zip(schedule.sigmas, schedule.sigmas[1 : 1 + schedule.transitions], strict=False)
     gains = [flow_sde_step(x, x, x, s, n).k.item() for s, n in levels]
     assert gains == pytest.approx([1 / 15, 3 / 16, 1 / 2], rel=1e-14)
-
-
-@pytest.mark.parametrize("timesteps", [(), (500, 750), (750, 750), (1001, 500), (500, 0)])
-def test_timesteps_that_do_not_fall_are_refused(timesteps: tuple[int, ...]):
-    with pytest.raises(UserError, match=r"executor\.timesteps: found .* accepted: falling numbers"):
-        Schedule.from_timesteps(timesteps, shift=5.0)
-
-
-@pytest.mark.parametrize("shift", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_shift_that_is_not_positive_is_refused(shift: float):
-    with pytest.raises(UserError, match=r"executor\.shift"):
-        Schedule.from_timesteps(TIMESTEPS, shift=shift)

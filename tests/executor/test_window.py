@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tempact.config import ROPE_POSITIONS
 from tempact.errors import UserError
-from tempact.executor.window import ROPE_POSITIONS, WINDOWS
+from tempact.executor.window import WINDOWS
 
 C = 3
 INFINITY_ROPE = WINDOWS["infinity-rope"]

@@ -1,6 +1,6 @@
 """Checkpoints of every published layout with random weights, of any size; no file was downloaded to make them.
 
-Names, wrappers and dtypes are those of BACKBONES.md section 4. At full size, for a machine with room:
+Names, wrappers and dtypes are those of docs/backbones.md section 4. At full size, for a machine with room:
 
     PYTHONPATH=.:tests python -m models.synthesise FOLDER     # 24 GB: every layout of Wan2.1-T2V-1.3B
 """

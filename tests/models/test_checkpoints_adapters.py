@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -86,9 +87,14 @@ def test_target_expressions_are_followed(tmp_path: Path, base: Path) -> None:
 
 
 @pytest.mark.parametrize("raw", [False, True])
-def test_longlives_lora_has_scale_one_on_all_linears(tmp_path: Path, base: Path, raw: bool) -> None:
+def test_longlives_lora_has_scale_one_on_all_linears(
+    tmp_path: Path, base: Path, raw: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     file = synthesise.longlive_lora(tmp_path / "lora.pt", SMALL, RANK, raw=raw)
-    adapter = open_adapter(file, SMALL)
+    with caplog.at_level(logging.INFO):
+        adapter = open_adapter(file, SMALL)
+    told = [] if raw else [f"{file}: entry generator_lora is taken; the file also holds critic_lora, step"]
+    assert [record.getMessage() for record in caplog.records if "entry" in record.getMessage()] == told
     assert len(adapter.factors) == 10 * SMALL.layers
     assert {factor.scale for factor in adapter.factors.values()} == {1.0}
     before = load_transformer(base, device=CPU).state_dict()

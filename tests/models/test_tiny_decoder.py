@@ -1,9 +1,7 @@
-"""Tiny decoders against a frame-by-frame reference, their files, and the report that rewards need."""
+"""Tiny decoders against a frame-by-frame reference, as a codec, and their files."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -13,16 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from tempact.errors import UserError
-from tempact.models.wan.codec import DecoderState, decode_chunk, decode_whole
-from tempact.models.wan.tiny_decoder import (
-    Agreement,
-    TinyDecoder,
-    TinyNetwork,
-    allow_as_reward_decoder,
-    compare,
-)
-from tempact.models.wan.vae import WanCodec
-from tempact.types import Scored
+from tempact.models.wan.codec import DecoderState, to_bytes
+from tempact.models.wan.tiny_decoder import TinyDecoder, TinyNetwork, load_tiny_decoder
+from tempact.models.wan.vae import load_codec
 
 CPU = torch.device("cpu")
 MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508]
@@ -107,18 +98,38 @@ def test_lighttae_takes_latents_with_mean_and_deviation() -> None:
 
 
 def test_a_tiny_decoder_serves_as_codec_with_forks() -> None:
-    decoder = TinyDecoder(network(), scaled=False, latents_per_call=1)
-    codec = WanCodec(None, decoder)
+    codec = TinyDecoder(network(), scaled=False, latents_per_call=1)
     latents = torch.randn(1, 2, 16, 3, 2, 2)
     latents[0, 1, :, :2] = latents[0, 0, :, :2]
-    frames = codec.decode_forked(latents, [2]).wait()
+    frames = codec.decode_forked(latents, [2])
     assert frames.shape == (1, 2, 9, 3, 16, 16)
-    alone = decode_whole(decoder, latents[0])
+    alone = codec.decode_chunk([codec.start(), codec.start()], latents[0])
     assert (frames[0].int() - alone.int()).abs().max() <= 1
     state = codec.start()
-    decode_chunk(decoder, [state], latents[0, :1])
-    # 34 M elements at 60x104 (BACKBONES.md section 5)
+    codec.decode_chunk([state], latents[0, :1])
+    # 34 M elements at 60x104 (docs/backbones.md section 5)
     assert state.elements * (60 * 104) // 4 == 3 * (256 + 4 * 128 + 16 * 64) * 60 * 104 == 33_546_240
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", [[3, 3], [1, 2, 3], [2, 4]])
+def test_a_file_becomes_the_codec_of_generated_videos(tmp_path: Path, chunks: list[int]) -> None:
+    """Chunk by chunk as the whole video and as the reference, with the VAE's sizes, and without a VAE."""
+    path = tmp_path / "taew2_1.pth"
+    torch.save(weights_with_encoder(), path)
+    codec = load_codec(tmp_path / "no VAE here", torch.float32, CPU, decoder=path)
+    assert (codec.latent_channels, codec.fps, codec.latent_size(480, 832)) == (16, 16.0, (60, 104))
+    latents, states = torch.randn(1, 16, 6, 2, 3), [codec.start()]
+    parts = [codec.decode_chunk(states, part) for part in latents.split(chunks, dim=2)]
+    ends = [sum(chunks[: i + 1]) for i in range(len(chunks))]
+    assert [sum(part.shape[1] for part in parts[: i + 1]) for i in range(len(parts))] == list(
+        map(codec.pixel_frames, ends)
+    )
+    streamed, whole = torch.cat(parts, dim=1), codec.decode_chunk([codec.start()], latents)
+    expected = to_bytes(reference(network().state_dict(), latents[0])).transpose(0, 1)
+    for frames in (streamed[0], whole[0]):
+        assert frames.shape == (21, 3, 16, 24) and (frames.int() - expected.int()).abs().max() <= 1
+    assert (streamed != whole).float().mean() < 1e-3  # sums over other numbers of frames
 
 
 def weights_with_encoder() -> Weights:
@@ -138,68 +149,27 @@ def test_published_files_load_whatever_encoder_they_hold(tmp_path: Path, suffix:
         save_file(weights, path)
     latents = torch.randn(1, 16, 2, 2, 2)
     for kind, scaled in (("taew2_1", False), ("lighttaew2_1", True)):
-        loaded = TinyDecoder.load(path, kind, torch.float32, CPU)
+        loaded = load_tiny_decoder(path.rename(tmp_path / f"{kind}{suffix}"), torch.float32, CPU)
+        path = tmp_path / f"{kind}{suffix}"
         expected = streamed(TinyDecoder(network(), scaled), latents, [1, 1])
         assert torch.equal(streamed(loaded, latents, [1, 1]), expected)
-        assert loaded.source.startswith(f"{kind}:")
 
 
 def test_bad_files_are_refused_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "taew2_1.pth"
 
-    def refused(message: str, kind: str = "taew2_1") -> None:
+    def refused(message: str, path: Path = path) -> None:
         with pytest.raises(UserError, match=message) as error:
-            TinyDecoder.load(path, kind, torch.float32, CPU)
+            load_codec(tmp_path, torch.float32, CPU, decoder=path)
         assert "\n" not in str(error.value)
 
-    refused("found kind 'tae'; accepted: taew2_1, lighttaew2_1", "tae")
+    refused("executor.decoder: found .*tae.pth; accepted: .* starts with taew2_1, lighttaew2_1", tmp_path / "tae.pth")
     refused("found no file")
     weights = weights_with_encoder()
     del weights["decoder.22.bias"]
     torch.save({**weights, "decoder.1.weight": torch.zeros(256, 48, 3, 3)}, path)
     refused(r"1 tensors missing \(decoder.22.bias\); 1 tensors of another shape \(decoder.1.weight \(256, 48, 3, 3\)")
-
-
-NAN = math.nan
-
-
-def scored(temporal: list[list[float]], step: list[list[float]] | None = None) -> Scored:
-    values = torch.tensor(temporal)
-    other = values if step is None else torch.tensor(step)
-    plans = torch.zeros(len(values))
-    return Scored(plans, plans, values, other, torch.full_like(values, NAN))
-
-
-def test_rank_correlation_by_hand() -> None:
-    """Group 1: ranks 1 2 3 4 against 2 1 4 3, sum of d^2 = 4, rho = 1 - 6 * 4 / (4 * 15) = 0.6. Group 2: reversed,
-    one score missing: -1. Group 3: all alike in one decoder: says nothing. Ties: 1 2.5 2.5 4 against 1 2 3 4."""
-    full = scored([[0.1, 0.2, 0.3, 0.4], [0.5, 0.4, NAN, 0.3], [0.5, 0.5, 0.5, 0.5]], [[0.1, 0.2, 0.2, 0.9]] * 3)
-    tiny = scored([[0.6, 0.5, 0.8, 0.7], [0.1, 0.2, 0.9, 0.3], [0.1, 0.2, 0.3, 0.4]], [[0.0, 0.5, 0.7, 1.0]] * 3)
-    agreement = compare(full, tiny, "taew2_1:x")
-    assert (agreement.groups, agreement.videos, agreement.decoder) == (3, 12, "taew2_1:x")
-    assert agreement.temporal_following == pytest.approx((0.6 - 1.0) / 2)
-    assert agreement.step_following == pytest.approx(4.5 / math.sqrt(4.5 * 5))
-    assert math.isnan(agreement.aesthetics)
-
-
-def test_rewards_need_the_report_of_the_very_decoder(tmp_path: Path) -> None:
-    path, report = tmp_path / "taew2_1.pth", tmp_path / "agreement.json"
-    torch.save(weights_with_encoder(), path)
-    decoder = TinyDecoder.load(path, "taew2_1", torch.float32, CPU)
-    agreement = compare(scored([[0.1, 0.2]]), scored([[0.3, 0.4]]), decoder.source)
-    agreement.save(report)
-    found = allow_as_reward_decoder(decoder, report)
-    assert found.temporal_following == 1.0 and math.isnan(found.aesthetics)
-
-    def refused(call: Callable[[], object], message: str) -> None:
-        with pytest.raises(UserError, match=message) as error:
-            call()
-        assert "\n" not in str(error.value)
-
-    refused(lambda: allow_as_reward_decoder(decoder, None), "found no report of its rank correlation")
-    other = TinyDecoder.load(path, "lighttaew2_1", torch.float32, CPU)
-    refused(lambda: allow_as_reward_decoder(other, report), "found a report of decoder 'taew2_1:")
-    refused(lambda: allow_as_reward_decoder(TinyDecoder(network(), False), report), "accepted: one of ''")
-    refused(lambda: Agreement.load(tmp_path / "no.json"), "found no report of a tiny decoder")
-    report.write_text('{"decoder": "x"}')
-    refused(lambda: Agreement.load(report), r"found \['decoder'\]; accepted: a report with aesthetics")
+    torch.save({"model": weights}, path)
+    refused("found entries model; accepted: tensors by name")
+    torch.save({"a.weight": torch.zeros(2)}, path)
+    refused("64 tensors missing .*1 tensors extra .a.weight.; accepted: the 64 tensors of TinyNetwork")

@@ -17,15 +17,16 @@ from typing import Any
 
 from kernel_checks import Compiled, compile_ahead
 
-from csrc_triton.fork_attention import portable, portable_backward, portable_keys, tiles
+from csrc_triton.fork_attention import tiles
+from csrc_triton.fork_attention.portable import backward, dkv, forward
 
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEAD_DIMS = (32, 64, 128)
 TABLES = {"forward": tiles.FORWARD, "query gradient": tiles.QUERY_GRADIENT, "key gradient": tiles.KEY_GRADIENT}
 KERNELS = {
-    "forward": portable.forward_kernel,
-    "query gradient": portable_backward.query_gradient_kernel,
-    "key gradient": portable_keys.key_gradient_kernel,
+    "forward": forward.forward_kernel,
+    "query gradient": backward.query_gradient_kernel,
+    "key gradient": dkv.key_gradient_kernel,
 }
 TILED = {"q": "queries", "grad": "queries", "k": "keys", "v": "keys", "past_k": "keys", "past_v": "keys"}
 RESULTS = ("out", "grad_q", "grad_k", "grad_v")
@@ -63,8 +64,8 @@ def case(kernel: str, major: int, dtype: str, head_dim: int, past: int = 2) -> C
 
 
 def delta(dtype: str, head_dim: int) -> Compiled:
-    constants = {"ROWS": portable_backward.DELTA_ROWS, "WIDTH": head_dim, "GRAD_LSE": True}
-    kernel = portable_backward.delta_kernel
+    constants = {"ROWS": backward.DELTA_ROWS, "WIDTH": head_dim, "GRAD_LSE": True}
+    kernel = backward.delta_kernel
     signature = {name: "constexpr" if name in constants else FIXED.get(name, "i32") for name in kernel.arg_names}
     signature |= {"out": f"*{dtype}", "grad": f"*{dtype}"}
     return Compiled(f"delta, sm_80, {dtype}, {head_dim}", kernel, signature, constants, {}, _aligned(signature))

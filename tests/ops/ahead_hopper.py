@@ -21,12 +21,12 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from csrc_triton.fork_attention import hopper, hopper_backward, hopper_keys
+from csrc_triton.fork_attention.hopper import backward, dkv, forward
 
 KERNELS = {
-    "forward": (hopper.forward_kernel, hopper.KEYS.value),
-    "query gradient": (hopper_backward.query_gradient_kernel, hopper_backward.KEYS.value),
-    "key gradient": (hopper_keys.key_gradient_kernel, hopper_keys.KEYS.value),
+    "forward": (forward.forward_kernel, forward.KEYS.value),
+    "query gradient": (backward.query_gradient_kernel, backward.KEYS.value),
+    "key gradient": (dkv.key_gradient_kernel, dkv.KEYS.value),
 }
 OF_KEYS = ("k", "v", "past_k", "past_v")
 OF_QUERIES = ("q", "grad", "out", "grad_q")
@@ -46,10 +46,10 @@ def compiled(name: str, dtype: str, head_dim: int, past: int, split: bool) -> An
     signature = {}
     for argument in kernel.arg_names:
         if argument in (*OF_KEYS, *OF_QUERIES, *OF_GRADIENTS):
-            rows = hopper.QUERIES.value if argument in OF_QUERIES else keys
+            rows = forward.QUERIES.value if argument in OF_QUERIES else keys
             signature[argument] = f"tensordesc<{dtype}[1,1,{rows},{head_dim}],{layout(16, 4)}>"
         elif argument == "vectors" and name == "key gradient":
-            signature[argument] = f"tensordesc<fp32[{hopper_keys.QUERIES.value}],{layout(32, 1)}>"
+            signature[argument] = f"tensordesc<fp32[{dkv.QUERIES.value}],{layout(32, 1)}>"
         elif argument in constants:
             signature[argument] = "constexpr"
         else:

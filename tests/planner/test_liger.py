@@ -15,7 +15,7 @@ from tempact.planner.language_model import chosen_log_probs
 from tempact.rl.gspo import gspo_loss
 from tempact.types import Batch, Prompt
 
-pytest.importorskip("liger_kernel", reason="needs liger-kernel, which only Linux has: pip install liger-kernel")
+pytest.importorskip("liger_kernel", reason="needs liger-kernel: pip install -e '.[liger]'")
 WIDTH, VOCABULARY = 24, 300
 CLIP = {"clip_low": 3e-4, "clip_high": 4e-4}
 PROMPTS = [Prompt("a", "A red circle jumps."), Prompt("b", "The square grows, and then the red circle turns blue.")]
@@ -144,13 +144,11 @@ def test_choices(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert liger.choose("auto", head, cpu) == liger.choose("off", head, gpu) == "off"
     assert liger.choose("auto", head, gpu) == "all" and liger.choose("auto", adapted, gpu) == "model"
-    with pytest.raises(UserError, match="planner.liger: found 'yes'; accepted: auto, off, model, all"):
-        liger.choose("yes", head, cpu)
     with pytest.raises(UserError, match="adapter on the head"):
         liger.choose("all", adapted, gpu)
     monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: None)
     assert liger.choose("auto", head, gpu) == "off"
-    with pytest.raises(UserError, match="found 'model' without liger-kernel; accepted here: auto, off"):
+    with pytest.raises(UserError, match="found 'model' without liger-kernel; accepted here: auto, off, or any after"):
         liger.choose("model", head, gpu)
 
 

@@ -206,17 +206,8 @@ def test_adapters_that_do_not_fit_are_refused(make_planner, tmp_path):
     with pytest.raises(UserError, match=r"not found"):
         make_planner(adapter=tmp_path / "nowhere")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match=r"not a readable safetensors"):
+    with pytest.raises(UserError, match=r"found a damaged or cut-off file"):
         make_planner(rank=2, adapter=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("temperature", 0.7), ("top_p", 0.7), ("top_k", 20), ("temperature", 0.0), ("loss_tokens", "some")],
-)
-def test_settings_that_bias_training_are_refused(make_planner, key, value):
-    with pytest.raises(UserError, match=rf"planner\.{key}: found '?{value}.*accepted"):
-        make_planner(**{key: value})
 
 
 def test_a_planner_that_is_not_trained_may_sample_otherwise(make_planner):

@@ -86,6 +86,32 @@ def test_repairs(response, repair, expected):
     assert spans(plan) == expected
 
 
+ROUNDED = [  # frames, chunk, rounding, a switch asked for, the chunk start that it gets
+    (120, 3, "nearest", 40, 39),
+    (120, 3, "up", 40, 42),  # as LongLive: the first chunk start at or after the switch
+    (120, 3, "nearest", 41, 42),
+    (120, 3, "up", 41, 42),
+    (120, 3, "up", 42, 42),
+    (24, 4, "nearest", 10, 12),  # ties go up
+    (24, 4, "up", 9, 12),
+    (24, 3, "up", 23, 21),  # the last step keeps a chunk
+    (24, 3, "up", 1, 3),  # and so does the first
+    (24, 3, "nearest", 1, 3),
+]
+
+
+@pytest.mark.parametrize(("frames", "chunk", "rounding", "asked", "expected"), ROUNDED)
+def test_bounds_off_the_grid_follow_the_rounding(frames, chunk, rounding, asked, expected):
+    plan = parse_plan(rows((0, asked, "a"), (asked, frames, "b")), "the whole", frames, chunk, rounding)
+    assert spans(plan) == [(0, expected), (expected, frames)]
+    assert plan.repairs == (("snapped",) if asked != expected else ())
+
+
+def test_answers_of_the_planner_are_rounded_to_the_nearest():
+    text = rows((0, 40, "a"), (40, 120, "b"))
+    assert parse_plan(text, "the whole", 120, 3) == parse_plan(text, "the whole", 120, 3, "nearest")
+
+
 UNUSABLE = [
     "", "   ", "null", "[]", "{}", "[1, 2]", "a plan", "[[[[", "</think>", '[{"start":0,"end":24}]', rows((0, 24, " ")),
     f"<think>maybe {rows(A, B, C)}, or else",

@@ -10,7 +10,7 @@ import pytest
 
 from tempact.config import LARGEST_SEED
 from tempact.errors import UserError
-from tempact.planner.plans import read_requests
+from tempact.planner.plans import read_plan, read_requests
 from tempact.types import Prompt, Step
 
 STEPS = [{"start": 0, "end": 6, "prompt": "a"}, {"start": 6, "end": 18, "prompt": "b"}]
@@ -71,6 +71,17 @@ def test_a_plan_is_fitted_to_the_video_with_a_warning(tmp_path: Path, caplog: py
     (request,) = read_requests(written(tmp_path, text, "p.jsonl"), 24, 6)
     assert request.plan is not None and request.plan.steps[-1] == Step(6, 24, "b")
     assert "p.jsonl: row 1: plan: ends at F" in caplog.text
+
+
+@pytest.mark.parametrize(("rounding", "switch"), [("nearest", 39), ("up", 42)])
+def test_plans_from_files_switch_where_the_backbone_does(tmp_path: Path, rounding: str, switch: int) -> None:
+    steps = [{"start": 0, "end": 40, "prompt": "a"}, {"start": 40, "end": 120, "prompt": "b"}]
+    expected = (Step(0, switch, "a"), Step(switch, 120, "b"))
+    plan = read_plan(written(tmp_path, json.dumps(steps), "plan.json"), "x", 120, 3, rounding)
+    assert plan.steps == expected
+    path = written(tmp_path, json.dumps({"prompt": "x", "plan": steps}), "p.jsonl")
+    (request,) = read_requests(path, 120, 3, rounding)
+    assert request.plan is not None and request.plan.steps == expected
 
 
 @pytest.mark.parametrize(

@@ -174,8 +174,6 @@ def test_an_authors_planner_adapter_is_start_and_reference(make_planner, move, t
 
 def test_what_cannot_be_loaded_is_one_line(make_planner, tokenizer, tmp_path):
     config = make_planner().config
-    with pytest.raises(UserError, match="planner.precision: found 'fp8'; accepted: fp32, bf16"):
-        Planner.load(tmp_path, replace(config, precision="fp8"), 24, 3)
     with pytest.raises(UserError, match="no config.json there"):
         Planner.load(tmp_path / "nowhere", config, 24, 3)
     make_planner().peft.unload().save_pretrained(tmp_path)

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from rewards.fault_proxy import score_of
 
-from tempact.rewards.judges.calls import JudgeCall, JudgeResult, Rubric
+from tempact.rewards.judges import JudgeCall, JudgeResult, Rubric
 from tempact.rewards.judges.client import JudgeClient
 from tempact.rewards.judges.config import EndpointConfig, JudgeConfig
 

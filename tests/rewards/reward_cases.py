@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tempact.rewards.judges.calls import JudgeCall, JudgeResult
+from tempact.rewards.base import RewardFunction, RewardSet
+from tempact.rewards.frame_picks import switch_spans
+from tempact.rewards.judges import JudgeCall, JudgeResult
 from tempact.rewards.judges.replies import BadReply, read_reply
-from tempact.types import Missing, Plan, PlanBatch, Prompt, Rollout, Step, Transition
+from tempact.types import Missing, Plan, PlanBatch, Prompt, Rollout, Scored, Step, Transition
 
 FRAMES, RATE = 30, 4  # latent frames; pixel frames of each after the first
 PIXEL_FRAMES = RATE * (FRAMES - 1) + 1
@@ -79,6 +81,20 @@ def rollout_of(plans: PlanBatch, starts: Sequence[int], continuations: int = 2, 
             frames[p, n, :, 2] = tint(p, n)
     empty = torch.empty(0)
     return Rollout(empty, frames, Transition(empty, empty, torch.tensor(starts), empty, [[] for _ in range(count)]))
+
+
+def scores_of(reward: RewardFunction, plans: PlanBatch, rollout: Rollout | None = None) -> Any:
+    """What the function returns, as a reward set calls it: before there are videos, or with them."""
+    given = rollout or Rollout(torch.empty(0), torch.empty(len(plans.plans), 0, 0, 3, 0, 0, dtype=torch.uint8))
+    prompts = [plans.prompt_of(p).text for p in range(len(plans.plans))]
+    return reward(prompts, plans.plans, given.frames, switch_spans(plans, given))
+
+
+def score(rewards: RewardSet, plans: PlanBatch, rollout: Rollout) -> Scored:
+    """All raw rewards of a whole rollout."""
+    scoring = rewards.begin(plans)
+    scoring.add(rollout)
+    return scoring.result()
 
 
 def tint(plan: int, continuation: int) -> int:

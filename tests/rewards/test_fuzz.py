@@ -11,17 +11,18 @@ import pytest
 import torch
 from rewards.fault_proxy import MALFORMED, completion, verdict_of
 from rewards.judge_cases import KEY
+from rewards.reward_cases import score
 from torch import Tensor
 
 from tempact.config import JudgeSettings, RewardConfig
 from tempact.planner.plans import parse_plan
-from tempact.rewards.judged import PlanQuality, StepFollowing, TemporalFollowing
+from tempact.rewards.frame_picks import Span
+from tempact.rewards.judged import judged_rewards
 from tempact.rewards.judges.client import JudgeClient
 from tempact.rewards.judges.config import ROLES, EndpointConfig, JudgeConfig
-from tempact.rewards.real import RealRewards
 from tempact.rl.advantages import execution_rewards, group_advantages, plan_rewards
 from tempact.trainer import switch_frames
-from tempact.types import PlanBatch, Prompt, Rollout, Transition
+from tempact.types import Plan, PlanBatch, Prompt, Rollout, Transition
 
 FRAMES, CHUNK = 24, 3
 EXAMPLES, GROUP, BATCH = 5_000, 4, 100  # plans; of a prompt; scored together
@@ -72,13 +73,11 @@ def judge_text(messages: str | list, draw: random.Random) -> str:
     return damaged(wrapped.format(f"{{{body}}}"), draw)
 
 
-class Pictures:
+def pictures(prompts: list[str], plans: list[Plan], frames: Tensor, spans: list[Span | None]) -> Tensor:
     """Aesthetics of another kind, some of them missing."""
-
-    def score(self, plans: PlanBatch, rollout: Rollout) -> Tensor:
-        scores = torch.full(rollout.frames.shape[:2], 0.5)
-        scores[::7] = float("nan")
-        return scores
+    scores = torch.full(frames.shape[:2], 0.5)
+    scores[::7] = float("nan")
+    return scores
 
 
 def client_that_hears(draw: random.Random, monkeypatch: pytest.MonkeyPatch) -> JudgeClient:
@@ -124,19 +123,13 @@ def test_fuzzed_plans_and_replies_are_scores_or_gaps(
     seen: dict[str, list[Tensor]] = {"plan_quality": [], "temporal_following": [], "step_following": []}
     formats = []
     with client_that_hears(draw, monkeypatch) as judges:
-        rewards = RealRewards(
-            plan_quality=PlanQuality(judges),
-            temporal_following=TemporalFollowing(judges, settings.video_frames),
-            step_following=StepFollowing(judges, settings.step_frames),
-            aesthetics=Pictures(),
-            judges=judges,
-        )
+        rewards = judged_rewards(judges, pictures, settings)
         for _ in range(examples // BATCH):
             prompts = [Prompt(str(b), f"a circle moves {draw.random()}") for b in range(BATCH // GROUP)]
             made = [parse_plan(planner_text(draw), each.text, FRAMES, CHUNK) for each in prompts for _ in range(GROUP)]
             plans = PlanBatch(prompts, made, GROUP)
             check_plans(plans)
-            scored = rewards.score(plans, rollout_of(plans, draw))
+            scored = score(rewards, plans, rollout_of(plans, draw))
             plan, plan_mask, _ = group_advantages(plan_rewards(scored, weights).view(-1, GROUP), 1.0, 1e-4)
             execution, mask, _ = group_advantages(execution_rewards(scored, weights), 2.0, 1e-6)
             assert torch.isfinite(plan[plan_mask]).all() and torch.isfinite(execution[mask]).all()

@@ -17,7 +17,7 @@ import pytest
 from rewards.fault_proxy import FAULTS, MALFORMED, SLOW, Behaviour, completion, running, score_of
 from rewards.judge_cases import KEY, ROLE, RUBRIC, Score, call, client_of, is_right
 
-from tempact.rewards.judges.calls import JudgeCall, JudgeOutage
+from tempact.rewards.judges import JudgeCall, JudgeOutage
 from tempact.rewards.judges.client import JudgeClient, retry_after_s
 from tempact.rewards.judges.config import EndpointConfig, JudgeConfig
 from tempact.rewards.judges.endpoints import Dispatcher, Endpoint, Pool

@@ -17,9 +17,9 @@ from rewards.fault_proxy import Behaviour, running
 from rewards.judge_cases import ROLE, RUBRIC, call, client_of, is_right
 
 from tempact.errors import UserError
+from tempact.rewards.judges import JudgeCall
 from tempact.rewards.judges import cache as judge_cache
 from tempact.rewards.judges.cache import JudgeCache, cache_key
-from tempact.rewards.judges.calls import JudgeCall
 from tempact.types import Missing
 
 PARAMETERS = {"temperature": 0.0, "max_tokens": 10}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tempact.config import JudgeSettings
 from tempact.errors import UserError
 from tempact.rewards.judges.config import ROLES, EndpointConfig, JudgeConfig
 
@@ -11,7 +12,7 @@ BASE = {"TEMPACT_JUDGE_BASE_URL": "http://a:8000/v1", "TEMPACT_JUDGE_MODEL": "m"
 
 
 def read(environment: dict[str, str], role: str = "temporal_following") -> tuple[EndpointConfig, ...]:
-    return JudgeConfig.from_environment({role: ROLES[role]}, environment).roles[role]
+    return JudgeConfig.from_environment({role: ROLES[role]}, environment=environment).roles[role]
 
 
 def test_one_server_for_all_roles() -> None:
@@ -79,14 +80,10 @@ def test_refused_in_one_line_without_secrets(changed: dict[str, str], message: s
     assert "sk-secret" not in str(error.value) and "sk-shared" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("limits", "name"),
-    [({"deadline_s": 0}, "deadline_s"), ({"attempts": 0}, "attempts"), ({"outage_s": 10.0}, "outage_s"),
-     ({"deadline_s": float("nan")}, "deadline_s"), ({"backoff_s": -1}, "backoff_s")],
-)  # fmt: skip
-def test_limits(limits: dict[str, float], name: str) -> None:
-    with pytest.raises(UserError, match=f"judges: {name}: found"):
-        JudgeConfig.from_environment(environment=BASE, **limits)
+def test_limits_are_those_of_the_configuration() -> None:
+    found = JudgeConfig.from_environment({"held_out": ""}, JudgeSettings(deadline_s=7.0, attempts=2, cache=""), BASE)
+    assert (found.deadline_s, found.attempts, found.attempt_s, found.cache) == (7.0, 2, 60.0, None)
+    assert list(found.roles) == ["held_out"]
 
 
 def test_nothing_shows_a_key() -> None:

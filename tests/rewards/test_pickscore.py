@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rewards.reward_cases import STEPS, plan_batch, rollout_of
+from rewards.reward_cases import STEPS, plan_batch, rollout_of, scores_of
 from rewards.tiny_clip import SIDE, tiny_clip
 from torch import Tensor
 
+from tempact.config import JudgeSettings
 from tempact.errors import UserError
 from tempact.rewards.pickscore import Aesthetics, PickScorer
 from tempact.types import Step
@@ -133,7 +134,7 @@ class Fixed:
 def test_the_reward_is_the_score_of_the_switched_step_over_26() -> None:
     plans = plan_batch(STEPS, [Step(0, 30, "all")], STEPS)
     fixed = Fixed(20.8, 27.0, -1.0, float("nan"))
-    scores = Aesthetics(fixed).score(plans, rollout_of(plans, [6, 3, 15], continuations=4))
+    scores = scores_of(Aesthetics(fixed), plans, rollout_of(plans, [6, 3, 15], continuations=4))
     expected = torch.tensor([0.8, 1.0, 0.0, float("nan")])
     torch.testing.assert_close(scores, torch.stack([expected, expected * float("nan"), expected]), equal_nan=True)
     assert fixed.asked == [
@@ -152,10 +153,14 @@ def test_what_the_model_cannot_score_is_missing(clip) -> None:
 def test_weights_are_read_from_a_folder_and_their_absence_is_told(clip, scorer: PickScorer, tmp_path: Path) -> None:
     clip[0].save_pretrained(tmp_path / "model")
     clip[1].save_pretrained(tmp_path / "processor")
-    loaded = PickScorer.load(str(tmp_path / "model"), str(tmp_path / "processor"), torch.device("cpu"))
+
+    def load(model: str, processor: str) -> PickScorer:
+        weights = {"aesthetics_weights": str(tmp_path / model), "aesthetics_processor": str(tmp_path / processor)}
+        return PickScorer.load(JudgeSettings(**weights), torch.device("cpu"))
+
+    loaded = load("model", "processor")
     made = videos(2, 2)
     torch.testing.assert_close(loaded.score("a cat", made), scorer.score("a cat", made), atol=1e-5, rtol=0)
     for folders, key in ((("none", "processor"), "weights"), (("model", "none"), "processor")):
-        given = [str(tmp_path / folder) for folder in folders]
         with pytest.raises(UserError, match=f"^judges.aesthetics_{key}: .*none.*; accepted: a CLIP folder or name$"):
-            PickScorer.load(given[0], given[1], torch.device("cpu"))
+            load(*folders)

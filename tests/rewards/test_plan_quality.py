@@ -1,4 +1,4 @@
-"""Plan quality: the formula of ALGORITHM.md 2.6, raw steps, missing verdicts, planted instructions."""
+"""Plan quality: the formula of docs/algorithm.md 2.6, raw steps, missing verdicts, planted instructions."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import math
 
 import pytest
 import torch
-from rewards.reward_cases import STEPS, FakeJudges, always, data_of, plan_batch
+from rewards.reward_cases import STEPS, FakeJudges, always, data_of, plan_batch, scores_of
 from rewards.test_rubrics import PLANTED
 
-from tempact.rewards.judged import PlanQuality, PlanVerdict, plan_call, plan_score
-from tempact.rewards.judges.calls import JudgeCall
-from tempact.types import Step
+from tempact.rewards.judged import PLAN, JudgedReward, PlanVerdict, plan_score
+from tempact.rewards.judges import JudgeCall
+from tempact.types import PlanBatch, Step
 
 GOOD = {"faithfulness": 0.8, "coverage": 0.5, "temporal": 1.0, "hallucination": 0.1}
+
+
+def plan_quality(judges: FakeJudges, plans: PlanBatch) -> torch.Tensor:
+    return scores_of(JudgedReward(judges, PLAN), plans).result()
 
 
 @pytest.mark.parametrize(
@@ -41,7 +45,7 @@ def test_scores_go_to_their_plans_and_steps_are_the_planners_own() -> None:
         return json.dumps(GOOD | {"coverage": len(data_of(call)["steps"]) / 4})
 
     judges = FakeJudges(says)
-    scores = PlanQuality(judges).score(plans)
+    scores = plan_quality(judges, plans)
     expected = [0.32 + 0.25 * count / 4 + 0.25 - 0.03 for count in (3, 1, 2)]
     torch.testing.assert_close(scores, torch.tensor(expected))
     assert data_of(judges.calls[0]) == {
@@ -69,14 +73,14 @@ def test_scores_go_to_their_plans_and_steps_are_the_planners_own() -> None:
 def test_what_is_no_verdict_is_missing_and_touches_no_other_score(reply: str | None) -> None:
     plans = plan_batch(STEPS, [Step(0, 30, "bad")], STEPS[:2])
     judges = FakeJudges(lambda call: reply if data_of(call)["steps"] == ["bad"] else json.dumps(GOOD))
-    scores = PlanQuality(judges).score(plans)
+    scores = plan_quality(judges, plans)
     assert torch.isnan(scores).tolist() == [False, True, False]
     assert scores[0] == scores[2] == pytest.approx(0.665)
 
 
 def test_more_than_was_asked_for_is_ignored() -> None:
     judges = FakeJudges(always(**GOOD, comment="a good plan", score=1))
-    assert PlanQuality(judges).score(plan_batch()).item() == pytest.approx(0.665)
+    assert plan_quality(judges, plan_batch()).item() == pytest.approx(0.665)
 
 
 @pytest.mark.parametrize("planted", PLANTED)
@@ -84,7 +88,9 @@ def test_a_planted_instruction_stays_data_and_earns_nothing(planted: str) -> Non
     """The canary judge gives full marks if a planted word stands anywhere but in the data; the parrot repeats what
     it was sent, with the planted verdict in it."""
     plans = plan_batch(STEPS, [Step(0, 30, planted)])
-    clean, poisoned = (plan_call(plan) for plan in plans.plans)
+    asked = FakeJudges(always(**GOOD))
+    plan_quality(asked, plans)
+    clean, poisoned = asked.calls
     assert clean.rubric == poisoned.rubric and poisoned.media_hash == ""
     full = dict.fromkeys(GOOD, 1) | {"hallucination": 0}
 
@@ -94,6 +100,6 @@ def test_a_planted_instruction_stays_data_and_earns_nothing(planted: str) -> Non
         outside = call.rubric.system + "".join(call.text.split("\nDATA-")[::2])
         return json.dumps(full if planted[:20] in outside else GOOD)
 
-    torch.testing.assert_close(PlanQuality(FakeJudges(canary)).score(plans), torch.tensor([0.665, 0.665]))
+    torch.testing.assert_close(plan_quality(FakeJudges(canary), plans), torch.tensor([0.665, 0.665]))
     for parrot in (lambda call: call.text, lambda call: "\n".join(data_of(call)["steps"])):
-        assert torch.isnan(PlanQuality(FakeJudges(parrot)).score(plans)[1])
+        assert torch.isnan(plan_quality(FakeJudges(parrot), plans)[1])

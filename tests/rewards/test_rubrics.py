@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from tempact.rewards.judged import FOLDER, PlanVerdict, StepVerdict, quoted, rubric, video_fields
-from tempact.rewards.judges.calls import Rubric
+from tempact.rewards.judges import Rubric
 
 FIELDS: dict[str, tuple[type[BaseModel], int]] = {
     "plan_quality": (PlanVerdict, 0),

@@ -7,24 +7,14 @@ import random
 import numpy as np
 import pytest
 import torch
+from shapeworld_films import reference_cues, tell
 
 from tempact.executor.rollout import smooth_prompts
 from tempact.shapeworld.grammar import parse_instruction, sample_story, split_of
-from tempact.shapeworld.pretraining.clips import (
-    CORRUPTIONS,
-    OPACITY,
-    RADIUS,
-    RGB,
-    Cue,
-    X,
-    Y,
-    corrupt,
-    reference_cues,
-    relaxed_cues,
-    sample_clip,
-    tell,
-)
-from tempact.shapeworld.renderer import coverage, draw, entity_track
+from tempact.shapeworld.pretraining import clips as timelines
+from tempact.shapeworld.pretraining.clips import Cue, relaxed_cues, sample_clip
+from tempact.shapeworld.pretraining.matcher import CORRUPTIONS, corrupt, draw_corrupted
+from tempact.shapeworld.renderer import COLOUR, OPACITY, RADIUS, X, Y, coverage, draw, entity_track
 from tempact.shapeworld.story import CHUNK, CHUNKS, COLOURS, FRAMES, JUMP_HEIGHT, RADII, Entity, Event, states
 
 ENTITY = Entity("circle", "red", 0, 0)
@@ -45,9 +35,9 @@ def test_jump_and_blink_come_back() -> None:
 
 
 def test_an_event_that_is_cut_stays_as_far_as_it_came() -> None:
-    colour = tell([ENTITY], [Cue(Event("turn", 0, "blue", slow=True), 3, 6)])[:, 0, RGB]
+    colour = tell([ENTITY], [Cue(Event("turn", 0, "blue", slow=True), 3, 6)])[:, 0, COLOUR:]
     assert np.allclose(colour[-1], [2 / 3, 0, 1 / 3])
-    assert np.allclose(tell([ENTITY], [Cue(Event("turn", 0, "blue"), 6, 6)])[:, 0, RGB], COLOURS["red"])
+    assert np.allclose(tell([ENTITY], [Cue(Event("turn", 0, "blue"), 6, 6)])[:, 0, COLOUR:], COLOURS["red"])
 
 
 def test_a_story_ends_in_its_last_state() -> None:
@@ -81,7 +71,7 @@ def test_pretraining_clips_come_from_the_training_split_and_open_as_their_captio
     radii = set()
     for _ in range(300):
         clip = sample_clip(rng)
-        radii |= set(clip.tracks[0, :, RADIUS].tolist())
+        radii |= set(timelines.tell([clip.scene])[0, 0, :, RADIUS].tolist())
         if len(set(clip.captions)) == 1:
             assert split_of(parse_instruction(clip.captions[0])) == "train"
     assert radii == {0.0, RADII["normal"]}  # no caption names a size; 0 is the track of an absent entity
@@ -94,11 +84,11 @@ def test_pretraining_clips_react_late_and_are_captioned_by_the_chunk() -> None:
     assert 0.30 < len(whole) / len(clips) < 0.42
     lags = []
     for clip in clips:
-        assert len(clip.captions) == CHUNKS and clip.tracks.shape == (FRAMES, 2, 7)
+        assert len(clip.captions) == CHUNKS
         if len(set(clip.captions)) != 2:
             continue
         switch = clip.captions.index(clip.captions[-1])
-        moving = np.abs(np.diff(clip.tracks, axis=0)).max((1, 2)) > 1e-6
+        moving = np.abs(np.diff(tell(*clip.scene), axis=0)).max((1, 2)) > 1e-6
         first = (np.flatnonzero(moving)[0] + 1) // CHUNK if moving.any() else CHUNKS
         lags.append(first - switch)
     counts = [lags.count(lag) / len(lags) for lag in (0, 1, 2)]
@@ -113,7 +103,26 @@ def test_corruptions_lower_the_target(kind: str) -> None:
     own = [one.target for one in made if one.kind == kind]
     assert len(own) > 5
     assert all(target == 1.0 for target in own) if kind == "truth" else max(own) < 1.0
-    assert all(one.tracks.shape == (FRAMES, 3, 7) for one in made)
+    changed = (
+        (draw_corrupted(made) - draw_corrupted([one._replace(copy=None) for one in made])).abs().amax((1, 2, 3, 4))
+    )
+    assert ((changed > 0.5) == (kind == "duplicated")).all()
+
+
+def test_scenes_told_together_are_those_told_alone() -> None:
+    """Also where their events differ in number and overlap."""
+    rng = random.Random(6)
+    scenes = [sample_clip(rng).scene for _ in range(60)] + [([ENTITY], [])]
+    together = timelines.tell(scenes)
+    assert together.shape == (61, FRAMES, 2, 7)
+    for scene, tracks in zip(scenes, together.numpy(), strict=True):
+        assert np.array_equal(tell(*scene), tracks)
+
+
+def test_an_event_of_a_hidden_entity_happens_unseen() -> None:
+    hidden = Entity("circle", "red", 0, 0, visible=False)
+    tracks = tell([hidden], [Cue(Event("move", 0, "right"), 3), Cue(Event("appear", 0), 9)])
+    assert np.allclose(tracks[11:, 0, X], 20) and np.allclose(tracks[:9, 0, OPACITY], 0)
 
 
 def test_drawing_covers_the_right_pixels() -> None:

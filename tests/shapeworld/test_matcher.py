@@ -11,13 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tempact.errors import UserError
+from tempact.shapeworld import pretraining as training
 from tempact.shapeworld.grammar import sample_story, write_instruction
 from tempact.shapeworld.matcher import PAD, WEIGHTS, JudgeConfig, JudgeModel, ShapeWorldJudge
-from tempact.shapeworld.pretraining import course as training
-from tempact.shapeworld.pretraining.clips import CORRUPTIONS, corrupt
-from tempact.shapeworld.pretraining.matcher import JudgeCourse, fit_tokenizer, told_stories
-from tempact.shapeworld.pretraining.matcher_clips import NONE, Performance, StoryTable, perform
-from tempact.shapeworld.renderer import draw, entity_track
+from tempact.shapeworld.pretraining.clips import NONE
+from tempact.shapeworld.pretraining.matcher import (
+    CORRUPTIONS,
+    JudgeCourse,
+    corrupt,
+    draw_corrupted,
+    fit_tokenizer,
+    told_stories,
+)
+from tempact.shapeworld.pretraining.matcher_clips import Performance, StoryTable, perform
+from tempact.shapeworld.renderer import entity_track
 from tempact.shapeworld.story import FRAMES, Story, states
 
 VIDEOS = 64  # a kind of corruption
@@ -32,10 +39,7 @@ MARGINS = {
 def render(stories: list[Story], kind: str, rng: random.Random) -> tuple[Tensor, Tensor, list[str]]:
     """Frames and targets of stories corrupted in one way, and the kinds that came of it."""
     shows = [corrupt(story, kind, rng) for story in stories]
-    tracks = torch.stack([torch.from_numpy(show.tracks) for show in shows])
-    shapes = torch.stack([torch.from_numpy(show.shapes) for show in shows])
-    frames = draw(tracks, shapes[:, None].expand(-1, FRAMES, -1))
-    return frames, torch.tensor([show.target for show in shows]), [show.kind for show in shows]
+    return draw_corrupted(shows), torch.tensor([show.target for show in shows]), [show.kind for show in shows]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +118,7 @@ def test_a_score_does_not_depend_on_the_rest_of_the_batch(
 
 def small_judge() -> ShapeWorldJudge:
     torch.manual_seed(0)
-    tokenizer = fit_tokenizer([text for _, text in told_stories((0, 64, "train"))])
+    tokenizer = fit_tokenizer([text for _, text in told_stories(0, 64)])
     return ShapeWorldJudge(JudgeModel(JudgeConfig(tokenizer.get_vocab_size(), text_tokens=96, dim=32)), tokenizer)
 
 
@@ -140,7 +144,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def shows() -> tuple[list[Story], Performance]:
     """500 training performances of their own stories."""
-    pairs = told_stories((5, 500, "train"))
+    pairs = told_stories(5, 500)
     table = StoryTable.build([story for story, _ in pairs], torch.full((len(pairs), 1), PAD + 1))
     return [story for story, _ in pairs], perform(table, torch.Generator().manual_seed(6))
 
@@ -186,8 +190,8 @@ class Interrupted(Exception):
 def test_interrupted_training_ends_like_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "CHECKPOINT_EVERY", 2)
 
-    def course() -> JudgeCourse:
-        return JudgeCourse(seed=3, device="cpu", workers=1, stories=64, batch=4)
+    monkeypatch.setattr(JudgeCourse, "batch", 4)
+    monkeypatch.setattr(JudgeCourse, "figures", lambda *_: {})
 
     class Stopping(JudgeCourse):
         calls = 0
@@ -198,10 +202,10 @@ def test_interrupted_training_ends_like_an_unbroken_one(tmp_path: Path, monkeypa
                 raise Interrupted
             return super().loss(generator)
 
-    training.train(course(), tmp_path / "whole", 5, resume=False)
+    training.train(JudgeCourse(3, "cpu", stories=64), tmp_path / "whole", 5, resume=False)
     with pytest.raises(Interrupted):
-        training.train(Stopping(3, "cpu", 1, stories=64, batch=4), tmp_path / "broken", 5, resume=False)
+        training.train(Stopping(3, "cpu", stories=64), tmp_path / "broken", 5, resume=False)
     assert not (tmp_path / "broken" / "judge.safetensors").exists()
-    training.train(course(), tmp_path / "broken", 5, resume=True)
+    training.train(JudgeCourse(3, "cpu", stories=64), tmp_path / "broken", 5, resume=True)
     whole, broken = ((tmp_path / name / "judge.safetensors").read_bytes() for name in ("whole", "broken"))
     assert whole == broken

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from tempact.shapeworld import pretrain
+from tempact.shapeworld import pretraining as training
 from tempact.shapeworld.pretrain import DEFAULT_OUT, MANIFEST, SIZE_LIMIT_MIB, STEPS
-from tempact.shapeworld.pretraining import course as training
-from tempact.shapeworld.pretraining.course import Course, train
-from tempact.shapeworld.pretraining.executor import teacher_forcing_mask
+from tempact.shapeworld.pretraining import Course, draw_parts, train
+from tempact.shapeworld.pretraining.executor import ExecutorCourse, teacher_forcing_mask
 
 
 class Line(Course):
@@ -27,8 +27,6 @@ class Line(Course):
         self.modules = torch.nn.Linear(1, 1)
         self.stop_after: int | None = None
         self.calls = 0
-
-    def compile(self) -> None: ...
 
     def loss(self, generator: torch.Generator) -> torch.Tensor:
         self.calls += 1
@@ -53,6 +51,21 @@ def test_an_interrupted_course_ends_with_the_same_bits(tmp_path: Path, monkeypat
     assert torch.equal(one["weight"], two["weight"]) and torch.equal(one["bias"], two["bias"])
     assert whole["loss"] == resumed["loss"] < 0.05
     assert not (tmp_path / "cut" / "training.pt").exists()
+
+
+def numbered(seed: int, count: int) -> list[tuple[int, int]]:
+    return [(seed, i) for i in range(count)]
+
+
+def test_samples_do_not_depend_on_the_workers() -> None:
+    alone = draw_parts(numbered, 2, 10, 4, workers=1)
+    assert alone == draw_parts(numbered, 2, 10, 4, workers=2) != draw_parts(numbered, 3, 10, 4, workers=1)
+    assert alone[:4] == [(2_000_006, 0), (2_000_006, 1), (2_000_006, 2), (2_000_007, 0)] and len(alone) == 10
+
+
+def test_a_seed_makes_the_same_executor_and_text_encoder() -> None:
+    first, second = (ExecutorCourse(seed, "cpu", clips=64).modules.state_dict() for seed in (5, 5))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def test_teacher_forcing_sees_what_a_rollout_sees() -> None:

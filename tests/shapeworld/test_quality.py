@@ -10,18 +10,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from shapeworld_films import picture, shape_indices, tell
 from torch import Tensor
 
 from tempact.shapeworld.grammar import sample_story
-from tempact.shapeworld.pretraining.clips import corrupt, relaxed_cues, shape_indices, tell
-from tempact.shapeworld.renderer import draw
+from tempact.shapeworld.pretraining.clips import relaxed_cues
+from tempact.shapeworld.pretraining.matcher import corrupt, draw_corrupted
 from tempact.shapeworld.story import CHUNK, Entity, Event, Story
-from tempact.shapeworld.verifier.quality import duplicates, picture_quality
-
-
-def picture(tracks: list[np.ndarray], shapes: list[np.ndarray]) -> Tensor:
-    stacked = torch.as_tensor(np.stack(tracks))
-    return draw(stacked, torch.as_tensor(np.stack(shapes))[:, None].expand(stacked.shape[:3]))
+from tempact.shapeworld.verifier import duplicates, picture_quality
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +87,7 @@ def test_duplicates_count_frames(stories: list[Story], truth: Tensor) -> None:
     copies = [corrupt(story, "duplicated", rng) for story in stories]
     moved = [corrupt(story, "misplaced", rng) for story in stories]
     for made, share in ((copies, 0.5), (moved, 0.5)):
-        assert duplicates(picture([c.tracks for c in made], [c.shapes for c in made]), stories).mean() > share
+        assert duplicates(draw_corrupted(made), stories).mean() > share
 
 
 def test_where_a_shape_may_stand() -> None:

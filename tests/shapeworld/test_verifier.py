@@ -11,12 +11,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from shapeworld_films import picture, reference_cues, shape_indices, tell
 from torch import Tensor
 
 from tempact.errors import UserError
 from tempact.shapeworld.grammar import sample_story
-from tempact.shapeworld.pretraining.clips import Cue, corrupt, reference_cues, relaxed_cues, shape_indices, tell
-from tempact.shapeworld.renderer import TRACK, draw
+from tempact.shapeworld.pretraining.clips import Cue, relaxed_cues
+from tempact.shapeworld.pretraining.matcher import corrupt, draw_corrupted
+from tempact.shapeworld.renderer import OPACITY, RADIUS, TRACK, X, Y
 from tempact.shapeworld.story import (
     COLUMN_X,
     FRAMES,
@@ -27,19 +29,13 @@ from tempact.shapeworld.story import (
     Event,
     Story,
 )
+from tempact.shapeworld.verifier import Verdict, verify, verify_steps
 from tempact.shapeworld.verifier.tracking import track
-from tempact.shapeworld.verifier.verify import verify, verify_steps
 
-X, Y, RADIUS, OPACITY = range(4)
 CIRCLE = Entity("circle", "red", 0, 0)
 SQUARE = Entity("square", "blue", 1, 2)
 MOVE, TURN, JUMP = Event("move", 0, "right"), Event("turn", 1, "green"), Event("jump", 0)
 STORY = Story((CIRCLE, SQUARE), (MOVE, TURN, JUMP))
-
-
-def picture(tracks: Sequence[np.ndarray], shapes: Sequence[np.ndarray]) -> Tensor:
-    tracks = torch.as_tensor(np.stack(tracks))
-    return draw(tracks, torch.as_tensor(np.stack(shapes))[:, None].expand(tracks.shape[:3]))
 
 
 def film(story: Story, cues: Sequence[Cue] | None = None, edit: Callable[[np.ndarray], None] | None = None) -> Tensor:
@@ -54,6 +50,13 @@ def film(story: Story, cues: Sequence[Cue] | None = None, edit: Callable[[np.nda
 
 def score(frames: Tensor, story: Story = STORY) -> float:
     return verify(frames, [story]).score.item()
+
+
+def all_right(verdict: Verdict) -> Tensor:
+    """[V] True where every event happened, calm, in order and on time."""
+    parts = torch.stack([verdict.happened, verdict.in_order, verdict.on_time, verdict.calm])
+    untold = torch.arange(parts.shape[2]) >= verdict.events[:, None]
+    return ((parts > 0.5).all(0) | untold).all(1)
 
 
 def soften(frames: Tensor, noise: float = 0.03) -> Tensor:
@@ -94,14 +97,14 @@ def each_kind() -> list[Story]:
 def test_ground_truth_of_every_kind_pace_and_shape(change: Callable[[Tensor], Tensor]) -> None:
     told = each_kind()
     frames = change(torch.cat([film(story) for story in told]))
-    verdict = verify(frames, told, [[(3, 3 + story.events[0].frames)] for story in told])
+    verdict = verify(frames, told)
     assert verdict.score.min() > 0.95
-    assert verdict.strict.min() == 1.0
+    assert all_right(verdict).all()
 
 
 def test_ground_truth_of_drawn_stories(stories: list[Story], truth: Tensor) -> None:
     clean, soft = verify(truth, stories), verify(soften(truth), stories)
-    assert clean.score.min() > 0.95 and clean.strict.min() == 1.0 and clean.intact.min() > 0.97
+    assert clean.score.min() > 0.95 and all_right(clean).all() and clean.intact.mean(1).min() > 0.97
     assert soft.score.mean() > 0.95 and soft.score.quantile(0.05) > 0.9
 
 
@@ -130,7 +133,7 @@ def test_corrupted_stories_are_clearly_lower(kind: str, stories: list[Story]) ->
     rng = random.Random(3)
     made = [(story, corrupt(story, kind, rng)) for story in stories]
     made = [(story, c) for story, c in made if c.kind == kind]
-    scores = verify(picture([c.tracks for _, c in made], [c.shapes for _, c in made]), [s for s, _ in made]).score
+    scores = verify(draw_corrupted([c for _, c in made]), [s for s, _ in made]).score
     assert len(made) >= 30
     assert scores.mean() < CORRUPTED[kind]
     # a story of n events, one of them wrong, keeps (n - 1) / n; "shuffled" may swap two equal events
@@ -147,12 +150,9 @@ def test_wrong_pace(slow: bool) -> None:
         assert verify(frames, [wanted]).on_time[0, 0] < 0.1
 
 
-def test_late_events_miss_their_spans() -> None:
-    spans = [[(3, 6), (6, 9), (9, 12)]]
-    for late, low, high in ((0, 0.95, 1.0), (1, 0.95, 1.0), (3, 0.5, 0.6), (9, 0.5, 0.6)):
-        frames = film(STORY, [replace(cue, start=cue.start + late) for cue in reference_cues(STORY)])
-        assert low <= verify(frames, [STORY], spans).score.item() <= high
-        assert score(frames) > 0.95  # without spans only order and pace count
+@pytest.mark.parametrize("late", [0, 1, 3, 9])
+def test_order_and_pace_count_and_not_the_start(late: int) -> None:
+    assert score(film(STORY, [replace(cue, start=cue.start + late) for cue in reference_cues(STORY)])) > 0.95
 
 
 @pytest.mark.parametrize("order", [(1, 0, 2), (0, 2, 1), (2, 1, 0), (1, 2, 0), (2, 0, 1)])

@@ -1,7 +1,7 @@
-"""Random weights in place of a checkpoint: to see, measure and test everything but the pictures.
+"""Random weights in place of a checkpoint: everything but the pictures can be seen, measured and tested with them.
 
 "random" has the sizes of Wan2.1-T2V-1.3B and its VAE, "random-tiny" small ones for a machine without a GPU. Videos
-are noise; whoever shows them has to say so.
+are noise; a command that shows them has to say so.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from tempact.models.wan.checkpoints.load import set_precision
+from tempact.models.wan.codec import WanCodec
 from tempact.models.wan.transformer import WanConfig, WanTransformer
-from tempact.models.wan.vae import WanCodec
+from tempact.models.wan.vae_decoder import WanDecoder
 
 RANDOM = {  # name -> sizes of the transformer, base width of the VAE
     "random": (WanConfig(), 96),
@@ -23,7 +24,7 @@ RANDOM = {  # name -> sizes of the transformer, base width of the VAE
 
 
 def random_transformer(name: str, precision: str, device: torch.device) -> WanTransformer:
-    """Drawn from torch's global generator."""
+    """A transformer drawn from torch's global generator."""
     with device:
         return set_precision(WanTransformer(RANDOM[name][0]), precision)
 
@@ -33,11 +34,11 @@ def random_codec(name: str, dtype: torch.dtype, device: torch.device) -> WanCode
     with device:
         vae = AutoencoderKLWan(base_dim=RANDOM[name][1])
     nn.Module.to(vae, dtype)  # diffusers' own warns of modules to be kept in fp32, of which this one names none
-    return WanCodec(vae.eval().requires_grad_(False))
+    return WanDecoder(vae.eval().requires_grad_(False))
 
 
 class RandomText(nn.Module):
-    """Rows that a prompt's words alone decide, the same in every process: one a word, zeros behind."""
+    """A text encoder whose rows are decided by a prompt's words alone, the same in every process: one row a word."""
 
     def __init__(self, name: str, device: torch.device):
         super().__init__()

@@ -1,8 +1,6 @@
-"""Prompts to the text rows that the transformer cross-attends to: a UMT5 encoder and its tokenizer.
+"""Prompts to the text rows that the transformer cross-attends to: a UMT5 encoder, and its rows kept on disk.
 
-Prompts to text rows at full size: UMT5-XXL in its published layouts, embeddings kept on disk.
-
-Facts: BACKBONES.md section 6.
+Source: docs/backbones.md section 6.
 """
 
 from __future__ import annotations
@@ -10,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import html
 import logging
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,23 +17,39 @@ from typing import Protocol, Self
 
 import ftfy
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from tempact.errors import UserError
-from tempact.models.wan.checkpoints.files import fill, fingerprint, read_weights
+from tempact.files import writing
+from tempact.models.wan.checkpoints.files import assign_weights, fingerprint, read_json, read_tensors
 
 log = logging.getLogger(__name__)
 
+TEXT_LEN = 512  # rows that Wan2.1's transformer attends to
+ORIGINAL_FILE = "models_t5_umt5-xxl-enc-bf16.pth"  # in the folder of Wan's own release, beside its tokenizer:
+ORIGINAL_TOKENIZER = "google/umt5-xxl"
+BATCH = 16  # prompts encoded together
+RENAMED = {  # parts of a name in Wan's own file, and in transformers
+    "norm1": "layer.0.layer_norm",
+    "attn": "layer.0.SelfAttention",
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "norm2": "layer.1.layer_norm",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+}
+OUTSIDE = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
+
 
 class PromptEncoder(Protocol):
-    """What the executor needs of a text encoder."""
+    """A text encoder as the executor calls it."""
 
     def encode(self, prompts: list[str]) -> Tensor:
-        """[n, text_len, d_model], zero past each prompt's end."""
-        ...
+        """Text rows [n, text_len, text_dim], zero past each prompt's end."""
 
     def requires_grad_(self, requires_grad: bool = True) -> Self: ...
 
@@ -46,13 +59,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, model: UMT5EncoderModel, tokenizer: PreTrainedTokenizerFast, text_len: int):
         super().__init__()
-        self.model = model
-        self.tokenizer = tokenizer
-        self.text_len = text_len
-
-    @classmethod
-    def from_config(cls, config: UMT5Config, tokenizer: PreTrainedTokenizerFast, text_len: int) -> TextEncoder:
-        return cls(UMT5EncoderModel(config), tokenizer, text_len)
+        self.model, self.tokenizer, self.text_len = model, tokenizer, text_len
 
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """ids [n, text_len] int64 and mask [n, text_len] bool; every prompt ends with EOS, also when cut."""
@@ -66,7 +73,7 @@ class TextEncoder(nn.Module):
         return ids, ids != pad
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """[n, text_len, d_model], zero past each prompt's end."""
+        """Text rows [n, text_len, text_dim], zero past each prompt's end, of the ids and mask of `tokenize`."""
         hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         return hidden * mask[..., None].to(hidden.dtype)
 
@@ -86,23 +93,8 @@ class TextEncoder(nn.Module):
         return cls(model, PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True), text_len)
 
 
-TEXT_LEN = 512  # rows that Wan2.1's transformer attends to
-ORIGINAL_FILE = "models_t5_umt5-xxl-enc-bf16.pth"  # in the folder of Wan's own release, beside its tokenizer:
-ORIGINAL_TOKENIZER = "google/umt5-xxl"
-BATCH = 16  # prompts encoded together
-RENAMED = {  # parts of a name in Wan's own file, and in transformers
-    "norm1": "layer.0.layer_norm",
-    "attn": "layer.0.SelfAttention",
-    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
-    "norm2": "layer.1.layer_norm",
-    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
-    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
-    "ffn.fc2": "layer.1.DenseReluDense.wo",
-}
-
-
 def clean_prompt(text: str) -> str:
-    """The prompt as Wan's encoder was fed: encoding accidents mended, HTML unescaped twice, white space collapsed."""
+    """The prompt as Wan's authors clean it: mis-decoded characters mended, HTML unescaped twice, white space joined."""
     unescaped = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", unescaped).strip()
 
@@ -111,18 +103,18 @@ def load_text_encoder(path: Path, dtype: torch.dtype, device: torch.device, text
     """UMT5's encoder and tokenizer.
 
     `path`: a diffusers folder (text_encoder/ and tokenizer/ in it), the folder of Wan's own release, or a folder that
-    holds a transformers encoder and its tokenizer. UserError names what is missing or does not fit.
+    holds a transformers encoder and its tokenizer. UserError names the file or key that is missing or does not fit.
     """
     files, tokenizer_folder = _layout(path)
     tokenizer = _load_tokenizer(tokenizer_folder)
+    state = read_tensors(files)[1]
     if files == [path / ORIGINAL_FILE]:
-        state = renamed(read_weights(files[0]))
+        state = _renamed(state)
         config = _config_of(state, files[0])
     else:
-        state = {name: tensor for file in files for name, tensor in read_weights(file).items()}
-        settings = UMT5Config.get_config_dict(files[0].parent, local_files_only=True)[0]
-        if settings.get("model_type") != UMT5Config.model_type:
-            found = settings.get("model_type")
+        settings = read_json(files[0].with_name("config.json"))
+        found = settings.get("model_type")
+        if found != UMT5Config.model_type:
             raise UserError(f"{files[0].parent / 'config.json'}: found model_type {found!r}; accepted: umt5")
         config = UMT5Config.from_dict(settings)
     # one tensor under two names, of which a file may hold either
@@ -131,7 +123,7 @@ def load_text_encoder(path: Path, dtype: torch.dtype, device: torch.device, text
         state["shared.weight"] = state["encoder.embed_tokens.weight"] = embedding
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
-    fill(model, state, files[0], dtype, device)
+    assign_weights(model, state, files[0], dtype, device)
     model.tie_weights()
     if len(tokenizer) > config.vocab_size:
         raise UserError(
@@ -163,23 +155,19 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Wan's own names of UMT5's encoder to those of transformers."""
     out = {}
     for name, tensor in state.items():
         block = re.fullmatch(r"blocks\.(\d+)\.(.+?)\.((?:[qkvo]\.)?weight)", name)
         if block and block[2] in RENAMED:
             name = f"encoder.block.{block[1]}.{RENAMED[block[2]]}.{block[3]}"
-        elif name == "token_embedding.weight":
-            name = "shared.weight"
-        elif name == "norm.weight":
-            name = "encoder.final_layer_norm.weight"
-        out[name] = tensor
+        out[OUTSIDE.get(name, name)] = tensor
     return out
 
 
 def _config_of(state: dict[str, Tensor], source: Path) -> UMT5Config:
-    """The sizes that the tensors have; the rest is UMT5-XXL's."""
+    """Settings of an encoder without a config.json: sizes from its tensors, everything else as in UMT5-XXL."""
     attention = "encoder.block.0.layer.0.SelfAttention"
     try:
         vocabulary, width = state["shared.weight"].shape
@@ -197,12 +185,12 @@ def _config_of(state: dict[str, Tensor], source: Path) -> UMT5Config:
 
 
 class CachedTextEncoder(nn.Module):
-    """A text encoder that is loaded when a prompt is new; the rows of every prompt are kept on disk.
+    """A text encoder that is loaded for the first new prompt; the rows of every prompt are kept on disk.
 
-    load: makes the encoder. source: tells its weights, tokenizer and precision apart, see `source_of`. folder: of the
-    cache, shared by any number of processes: a file appears whole or not at all. UserError if it cannot be made.
-    visits: the device where it encodes if its weights wait elsewhere (they are copied there for each `encode` of new
-    prompts, and the copy is given up); None: it encodes where it was loaded.
+    load: makes the encoder. source: identifies its weights, tokenizer and precision, see `source_of`. folder: of the
+    cache, shared by any number of processes; UserError if it cannot be written. visits: the device to encode on, if the
+    weights wait elsewhere: they are copied there for the new prompts of one `encode` and the copy is dropped; None:
+    prompts are encoded where the encoder was loaded.
     """
 
     def __init__(
@@ -226,14 +214,14 @@ class CachedTextEncoder(nn.Module):
             raise UserError(f"text cache: cannot write to {folder} ({reason}); accepted: a writable folder") from error
 
     def path_of(self, prompt: str) -> Path:
-        """Where the rows of a prompt are kept."""
+        """The file with the rows of a prompt."""
         key = "\0".join((self.source, str(self.text_len), clean_prompt(prompt)))
         digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
         return self.folder / digest[:2] / f"{digest}.safetensors"
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:
-        """Text rows [n, text_len, text_dim], zero past each prompt's end, where the encoder's weights are."""
+        """Text rows [n, text_len, text_dim], zero past each prompt's end, on the device of the encoder's weights."""
         rows = {prompt: self._read(self.path_of(prompt)) for prompt in dict.fromkeys(prompts)}
         new = [prompt for prompt, found in rows.items() if found is None]
         if new:
@@ -241,10 +229,11 @@ class CachedTextEncoder(nn.Module):
                 for first in range(0, len(new), BATCH):
                     rows |= self._encoded(encoder, new[first : first + BATCH])
         device = None if self.loaded is None else self.loaded.model.device
-        return torch.stack([self._padded(rows[prompt]) for prompt in prompts]).to(device)
+        padded = {n: F.pad(own, (0, 0, 0, self.text_len - len(own))) for n, own in rows.items() if own is not None}
+        return torch.stack([padded[prompt] for prompt in prompts]).to(device)
 
     def _encoded(self, encoder: TextEncoder, prompts: list[str]) -> dict[str, Tensor]:
-        """Their rows without padding, on the host and on disk."""
+        """The rows of each prompt without padding, on the host; they are also written to disk."""
         cleaned = [clean_prompt(prompt) for prompt in prompts]
         lengths = encoder.tokenize(cleaned)[1].sum(dim=1).tolist()
         hidden = encoder.encode(cleaned)
@@ -255,7 +244,7 @@ class CachedTextEncoder(nn.Module):
 
     @contextmanager
     def _encoder(self) -> Iterator[TextEncoder]:
-        """The encoder, ready to encode."""
+        """The encoder, loaded and on the device to encode on."""
         if self.loaded is None:
             self.loaded = self.load()
             assert self.loaded.text_len == self.text_len, (self.loaded.text_len, self.text_len)
@@ -269,12 +258,8 @@ class CachedTextEncoder(nn.Module):
             for weight, own in zip(weights, waiting, strict=True):
                 weight.data = own
 
-    def _padded(self, rows: Tensor | None) -> Tensor:
-        assert rows is not None
-        return torch.cat([rows, rows.new_zeros(self.text_len - len(rows), rows.shape[1])])
-
     def _read(self, path: Path) -> Tensor | None:
-        """The rows kept; None if there are none, or the disk has damaged them."""
+        """The rows in a file; None if there is none, or the disk has damaged it."""
         if not path.is_file():
             return None
         try:
@@ -284,21 +269,17 @@ class CachedTextEncoder(nn.Module):
             return None
 
     def _write(self, path: Path, rows: Tensor) -> None:
-        """Under a name of its own first: readers and other writers never see a part of a file."""
-        partial = path.with_name(f".{path.name}.{os.getpid()}.{id(rows)}.partial")
         try:
             path.parent.mkdir(exist_ok=True)
-            save_file({"rows": rows.contiguous()}, partial)
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
+            with writing(path) as partial:
+                save_file({"rows": rows.contiguous()}, partial)
+        except (OSError, SafetensorError, UserError) as error:
             # the rows are at hand: a full disk costs the next run time, not this one its result
             log.warning("%s: cannot be written (%s); the prompt will be encoded again", path, error)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def source_of(path: Path, dtype: torch.dtype) -> str:
-    """What makes the rows of a prompt: the encoder's and tokenizer's files at `path`, and the precision."""
+    """Identity of the encoder and tokenizer at `path` and of the precision, which decide a prompt's rows."""
     files, tokenizer = _layout(path)
     return f"{fingerprint([*files, tokenizer / 'tokenizer.json'])}-{str(dtype).removeprefix('torch.')}"
 
@@ -312,13 +293,11 @@ def load_cached_text_encoder(
     *,
     offload: bool = False,
 ) -> CachedTextEncoder:
-    """The encoder at `path` behind a cache in the folder `cache`; loaded at the first new prompt, checked now.
+    """The encoder at `path` behind a cache in the folder `cache`; its files are looked for now, read when needed.
 
-    It encodes on `device`; offload: its weights wait on the host in the meantime.
+    It encodes on `device`. offload: its weights wait on the host until there is a new prompt.
     """
-    home = torch.device("cpu") if offload else device
-    visits = device if offload else None
-    source = source_of(path, dtype)
+    home, visits = (torch.device("cpu"), device) if offload else (device, None)
     return CachedTextEncoder(
-        lambda: load_text_encoder(path, dtype, home, text_len), source, cache, text_len, visits=visits
+        lambda: load_text_encoder(path, dtype, home, text_len), source_of(path, dtype), cache, text_len, visits=visits
     )

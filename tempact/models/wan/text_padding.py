@@ -1,8 +1,8 @@
-"""The padded text rows of cross-attention as few keys: exact, because they are all the same key.
+"""Cross-attention to fewer padded text rows with the same result.
 
-Padded rows are zero, so they become one and the same key and value, and n of them weigh what one of them does whose
-logit is larger by ln n (BACKBONES.md section 1). Texts are cut to a few rows, and a bias on the logits of the last
-ones stands for those cut off. It follows from the number of rows alone.
+Padded rows are zero, so all of them have the same key and value, and n of them weigh as much as one of them with a
+logit larger by ln n (docs/backbones.md section 1). Texts are cut to a few padded rows, and a bias on the logits of the
+last rows stands for the rows cut off; it depends on the number of rows alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# padded rows that a cut text keeps: half precision rounds ln n too much for one key, but what four of them weigh
+# padded rows that a cut text keeps: half precision rounds ln n too much for one key, but the weight of four of them
 # together is exact to TOLERANCE
 PAD_KEYS = 4
 TOLERANCE = 1e-6  # of the weight of all padded rows
@@ -22,16 +22,16 @@ TOLERANCE = 1e-6  # of the weight of all padded rows
 def cut_length(longest: int, text_len: int, multiple: int = 1) -> int:
     """Rows to keep of texts of `text_len` rows that are padding from row `longest` on.
 
-    A multiple of `multiple`, which keeps shapes few; or all of them.
+    A multiple of `multiple`, so that few shapes occur, but at most `text_len`.
     """
     assert 0 <= longest <= text_len and multiple >= 1, (longest, text_len, multiple)
     return min(text_len, -(-(longest + PAD_KEYS) // multiple) * multiple)
 
 
 def padding_bias(length: int, text_len: int, dtype: torch.dtype) -> Tensor:
-    """What is added to the logits of texts cut to `length` rows, [length] in `dtype`; zero but for the last rows.
+    """Bias on the logits of texts cut to `length` rows, [length] in `dtype`; zero but for the last PAD_KEYS rows.
 
-    The last PAD_KEYS rows, padding in every text, weigh as much as they and the rows cut off.
+    With the bias, these rows, padding in every text, weigh as much as they and the rows cut off.
     """
     assert length == text_len or PAD_KEYS <= length < text_len, (length, text_len)
     keys = min(PAD_KEYS, length)
@@ -39,23 +39,16 @@ def padding_bias(length: int, text_len: int, dtype: torch.dtype) -> Tensor:
     return torch.tensor([0.0] * (length - keys) + biases, dtype=torch.float64).to(dtype)
 
 
-def collapse_padding(longest: int, text_len: int, dtype: torch.dtype, multiple: int = 1) -> tuple[int, Tensor]:
-    """(length, bias): attention to the first `length` rows of every text with `bias` [length] added to their logits
-    equals attention to all `text_len`, where rows from `longest` on are padding in every one of them."""
-    length = cut_length(longest, text_len, multiple)
-    return length, padding_bias(length, text_len, dtype)
-
-
 @lru_cache(maxsize=64)
 def padding_mask(length: int, text_len: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`padding_bias` [1, 1, 1, length] on a device, made once."""
+    """`padding_bias` as an attention mask [1, 1, 1, length] on a device, cached."""
     return padding_bias(length, text_len, dtype).view(1, 1, 1, -1).to(device)
 
 
 def _biases(weight: int, keys: int, dtype: torch.dtype) -> list[float]:
-    """`keys` numbers of `dtype` whose exponentials sum to `weight`, as many of them 0 as can be.
+    """`keys` numbers of `dtype` whose exponentials sum to `weight`, as many of them 0 as possible.
 
-    Every adjusted key but the last weighs a little too little, and the next one takes what is left.
+    Every adjusted key but the last is rounded down, and the next one takes the remainder.
     """
     for adjusted in range(keys + 1):
         biases, left = [0.0] * (keys - adjusted), float(weight - (keys - adjusted))
@@ -69,7 +62,7 @@ def _biases(weight: int, keys: int, dtype: torch.dtype) -> list[float]:
 
 
 def _rounded(x: float, dtype: torch.dtype, down: bool) -> float:
-    """The nearest number of `dtype`, or the nearest one that is not above x."""
+    """The number of `dtype` nearest to x, or the nearest one that is not above x."""
     if x == 0.0:
         return 0.0
     spacing = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(abs(x)))

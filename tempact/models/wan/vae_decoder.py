@@ -1,9 +1,9 @@
 """The decoder of diffusers' `AutoencoderKLWan` as a stream.
 
-diffusers' modules hold the weights; the walk through them is written for a GPU: each causal convolution reads one
-buffer [past, new frames] that the norm before it writes in place, biases and residual additions ride on the norms
-(`csrc_triton.feature_maps`), and nothing is padded in time or cloned but the two frames a convolution remembers. Facts:
-BACKBONES.md section 5.
+diffusers' modules hold the weights; the forward pass is written for a GPU: each causal convolution reads one buffer
+[past, new frames] that the norm before it writes in place, norms add biases and residuals (`csrc_triton.feature_maps`),
+and nothing is padded in time or cloned but the two frames that a convolution remembers.
+Source: docs/backbones.md section 5.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from csrc_triton.feature_maps import enlarge, norm_silu
 from tempact.errors import UserError
-from tempact.models.wan.codec import LATENT_STRIDE, DecoderState
+from tempact.models.wan.codec import LATENT_STRIDE, DecoderState, WanCodec
 
 MEMORY = 2  # frames that a causal convolution looks back
 # numbers of the largest tensor in one call: 3 latent frames at 480x832; with it the workspace stays at a few GiB, and
@@ -30,12 +30,12 @@ CALL_ELEMENTS = 2**30
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """How the decoder runs.
+    """Memory format and batching of the decoder.
 
     channels_last: feature maps and weights in channels-last memory, which cuDNN's tensor-core kernels read and write.
-    input_step: with it, causal convolutions whose input channels are no multiple of this many read zeros up to the
-    next one, where that is at most half of them more. latents_per_call: latent frames that go through together. One
-    at a time and in plain memory, the result has the bits of diffusers' decode.
+    input_step: in channels-last memory, input channels of causal convolutions are filled up with zeros to the next
+    multiple of this number, if that adds at most half as many. latents_per_call: latent frames in one call. With one
+    latent frame a call and plain memory, the result has the bits of diffusers' decode.
     """
 
     channels_last: bool = False
@@ -44,26 +44,26 @@ class DecodeOptions:
 
     @classmethod
     def of(cls, device: torch.device) -> DecodeOptions:
-        """The fast way on a GPU, diffusers' bits elsewhere."""
+        """The fastest options on a GPU, those with diffusers' bits elsewhere."""
         # Hopper's kernels take 64 channels at a time; for 96 of them cuDNN takes one of Ampere's, at half the speed
         return cls(channels_last=True, input_step=64, latents_per_call=3) if device.type == "cuda" else cls()
 
 
-Fill = Callable[[Tensor], object]  # writes a convolution's new frames into its buffer
+Fill = Callable[[Tensor], object]  # writes the new frames of a convolution into its buffer
 
 
 class _Stream(NamedTuple):
-    """A feature map x + update + bias whose sums are left to the pass that reads it; bias [C]."""
+    """A feature map x + update + bias, added by the pass that reads it; bias [C]."""
 
     x: Tensor
     update: Tensor | None = None
     bias: Tensor | None = None
 
 
-class WanDecoder:
-    """`vae`'s decoder for streams; see `pixels`.
+class WanDecoder(WanCodec):
+    """The decoder of a VAE as a codec.
 
-    The module's weights change their memory format, and nothing else, if the options ask for it.
+    If the options ask for it, the module's weights change their memory format, and nothing else.
     Raises UserError for a VAE of another family.
     """
 
@@ -111,7 +111,6 @@ class WanDecoder:
             self.filled[conv] = nn.Parameter(wide, requires_grad=False)
 
     def videos_per_call(self, latents: int, size: tuple[int, int]) -> int:
-        """How many videos of `size` (H, W) fit into one call with `latents` frames each; 0 if not even one."""
         return CALL_ELEMENTS // (latents * size[0] * size[1] * self.elements_per_position)
 
     @property
@@ -128,11 +127,7 @@ class WanDecoder:
 
     @torch.no_grad()
     def pixels(self, states: Sequence[DecoderState], latents: Tensor) -> Tensor:
-        """The next frames of B videos, [B, 3, T, 8H, 8W] in [-1, 1] and the VAE's dtype; the states move on.
-
-        latents [B, C, n, H, W], normalised as the transformer has them. The first latent frame of a video comes alone
-        (n = 1) and gives one pixel frame, every later one four.
-        """
+        """See `WanCodec.pixels`; in the VAE's dtype."""
         first = states[0].latents == 0
         assert not first or latents.shape[2] == 1, "the first latent frame comes alone"
         weight = self.vae.post_quant_conv.weight
@@ -149,7 +144,7 @@ class WanDecoder:
 
 
 class _Walk:
-    """A few latent frames on their way through the network; what the convolutions keep of them gathers in `kept`."""
+    """Forward pass of a few latent frames; `kept` collects the frames that each convolution remembers."""
 
     def __init__(self, decoder: WanDecoder, states: Sequence[DecoderState], first: bool):
         self.states, self.first = states, first
@@ -177,7 +172,7 @@ class _Walk:
         return (out.float() + bias.view(1, -1, 1, 1, 1)).clamp(-1.0, 1.0).to(out.dtype)
 
     def _ordered(self, x: Tensor) -> Tensor:
-        """x in channels-last memory if that is asked for; a copy only where a CPU's convolution chose otherwise."""
+        """x in channels-last memory if the options ask for it; copied only if a CPU's convolution chose otherwise."""
         return x.contiguous(memory_format=torch.channels_last_3d) if self.options.channels_last else x
 
     def _empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -185,9 +180,9 @@ class _Walk:
         return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=last)
 
     def _convolve(self, weight: Tensor, bias: Tensor | None, like: Tensor, fill: Fill) -> Tensor:
-        """A causal convolution over the frames remembered and those, of the shape of `like`, that `fill` writes.
+        """A causal convolution over the remembered frames and the new ones, of the shape of `like`, that `fill` writes.
 
-        What it writes may have more channels than `like`, as many as `weight` takes: zeros.
+        The buffer has as many channels as `weight` takes; those that `like` has not are zeros.
         """
         b, channels, t, height, width = like.shape
         buffer = self._empty((b, weight.shape[1], MEMORY + t, height, width), like)
@@ -208,54 +203,45 @@ class _Walk:
             return _Stream(self._convolve(self.filled.get(conv, conv.weight), None, like, fill), None, conv.bias)
         return _Stream(self._convolve(conv.weight, conv.bias, like, fill))
 
-    def _joined(self, stream: _Stream) -> Tensor:
-        """The stream's sum as a tensor."""
+    def _joined(self, stream: _Stream, out: Tensor | None = None) -> Tensor:
+        """The stream's sum as a tensor, in `out` if it is given."""
         if not self.options.channels_last:
-            return stream.x if stream.update is None else stream.update + stream.x
-        if stream.update is None and stream.bias is None:
-            return stream.x
-        out = self._empty(stream.x.shape, stream.x)
-        self._join_into(stream, out)
-        return out
-
-    def _join_into(self, stream: _Stream, out: Tensor) -> None:
-        if not self.options.channels_last:
-            out.copy_(self._joined(stream))
-            return
+            total = stream.x if stream.update is None else stream.update + stream.x
+            return total if out is None else out.copy_(total)
+        if out is None:
+            if stream.update is None and stream.bias is None:
+                return stream.x
+            out = self._empty(stream.x.shape, stream.x)
         update = None if stream.update is None else positions(stream.update)
         norm_silu(positions(stream.x), None, out=positions(out), update=update, bias=stream.bias)
+        return out
 
-    def _norm_silu(self, norm: Any, stream: _Stream) -> tuple[Tensor, Fill]:
-        """The stream's sum, and what writes SiLU(norm(sum)): the sum may be complete only after that has run."""
+    def _norm_silu(self, norm: Any, stream: _Stream, *, keep_sum: bool = True) -> tuple[Tensor, Fill]:
+        """The stream's sum, and a function that writes SiLU(norm(sum)).
+
+        The sum may be complete only after that function has run; without `keep_sum`, only its shape counts.
+        """
         if not self.options.channels_last:
             joined = self._joined(stream)
             return joined, lambda out: out.copy_(F.silu(norm(joined)))
-        if stream.update is None and stream.bias is None:
-            return stream.x, self._norm_silu_only(norm, stream)
-        total = self._empty(stream.x.shape, stream.x)
-        update = None if stream.update is None else positions(stream.update)
+        x, update = stream.x, None if stream.update is None else positions(stream.update)
+        summed = keep_sum and not (stream.update is None and stream.bias is None)
+        total = self._empty(x.shape, x) if summed else x
         return total, lambda out: norm_silu(
-            positions(stream.x), norm.gamma.view(-1), out=positions(out), update=update, bias=stream.bias,
-            total=positions(total),
+            positions(x), norm.gamma.view(-1), out=positions(out), update=update, bias=stream.bias,
+            total=positions(total) if summed else None,
         )  # fmt: skip
 
     def _resnet(self, block: Any, stream: _Stream) -> _Stream:
-        """(norm, SiLU, convolution) twice, and what came in, through a 1x1x1 convolution where widths differ."""
+        """(norm, SiLU, convolution) twice, plus the input, through a 1x1x1 convolution where widths differ."""
         x, fill = self._norm_silu(block.norm1, stream)
         inner = self._convolved(block.conv1, x, fill)
-        outer = self._convolved(block.conv2, inner.x, self._norm_silu_only(block.norm2, inner))
+        outer = self._convolved(block.conv2, *self._norm_silu(block.norm2, inner, keep_sum=False))
         shortcut = block.conv_shortcut
         if self.options.channels_last:
             skip = self._ordered(F.conv3d(x, shortcut.weight)) if isinstance(shortcut, nn.Conv3d) else x
             return _Stream(skip, outer.x, self.block_bias[block])
         return _Stream(shortcut(x), outer.x)
-
-    def _norm_silu_only(self, norm: Any, stream: _Stream) -> Fill:
-        """What writes SiLU(norm(sum)) of a convolution's result, whose sum nobody else needs."""
-        if not self.options.channels_last:
-            return self._norm_silu(norm, stream)[1]
-        gamma = norm.gamma.view(-1)
-        return lambda out: norm_silu(positions(stream.x), gamma, out=positions(out), bias=stream.bias)
 
     def _upsampled(self, resample: Any, stream: _Stream) -> _Stream:
         """Twice the rows and columns, and twice the frames in "upsample3d" behind a video's first latent frame."""
@@ -265,7 +251,7 @@ class _Walk:
                 self.kept.append(None)
             else:
                 before, parts = stream, 2
-                stream = self._convolved(resample.time_conv, before.x, lambda out: self._join_into(before, out))
+                stream = self._convolved(resample.time_conv, before.x, lambda out: self._joined(before, out))
         conv = resample.resample[1]
         if self.options.channels_last:
             update = None if stream.update is None else maps(stream.update)
@@ -288,7 +274,7 @@ def positions(x: Tensor) -> Tensor:
 
 
 def maps(x: Tensor) -> Tensor:
-    """The same seen as [b*T, H, W, C]; T must be whole."""
+    """The same seen as [b*T, H, W, C]; T must not be a slice."""
     b, channels, t, height, width = x.shape
     return x.permute(0, 2, 3, 4, 1).view(b * t, height, width, channels)
 

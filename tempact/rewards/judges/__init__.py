@@ -1,0 +1,115 @@
+"""Calls to judges, their replies, and metrics of them. Light on purpose: no network library is imported here."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from pydantic import BaseModel
+
+from tempact.types import Missing
+
+JudgeResult: TypeAlias = BaseModel | Missing  # an instance of the call's `rubric.fields`, or why there is none
+
+
+@dataclass(frozen=True)
+class Rubric:
+    """Instructions to a judge.
+
+    system   the system message
+    fields   the reply: a JSON object with these fields, all of them in range (`replies.read_reply`)
+    version  a change of the wording is a new version: scores of two versions are not the same measurement
+    """
+
+    name: str
+    version: str
+    system: str
+    fields: type[BaseModel]
+
+
+@dataclass(frozen=True)
+class JudgeCall:
+    """One question to a judge.
+
+    role        selects endpoints and model (`TEMPACT_JUDGE_<ROLE>_...`), and names the metrics `judge/<role>/...`
+    text        the user message; its author has quoted what is quoted in it
+    images      JPEG files, sent in this order after the text
+    media_hash  of the images, any stable text; with `text`, rubric, model and parameters it is the key of the cache
+    """
+
+    role: str
+    rubric: Rubric
+    text: str
+    images: tuple[bytes, ...] = ()
+    media_hash: str = ""
+
+
+class Judges(Protocol):
+    """The part of `judges.client.JudgeClient` that rewards use."""
+
+    def submit(self, calls: Sequence[JudgeCall]) -> list[Future[JudgeResult]]:
+        """Starts the calls and returns at once."""
+        ...
+
+    def stats(self) -> dict[str, float]:
+        """Metrics of the calls that ended since the last call of this method."""
+        ...
+
+    def close(self) -> None:
+        """Ends the client."""
+        ...
+
+
+class JudgeOutage(RuntimeError):
+    """No endpoint of a role has answered for longer than `outage_s`: the run should save and stop."""
+
+
+LATENCIES_KEPT = 10_000  # of each role between two readings
+PERCENTILE = 0.95
+
+
+class JudgeStats:
+    """Counts of calls by role, added to on the client's thread and read on the trainer's."""
+
+    def __init__(self, roles: Iterable[str]):
+        self._lock, self._roles = threading.Lock(), tuple(roles)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._latencies_s = {role: deque[float](maxlen=LATENCIES_KEPT) for role in self._roles}
+
+    def count(self, role: str, *names: str) -> None:
+        """One more of each name: calls (that have ended), missing, cache_hits, retries."""
+        with self._lock:
+            self._counts.update((role, name) for name in names)
+
+    def latency(self, role: str, seconds: float) -> None:
+        """Of a call that went to a server: from its first turn to its result, retries included."""
+        with self._lock:
+            self._latencies_s[role].append(seconds)
+
+    def take(self) -> dict[str, float]:
+        """Metrics `judge/<role>/...` of every role that had calls since the last reading: calls, missing and cache_hits
+        (shares of the calls), retries; latency_mean_s, _p95_s and _max_s where a server was asked."""
+        with self._lock:
+            counts, all_latencies = self._counts, self._latencies_s
+            self._reset()
+        metrics: dict[str, float] = {}
+        for role in self._roles:
+            calls = counts[role, "calls"]
+            if not calls:
+                continue
+            named = {"calls": float(calls)}
+            named |= {name: counts[role, name] / calls for name in ("missing", "cache_hits")}
+            named["retries"] = float(counts[role, "retries"])
+            if latencies := sorted(all_latencies[role]):
+                named["latency_mean_s"] = sum(latencies) / len(latencies)
+                named["latency_p95_s"] = latencies[min(int(PERCENTILE * len(latencies)), len(latencies) - 1)]
+                named["latency_max_s"] = latencies[-1]
+            metrics |= {f"judge/{role}/{name}": value for name, value in named.items()}
+        return metrics

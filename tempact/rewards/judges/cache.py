@@ -1,4 +1,4 @@
-"""Replies of judges that were valid, in one SQLite file that all ranks and runs on a machine share."""
+"""Valid replies of judges, in one SQLite file for all ranks and runs on a machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from tempact.errors import UserError
-from tempact.rewards.judges.calls import JudgeCall
+from tempact.rewards.judges import JudgeCall
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ _TABLE = """create table if not exists replies (
 
 
 def cache_key(call: JudgeCall, model: str, parameters: Mapping[str, float]) -> str:
-    """SHA-256 over all that a reply depends on; where it was asked and with which key are not part of it."""
+    """SHA-256 of everything that a reply depends on; the server's address and API key are not part of it."""
     rubric = call.rubric
     media = call.media_hash or [hashlib.sha256(image).hexdigest() for image in call.images]
     parts = [
@@ -45,7 +45,7 @@ def _schema(fields: type[BaseModel]) -> str:
 
 
 class JudgeCache:
-    """Key to the JSON text of a reply. For one thread at a time.
+    """The JSON texts of replies by key. For one thread at a time.
 
     WAL lets ranks read while one writes; not for network file systems, which have no shared memory. A cache that
     fails in mid-run (disk full, locked for too long) costs calls, not the run: it is reported once.
@@ -82,39 +82,37 @@ class JudgeCache:
         self._file.execute("select key, role, model, rubric, reply, created_s from replies limit 1")
 
     def get(self, key: str) -> str | None:
-        try:
-            row = self._file.execute("select reply from replies where key = ?", (key,)).fetchone()
-        except sqlite3.Error as error:
-            self._report(error)
-            return None
+        """The reply's JSON text, None where there is none."""
+        row = self._execute("select reply from replies where key = ?", key)
         return row[0] if row and isinstance(row[0], str) else None
 
     def put(self, key: str, call: JudgeCall, model: str, reply: str) -> None:
-        """Of two ranks that asked the same, the first one's reply stays."""
-        row = (key, call.role, model, f"{call.rubric.name} {call.rubric.version}", reply, time.time())
-        try:
-            self._file.execute("insert or ignore into replies values (?, ?, ?, ?, ?, ?)", row)
-        except (sqlite3.Error, UnicodeEncodeError) as error:
-            self._report(error)
+        """Keeps a reply; of two ranks that asked the same, the first one's stays."""
+        rubric = f"{call.rubric.name} {call.rubric.version}"
+        statement = "insert or ignore into replies values (?, ?, ?, ?, ?, ?)"
+        self._execute(statement, key, call.role, model, rubric, reply, time.time())
 
     def drop(self, key: str) -> None:
         """Forgets a reply that can no longer be read."""
-        try:
-            self._file.execute("delete from replies where key = ?", (key,))
-        except sqlite3.Error as error:
-            self._report(error)
+        self._execute("delete from replies where key = ?", key)
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
-    def _report(self, error: Exception) -> None:
-        if not self._reported:
-            log.warning("%s: %s; judges are asked again where it does not serve", self.path, error)
-        self._reported = True
+    def _execute(self, statement: str, *values: str | float) -> tuple | None:
+        """The first row of the answer, None where there is none and where the cache has failed."""
+        try:
+            return self._file.execute(statement, values).fetchone()
+        except (sqlite3.Error, UnicodeEncodeError) as error:
+            if not self._reported:
+                log.warning("%s: %s; judges are asked again where it does not serve", self.path, error)
+            self._reported = True
+            return None
 
 
 def _is_busy(error: sqlite3.Error) -> bool:
-    """Whether another connection was in the way: the low byte of SQLite's extended codes is the code."""
+    """True where another connection was in the way: the low byte of SQLite's extended codes is the code."""
     return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF == sqlite3.SQLITE_BUSY
 
 

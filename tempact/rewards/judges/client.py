@@ -19,13 +19,12 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 from tempact.errors import UserError
+from tempact.rewards.judges import JudgeCall, JudgeOutage, JudgeResult, JudgeStats
 from tempact.rewards.judges.cache import JudgeCache, cache_key
-from tempact.rewards.judges.calls import JudgeCall, JudgeOutage, JudgeResult, JudgeStats
 from tempact.rewards.judges.config import NO_KEY, JudgeConfig
 from tempact.rewards.judges.endpoints import RETRY_AFTER_MAX_S, Dispatcher, Lease, Pool
 from tempact.rewards.judges.replies import BadBody, BadReply, read_body, read_reply
@@ -58,14 +57,6 @@ class Rejected(Exception):
     """The server will not take this call, however often it is asked."""
 
 
-@dataclass
-class _Running:
-    """A call on its way, and everybody who waits for it."""
-
-    task: asyncio.Task[JudgeResult]
-    waiters: list[tuple[str, Future[JudgeResult]]] = field(default_factory=list)
-
-
 class JudgeClient:
     """Asks the judges of a configuration on a thread of its own. `submit` may be called from any thread."""
 
@@ -79,7 +70,7 @@ class JudgeClient:
         self._outage: JudgeOutage | None = None
         self._closed = False
         self._order = itertools.count()
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, asyncio.Task[JudgeResult]] = {}  # by key of the cache
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="judges", daemon=True)
         self._thread.start()
@@ -149,7 +140,7 @@ class JudgeClient:
         self._watcher = self._loop.create_task(self._watch())
 
     async def _stop(self) -> None:
-        tasks = [self._watcher, *(running.task for running in self._running.values())]
+        tasks = [self._watcher, *self._running.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -168,8 +159,8 @@ class JudgeClient:
                     servers = ", ".join(endpoint.config.shown for endpoint in pool.endpoints)
                     self._outage = JudgeOutage(f"judge {role}: no answer from {servers} for {limit:g} s")
                     log.error("%s", self._outage)
-                    for running in list(self._running.values()):
-                        running.task.cancel()
+                    for task in self._running.values():
+                        task.cancel()
 
     def _start(self, batch: list[tuple[JudgeCall, Future[JudgeResult]]]) -> None:
         for call, future in batch:
@@ -182,24 +173,23 @@ class JudgeClient:
             except (TypeError, ValueError) as error:  # no call at all: its caller is told, the others go on
                 future.set_exception(error)
                 continue
-            running = self._running.get(key)
-            if running is None:
-                running = _Running(self._loop.create_task(self._result(call, key, model, next(self._order))))
-                self._running[key] = running
-                running.task.add_done_callback(functools.partial(self._finish, key))
-            running.waiters.append((call.role, future))
+            if key not in self._running:
+                task = self._loop.create_task(self._result(call, key, model, next(self._order)))
+                task.add_done_callback(functools.partial(self._forget, key))
+                self._running[key] = task
+            self._running[key].add_done_callback(functools.partial(self._deliver, call.role, future))
 
-    def _finish(self, key: str, _: asyncio.Task[JudgeResult]) -> None:
-        running = self._running.pop(key)
-        for role, future in running.waiters:
-            if running.task.cancelled():
-                self._abandon(future)
-            elif error := running.task.exception():
-                future.set_exception(error)
-            else:
-                result = running.task.result()
-                self._stats.ended(role, missing=isinstance(result, Missing))
-                future.set_result(result)
+    def _forget(self, key: str, _: asyncio.Task[JudgeResult]) -> None:
+        del self._running[key]
+
+    def _deliver(self, role: str, future: Future[JudgeResult], task: asyncio.Task[JudgeResult]) -> None:
+        if task.cancelled():
+            self._abandon(future)
+        elif error := task.exception():
+            future.set_exception(error)
+        else:
+            self._stats.count(role, "calls", *(["missing"] if isinstance(task.result(), Missing) else []))
+            future.set_result(task.result())
 
     def _abandon(self, future: Future[JudgeResult]) -> None:
         future.set_exception(self._outage or CancelledError())
@@ -207,7 +197,7 @@ class JudgeClient:
     async def _result(self, call: JudgeCall, key: str, model: str, order: int) -> JudgeResult:
         """From the cache, else from a judge."""
         if (reply := self._cached(call, key)) is not None:
-            self._stats.hit(call.role)
+            self._stats.count(call.role, "cache_hits")
             return reply
         pool = self._dispatcher.pools[call.role]
         pool.enter()
@@ -244,7 +234,7 @@ class JudgeClient:
                 if not began:
                     began, until = time.monotonic(), pool.clock() + self.config.deadline_s
                 else:
-                    self._stats.retry(call.role)
+                    self._stats.count(call.role, "retries")
                 try:
                     reply = await self._request(call, lease, until - pool.clock())
                     self._stats.latency(call.role, time.monotonic() - began)

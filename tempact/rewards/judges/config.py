@@ -1,8 +1,8 @@
-"""Where the judges are and how long they may take. Addresses and keys come from the environment only.
+"""Addresses and limits of the judges. Addresses and keys come from the environment only (docs/judges.md).
 
-For the role temporal_following: TEMPACT_JUDGE_TEMPORAL_FOLLOWING_BASE_URL, else TEMPACT_JUDGE_BASE_URL, else the
-name the reference implementation reads, VLLM_BASE_URL; for roles without images that is LLM_BASE_URL. An API key is
-only ever taken from where its address was found, so that no key goes to another's server.
+The address of the role temporal_following is TEMPACT_JUDGE_TEMPORAL_FOLLOWING_BASE_URL, else TEMPACT_JUDGE_BASE_URL,
+else the name in the reference implementation, VLLM_BASE_URL; for roles without images the last is LLM_BASE_URL. An API
+key is only ever taken from where its address was found, so that no key goes to another's server.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
+from tempact.config import JudgeSettings
 from tempact.errors import UserError
 
-# roles of training and whose variables of the reference implementation serve them
+# roles of training, and the prefix of the reference implementation's variables for them
 ROLES = {"plan_quality": "LLM_", "temporal_following": "VLLM_", "step_following": "VLLM_"}
 PREFIX = "TEMPACT_JUDGE_"
 NO_KEY = "none"  # the client insists on a key; servers without one ignore it
@@ -26,7 +26,7 @@ HIDDEN = "***"
 
 @dataclass(frozen=True)
 class EndpointConfig:
-    """One server. `concurrency` requests at a time; `requests_per_minute` 0 is no limit."""
+    """One server: `concurrency` requests at a time, at most `requests_per_minute` (0: no limit)."""
 
     base_url: str
     model: str
@@ -43,7 +43,7 @@ class EndpointConfig:
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Endpoints of every role, and limits.
+    """Endpoints of every role, and limits (ranges: `config.JudgeSettings`).
 
     deadline_s  for one call: requests, pauses between them and waiting for a next turn. It does not run while the
                 call waits for its first turn (or the last calls of a large batch would be missing for the size of the
@@ -54,6 +54,8 @@ class JudgeConfig:
     outage_s    silence of all endpoints of a role, while calls wait for them, after which JudgeOutage is raised
     max_tokens  of a reply, thinking included
     cache       SQLite file, None for no cache
+
+    Raises UserError for a role without endpoints or with several models.
     """
 
     roles: Mapping[str, tuple[EndpointConfig, ...]]
@@ -67,37 +69,34 @@ class JudgeConfig:
     cache: Path | None = None
 
     def __post_init__(self) -> None:
-        positive = ("deadline_s", "attempt_s", "outage_s", "attempts", "max_tokens")
-        for name in positive:
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"judges: {name}: found {getattr(self, name)}; accepted: above 0")
-        for name in ("backoff_s", "temperature"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"judges: {name}: found {getattr(self, name)}; accepted: at least 0")
-        if self.outage_s <= self.attempt_s:
-            accepted = f"above attempt_s ({self.attempt_s:g}), or one slow reply is an outage"
-            raise UserError(f"judges: outage_s: found {self.outage_s:g}; accepted: {accepted}")
         for role, endpoints in self.roles.items():
             if not endpoints or len({endpoint.model for endpoint in endpoints}) > 1:
                 raise UserError(f"judges: {role}: accepted: one or more endpoints, all of one model")
 
     @classmethod
     def from_environment(
-        cls, roles: Mapping[str, str] = ROLES, environment: Mapping[str, str] | None = None, **limits: Any
+        cls,
+        roles: Mapping[str, str] = ROLES,
+        settings: JudgeSettings | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> JudgeConfig:
-        """Reads the environment for the given roles.
+        """Endpoints of the given roles from the environment, limits from the configuration.
 
-        roles   role to the prefix of its fallback names, "" for none
-        limits  the other fields of JudgeConfig
+        roles  role to the prefix of its fallback names, "" for none
 
         BASE_URL may list several servers, separated by commas; MODEL is one name for all; API_KEY, CONCURRENCY and
         REQUESTS_PER_MINUTE are one for all or one each. Raises UserError that names the variable, never its key.
         """
         found = os.environ if environment is None else environment
-        return cls({role: _endpoints(role, fallback, found) for role, fallback in roles.items()}, **limits)
+        given = settings or JudgeSettings()
+        return cls(
+            {role: _endpoints(role, fallback, found) for role, fallback in roles.items()},
+            **{key: getattr(given, key) for key in ("deadline_s", "attempt_s", "attempts", "outage_s")},
+            cache=Path(given.cache) if given.cache else None,
+        )
 
     def redact(self, text: str) -> str:
-        """The text without any of the API keys."""
+        """The text with HIDDEN in the place of every API key."""
         for endpoint in {endpoint for endpoints in self.roles.values() for endpoint in endpoints}:
             if endpoint.api_key:
                 text = text.replace(endpoint.api_key, HIDDEN)

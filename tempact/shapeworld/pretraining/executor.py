@@ -1,32 +1,32 @@
 """Pretraining of ShapeWorld's executor and text encoder: teacher forcing on clips of one or two events.
 
-One sequence holds all clean chunks and all noisy ones. A noisy chunk attends to the clean chunks before it
-and to itself, as in a rollout; the clean ones carry a little noise, so that the model forgives its own
-imperfect history. Most noise levels are those of the sampler, which makes four steps enough.
+One sequence holds all clean chunks and all noisy ones. A noisy chunk attends to the clean chunks before it and to
+itself, as in a rollout; clean chunks carry a little noise, so that the model forgives its own imperfect history. Most
+noise levels are the sampler's, which makes four denoising steps enough.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, UMT5Config
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from tempact.errors import UserError
 from tempact.executor.sampler import Schedule
 from tempact.models.wan.text import TextEncoder
 from tempact.models.wan.transformer import ChunkAttention, TextKV, WanConfig, WanTransformer
-from tempact.shapeworld.pretraining.clips import Clip, sample_clip
-from tempact.shapeworld.pretraining.course import Course, train
+from tempact.shapeworld.pretraining import Course, draw_parts, fit_bpe
+from tempact.shapeworld.pretraining.clips import Clip, sample_clip, shape_indices, tell
 from tempact.shapeworld.renderer import draw
 from tempact.shapeworld.story import CHUNK, CHUNKS, FRAMES
 
@@ -37,6 +37,7 @@ WAN = WanConfig(
 TEXT_VOCABULARY = 512
 CAPTIONS = 3  # at most that many different captions a clip
 CLIPS = 80_000
+PARTS = 64  # of the clips, each with its own seed
 CONTEXT_NOISE = 0.1  # largest noise level of the clean context in training
 SAMPLER_SHARE = 0.8  # share of noise levels drawn from the sampler's own
 LEVEL_SHARES = (0.4, 0.25, 0.2, 0.15)  # of those, the noisiest most: there the text alone decides
@@ -46,8 +47,7 @@ OPENING_LEVEL_SHARES = (0.6, 0.4, 0.0, 0.0)
 BATCH = 256
 
 
-@dataclass
-class ClipTable:
+class ClipTable(NamedTuple):
     """Pre-drawn clips: tracks [n, F, 2, TRACK], shapes [n, 2], texts [u, text_len] token ids of all
     different captions, captions [n, CAPTIONS] rows of texts, slots [n, CHUNKS] columns of captions."""
 
@@ -58,39 +58,30 @@ class ClipTable:
     slots: Tensor
 
     def to(self, device: str) -> ClipTable:
-        return ClipTable(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        return ClipTable(*(values.to(device) for values in self))
 
 
 def build_text_encoder(texts: list[str]) -> TextEncoder:
     """A small UMT5 encoder with a byte-level BPE tokenizer fitted to `texts`."""
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=TEXT_VOCABULARY, special_tokens=["<pad>", "</s>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    raw.train_from_iterator(texts, trainer)
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    raw = fit_bpe(texts, pieces, TEXT_VOCABULARY, ["<pad>", "</s>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>")
     config = UMT5Config(
         vocab_size=raw.get_vocab_size(), d_model=WAN.text_dim, d_kv=24, d_ff=192, num_layers=2, num_heads=4,
         pad_token_id=0, eos_token_id=1, dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
     )  # fmt: skip
-    return TextEncoder.from_config(config, tokenizer, WAN.text_len)
+    return TextEncoder(UMT5EncoderModel(config), tokenizer, WAN.text_len)
 
 
-def draw_clips(arguments: tuple[int, int]) -> list[Clip]:
-    seed, count = arguments
+def draw_clips(seed: int, count: int) -> list[Clip]:
+    """`count` clips from `seed`."""
     rng = random.Random(seed)
     return [sample_clip(rng) for _ in range(count)]
 
 
 def clip_table(seed: int, count: int, workers: int) -> tuple[ClipTable, TextEncoder]:
     """`count` clips and a text encoder whose tokenizer is fitted to their captions."""
-    share = -(-count // 64)
-    with ProcessPoolExecutor(workers) as pool:
-        parts = pool.map(draw_clips, [(seed * 1_000_003 + i, share) for i in range(64)])
-        clips = [clip for part in parts for clip in part][:count]
+    clips = draw_parts(draw_clips, seed, count, PARTS, workers)
     unique = {text: i for i, text in enumerate(dict.fromkeys(text for clip in clips for text in clip.captions))}
     encoder = build_text_encoder(list(unique)[:20_000])
     captions = torch.zeros(count, CAPTIONS, dtype=torch.int64)
@@ -99,14 +90,13 @@ def clip_table(seed: int, count: int, workers: int) -> tuple[ClipTable, TextEnco
         own = {text: slot for slot, text in enumerate(dict.fromkeys(clip.captions))}
         captions[i, : len(own)] = torch.tensor([unique[text] for text in own])
         slots[i] = torch.tensor([own[text] for text in clip.captions])
-    tracks = torch.stack([torch.as_tensor(clip.tracks, dtype=torch.float32) for clip in clips])
-    shapes = torch.stack([torch.as_tensor(clip.shapes, dtype=torch.int64) for clip in clips])
     texts, _ = encoder.tokenize(list(unique))
-    return ClipTable(tracks, shapes, texts, captions, slots), encoder
+    scenes = [clip.scene for clip in clips]
+    return ClipTable(tell(scenes), shape_indices(scenes), texts, captions, slots), encoder
 
 
 def teacher_forcing_mask(chunks: int, chunk_tokens: int, device: str) -> Tensor:
-    """Who attends to whom in [clean chunks | noisy chunks]; bool [L, L], True where attended."""
+    """Attention mask over the tokens of [clean chunks | noisy chunks]: bool [L, L], True where attended."""
     index = torch.arange(chunks, device=device).repeat_interleave(chunk_tokens)
     clean_clean = index[:, None] >= index
     noisy_clean = index[:, None] > index
@@ -144,12 +134,13 @@ class TeacherForcing(ChunkAttention):
 
 
 class ExecutorCourse(Course):
-    """What the shared training loop needs to know about the executor."""
+    """Executor and text encoder, for the shared training loop."""
 
     name, batch, learning_rate, ema = "executor", BATCH, 1.5e-3, 0.999
 
-    def __init__(self, seed: int, device: str, workers: int, clips: int = CLIPS):
+    def __init__(self, seed: int, device: str, workers: int = 1, clips: int = CLIPS):
         self.device, self.seed = device, seed
+        torch.manual_seed(seed)
         table, encoder = clip_table(seed, clips, workers)
         self.table, self.encoder = table.to(device), encoder.to(device)
         self.longest = int((table.texts != encoder.tokenizer.pad_token_id).sum(1).max())
@@ -204,13 +195,8 @@ class ExecutorCourse(Course):
         self.encoder.save(folder / "text_encoder")
 
 
-def train_executor(out: Path, steps: int, seed: int, device: str, resume: bool, workers: int = 1) -> dict[str, float]:
-    """Trains executor and text encoder into folder `out`; an interrupted run goes on when `resume` is set."""
-    return train(ExecutorCourse(seed, device, workers), out, steps, resume=resume)
-
-
 def load_executor(folder: Path) -> tuple[WanTransformer, TextEncoder]:
-    """The weights that `ExecutorCourse.save` wrote; UserError for a file that is missing or not what it should be."""
+    """Reads the weights that `ExecutorCourse.save` wrote. Raises UserError for a missing or unreadable file."""
     for name in ("transformer.json", "transformer.safetensors", "text_encoder/model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: not found; accepted: a folder with an executor's weights")

@@ -1,11 +1,15 @@
-"""Pretraining of ShapeWorld's held-out judge on renderings of stories of the training split."""
+"""Pretraining of ShapeWorld's held-out judge on performances of stories of the training split.
+
+Its validation uses corruptions of one kind each, which the training performances do not use.
+"""
 
 from __future__ import annotations
 
-import logging
 import random
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,25 +18,38 @@ from torch import Tensor, nn
 
 from tempact.shapeworld.grammar import sample_story, write_instruction
 from tempact.shapeworld.matcher import PAD, JudgeConfig, JudgeModel, ShapeWorldJudge
-from tempact.shapeworld.pretraining.clips import CORRUPTIONS, corrupt
-from tempact.shapeworld.pretraining.course import Course, train
-from tempact.shapeworld.pretraining.matcher_clips import ARGUMENTS, EVENTS, NONE, Performance, StoryTable, perform
-from tempact.shapeworld.pretraining.matcher_pictures import constant
-from tempact.shapeworld.renderer import TRACK, draw
-from tempact.shapeworld.story import FRAMES, SHAPES, SIZE, Story
-
-log = logging.getLogger(__name__)
+from tempact.shapeworld.pretraining import Course, draw_parts
+from tempact.shapeworld.pretraining.clips import NONE, Scene, constant, relaxed_cues, shape_indices, tell
+from tempact.shapeworld.pretraining.matcher_clips import ARGUMENTS, EVENTS, Performance, StoryTable, perform
+from tempact.shapeworld.renderer import OPACITY, TRACK, draw, entity_track
+from tempact.shapeworld.story import (
+    CHUNK,
+    CHUNKS,
+    COLOURS,
+    COLUMNS,
+    FRAMES,
+    QUICK_FRAMES,
+    ROWS,
+    SHAPES,
+    SIZE,
+    SLOW_FRAMES,
+    Entity,
+    Story,
+)
 
 STORIES = 80_000
 EVENT_SHARES = (0.25, 0.3, 0.25, 0.2)  # of stories with 1, 2, 3, 4 events
-SHARDS = 64  # of the story table, each with its own seed, so that it does not depend on the workers
+PARTS = 64  # of the story table, each with its own seed
 VALIDATION_STORIES = 120  # a kind of corruption
 READ_WEIGHT, TOLD_WEIGHT, WHEN_WEIGHT, BUSY_WEIGHT, STATE_WEIGHT = 0.3, 0.5, 0.1, 0.3, 1.0  # of the auxiliary losses
+EVENT_FAULTS = ("shuffled", "missing", "cut", "overlapping", "pace", "argument")
+PICTURE_FAULTS = ("duplicated", "misplaced")
+CORRUPTIONS = ("truth", *EVENT_FAULTS, *PICTURE_FAULTS, "frozen")
+DAMAGED = 0.3  # share of the score that a picture fault leaves
 
 
-def told_stories(arguments: tuple[int, int, str]) -> list[tuple[Story, str]]:
+def told_stories(seed: int, count: int, split: str = "train") -> list[tuple[Story, str]]:
     """`count` stories of `split` with their instructions, from `seed`."""
-    seed, count, split = arguments
     rng = random.Random(f"judge {split} {seed}")
     counts = rng.choices(range(1, EVENTS + 1), EVENT_SHARES, k=count)
     stories = [sample_story(rng, split, events) for events in counts]
@@ -52,8 +69,9 @@ def fit_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 class AuxiliaryHeads(nn.Module):
-    """What helps learning and is not shipped: the queries name the events that they read, say when these happen and
-    whether they are told right, and how good the picture is; the video tokens say what goes on in their row."""
+    """Predictions that help learning and are not shipped. The queries name the events that they read, their times,
+    whether they are told right, and how good the picture is; the video tokens tell the event and the state of their
+    row."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -70,9 +88,8 @@ class AuxiliaryHeads(nn.Module):
         names = F.cross_entropy(self.kind(read).float().transpose(1, 2), show.kinds)
         pairs = ((self.argument, show.arguments), (self.shape, show.shapes), (self.slow, show.slow.long()))
         for head, label in pairs:
-            names = (
-                names + (F.cross_entropy(head(read).float().transpose(1, 2), label, reduction="none") * known).mean()
-            )
+            loss = F.cross_entropy(head(read).float().transpose(1, 2), label, reduction="none")
+            names = names + (loss * known).mean()
         told = F.binary_cross_entropy_with_logits(
             self.told(matched).float().squeeze(-1), show.told.float(), weight=known
         )
@@ -80,8 +97,8 @@ class AuxiliaryHeads(nn.Module):
         when = (F.cross_entropy(times, show.when, reduction="none").sum(-1) * known).mean()
         busy = F.cross_entropy(self.busy(video).float().flatten(0, 1), show.busy.flatten())
         scale = constant((SIZE, SIZE, SIZE / 4, 1.0, 1.0, 1.0, 1.0), video.device)
-        seen = show.state[..., 3:4].expand_as(show.state).clone()
-        seen[..., 3] = 1.0  # the opacity is known even where nothing is seen
+        seen = show.state[..., OPACITY, None].expand_as(show.state).clone()
+        seen[..., OPACITY] = 1.0  # the opacity is known even where nothing is seen
         error = (self.state(video).float().view_as(show.state) - show.state / scale).square()
         state = (error * seen).mean()
         told = told + intact
@@ -89,15 +106,13 @@ class AuxiliaryHeads(nn.Module):
 
 
 class JudgeCourse(Course):
-    """What the shared training loop needs to know about the judge."""
+    """The judge with its auxiliary heads, for the shared training loop."""
 
     name, batch, learning_rate, ema = "judge", 512, 1.5e-3, 0.999
 
-    def __init__(self, seed: int, device: str, workers: int, stories: int = STORIES, batch: int = 512):
-        self.device, self.seed, self.batch = device, seed, batch
-        jobs = [(seed * 1_000_003 + shard, -(-stories // SHARDS), "train") for shard in range(SHARDS)]
-        with ProcessPoolExecutor(workers) as pool:
-            pairs = [pair for shard in pool.map(told_stories, jobs) for pair in shard]
+    def __init__(self, seed: int, device: str, workers: int = 1, stories: int = STORIES):
+        self.device, self.seed = device, seed
+        pairs = draw_parts(told_stories, seed, stories, PARTS, workers)
         torch.manual_seed(seed)
         tokenizer = fit_tokenizer([text for _, text in pairs])
         model = JudgeModel(JudgeConfig(vocabulary=tokenizer.get_vocab_size()))
@@ -113,7 +128,7 @@ class JudgeCourse(Course):
 
     def loss(self, generator: torch.Generator) -> Tensor:
         """Cross-entropy against the soft target, and the auxiliary losses."""
-        rows = torch.randint(len(self.table), (self.batch,), generator=generator, device=self.device)
+        rows = torch.randint(len(self.table.tracks), (self.batch,), generator=generator, device=self.device)
         show = perform(self.table.take(rows), generator)
         logit, read, matched, video = self.judge.model(show.frames, show.tokens)
         score = F.binary_cross_entropy_with_logits(logit, show.target)
@@ -122,34 +137,93 @@ class JudgeCourse(Course):
     def save(self, folder: Path) -> None:
         self.judge.save(folder)
 
+    def figures(self, folder: Path) -> dict[str, float]:
+        """Mean scores on stories of the validation split, told right and with each kind of corruption, and the
+        correlation and mean difference of scores and targets."""
+        rng = random.Random(self.seed)
+        pairs = told_stories(self.seed, VALIDATION_STORIES * len(CORRUPTIONS), "validation")
+        shows = [corrupt(story, CORRUPTIONS[i % len(CORRUPTIONS)], rng) for i, (story, _) in enumerate(pairs)]
+        judge = ShapeWorldJudge.load(folder, self.device)
+        scores, targets = (
+            judge.score(draw_corrupted(shows), [text for _, text in pairs]),
+            torch.tensor([s.target for s in shows]),
+        )
+        metrics = {"correlation": float(torch.corrcoef(torch.stack([scores, targets]))[0, 1])}
+        metrics["error"] = float((scores - targets).abs().mean())
+        for kind in CORRUPTIONS:
+            own = torch.tensor([show.kind == kind for show in shows])
+            metrics[f"score_{kind}"], metrics[f"target_{kind}"] = float(scores[own].mean()), float(targets[own].mean())
+        return {name: round(value, 4) for name, value in metrics.items()}
 
-def train_judge(
-    out: Path, steps: int, seed: int, device: str, resume: bool, workers: int = 1, batch: int = 512
-) -> dict[str, float]:
-    """Trains the judge into folder `out`; an interrupted run goes on from its checkpoint there when `resume` is set.
 
-    Returns the loop's figures and those of `validate`.
+class Corruption(NamedTuple):
+    """A story gone wrong in one way.
+
+    kind: one of CORRUPTIONS. scene: entities and cues. copy: an extra entity and the frame it comes at. target: share
+    of the events told completely, at the right pace and after all events before them, times DAMAGED for a picture
+    fault.
     """
-    course = JudgeCourse(seed, device, workers, batch=batch)
-    metrics = train(course, out, steps, resume=resume)
-    metrics |= validate(ShapeWorldJudge.load(out, device), seed)
-    log.info("judge: %s", metrics)
-    return metrics
+
+    kind: str
+    scene: Scene
+    copy: tuple[Entity, int] | None
+    target: float
 
 
-def validate(judge: ShapeWorldJudge, seed: int) -> dict[str, float]:
-    """Mean scores of a judge on stories of the validation split, told right and with each kind of corruption of
-    `clips.corrupt` (which the training performances do not use), and the correlation of scores and targets."""
-    rng = random.Random(seed)
-    pairs = told_stories((seed, VALIDATION_STORIES * len(CORRUPTIONS), "validation"))
-    shows = [corrupt(story, CORRUPTIONS[i % len(CORRUPTIONS)], rng) for i, (story, _) in enumerate(pairs)]
-    tracks = torch.stack([torch.from_numpy(show.tracks) for show in shows])
-    shapes = torch.stack([torch.from_numpy(show.shapes) for show in shows])
-    frames = draw(tracks, shapes[:, None].expand(-1, FRAMES, -1))
-    scores, targets = judge.score(frames, [text for _, text in pairs]), torch.tensor([show.target for show in shows])
-    metrics = {"correlation": float(torch.corrcoef(torch.stack([scores, targets]))[0, 1])}
-    metrics["error"] = float((scores - targets).abs().mean())
-    for kind in CORRUPTIONS:
-        own = torch.tensor([show.kind == kind for show in shows])
-        metrics[f"score_{kind}"], metrics[f"target_{kind}"] = float(scores[own].mean()), float(targets[own].mean())
-    return {name: round(value, 4) for name, value in metrics.items()}
+def corrupt(story: Story, kind: str, rng: random.Random) -> Corruption:
+    """The story told with one kind of fault; without an event where the story offers no such fault."""
+    entities, cues = story.entities, relaxed_cues(story, rng)
+    count = len(cues)
+    one, right = rng.randrange(count), [True] * count
+    event, changed, copy = story.events[one], None, None
+    if kind == "shuffled" and count > 1:
+        order = list(range(count))
+        while order == sorted(order):
+            order = rng.sample(range(count), count)
+        cues = relaxed_cues(replace(story, events=tuple(story.events[i] for i in order)), rng)
+        place = {i: at for at, i in enumerate(order)}
+        right = [all(place[j] < place[i] for j in range(i)) for i in range(count)]
+    elif kind == "overlapping" and count > 1:
+        one = rng.randrange(1, count)
+        changed = replace(cues[one], start=cues[one - 1].start)
+    elif kind == "cut" and any(event.slow for event in story.events):
+        one = rng.choice([i for i, event in enumerate(story.events) if event.slow])
+        changed = replace(cues[one], stop=cues[one].start + rng.choice((QUICK_FRAMES, 2 * QUICK_FRAMES)))
+    elif kind == "pace" and event.kind not in ("jump", "blink"):
+        if event.slow or cues[one].start + SLOW_FRAMES <= FRAMES:
+            changed = replace(cues[one], event=replace(event, slow=not event.slow))
+    elif kind == "argument" and event.kind in ("move", "turn"):
+        names = COLUMNS if event.kind == "move" else tuple(COLOURS)
+        other = rng.choice([name for name in names if name != event.argument])
+        changed = replace(cues[one], event=replace(event, argument=other))
+    elif kind == "duplicated":
+        actor, start = rng.choice(entities), rng.choice((0, CHUNK * rng.randrange(CHUNKS - 1)))
+        column = rng.choice([column for column in range(len(COLUMNS)) if column != actor.column])
+        copy = replace(actor, column=column, visible=True, row=rng.randrange(len(ROWS))), start
+    elif kind == "misplaced":
+        index = rng.randrange(len(entities))
+        wrong = [column for column in range(len(COLUMNS)) if column != entities[index].column]
+        moved = replace(entities[index], column=rng.choice(wrong))
+        entities = (*entities[:index], moved, *entities[index + 1 :])
+    elif kind == "frozen":
+        cues, right = [], [False] * count
+    if changed is not None:
+        cues[one], right[one] = changed, False
+    if kind in EVENT_FAULTS and all(right):
+        dropped = set(rng.sample(range(count), rng.randint(1, max(1, count - 1))))
+        cues = [cue for i, cue in enumerate(cues) if i not in dropped]
+        kind, right = "missing", [i not in dropped for i in range(count)]
+    damage = DAMAGED if kind in PICTURE_FAULTS else 1.0
+    return Corruption(kind, (entities, cues), copy, sum(right) / count * damage)
+
+
+def draw_corrupted(shows: Sequence[Corruption]) -> Tensor:
+    """Videos [V, F, 3, SIZE, SIZE] of corrupted stories."""
+    scenes = [show.scene for show in shows]
+    tracks, shapes = F.pad(tell(scenes), (0, 0, 0, 1)), F.pad(shape_indices(scenes), (0, 1))
+    for video, show in enumerate(shows):
+        if show.copy is not None:
+            entity, start = show.copy
+            tracks[video, start:, -1] = torch.tensor(entity_track(entity))
+            shapes[video, -1] = SHAPES.index(entity.shape)
+    return draw(tracks, shapes[:, None].expand(-1, FRAMES, -1))

@@ -1,62 +1,61 @@
 """Performances for the judge's training: a story told well or badly, drawn on the device, with its score.
 
-Everything is vectorised over videos, so that each training step sees performances that no earlier one saw:
-right ones at any timing, events left out, cut half way, at the wrong pace, with the wrong argument or entity,
-out of order, at once, early or added, frozen videos, duplicated, misplaced or noisy pictures. Slight blur,
-noise, jitter, flicker and colour drift come on top and leave the score as it is, as generated videos have them.
+Everything is vectorised over videos, so that each training step sees performances that no earlier step saw: right
+ones at any timing; events left out, cut half way, at the wrong pace, with the wrong argument or entity, out of order,
+at once, early or added; frozen videos; duplicated, misplaced or noisy pictures. Slight blur, noise, jitter, flicker and
+colour drift come on top, as generated videos have them, and leave the score as it is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tempact.shapeworld.pretraining.matcher_pictures import (
-    ALPHA,
-    RADIUS,
-    RED,
-    Dice,
-    X,
-    Y,
-    constant,
-    film,
-    spoil_picture,
-)
-from tempact.shapeworld.renderer import TRACK, entity_track
+from tempact.shapeworld.pretraining.clips import APPEAR, BLINK, JUMP, NONE, Acts, changed_columns, constant, play
+from tempact.shapeworld.renderer import COLOUR, OPACITY, RADIUS, TRACK, X, Y, draw, entity_track
 from tempact.shapeworld.story import (
     COLOURS,
     COLUMN_X,
     COLUMNS,
     FRAMES,
-    JUMP_HEIGHT,
     KINDS,
     RADII,
     ROW_Y,
     SHAPES,
     SIZE,
     Story,
-    apply_event,
+    states,
 )
 
 EVENTS = 4  # at most that many a story
-NONE = len(KINDS)  # kind index where there is no event
 ARGUMENTS = ("", *COLUMNS, *COLOURS)
 SPOILED = 0.7  # share of the score that a picture costs which is wrong in at least half of the frames
-_KINDS = tuple(KINDS)
-_JUMP, _BLINK, _APPEAR = _KINDS.index("jump"), _KINDS.index("blink"), _KINDS.index("appear")
-_CHANNELS = {  # columns of a track that a kind changes for good
-    "move": (X,), "turn": (RED, RED + 1, RED + 2), "grow": (RADIUS,), "shrink": (RADIUS,),
-    "vanish": (ALPHA,), "appear": (ALPHA,),
-}  # fmt: skip
-_CHANGES = tuple(tuple(column in _CHANNELS.get(kind, ()) for column in range(TRACK)) for kind in (*_KINDS, ""))
-_VISIBLE_CHANGE = (2.0, 99.0, 0.5, 0.5, 0.4, 0.4, 0.4)  # least change of a track value that makes an event
+CAN_BE_SLOW = (*KINDS.values(), False)  # by kind
 
 
-@dataclass
-class StoryTable:
+class Dice:
+    """Random draws for V videos from one generator."""
+
+    def __init__(self, videos: int, generator: torch.Generator):
+        self.videos, self.generator, self.device = videos, generator, generator.device
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(self.videos, *shape, generator=self.generator, device=self.device)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(self.videos, *shape, generator=self.generator, device=self.device)
+
+    def chance(self, probability: float, *shape: int) -> Tensor:
+        return self.uniform(0, 1, *shape) < probability
+
+    def integer(self, low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high + 1, (self.videos, *shape), generator=self.generator, device=self.device)
+
+
+class StoryTable(NamedTuple):
     """Stories as tensors (S stories, L tokens).
 
     tracks [S, 2, TRACK] opening state, shapes [S, 2], present [S, 2] bool, kinds [S, EVENTS] (NONE past the last),
@@ -76,56 +75,39 @@ class StoryTable:
 
     @classmethod
     def build(cls, stories: list[Story], tokens: Tensor) -> StoryTable:
-        rows = [_row(story) for story in stories]
-        tracks, shapes, present, kinds, actors, values, slow, arguments = (
-            torch.tensor(column) for column in zip(*rows, strict=True)
-        )
-        return cls(tracks, shapes, present, kinds, actors, values, slow, arguments, tokens)
-
-    def __len__(self) -> int:
-        return len(self.tracks)
+        return cls(*map(torch.tensor, zip(*map(_row, stories), strict=True)), tokens)
 
     def to(self, device: str | torch.device) -> StoryTable:
-        return StoryTable(*(getattr(self, f.name).to(device) for f in fields(self)))
+        return StoryTable(*(values.to(device) for values in self))
 
     def take(self, rows: Tensor) -> StoryTable:
-        return StoryTable(*(getattr(self, f.name)[rows] for f in fields(self)))
+        return StoryTable(*(values[rows] for values in self))
 
 
 def _row(story: Story) -> tuple[list, ...]:
-    scene = list(story.entities)
-    tracks = [list(entity_track(entity)) for entity in scene]
-    kinds, actors, values, slow, arguments = [], [], [], [], []
-    for event in story.events:
-        scene[event.entity] = apply_event(scene[event.entity], event)
-        kinds.append(_KINDS.index(event.kind))
-        actors.append(event.entity)
-        values.append(list(entity_track(scene[event.entity])))
-        slow.append(event.slow)
-        arguments.append(ARGUMENTS.index(event.argument) if event.kind in ("move", "turn") else 0)
-    missing = EVENTS - len(kinds)
-    absent = 2 - len(scene)
-    return (
-        tracks + [[COLUMN_X[1], sum(ROW_Y) - tracks[0][Y], 3.0, 0.0, 0.0, 0.0, 0.0]] * absent,
-        [SHAPES.index(entity.shape) for entity in scene] + [0] * absent,
-        [True] * len(scene) + [False] * absent,
-        kinds + [NONE] * missing,
-        actors + [0] * missing,
-        values + [[0.0] * TRACK] * missing,
-        slow + [False] * missing,
-        arguments + [0] * missing,
-    )  # fmt: skip
+    """A story's row of the table, without its tokens."""
+    tracks = [list(entity_track(entity)) for entity in story.entities]
+    events = [
+        (tuple(KINDS).index(event.kind), event.entity, list(entity_track(after[event.entity])), event.slow,
+         ARGUMENTS.index(event.argument))
+        for event, after in zip(story.events, states(story)[1:], strict=True)
+    ]  # fmt: skip
+    events += [(NONE, 0, [0.0] * TRACK, False, 0)] * (EVENTS - len(events))
+    absent = 2 - len(tracks)
+    other = [COLUMN_X[1], sum(ROW_Y) - tracks[0][Y], RADII["normal"], 0.0, 0.0, 0.0, 0.0]
+    shapes = [SHAPES.index(entity.shape) for entity in story.entities] + [0] * absent
+    present = [True] * len(tracks) + [False] * absent
+    return tracks + [other] * absent, shapes, present, *map(list, zip(*events, strict=True))
 
 
-@dataclass
-class Performance:
-    """V videos and what they show.
+class Performance(NamedTuple):
+    """V videos and their labels.
 
     frames [V, F, 3, 24, 24], tokens [V, L] of the instruction, target [V] in [0, 1]. For auxiliary losses: intact [V],
-    what the picture leaves of the score; the told events' kinds, shapes, arguments, slow [V, EVENTS]; told [V, EVENTS],
-    1 where the event is shown right and in order; when [V, EVENTS, 2] its first and last frame (FRAMES: never); busy
-    [V, F, 2] the kind going on in each row of the picture (NONE: still), state [V, F, 2, TRACK] the track of what is
-    there.
+    the share of the score that the picture leaves; the told events' kinds, shapes, arguments, slow [V, EVENTS]; told
+    [V, EVENTS], 1 where the event is shown right and in order; when [V, EVENTS, 2] its first and last frame (FRAMES:
+    never); busy [V, F, 2] the kind going on in each row of the picture (NONE: still); state [V, F, 2, TRACK] the
+    tracks by row.
     """
 
     frames: Tensor
@@ -142,28 +124,9 @@ class Performance:
     state: Tensor
 
 
-@dataclass
-class _Acts:
-    """What is played, in the order of start (EVENTS + 1 acts, the last of a story's is the added one).
-
-    kinds, actors [V, A], values [V, A, TRACK], slow, plays [V, A] bool, start, duration [V, A] frames,
-    limit [V, A] largest progress, below 1 for a cut event; place [V, A] index of the told event, EVENTS if added.
-    """
-
-    kinds: Tensor
-    actors: Tensor
-    values: Tensor
-    slow: Tensor
-    plays: Tensor
-    duration: Tensor
-    limit: Tensor
-    start: Tensor
-    place: Tensor
-
-
-def _channel_mask(kinds: Tensor) -> Tensor:
-    """[..., TRACK] True at the track values that a kind changes."""
-    return constant(_CHANGES, kinds.device)[kinds]
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    """Values [V, A, ...] of the acts with index [V, B]: [V, B, ...]."""
+    return torch.take_along_dim(values, index if values.dim() == 2 else index[..., None], 1)
 
 
 def _random_acts(dice: Dice, story: StoryTable, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -172,23 +135,23 @@ def _random_acts(dice: Dice, story: StoryTable, count: int) -> tuple[Tensor, Ten
     kinds, actors = dice.integer(0, NONE - 1, count), dice.integer(0, 1, count) * story.present[:, 1:].long()
     column = constant(COLUMN_X, device)[dice.integer(0, 2, count)]
     colour = constant(tuple(COLOURS.values()), device)[dice.integer(0, len(COLOURS) - 1, count)]
-    radius = torch.where(kinds == _KINDS.index("grow"), RADII["large"], RADII["small"])
-    alpha = (kinds == _APPEAR).float()
+    radius = torch.where(kinds == tuple(KINDS).index("grow"), RADII["large"], RADII["small"])
+    alpha = (kinds == APPEAR).float()
     values = torch.cat([torch.stack([column, torch.zeros_like(column), radius, alpha], dim=-1), colour], dim=-1)
-    slow = constant((*KINDS.values(), False), device)[kinds] & dice.chance(0.3, count)
+    slow = constant(CAN_BE_SLOW, device)[kinds] & dice.chance(0.3, count)
     return kinds, actors, values, slow
 
 
-def _choose_acts(dice: Dice, story: StoryTable, flawed: Tensor) -> _Acts:
-    """The told events with some spoiled, and the added one, in told order and not yet timed."""
-    device, told = dice.device, story.kinds != NONE
+def _choose_acts(dice: Dice, story: StoryTable, flawed: Tensor) -> Acts:
+    """The told events, some spoiled, and an added one that mostly does not play; in told order and not yet timed."""
+    told = story.kinds != NONE
     fails = (flawed & dice.chance(0.5))[:, None] & dice.chance(0.45, EVENTS) & told
     how = dice.integer(0, 7, EVENTS)
     other_kind, other_actor, other_value, other_slow = _random_acts(dice, story, EVENTS)
     argued = story.arguments > 0
     replaced = fails & ((how == 5) | ((how > 5) & ~argued))
     missing = fails & ((how == 0) | (how == 3) | ((how == 4) & ~story.present[:, 1:]))
-    can_be_slow = constant((*KINDS.values(), False), device)[story.kinds]
+    can_be_slow = constant(CAN_BE_SLOW, dice.device)[story.kinds]
     kinds = torch.where(replaced, other_kind, story.kinds)
     swapped = (story.actors + (fails & (how == 4)).long()) % 2
     actors = torch.where(replaced, other_actor, torch.where(missing, story.actors, swapped))
@@ -196,34 +159,28 @@ def _choose_acts(dice: Dice, story: StoryTable, flawed: Tensor) -> _Acts:
     slow = torch.where(replaced, other_slow, story.slow ^ (fails & (how == 2) & can_be_slow))
     limit = torch.where(fails & (how == 1), dice.uniform(0.1, 0.65, EVENTS), 1.0)
 
-    extra = _added_act(dice, story)
-    kinds, actors, values, slow = (
-        torch.cat(pair, dim=1) for pair in zip((kinds, actors, values, slow), extra, strict=True)
-    )
+    own = (kinds, actors, values, slow)
+    kinds, actors, values, slow = (torch.cat(pair, 1) for pair in zip(own, _added_act(dice, story), strict=True))
     added = (flawed & dice.chance(0.15))[:, None]
     plays = torch.cat([told & ~missing, added], dim=1)
     duration = _durations(dice, kinds, slow, plays)
-    limit = torch.cat([limit, torch.ones_like(limit[:, :1])], dim=1)
-    place = torch.arange(EVENTS + 1, device=device).expand_as(kinds)
-    return _Acts(kinds, actors, values, slow, plays, duration, limit, torch.zeros_like(kinds), place)
+    limit = F.pad(limit, (0, 1), value=1.0)
+    place = torch.arange(EVENTS + 1, device=dice.device).expand_as(kinds)
+    return Acts(kinds, actors, values, slow, plays, duration, limit, torch.zeros_like(kinds), place)
 
 
-def _added_act(dice: Dice, story: StoryTable) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _added_act(dice: Dice, story: StoryTable) -> tuple[Tensor, ...]:
     """Kind, actor, value and pace of one event more: a told one again, or any."""
-    kinds, actors, values, slow = _random_acts(dice, story, 1)
+    other = _random_acts(dice, story, 1)
     again = dice.integer(0, EVENTS - 1, 1)
-    copy = dice.chance(0.4, 1) & (story.kinds.gather(1, again) != NONE)
-    return (
-        torch.where(copy, story.kinds.gather(1, again), kinds),
-        torch.where(copy, story.actors.gather(1, again), actors),
-        torch.where(copy[..., None], story.values.gather(1, again[..., None].expand_as(values)), values),
-        torch.where(copy, story.slow.gather(1, again), slow),
-    )
+    copy = dice.chance(0.4, 1) & (_at(story.kinds, again) != NONE)
+    told = (_at(values, again) for values in (story.kinds, story.actors, story.values, story.slow))
+    return tuple(torch.where(copy.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(told, other, strict=True))
 
 
 def _durations(dice: Dice, kinds: Tensor, slow: Tensor, plays: Tensor) -> Tensor:
     """Frames of every act: about the nominal ones where all acts then fit into the video, else exactly those."""
-    held = (kinds == _JUMP) | (kinds == _BLINK)  # these may last longer than other quick events
+    held = (kinds == JUMP) | (kinds == BLINK)  # these may last longer than other quick events
     more = dice.integer(-1, 2, EVENTS + 1)
     quick = 3 + torch.where(held, more, more.clamp_max(1) * dice.chance(0.5, EVENTS + 1))
     duration = torch.where(slow, 9 + dice.integer(-2, 2, EVENTS + 1) * dice.chance(0.6, 1), quick)
@@ -231,16 +188,14 @@ def _durations(dice: Dice, kinds: Tensor, slow: Tensor, plays: Tensor) -> Tensor
     return torch.where(tight, torch.where(slow, 9, 3), duration)
 
 
-def _time_acts(dice: Dice, acts: _Acts, flawed: Tensor) -> _Acts:
-    """Sorts the acts into the order of playing and gives each a start: random slack, and in flawed videos disorder."""
+def _time_acts(dice: Dice, acts: Acts, flawed: Tensor) -> Acts:
+    """Sorts the acts into the order of performance and gives each a start: random slack, disorder in flawed videos."""
     count = (acts.plays[:, :EVENTS]).sum(1, keepdim=True)
     disorder = torch.where((flawed & dice.chance(0.3))[:, None], dice.uniform(1.0, 5.0, 1), 0.0)
     key = acts.place + disorder * dice.uniform(0, 1, EVENTS + 1)
     key[:, EVENTS:] = dice.uniform(-0.5, 1.0, 1) * count
     order = torch.where(acts.plays, key, 99.0).argsort(dim=1)
-    values = acts.values.gather(1, order[..., None].expand_as(acts.values))
-    rest = {f.name: getattr(acts, f.name).gather(1, order) for f in fields(acts) if f.name != "values"}
-    acts = _Acts(values=values, **rest)
+    acts = Acts(*(_at(values, order) for values in acts))
     length = torch.where(acts.plays, (acts.duration * acts.limit).round().clamp_min(1), 0).long()
     slack = (FRAMES - 1 - length.sum(1, keepdim=True)).clamp_min(0)
     share = dice.uniform(0, 1, EVENTS + 2).log().square()  # uneven: often one long wait, at any place
@@ -260,65 +215,29 @@ def _time_acts(dice: Dice, acts: _Acts, flawed: Tensor) -> _Acts:
         playing = acts.plays[:, act]
         before_start = torch.where(playing, start, before_start)
         before_length = torch.where(playing, length[:, act], before_length)
-    acts.start = torch.stack(starts, dim=1)
-    return acts
+    return acts._replace(start=torch.stack(starts, dim=1))
 
 
-def _play(opening: Tensor, acts: _Acts, bend: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Tracks [V, F, 2, TRACK] of the acts from `opening` [V, 2, TRACK], whether each act shows [V, A], and the kind
-    going on [V, F, 2]. Progress is linear to the power of `bend` [V]."""
-    videos, device = len(opening), opening.device
-    time = torch.arange(FRAMES, device=device)
-    tracks = opening[:, None].expand(-1, FRAMES, -1, -1)
-    lift, hidden = torch.zeros_like(tracks[..., 0]), torch.zeros_like(tracks[..., 0], dtype=torch.bool)
-    busy = torch.full((videos, FRAMES, 2), NONE, device=device)
-    changes, shows = _channel_mask(acts.kinds), []
-    least = constant(_VISIBLE_CHANGE, device)
-    for act in range(EVENTS + 1):
-        kind, start = acts.kinds[:, act], acts.start[:, act]
-        row = torch.arange(videos, device=device)
-        base = tracks[row, (start - 1).clamp(0, FRAMES - 1), acts.actors[:, act]]
-        progress = (time - start[:, None] + 1) / acts.duration[:, act, None]
-        progress = progress.clamp(0, 1) ** bend[:, None]
-        progress = torch.minimum(progress, acts.limit[:, act, None])
-        changed = (((acts.values[:, act] - base).abs() > least) & changes[:, act]).any(1)
-        changed |= (kind == _JUMP) | (kind == _BLINK)
-        shows.append(changed & ((base[:, ALPHA] > 0.5) | (kind == _APPEAR)) & acts.plays[:, act])
-        begun = (time >= start[:, None]) & shows[-1][:, None]
-        own = begun[..., None] & F.one_hot(acts.actors[:, act], 2).bool()[:, None]  # [V, F, 2]
-        moved = base[:, None] + progress[..., None] * (acts.values[:, act] - base)[:, None]
-        tracks = torch.where(own[..., None] & changes[:, act, None, None], moved[:, :, None], tracks)
-        unfinished = own & (progress < 1)[..., None]
-        lift = lift + JUMP_HEIGHT * (unfinished & (kind == _JUMP)[:, None, None])
-        hidden = hidden | (unfinished & (kind == _BLINK)[:, None, None])
-        going = time < (start + acts.duration[:, act])[:, None]
-        busy = torch.where(own & going[..., None], kind[:, None, None], busy)
-    tracks = tracks.clone()
-    tracks[..., Y] -= lift.clamp_max(JUMP_HEIGHT)
-    tracks[..., ALPHA] *= ~hidden
-    return tracks, torch.stack(shows, dim=1), busy
+def _told(story: StoryTable, acts: Acts, shows: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Truth of performances that freeze after frame `last` [V].
 
-
-def _told(story: StoryTable, acts: _Acts, shows: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which told events are shown as told, at the right pace and after those before them [V, EVENTS], the share of
-    them in all that was told or added [V], and the first and last frame of each told event, right in order and pace or
-    not, FRAMES where it never comes [V, EVENTS, 2]. `last` [V] is the last frame before the video freezes."""
+    Returns the told events that are shown as told, at the right pace and after the events before them [V, EVENTS];
+    their share in all events told or added [V]; and first and last frame of each told event, right in order and pace
+    or not, FRAMES where it never comes [V, EVENTS, 2].
+    """
     shows = shows & (acts.start <= last[:, None])
     added = (shows & (acts.place == EVENTS)).any(1)
-    back = acts.place.argsort(dim=1)
+    back = acts.place.argsort(dim=1)[:, :EVENTS]
+    shows, acts = _at(shows, back), Acts(*(_at(values, back) for values in acts))
     whole = (acts.limit == 1) & (acts.start + acts.duration - 1 <= last[:, None])
     over = acts.start + (acts.duration * acts.limit).round().long()
-    start, over, shows, whole, slow, kinds, actors = (
-        x.gather(1, back)[:, :EVENTS] for x in (acts.start, over, shows, whole, acts.slow, acts.kinds, acts.actors)
-    )
-    values = acts.values.gather(1, back[..., None].expand_as(acts.values))[:, :EVENTS]
-    as_told = shows & (kinds == story.kinds) & (actors == story.actors)
-    as_told &= (((values - story.values).abs() < 0.1) | ~_channel_mask(story.kinds)).all(-1)
-    when = torch.stack([start, torch.minimum(over - 1, last[:, None])], dim=-1)
+    as_told = shows & (acts.kinds == story.kinds) & (acts.actors == story.actors)
+    as_told &= (((acts.values - story.values).abs() < 0.1) | ~changed_columns(story.kinds)).all(-1)
+    when = torch.stack([acts.start, torch.minimum(over - 1, last[:, None])], dim=-1)
     when = torch.where(as_told[..., None], when, FRAMES)
-    early = shows[:, :, None] & (start[:, None] < over[:, :, None] - 1)  # [V, i, j]: j starts before i is over
+    early = shows[:, :, None] & (acts.start[:, None] < over[:, :, None] - 1)  # [V, i, j]: j starts before i is over
     early &= torch.ones(EVENTS, EVENTS, dtype=torch.bool, device=early.device).triu(1)
-    told = as_told & whole & (slow == story.slow) & ~early.any(1)
+    told = as_told & whole & (acts.slow == story.slow) & ~early.any(1)
     return told, told.sum(1) / ((story.kinds != NONE).sum(1) + added), when
 
 
@@ -333,23 +252,89 @@ def _spoil_opening(dice: Dice, story: StoryTable, flawed: Tensor) -> tuple[Tenso
     column = (torch.searchsorted(columns, opening[..., X].contiguous()) + dice.integer(1, 2)[:, None]) % len(COLUMNS)
     colour = constant(tuple(COLOURS.values()), device)[dice.integer(0, len(COLOURS) - 1)]
     opening[..., X] = torch.where(chosen & (how > 2)[:, None], columns[column], opening[..., X])
-    opening[..., RED:] = torch.where((chosen & (how == 0)[:, None])[..., None], colour[:, None], opening[..., RED:])
+    opening[..., COLOUR:] = torch.where(
+        (chosen & (how == 0)[:, None])[..., None], colour[:, None], opening[..., COLOUR:]
+    )
     swap = (spoiled & (how == 1))[:, None]
     opening[..., Y] = torch.where(swap, sum(ROW_Y) - opening[..., Y], opening[..., Y])
     other = (shapes + dice.integer(1, len(SHAPES) - 1)[:, None]) % len(SHAPES)
     return opening, torch.where(chosen & (how == 2)[:, None], other, shapes)
 
 
+def _spoil_picture(dice: Dice, tracks: Tensor, shapes: Tensor, flawed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds a third entity, a misplaced copy or nothing, and in some flawed videos moves an entity out of place.
+
+    Returns tracks [V, F, 3, TRACK], shapes [V, 3] and True for wrong frames [V, F].
+    """
+    device, videos = tracks.device, len(tracks)
+    time, row = torch.arange(FRAMES, device=device), torch.arange(videos, device=device)
+    begin = dice.integer(0, FRAMES - 4)[:, None]
+    length = torch.where(dice.chance(0.5)[:, None], FRAMES, dice.integer(2, 12)[:, None])
+    begin = torch.where(dice.chance(0.3)[:, None], 0, begin)
+    window = (time >= begin) & (time < begin + length)
+    how = torch.where(flawed & dice.chance(0.22), dice.integer(1, 3), 0)[:, None]
+    source = dice.integer(0, 1)
+    copy = tracks[row, :, source].clone()
+    copy[..., X] = constant(COLUMN_X, device)[dice.integer(0, 2)][:, None]
+    copy[..., Y] = constant(ROW_Y, device)[dice.integer(0, 1)][:, None]
+    apart = ((copy[:, :, None, :2] - tracks[..., :2]).abs().amax(-1) > 6) | (tracks[..., OPACITY] < 0.5)
+    shown = window & apart.all(-1) & ((how == 1) | (how == 2)) & (copy[..., OPACITY] > 0.5)
+    copy[..., OPACITY] = shown * dice.uniform(0.5, 1, 1)
+    offset = torch.where(dice.chance(0.5)[:, None], dice.uniform(4, 6, 1), dice.uniform(-6, -4, 1))
+    away = (window & (how == 3))[..., None] & F.one_hot(source, 2).bool()[:, None]
+    across = (dice.chance(0.5) | (tracks[:, 0, :, X] != COLUMN_X[1]).any(1))[:, None, None]
+    tracks = tracks.clone()
+    inward = torch.where(tracks[:, :1, :, Y] > SIZE / 2, -offset.abs()[..., None], offset.abs()[..., None])
+    tracks[..., Y] += away * across * inward
+    tracks[..., X] += away * ~across * offset[..., None]
+    wrong = shown | (away & (tracks[..., OPACITY] > 0.5)).any(-1)
+    shapes = torch.cat([shapes, shapes[row, source][:, None]], dim=1)
+    return torch.cat([tracks, copy[:, :, None]], dim=2), shapes, wrong
+
+
+def _film(dice: Dice, tracks: Tensor, shapes: Tensor, flawed: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws tracks with the slight faults of generated videos; returns frames, and the share of the score that heavy
+    noise or blur leaves [V]."""
+    strength = torch.where(dice.chance(0.25), 0.0, dice.uniform(0, 1))[:, None, None]
+    entities = tracks.shape[2]
+    tracks = tracks.clone()
+    tracks[..., :2] += strength[..., None] * (
+        dice.uniform(-0.5, 0.5, 1, entities, 2) + 0.12 * dice.normal(FRAMES, entities, 2)
+    )
+    tracks[..., RADIUS] *= 1 + strength * dice.uniform(-0.1, 0.1, 1, entities)
+    tracks[..., OPACITY] *= 1 - strength * dice.uniform(0, 0.15, 1, entities)
+    drift = strength[..., None] * dice.uniform(0, 0.15, 1, entities, 1)
+    tracks[..., COLOUR:] = tracks[..., COLOUR:] * (1 - drift) + drift * dice.uniform(0, 1, 1, entities, 3)
+    flicker = dice.chance(0.15)[:, None, None] & (dice.integer(0, 79, FRAMES, entities) == 0)
+    tracks[..., OPACITY] *= torch.where(flicker, dice.uniform(0.4, 0.9, 1, 1), 1.0)
+    frames = draw(tracks, shapes[:, None].expand(-1, FRAMES, -1))
+    trail = torch.where(dice.chance(0.2), dice.uniform(0, 0.25), 0.0)[:, None, None, None, None]
+    frames = torch.cat([frames[:, :1], (1 - trail) * frames[:, 1:] + trail * frames[:, :-1]], dim=1)
+    poor = torch.where(flawed & dice.chance(0.1), dice.integer(1, 2), 0)
+    heavy = dice.uniform(0, 1)
+    edge = torch.where(poor == 2, 0.33, strength[:, 0, 0] * dice.uniform(0, 0.25))[:, None, None, None, None]
+    blurred = frames
+    for axis in (-1, -2):
+        blurred = (1 - 2 * edge) * blurred + edge * (blurred.roll(1, axis) + blurred.roll(-1, axis))
+    smear = F.avg_pool2d(blurred.flatten(0, 1), 7, 1, 3).view_as(frames)
+    mix = torch.where(poor == 2, 0.5 + 0.5 * heavy, 0.0)[:, None, None, None, None]
+    frames = (1 - mix) * blurred + mix * smear
+    level = torch.where(poor == 1, 0.15 + 0.35 * heavy, strength[:, 0, 0] * dice.uniform(0, 0.08))
+    noise = torch.randn(frames.shape, generator=dice.generator, device=dice.device)
+    frames = (frames + level[:, None, None, None, None] * noise).clamp(0, 1)
+    return frames, 1 - (poor > 0) * (0.2 + 0.6 * heavy)
+
+
 @torch.no_grad()
 def perform(story: StoryTable, generator: torch.Generator) -> Performance:
-    """One random performance of each story in `story`, and its score; 0.3 of them without any fault."""
-    dice = Dice(len(story), generator)
+    """One random performance of each story in the table, and its score; a share of 0.3 has no fault."""
+    dice = Dice(len(story.tracks), generator)
     flawed = ~dice.chance(0.3)
     acts = _time_acts(dice, _choose_acts(dice, story, flawed), flawed)
     opening, shapes = _spoil_opening(dice, story, flawed)
     bend = dice.uniform(0.75, 1.33)
-    tracks, shows, busy = _play(opening, acts, bend)
-    right, _, _ = _play(story.tracks, acts, bend)
+    tracks, shows, busy = play(opening, acts, bend)
+    right, _, _ = play(story.tracks, acts, bend)
     freezes = flawed & dice.chance(0.08)
     last = torch.where(freezes, dice.integer(0, FRAMES - 2), FRAMES - 1)
     told, share, when = _told(story, acts, shows, last)
@@ -358,15 +343,15 @@ def perform(story: StoryTable, generator: torch.Generator) -> Performance:
     halted = (torch.arange(FRAMES, device=last.device) > last[:, None])[..., None]
     busy = torch.where(halted, NONE, busy)
     differs = (tracks - right).abs() > constant((2.0, 2.0, 99.0, 99.0, 0.4, 0.4, 0.4), tracks.device)
-    wrong = ((differs.any(-1) | (shapes != story.shapes)[:, None]) & (tracks[..., ALPHA] > 0.5)).any(-1)
-    drawn, drawn_shapes, misplaced = spoil_picture(dice, tracks, shapes, flawed)
-    frames, clean = film(dice, drawn, drawn_shapes, flawed)
+    wrong = ((differs.any(-1) | (shapes != story.shapes)[:, None]) & (tracks[..., OPACITY] > 0.5)).any(-1)
+    drawn, drawn_shapes, misplaced = _spoil_picture(dice, tracks, shapes, flawed)
+    frames, clean = _film(dice, drawn, drawn_shapes, flawed)
     damage = (2 * (wrong | misplaced).float().mean(1)).clamp_max(1)
     intact = clean * (1 - SPOILED * damage)
 
     # some videos get the text of another story, which is told nowhere in them
     strange = flawed & dice.chance(0.06)
-    own = torch.arange(len(story), device=last.device)
+    own = torch.arange(len(story.tracks), device=last.device)
     text = torch.where(strange, own.roll(1), own)
     asked = story.take(text)
     lower = (opening[:, 0, Y] > SIZE / 2)[:, None, None]

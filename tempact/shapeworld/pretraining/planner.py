@@ -1,25 +1,21 @@
-"""What ShapeWorld's planner starts from: a tokenizer, a small Qwen3 and supervised plans.
+"""Pretraining of ShapeWorld's planner: a tokenizer, a small Qwen3 and a supervised warm start.
 
-The plans are imperfect on purpose, so that learning has something to find: spans do not depend on how long
-an event takes, some plans tell two events in one step, some tell two in the wrong order. What they say is
-right, and so is their form.
-
-Supervised warm start of ShapeWorld's planner on the imperfect plans of `planner_data.py`.
+The supervised plans are imperfect on purpose, so that RL has something to find: spans do not depend on the length of
+an event, some plans tell two events in one step, some tell two in the wrong order. Their words are right, and so is
+their form.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -27,10 +23,15 @@ from tempact.config import LoraConfig, OptimConfig, PlannerConfig
 from tempact.planner.planner import Planner
 from tempact.planner.plans import UNUSABLE, plan_json, plan_messages
 from tempact.shapeworld.grammar import describe_event, describe_scene, reference_plan, sample_story, write_instruction
-from tempact.shapeworld.pretraining.course import Course, train
+from tempact.shapeworld.pretraining import Course, draw_parts, fit_bpe
 from tempact.shapeworld.story import CHUNK, CHUNKS, FRAMES, Story, states
 from tempact.types import Prompt, Step
 
+EXAMPLES = 120_000
+TOKENIZER_EXAMPLES = 4_000
+PARTS = 60  # of the examples, each with its own seed
+VALIDATION_EXAMPLES = 512
+IGNORED = -100  # label of a token that is not learned
 VOCABULARY = 640
 CONTEXT = 512  # tokens of prompt and response
 EVENT_COUNTS = {1: 0.15, 2: 0.25, 3: 0.35, 4: 0.25}  # shares of stories by number of events
@@ -54,9 +55,8 @@ PIECES = (
 )
 
 
-@dataclass(frozen=True)
-class Example:
-    """An instruction and the response that warm-starts the planner on it."""
+class Example(NamedTuple):
+    """An instruction and its supervised response."""
 
     instruction: str
     response: str
@@ -99,20 +99,10 @@ def draw_examples(seed: int, count: int, split: str = "train") -> list[Example]:
 
 
 def fit_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer (any text can be written) whose pieces are those of `texts`."""
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[PAD, START, END], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    raw.train_from_iterator(texts, trainer)
+    """A byte-level BPE tokenizer fitted to `texts`, with the chat template."""
+    pieces = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw = fit_bpe(texts, pre_tokenizers.Sequence([pieces, letters]), VOCABULARY, [PAD, START, END])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token=PAD, eos_token=END, additional_special_tokens=[START],
         model_max_length=CONTEXT, clean_up_tokenization_spaces=False,
@@ -129,25 +119,6 @@ def planner_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
         tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, attention_dropout=0.0,
     )  # fmt: skip
-
-
-EXAMPLES = 120_000
-TOKENIZER_EXAMPLES = 4_000
-PARTS = 60  # seeds the examples are drawn from, whatever the number of workers
-VALIDATION_EXAMPLES = 512
-IGNORED = -100  # label of a token that is not learned
-
-
-def examples(seed: int, count: int, workers: int) -> list[Example]:
-    """`count` training examples; the same for the same seed and count, whatever the number of workers."""
-    draw = partial(draw_examples, count=-(-count // PARTS))
-    seeds = [seed * 1_000_003 + part for part in range(PARTS)]
-    if workers < 2:
-        parts = list(map(draw, seeds))
-    else:
-        with ProcessPoolExecutor(workers) as pool:
-            parts = list(pool.map(draw, seeds))
-    return [example for part in parts for example in part][:count]
 
 
 def token_table(
@@ -177,14 +148,14 @@ def token_table(
 
 
 class PlannerCourse(Course):
-    """What the shared training loop needs to know about the planner."""
+    """The planner's warm start, for the shared training loop; at this size compiling takes longer than it saves."""
 
     name, batch, learning_rate, ema = "planner", 256, 2e-3, 0.0
     modules: Qwen3ForCausalLM
 
     def __init__(self, seed: int, device: str, workers: int = 1, count: int = EXAMPLES):
         self.seed, self.device = seed, device
-        rows = examples(seed, count, workers)
+        rows = draw_parts(draw_examples, seed, count, PARTS, workers)
         fitted = rows[:TOKENIZER_EXAMPLES]
         chats = [f"{message['role']}\n" for message in plan_messages("", FRAMES, CHUNK)]
         self.tokenizer = fit_tokenizer([*chats, *(text for row in fitted for text in (row.instruction, row.response))])
@@ -198,51 +169,35 @@ class PlannerCourse(Course):
         rows = torch.randint(len(self.ids), (self.batch,), generator=generator, device=self.device)
         return cross_entropy(self.modules, self.ids[rows], self.labels[rows])
 
-    def compile(self) -> None:
-        """Nothing: at this size compiling takes longer than it saves."""
-
     def save(self, folder: Path) -> None:
         """Writes a Hugging Face folder."""
         self.modules.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
+    def figures(self, folder: Path) -> dict[str, float]:
+        """Figures on held-out instructions: `validation_loss`; shares of sampled plans that need no repair
+        (`usable_as_written`), that are `unusable`, and that tell all events one by one in order (`as_told`; about 0.75
+        of the supervised plans do)."""
+        held_out = draw_examples(self.seed, VALIDATION_EXAMPLES, "validation")
+        ids, labels = token_table(self.tokenizer, held_out)
+        with torch.no_grad():
+            loss = cross_entropy(self.modules, ids.to(self.device), labels.to(self.device)).item()
+        settings = PlannerConfig(str(folder), LoraConfig(1, 1, ("q_proj",)), OptimConfig(lr=0.0), train=False)
+        planner = Planner.load(folder, settings, FRAMES, CHUNK, device=self.device)
+        prompts = [Prompt(str(i), row.instruction) for i, row in enumerate(held_out)]
+        plans = planner.sample(prompts, 1, self.seed).plans
+        told = [reference_plan(plan.instruction) for plan in plans]
+        same = [[s.prompt for s in a.steps] == [s.prompt for s in b.steps] for a, b in zip(plans, told, strict=True)]
+        return {
+            "validation_loss": loss,
+            "usable_as_written": sum(plan.format_score == 1.0 for plan in plans) / len(plans),
+            "unusable": sum(UNUSABLE in plan.repairs for plan in plans) / len(plans),
+            "as_told": sum(same) / len(plans),
+        }
+
 
 def cross_entropy(model: Qwen3ForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy over the labelled tokens of ids, labels [n, L]; padding is on the right."""
-    # no attention mask: what is causal never sees padding to its right
+    # no attention mask: a causal model never sees padding to its right
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
-
-
-def train_planner(
-    out: Path, steps: int, seed: int, device: str, resume: bool, workers: int = 1, count: int = EXAMPLES
-) -> dict[str, float]:
-    """Trains the planner into the Hugging Face folder `out`.
-
-    Returns what the training loop tells, and of held-out instructions: `validation_loss`; `usable_as_written`,
-    the share of sampled plans that need no repair; `unusable`; `as_told`, the share that tells all events
-    one by one in order (the supervised plans: about 0.75).
-    """
-    course = PlannerCourse(seed, device, workers, count)
-    told = train(course, out, steps, resume=resume)
-    held_out = draw_examples(seed, VALIDATION_EXAMPLES, "validation")
-    ids, labels = token_table(course.tokenizer, held_out)
-    with torch.no_grad():
-        told["validation_loss"] = cross_entropy(course.modules, ids.to(device), labels.to(device)).item()
-    return told | sample_shares(out, [row.instruction for row in held_out], seed, device)
-
-
-def sample_shares(folder: Path, instructions: list[str], seed: int, device: str) -> dict[str, float]:
-    """How the planner in `folder` answers: shares of plans usable as written, unusable, and as told."""
-    settings = PlannerConfig(str(folder), LoraConfig(1, 1, ("q_proj",)), OptimConfig(lr=0.0), train=False)
-    planner = Planner.load(folder, settings, FRAMES, CHUNK, device=device)
-    prompts = [Prompt(str(i), text) for i, text in enumerate(instructions)]
-    plans = planner.sample(prompts, 1, seed).plans
-    as_told = [
-        [s.prompt for s in plan.steps] == [s.prompt for s in reference_plan(plan.instruction).steps] for plan in plans
-    ]
-    return {
-        "usable_as_written": sum(plan.format_score == 1.0 for plan in plans) / len(plans),
-        "unusable": sum(UNUSABLE in plan.repairs for plan in plans) / len(plans),
-        "as_told": sum(as_told) / len(plans),
-    }

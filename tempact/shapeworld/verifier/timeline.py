@@ -1,9 +1,8 @@
-"""Fitting what a story expects to what was tracked.
+"""Fitting a story's expected course to tracked shapes.
 
-Every row of the picture has five channels: x, y, radius, opacity, colour. An event changes one channel of one
-row, so a channel's past is a chain: hold a value, change, hold the next value, ... `align` finds for each
-channel the best such chain over the frames (Viterbi), all videos at once. Times and matches of the events are
-then read from the labels.
+Every row of the picture has five channels: x, y, radius, opacity, colour. An event changes one channel of one row, so
+the course of a channel is a chain: hold a value, change, hold the next value, ... `align` finds the best such chain
+over the frames for each channel (Viterbi), all videos at once. Times and matches of events are read from its labels.
 """
 
 from __future__ import annotations
@@ -17,29 +16,21 @@ import torch
 from torch import Tensor
 
 from tempact.errors import UserError
-from tempact.shapeworld.renderer import TRACK, entity_track
+from tempact.shapeworld.renderer import COLOUR, COLUMN_OF, OPACITY, TRACK, entity_track
 from tempact.shapeworld.story import (
-    COLOURS,
-    COLUMN_X,
-    COLUMNS,
     JUMP_HEIGHT,
     QUICK_FRAMES,
-    RADII,
     ROWS,
     SHAPES,
     SLOW_FRAMES,
     Entity,
     Event,
     Story,
+    apply_event,
 )
 from tempact.shapeworld.verifier.tracking import ANY_SHAPE, Tracked
 
-X, Y, RADIUS, OPACITY, COLOUR = range(5)
-CHANNELS = 5
-CHANNEL_OF = {
-    "move": X, "turn": COLOUR, "grow": RADIUS, "shrink": RADIUS,
-    "vanish": OPACITY, "appear": OPACITY, "jump": Y, "blink": OPACITY,
-}  # fmt: skip
+CHANNELS = 5  # x, y, radius, opacity, colour: the columns of a track, its three colours as one
 TOLERANCE = (1.25, 1.2, 0.25, 0.22, 0.22)  # pixels (x, y, radius), opacity, colour: how far a held value may stray
 SEEN = 0.3  # opacity under which place, size and colour are not looked at
 CHANGING_MATCH = 0.75  # what a frame in mid-change is worth to the aligner, a frame that holds is worth up to 1
@@ -52,15 +43,15 @@ State = tuple[tuple[float, ...], ...]  # a TRACK for every row
 
 @dataclass
 class Script:
-    """What is expected of V videos with at most E events. R rows, C channels, K = E + 1 held values.
+    """Expected course of V videos with at most E events. R rows, C channels, K = E + 1 held values.
 
     shapes   [V, R] index into SHAPES, ANY_SHAPE for a row that stays empty
     held     [V, R, C, K, 3] values (scalars in the first place) in the order they are held
-    peak     [V, R, C, E, 3] where a change heads: the next held value, or the excursion of a jump or blink
+    peak     [V, R, C, E, 3] goal of a change: the next held value, or the excursion of a jump or blink
     pulse    [V, R, C, E] bool, jumps and blinks
     changes  [V, R, C] number of changes of the channel
     mixes    [V, R, E + 1, 2, 3] pairs of colours between which the row's colour may lie
-    row, channel, slot  [V, E] which change of which channel of which row an event is
+    row, channel, slot  [V, E] an event's row, its channel, and its number among the channel's changes
     nominal  [V, E] frames the event takes at its pace
     exists   [V, E] bool
     """
@@ -77,13 +68,17 @@ class Script:
     nominal: Tensor
     exists: Tensor
 
+    def of_events(self, values: Tensor) -> Tensor:
+        """Each event's channel from values [V, R, C, ...]: [V, E, ...]."""
+        return values[torch.arange(len(values), device=values.device)[:, None], self.row, self.channel]
+
 
 @dataclass
 class Alignment:
-    """How V videos of F frames meet their scripts.
+    """The fit of V videos of F frames to their scripts.
 
     label     [V, R, C, F] 2k holds value k, 2k + 1 changes from value k
-    match     [V, R, C, F] in [0, 1], how well the label fits the frame
+    match     [V, R, C, F] in [0, 1], fit of the label to the frame
     seen      [V, R, C, F] bool, False where the channel cannot be read
     progress  [V, R, C, F, E] of each change: 0 before, 1 after or at the peak
     """
@@ -95,7 +90,7 @@ class Alignment:
 
 
 def opening(entities: Sequence[Entity]) -> tuple[State, tuple[int, ...]]:
-    """State and shape of every row. Raises UserError when two shapes share a row."""
+    """State and shape of every row. Raises UserError for two shapes in a row."""
     state, shapes = [(0.0,) * TRACK] * len(ROWS), [ANY_SHAPE] * len(ROWS)
     for entity in entities:
         if shapes[entity.row] != ANY_SHAPE:
@@ -104,69 +99,51 @@ def opening(entities: Sequence[Entity]) -> tuple[State, tuple[int, ...]]:
     return tuple(state), tuple(shapes)
 
 
-def _peak(event: Event, value: list[float]) -> list[float]:
-    if event.kind == "move":
-        return [COLUMN_X[COLUMNS.index(event.argument)], 0.0, 0.0]
-    if event.kind == "turn":
-        return list(COLOURS[event.argument])
-    if event.kind in ("grow", "shrink"):
-        return [RADII["large" if event.kind == "grow" else "small"], 0.0, 0.0]
-    if event.kind == "jump":
-        return [value[0] - JUMP_HEIGHT, 0.0, 0.0]
-    return [1.0 if event.kind == "appear" else 0.0, 0.0, 0.0]
+def _value(track: Sequence[float], channel: int) -> list[float]:
+    """A channel's value [3] in a track; scalars in the first place."""
+    return list(track[COLOUR:]) if channel == COLOUR else [track[channel], 0.0, 0.0]
 
 
 @lru_cache(maxsize=4096)
-def _expect(state: State, rows: tuple[int, ...], events: tuple[Event, ...], slots: int) -> tuple[list, ...]:
-    """Nested lists of one video, in the order of Script from `held` on, without the tensors' V."""
-    chains = [[[[*track[c : c + 1], 0.0, 0.0]] for c in range(OPACITY + 1)] + [[list(track[4:])]] for track in state]
-    peaks: list[list[list]] = [[[] for _ in range(CHANNELS)] for _ in state]
-    pulses: list[list[list]] = [[[] for _ in range(CHANNELS)] for _ in state]
-    place, nominal = [], []
+def _expect(state: State, entities: tuple[Entity, ...], events: tuple[Event, ...], slots: int) -> tuple[Sequence, ...]:
+    """Values of Script from `held` on for one video, nested without the tensors' V."""
+    chains = [[[_value(track, channel)] for channel in range(CHANNELS)] for track in state]
+    changes: list[list[list]] = [[[] for _ in range(CHANNELS)] for _ in state]  # peaks and pulses
+    places, nominal = [], []
     for event in events:
-        row, channel = rows[event.entity], CHANNEL_OF[event.kind]
+        actor = entities[event.entity]
+        row, channel = actor.row, COLUMN_OF[event.kind]
         chain = chains[row][channel]
         pulse = event.kind in ("jump", "blink")
-        peak = _peak(event, chain[-1])
-        place.append((row, channel, len(chain) - 1))
+        if pulse:
+            peak = [chain[-1][0] - JUMP_HEIGHT if event.kind == "jump" else 0.0, 0.0, 0.0]
+        else:
+            peak = _value(entity_track(apply_event(actor, event)), channel)
+        places.append((row, channel, len(chain) - 1))
         nominal.append(event.frames)
-        peaks[row][channel].append(peak)
-        pulses[row][channel].append(pulse)
+        changes[row][channel].append((peak, pulse))
         chain.append(list(chain[-1]) if pulse else peak)
-    changes = [[len(chain) - 1 for chain in row] for row in chains]
-    missing = slots - len(events)
-    place_rows, place_channels, place_slots = ([p[i] for p in place] + [0] * missing for i in range(3))
 
     def fill(values: list, length: int, last: object) -> list:
         return values + [last] * (length - len(values))
 
     held = [[fill(chain, slots + 1, chain[-1]) for chain in row] for row in chains]
-    peak_values = [[fill(p, slots, [0.0] * 3) for p in row] for row in peaks]
-    pulse_flags = [[fill(p, slots, False) for p in row] for row in pulses]
-    colours = [fill(row[COLOUR], slots + 2, row[COLOUR][-1]) for row in chains]
-    mixes = [[[one, two] for one, two in pairwise(c)] for c in colours]
+    peaks = [[fill([peak for peak, _ in own], slots, [0.0] * 3) for own in row] for row in changes]
+    pulses = [[fill([pulse for _, pulse in own], slots, False) for own in row] for row in changes]
+    counts = [[len(own) for own in row] for row in changes]
+    mixes = [list(pairwise(fill(row[COLOUR], slots + 2, row[COLOUR][-1]))) for row in chains]
     exists = [i < len(events) for i in range(slots)]
-    return (
-        held,
-        peak_values,
-        pulse_flags,
-        changes,
-        mixes,
-        place_rows,
-        place_channels,
-        place_slots,
-        fill(nominal, slots, QUICK_FRAMES),
-        exists,
-    )
+    places = zip(*fill(places, slots, (0, 0, 0)), strict=True)
+    return held, peaks, pulses, counts, mixes, *places, fill(nominal, slots, QUICK_FRAMES), exists
 
 
 def write_script(
     states: Sequence[State], stories: Sequence[Story], events: Sequence[tuple[Event, ...]], device: torch.device
 ) -> Script:
-    """The script of videos that begin in `states` [V] and go through `events` [V]; entities are those of `stories`."""
+    """The script of V videos: each begins in its state and goes through its events, whose entities are its story's."""
     slots = max(1, *(len(e) for e in events)) if events else 1
-    rows = [tuple(entity.row for entity in story.entities) for story in stories]
-    parts = [_expect(s, r, e, slots) for s, r, e in zip(states, rows, events, strict=True)]
+    given = zip(states, stories, events, strict=True)
+    parts = [_expect(state, story.entities, own, slots) for state, story, own in given]
     columns = [torch.tensor(column) for column in zip(*parts, strict=True)]
     shapes = torch.tensor([opening(story.entities)[1] for story in stories])
     return Script(*(tensor.to(device) for tensor in [shapes, *columns]))
@@ -230,8 +207,8 @@ def align(observed: Tensor, script: Script) -> Alignment:
 def _viterbi(worth: Tensor, pulse: Tensor, changes: Tensor) -> Tensor:
     """Best label of every frame. worth [N, F, L], pulse [N, E], changes [N]; returns [N, F] int64.
 
-    A chain begins at label 0, stays, goes on by one, or jumps over a change that took no frame at all (not over
-    a jump or blink, which is nothing but its change).
+    A chain begins at label 0, stays, goes on by one, or skips a change that took no frame at all (but no jump or
+    blink, whose change is all there is).
     """
     chains, frames, labels = worth.shape
     never = torch.finfo(worth.dtype).min / 4
@@ -257,25 +234,19 @@ def _viterbi(worth: Tensor, pulse: Tensor, changes: Tensor) -> Tensor:
     return torch.stack(path[::-1], 1)
 
 
-def event_rows(values: Tensor, script: Script) -> Tensor:
-    """Picks each event's channel from [V, R, C, ...]: [V, E, ...]."""
-    video = torch.arange(len(values), device=values.device)[:, None]
-    return values[video, script.row, script.channel]
-
-
 def event_progress(alignment: Alignment, script: Script) -> Tensor:
     """Progress of each event [V, E, F], 0 where its channel cannot be read."""
-    rows = event_rows(alignment.progress, script)
+    rows = script.of_events(alignment.progress)
     slot = script.slot[:, :, None, None].expand(*rows.shape[:3], 1)
-    return rows.gather(-1, slot)[..., 0] * event_rows(alignment.seen, script)
+    return rows.gather(-1, slot)[..., 0] * script.of_events(alignment.seen)
 
 
 @dataclass
 class Times:
-    """When events took place, in frames. All [V, E].
+    """Times of events, in frames with fractions. All [V, E].
 
-    onset      the last frame before anything of it shows (fractional)
-    completion the first frame at which it is over (fractional)
+    onset      the last frame before the event shows
+    completion the first frame at which it is over
     """
 
     onset: Tensor
@@ -287,9 +258,9 @@ class Times:
 
 
 def event_times(alignment: Alignment, script: Script) -> Times:
-    """Times of the events; meaningless for events that did not happen."""
-    label = event_rows(alignment.label, script)
-    seen = event_rows(alignment.seen, script)
+    """Times of the events, meaningless for events that did not happen."""
+    label = script.of_events(alignment.label)
+    seen = script.of_events(alignment.seen)
     progress = event_progress(alignment, script)
     slot = script.slot[..., None]
     frame = torch.arange(label.shape[-1], device=label.device)
@@ -299,9 +270,8 @@ def event_times(alignment: Alignment, script: Script) -> Times:
         return torch.where(condition, frame, last).amin(-1)
 
     done = first(label >= 2 * slot + 2)
-    start = torch.where((frame <= done[..., None]) & seen & (progress < LOW) & (label <= 2 * slot + 1), frame, 0).amax(
-        -1
-    )
+    low_yet = (frame <= done[..., None]) & seen & (progress < LOW) & (label <= 2 * slot + 1)
+    start = torch.where(low_yet, frame, 0).amax(-1)
     finish = first((frame > start[..., None]) & seen & (progress >= HIGH))
     finish = torch.maximum(torch.minimum(finish, torch.maximum(done, start + 1)), start + 1).clamp_max(last)
 
@@ -313,7 +283,7 @@ def event_times(alignment: Alignment, script: Script) -> Times:
     low, high = crossing(start, LOW), crossing((finish - 1).clamp_min(0), HIGH)
     third = (high - low).clamp_min(0.0)
     changing = first(label >= 2 * slot + 1)
-    pulse = event_rows(script.pulse, script).gather(-1, slot)[..., 0]
+    pulse = script.of_events(script.pulse).gather(-1, slot)[..., 0]
     return Times(
         onset=torch.where(pulse, changing - 1.0, low - third),
         completion=torch.where(pulse, done.float(), high + third),

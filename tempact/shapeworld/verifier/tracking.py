@@ -1,23 +1,23 @@
-"""Finding shapes in decoded frames by analysis by synthesis.
+"""Finding shapes in decoded frames by analysis through synthesis.
 
-A scene has at most one shape a row, so each frame is cut into its two row bands. In a band the brightest
-blob is located, a window around its centroid is compared with a bank of drawings (four shapes, radii,
-sub-pixel offsets, sharp and soft; one matrix product for all frames of all videos), and the best one is refined by
-parabolas. Ink away from both shapes (copies, smears, tints) is `clutter`.
+A scene has at most one shape a row, so each frame is cut into its two row bands. In a band the brightest blob is
+located, and a window around its centroid is compared with a bank of drawings (four shapes, radii, sub-pixel offsets,
+sharp and soft; one matrix product for all frames of all videos). Parabolas refine the best drawing. Ink away from both
+shapes (copies, smears, tints) is `clutter`.
 
-Colour and opacity cannot be told apart on a black background, so `ink` is their product.
+On a black background colour and opacity cannot be told apart, so `ink` is their product.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tempact.shapeworld.renderer import TRACK, coverage
+from tempact.shapeworld.renderer import OPACITY, RADIUS, TRACK, X, Y, coverage
 from tempact.shapeworld.story import ROWS, SHAPES, SIZE
 
 ANY_SHAPE = -1
@@ -33,15 +33,14 @@ CLUTTER_FLOOR = 0.08  # 3x3 mean ink that noise may reach without counting
 VIDEOS_A_PASS = 32  # bounds memory: 16 MB of scores a pass
 
 
-@dataclass
-class Tracked:
-    """What is in the frames, by row. V videos, R = 2 rows, F frames.
+class Tracked(NamedTuple):
+    """Shapes found in the frames, by row. V videos, R = 2 rows, F frames.
 
     x, y, radius  [V, R, F] pixels, meaningless where nothing is drawn
     ink           [V, R, F, 3] colour times opacity
     fit           [V, R, F] share of the blurred window's energy that the drawing of the asked shape explains
     shape_margin  [V, R, F] how much more the asked shape explains than the best other one, negative for a wrong shape
-    shape         [V, R, F] int64, the asked shape, or the best one where any would do
+    shape         [V, R, F] int64, the asked shape, or the best one under ANY_SHAPE
     clutter       [V, F] ink (in full pixels) away from the tracked shapes
     """
 
@@ -55,8 +54,7 @@ class Tracked:
     clutter: Tensor
 
 
-@dataclass(frozen=True)
-class _Bank:
+class _Bank(NamedTuple):
     """Drawings D = S*B*R*O*O (shape, blur, radius, offset y, offset x).
 
     drawings [D, SIDE*SIDE] of unit norm, norm [D] before that, covered [D, SIDE*SIDE] 1 on the shape and one pixel
@@ -96,7 +94,7 @@ def _bank(device: torch.device) -> _Bank:
 
     def render(x: Tensor, y: Tensor) -> Tensor:
         track = torch.zeros(*size, TRACK)
-        track[..., 0], track[..., 1], track[..., 2], track[..., 3] = x, y, radius, 1.0
+        track[..., X], track[..., Y], track[..., RADIUS], track[..., OPACITY] = x, y, radius, 1.0
         return coverage(track, shape)[..., 0, :SIDE, :SIDE]
 
     middle = torch.full(size, SIDE / 2)
@@ -120,13 +118,13 @@ def _blur(device: torch.device) -> Tensor:
 
 @cache
 def _lines(device: torch.device) -> Tensor:
-    """[R, SIZE + 2 * HALF] which lines of a padded picture belong to which row's band."""
+    """[R, SIZE + 2 * HALF] 1 for the lines of a padded picture in the row's band."""
     line = torch.arange(SIZE + 2 * HALF, device=device) - HALF
     return torch.stack([(line >= 0) & (line < BAND_EDGE), (line >= BAND_EDGE) & (line < SIZE)]).float()
 
 
 def _spots(x: Tensor, y: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """Places in a flattened padded picture of the window around pixels x, y [N, R], and 1 where they are in the band.
+    """Window around pixels x, y [N, R]: its places in a flattened padded picture, and 1 for those in the row's band.
 
     Both [N, R, side * side].
     """
@@ -154,7 +152,7 @@ def _locate(ink: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _parabola(left: Tensor, middle: Tensor, right: Tensor) -> Tensor:
-    """Where the parabola through three equidistant values has its top, in [-0.5, 0.5] steps."""
+    """Top of the parabola through three equidistant values, in [-0.5, 0.5] steps from the middle one."""
     bend = (2 * middle - left - right).clamp_min(1e-9)
     return (0.5 * (right - left) / bend).clamp(-0.5, 0.5)
 
@@ -232,17 +230,13 @@ def _refine(scores: Tensor, own: Tensor, spot: Tensor) -> tuple[Tensor, Tensor, 
 
 @torch.no_grad()
 def track(frames: Tensor, shapes: Tensor | None = None) -> Tracked:
-    """Tracks the shapes of videos.
+    """Tracks the shapes of videos, on the frames' device.
 
-    frames [V, F, 3, SIZE, SIZE] in [0, 1]; shapes [V, R] index SHAPES, ANY_SHAPE where any will do (also the
-    meaning of None). Runs on the frames' device.
+    frames [V, F, 3, SIZE, SIZE] in [0, 1]; shapes [V, R] index SHAPES, or ANY_SHAPE, which None means for all rows.
     """
     frames = frames.float().clamp(0.0, 1.0)
     if shapes is None:
         shapes = torch.full((len(frames), len(ROWS)), ANY_SHAPE)
     shapes = shapes.to(frames.device)
-    parts = [
-        _track_pass(frames[i : i + VIDEOS_A_PASS], shapes[i : i + VIDEOS_A_PASS])
-        for i in range(0, len(frames), VIDEOS_A_PASS)
-    ]
-    return Tracked(**{name: torch.cat([getattr(p, name) for p in parts]) for name in Tracked.__dataclass_fields__})
+    passes = zip(frames.split(VIDEOS_A_PASS), shapes.split(VIDEOS_A_PASS), strict=True)
+    return Tracked(*map(torch.cat, zip(*(_track_pass(*given) for given in passes), strict=True)))

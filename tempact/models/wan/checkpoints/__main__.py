@@ -1,8 +1,8 @@
 """Converts published checkpoints of the Wan transformer, and their adapters, to safetensors with hashes.
 
 `python -m tempact.models.wan.checkpoints convert SRC DST` reads Wan's own and diffusers' folders, self_forcing_dmd.pt,
-causal_forcing.pt, longlive_base.pt and lora.pt, PEFT folders, and what it has written itself; `verify` compares a
-converted folder with its hashes. Loading is in `load`, which reads all of them without a conversion.
+causal_forcing.pt, longlive_base.pt and lora.pt, PEFT folders, and converted folders; `verify` compares a converted
+folder with its hashes. No conversion is needed for loading: `load` reads all of these files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PROGRAM = "python -m tempact.models.wan.checkpoints"
 
 
 class _Parser(argparse.ArgumentParser):
-    """A wrong option is one line, as every other mistake."""
+    """A wrong option is a UserError."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; accepted: {' '.join(self.format_usage().split()).removeprefix('usage: ')}")
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad input, which is one line on stderr and nothing written."""
+    """Exit codes: 0 done; 2 bad input: one line on stderr, nothing written."""
     try:
         sys.stdout.write(f"{_run(parser().parse_args(argv))}\n")
     except UserError as error:
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> str:
-    """What to tell: each file with its hash."""
+    """One line a file: its hash and path."""
     from tempact.models.wan.checkpoints import convert as conversion
     from tempact.models.wan.checkpoints.names import read_config
 

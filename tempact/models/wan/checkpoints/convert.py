@@ -3,34 +3,30 @@
 DST/diffusion_pytorch_model.safetensors, config.json    weights, layout "wan" or "diffusers"
 DST/adapter_model.safetensors, adapter_config.json      an adapter, layout "wan": a PEFT folder
 DST/pytorch_lora_weights.safetensors                    an adapter, layout "diffusers"
-DST/MANIFEST.json                                       what it was made of; sizes and SHA-256 of all files
+DST/MANIFEST.json                                       sources and entry; sizes and SHA-256 of all files
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tempact.errors import UserError
-from tempact.models.wan.checkpoints.files import (
-    MANIFEST,
-    SAFETENSORS,
-    WEIGHTS,
-    check_manifest,
-    listed,
-    read_json,
-    sha256,
-    write_folder,
-)
+from tempact.files import file_hash, sync
+from tempact.models.wan.checkpoints.files import MANIFEST, SAFETENSORS, WEIGHTS, listed, read_json, read_manifest
 from tempact.models.wan.checkpoints.load import Checkpoint, open_checkpoint
-from tempact.models.wan.checkpoints.lora import Adapter, is_adapter, open_adapter, save_adapter
-from tempact.models.wan.checkpoints.names import DIFFUSERS, LAYOUTS, config_json, read_config, to_diffusers
+from tempact.models.wan.checkpoints.lora import Adapter, is_adapter, open_adapter, write_adapter
+from tempact.models.wan.checkpoints.names import LAYOUTS, config_json, in_layout, read_config
 from tempact.models.wan.transformer import WanConfig
 
 STORED = "stored"
@@ -47,15 +43,15 @@ def convert(
     entry: str = "",
     config: WanConfig | None = None,
 ) -> dict[str, Any]:
-    """Reads weights or an adapter, compares them with what they should be, and writes them anew.
+    """Reads weights or an adapter, compares them with the model they belong to, and writes them anew.
 
     Args:
         source: anything that `open_checkpoint` or `open_adapter` reads.
         folder: new; it appears whole or not at all.
-        adapters: merged into the weights, in their order; what they touch is fp32 unless `dtype` says otherwise.
+        adapters: merged into the weights, in their order; the tensors they change are fp32 unless `dtype` is another.
         layout: one of LAYOUTS.
         dtype: one of DTYPES; "stored" leaves every tensor in its own.
-        entry: as for `open_checkpoint`.
+        entry: as for `open_checkpoint`, but of a file that has entries.
         config: sizes of the transformer, where no config.json beside the source tells them.
 
     Returns the manifest. Raises UserError in one line, with nothing written.
@@ -69,37 +65,54 @@ def convert(
             raise UserError(f"{source}: found an adapter, and an entry or adapters to merge; accepted: it alone")
         adapter = open_adapter(source, config or WanConfig())
         manifest |= {"rank": adapter.config.r, "sources": _hashes(adapter.files)}
-
-        def fill(partial: Path) -> None:
-            save_adapter(adapter, partial, layout, DTYPES[dtype])
-            _write_manifest(partial, manifest)
-    else:
-        checkpoint = open_checkpoint(source, config=config, entry=entry)
-        opened = [open_adapter(path, checkpoint.config) for path in adapters]
-        manifest |= {"entry": checkpoint.entry, "tensors": len(checkpoint.tensors)}
-        manifest |= {"parameters": sum(tensor.numel() for tensor in checkpoint.tensors.values())}
-        manifest["sources"] = _hashes(checkpoint.files)
-        _check_hashes(checkpoint.files, manifest["sources"])
-        manifest["adapters"] = [_hashes(adapter.files) for adapter in opened]
-
-        def fill(partial: Path) -> None:
-            _save_weights(checkpoint, opened, partial, layout, DTYPES[dtype])
-            _write_manifest(partial, manifest)
-
-    write_folder(folder.absolute(), fill)
+        with _new_folder(folder.absolute(), manifest) as partial:
+            write_adapter(adapter, partial, layout, DTYPES[dtype])
+        return manifest
+    checkpoint = open_checkpoint(source, config=config, entry=entry)
+    if checkpoint.entry != entry != "":
+        raise UserError(f"{source}: found one model without entries; accepted: no entry")
+    opened = [open_adapter(path, checkpoint.config) for path in adapters]
+    manifest |= {"entry": checkpoint.entry, "tensors": len(checkpoint.tensors)}
+    manifest |= {"parameters": sum(tensor.numel() for tensor in checkpoint.tensors.values())}
+    manifest["sources"] = _hashes(checkpoint.files)
+    _compare(checkpoint.files, read_manifest(checkpoint.files).get("files", {}), manifest["sources"])
+    manifest["adapters"] = [_hashes(adapter.files) for adapter in opened]
+    with _new_folder(folder.absolute(), manifest) as partial:
+        _save_weights(checkpoint, opened, partial, layout, DTYPES[dtype])
     return manifest
+
+
+@contextmanager
+def _new_folder(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
+    """The place where the content of `folder` is to be written: it becomes `folder` whole or not at all.
+
+    The manifest, to which the hashes of all files are added, is written last.
+    UserError for a folder that holds something already, and for a place that cannot be written or is full.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: found something there already; accepted: a new folder")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        manifest["files"] = _hashes(sorted(partial.iterdir()))
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        for file in (*partial.iterdir(), partial):
+            sync(file)
+        partial.replace(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be written ({error}); accepted: a place with room for it") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _save_weights(
     checkpoint: Checkpoint, adapters: Sequence[Adapter], folder: Path, layout: str, dtype: torch.dtype | None
 ) -> None:
     tensors: dict[str, Tensor] = {}
-    broken = []
     for name, tensor in checkpoint.merged(adapters, torch.device("cpu")):
-        own = to_diffusers(name) if layout == DIFFUSERS else name
-        tensors[own] = tensor.to(dtype or tensor.dtype).contiguous()
-        if not torch.isfinite(tensors[own]).all():
-            broken.append(own)
+        tensors[in_layout(name, layout)] = tensor.to(dtype or tensor.dtype).contiguous()
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise UserError(f"{checkpoint.source}: found values that are not finite in {listed(broken)}; accepted: numbers")
     save_file(tensors, folder / f"{WEIGHTS}{SAFETENSORS}", metadata={"format": "pt"})
@@ -107,18 +120,13 @@ def _save_weights(
 
 
 def _hashes(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    return {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
-
-
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    manifest["files"] = _hashes(sorted(folder.iterdir()))
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    return {file.name: {"bytes": file.stat().st_size, "sha256": file_hash(file)} for file in files}
 
 
 def verify(folder: Path) -> dict[str, Any]:
     """Compares every file of a converted folder with its hash, and weights with config.json name by name.
 
-    Returns the manifest; UserError for the first thing that is not as it was written.
+    Returns the manifest; raises UserError for the first difference.
     """
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder}: found no {MANIFEST}; accepted: a folder that a conversion has written")
@@ -131,21 +139,14 @@ def verify(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: found no {listed(missing)}; accepted: all files that {MANIFEST} names")
     files = [folder / name for name in recorded]
     _compare(files, recorded, _hashes(files))
-    if is_adapter(folder):
-        return manifest
-    open_checkpoint(folder, config=read_config(folder / "config.json"))
+    if not is_adapter(folder):
+        open_checkpoint(folder, config=read_config(folder / "config.json"))
     return manifest
 
 
-def _check_hashes(files: Sequence[Path], found: Mapping[str, dict[str, Any]]) -> None:
-    """Of sources that a conversion has written: their hashes must still be those."""
-    manifest = check_manifest(files)
-    if manifest is not None:
-        _compare(files, manifest["files"], found)
-
-
 def _compare(files: Sequence[Path], recorded: Mapping[str, Any], found: Mapping[str, dict[str, Any]]) -> None:
-    for file in files:
+    """UserError for a file that has another size or hash than recorded, if anything is."""
+    for file in files if recorded else ():
         if recorded[file.name] != found[file.name]:
             raise UserError(
                 f"{file}: found {found[file.name]['bytes']} bytes with SHA-256 {found[file.name]['sha256'][:12]}...; "

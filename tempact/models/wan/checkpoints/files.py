@@ -1,17 +1,13 @@
-"""Weight files: found in a folder, read safely and without a copy, written whole or not at all.
-
-Weight files of the VAE, the tiny decoders and the text encoder: read safely, compared key by key.
-"""
+"""Weight files: finding them in a folder, reading them safely, comparing them with a model, naming what differs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import logging
 import pickle
 import re
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +18,24 @@ from torch import Tensor, nn
 
 from tempact.errors import UserError
 
+log = logging.getLogger(__name__)
+
 SAFETENSORS = ".safetensors"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 WEIGHTS = "diffusion_pytorch_model"  # the name of weights in Wan's own and in diffusers' folders
 INDEX = f"{WEIGHTS}{SAFETENSORS}.index.json"  # which shard holds which tensor
-MANIFEST = "MANIFEST.json"  # what a conversion wrote, with hashes
+MANIFEST = "MANIFEST.json"  # of a folder that a conversion has written: its files with sizes and hashes
 LFS_POINTER = b"version https://git-lfs"
+EDGE_BYTES = 2**16  # of both ends of a file that go into its fingerprint
 
 
 def read_file(path: Path) -> Any:
-    """What a .safetensors, .pt, .pth, .bin or .ckpt file holds, on the CPU.
+    """Content of a .safetensors, .pt, .pth, .bin or .ckpt file, on the CPU.
 
-    Tensors stay on disk until they are used where the file can be mapped, which only old pickles cannot. Pickles are
-    read with `weights_only`: tensors and plain containers, never code. UserError for a file that is missing, of
-    another kind, cut off or unsafe.
+    Tensors stay on disk until they are used if the file can be mapped; only pickles of old torch versions cannot.
+    Pickles are read with `weights_only`: tensors and plain containers, never code.
+
+    Raises UserError for a file that is missing, of another kind, cut off or unsafe.
     """
     kinds = ", ".join((SAFETENSORS, *PICKLES))
     if not path.is_file():
@@ -59,17 +59,59 @@ def read_file(path: Path) -> Any:
         raise UserError(f"{path}: found a damaged or cut-off file ({reason}); accepted: a whole one") from error
 
 
+def read_tensors(files: Sequence[Path], entries: Sequence[str] = (), entry: str = "") -> tuple[str, dict[str, Tensor]]:
+    """Name of the model that was read ("" if it has none) and its tensors by name, on the CPU.
+
+    Args:
+        files: one file, or the shards of one model.
+        entries: names under which a file may hold one of several models; the first that is there is taken.
+        entry: the name to take instead; a model that lies in its file without a name is taken nevertheless.
+
+    Raises UserError for an entry that is not there, content that is not tensors, and a tensor in two shards.
+    """
+    taken, together = "", dict[str, Tensor]()
+    for file in files:
+        content = read_file(file)
+        if not isinstance(content, Mapping) or not content:
+            raise UserError(f"{file}: found {type(content).__name__}; accepted: tensors by name")
+        taken = _pick(content, entries, entry, file)
+        part = content[taken] if taken else content
+        odd = [str(key) for key, value in part.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
+        if odd:
+            raise UserError(f"{file}: found {listed(odd)} among the tensors; accepted: tensors only")
+        twice = together.keys() & part.keys()
+        if twice:
+            raise UserError(f"{file}: found {min(twice)}, which another shard holds too; accepted: each tensor once")
+        together |= part
+    return taken, together
+
+
+def _pick(content: Mapping[str, Any], entries: Sequence[str], entry: str, file: Path) -> str:
+    """Name of the entry to take, "" for a file that is the tensors of one model."""
+    models = [str(name) for name, value in content.items() if isinstance(value, Mapping)]
+    taken = next((name for name in ((entry,) if entry else entries) if name in models), "")
+    if taken:
+        others = listed(str(name) for name in content if name != taken)
+        log.info("%s: entry %s is taken; the file also holds %s", file, taken, others or "nothing else")
+    elif entry and models:
+        raise UserError(f"{file}: found no entry {entry!r}; accepted: {listed(models)}")
+    elif not isinstance(next(iter(content.values())), Tensor):
+        accepted = f"one of {', '.join(entries)}" if entries else "tensors by name"
+        raise UserError(f"{file}: found entries {listed(map(str, content))}; accepted: {accepted}")
+    return taken
+
+
 def find_weights(path: Path) -> list[Path]:
     """The weight files at `path`: itself, or those of a folder.
 
     A folder holds `diffusion_pytorch_model` in one safetensors file or in shards, there or in transformer/, or else a
-    single .pt file. UserError for none, for several that could be meant, and for a shard that is missing.
+    single .pt file. Raises UserError for none, for several candidates, and for a shard that is missing.
     """
     if not path.is_dir():
         return [path]
     for folder in (path, path / "transformer"):
         if (folder / INDEX).is_file():
-            return [_existing(folder / name, folder / INDEX) for name in sorted(set(read_index(folder).values()))]
+            return _existing({folder / name for name in _read_index(folder).values()}, INDEX)
         if (folder / f"{WEIGHTS}{SAFETENSORS}").is_file():
             return [folder / f"{WEIGHTS}{SAFETENSORS}"]
         shards = sorted(folder.glob(f"{WEIGHTS}-*-of-*{SAFETENSORS}"))
@@ -83,6 +125,13 @@ def find_weights(path: Path) -> list[Path]:
     raise UserError(f"{path}: found {found} where weights should be; accepted: {accepted}")
 
 
+def _read_index(folder: Path) -> dict[str, str]:
+    names = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) and "/" not in name for name in names.values()):
+        raise UserError(f"{folder / INDEX}: found no weight_map; accepted: tensor names with the file of each")
+    return names
+
+
 def _whole_set(shards: list[Path]) -> list[Path]:
     """Shards without an index: their names say how many there are."""
     count = re.fullmatch(r".*-of-(\d+)", shards[0].stem)
@@ -92,21 +141,14 @@ def _whole_set(shards: list[Path]) -> list[Path]:
     for shard in shards:
         if shard not in expected:
             raise UserError(f"{shard}: found beside {shards[0].name}; accepted: shards of one set")
-    return [_existing(shard, shards[0]) for shard in expected]
+    return _existing(expected, shards[0].name)
 
 
-def _existing(file: Path, named_by: Path) -> Path:
-    if not file.is_file():
-        raise UserError(f"{file}: found no such shard; accepted: all that {named_by.name} tells of")
-    return file
-
-
-def read_index(folder: Path) -> dict[str, str]:
-    """Tensor name to file name; UserError for an index that says no such thing."""
-    listed = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(listed, dict) or not all(isinstance(name, str) and "/" not in name for name in listed.values()):
-        raise UserError(f"{folder / INDEX}: found no weight_map; accepted: tensor names with the file of each")
-    return listed
+def _existing(files: Iterable[Path], named_by: str) -> list[Path]:
+    for file in sorted(files):
+        if not file.is_file():
+            raise UserError(f"{file}: found no such shard; accepted: all that {named_by} tells of")
+    return sorted(files)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -120,41 +162,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_sharded(files: Iterable[Path]) -> dict[str, Any]:
-    """What several safetensors files hold together; UserError for a tensor that is in two of them."""
-    together: dict[str, Any] = {}
-    for file in files:
-        part = read_file(file)
-        twice = together.keys() & part.keys()
-        if twice:
-            raise UserError(f"{file}: found {min(twice)}, which another shard holds too; accepted: each tensor once")
-        together |= part
-    return together
+def read_manifest(files: Sequence[Path]) -> dict[str, Any]:
+    """What a conversion wrote of these files, {} if no conversion made them; UserError if a file has another size.
 
-
-def pick_entry(content: Any, entries: Sequence[str], file: Path, *, may_be_flat: bool) -> tuple[str, dict[str, Tensor]]:
-    """The first of `entries` in what a .pt file holds, or all of it ("") if it is tensors by name."""
-    if not isinstance(content, Mapping) or not content:
-        raise UserError(f"{file}: found {type(content).__name__}; accepted: tensors by name")
-    name = next((name for name in entries if isinstance(content.get(name), Mapping)), "")
-    state = content[name] if name else content
-    if not name and not (may_be_flat and isinstance(next(iter(content.values())), Tensor)):
-        found = listed(map(str, content))
-        raise UserError(f"{file}: found entries {found}; accepted: one of {', '.join(entries)}")
-    odd = [str(key) for key, value in state.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
-    if odd:
-        raise UserError(f"{file}: found {listed(odd)} among the tensors; accepted: tensors only")
-    return name, dict(state)
-
-
-def check_manifest(files: Sequence[Path]) -> dict[str, Any] | None:
-    """What a conversion wrote beside these files, None if no conversion did; UserError if a file has another size.
-
-    Hashes are compared by `checkpoint_conversion.verify`: reading everything takes longer than loading it.
+    `convert.verify` compares hashes: reading everything takes longer than loading it.
     """
     manifest = files[0].with_name(MANIFEST)
     if not manifest.is_file():
-        return None
+        return {}
     content = read_json(manifest)
     sizes = content.get("files")
     if not isinstance(sizes, dict) or not all(file.name in sizes for file in files):
@@ -166,15 +181,60 @@ def check_manifest(files: Sequence[Path]) -> dict[str, Any] | None:
     return content
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def fingerprint(files: Iterable[Path]) -> str:
+    """16 hex digits that tell weight files apart: names, sizes and both ends, which hold headers and tensors.
+
+    Reading whole files would take longer than loading them.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(EDGE_BYTES))
+            file.seek(max(0, size - EDGE_BYTES))
+            digest.update(file.read(EDGE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def require_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: Path, accepted: str) -> None:
+    """UserError that lists tensors missing, extra, of another shape or not of floating point; `expected` by name."""
+    shapes = [
+        f"{name} {tuple(found[name].shape)} for {tuple(own.shape)}"
+        for name, own in expected.items()
+        if name in found and found[name].shape != own.shape
+    ]
+    odd = [f"{name} {tensor.dtype}" for name, tensor in found.items() if not tensor.is_floating_point()]
+    parts = {
+        "missing": [name for name in expected if name not in found],
+        "extra": [name for name in found if name not in expected],
+        "of another shape": shapes,
+        "of another kind": odd,
+    }
+    words = "; ".join(f"{len(names)} tensors {what} ({listed(names)})" for what, names in parts.items() if names)
+    if words:
+        raise UserError(f"{source}: found {words}; accepted: {accepted}")
+
+
+def assign_weights(
+    module: nn.Module, state: Mapping[str, Tensor], source: Path, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Gives `module`, which is on the meta device, the tensors of `state`; UserError unless names and shapes are its.
+
+    A tensor under two names stays one.
+    """
+    expected = module.state_dict()
+    require_fit(expected, state, source, f"the {len(expected)} tensors of {type(module).__name__}")
+    moved: dict[int, Tensor] = {}
+    for tensor in state.values():
+        moved.setdefault(id(tensor), tensor.to(device, dtype))
+    module.load_state_dict({name: moved[id(tensor)] for name, tensor in state.items()}, assign=True)
 
 
 def listed(names: Iterable[str], limit: int = 12) -> str:
-    """Names in one line; those that differ in the number of their block only are written as one.
+    """Names in one line; names that differ in the number of their block only are written as one.
 
-    The numbers are shown as ranges: blocks.{0-3,7}.norm3.bias.
+    Numbers are shown as ranges: blocks.{0-3,7}.norm3.bias.
     """
     groups: dict[str, list[int]] = {}
     for name in names:
@@ -196,94 +256,3 @@ def _ranges(numbers: list[int]) -> str:
         else:
             runs.append([number, number])
     return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) + "}"
-
-
-def differences(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor]) -> str:
-    """In words, how the names and shapes of tensors differ from what is expected; "" if they do not."""
-    shapes = [
-        f"{n} {tuple(found[n].shape)} for {tuple(s)}" for n, s in expected.items() if n in found and found[n].shape != s
-    ]
-    odd = [f"{name} {tensor.dtype}" for name, tensor in found.items() if not tensor.is_floating_point()]
-    parts = {
-        "missing": [name for name in expected if name not in found],
-        "extra": [name for name in found if name not in expected],
-        "of another shape": shapes,
-        "of another kind": odd,
-    }
-    return "; ".join(f"{len(names)} tensors {what} ({listed(names)})" for what, names in parts.items() if names)
-
-
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Makes `folder` with what `fill` writes into it, whole or not at all.
-
-    UserError for a folder that holds something already, and for a place that cannot be written or is full.
-    """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder}: found something there already; accepted: a new folder")
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-        fill(partial)
-        for file in (*partial.iterdir(), partial):
-            _sync(file)
-        partial.replace(folder)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be written ({error}); accepted: a place with room for it") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-EDGE_BYTES = 2**16  # of both ends of a file that go into its fingerprint
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .pth, .pt or .bin file, on the CPU, not copied where the file can be mapped.
-
-    Pickles are read with `weights_only`. UserError for a file that is missing, of another kind, cut off, unsafe, or
-    not a flat dictionary of tensors.
-    """
-    state = read_file(path)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path}: found no flat dictionary of tensors; accepted: names and tensors")
-    return state
-
-
-def fill(
-    module: nn.Module, state: Mapping[str, Tensor], source: Path, dtype: torch.dtype, device: torch.device
-) -> None:
-    """Gives `module` (on the meta device) the tensors of `state`; every key must fit.
-
-    UserError that lists missing, extra and misshapen keys.
-    """
-    expected = module.state_dict()
-    found = differences({name: tensor.shape for name, tensor in expected.items()}, state)
-    if found:
-        raise UserError(f"{source}: found {found}; accepted: the {len(expected)} tensors of {type(module).__name__}")
-    moved: dict[int, Tensor] = {}  # a tensor under two names stays one
-    for tensor in state.values():
-        moved.setdefault(id(tensor), tensor.to(device, dtype))
-    module.load_state_dict({name: moved[id(tensor)] for name, tensor in state.items()}, assign=True)
-
-
-def fingerprint(files: Iterable[Path]) -> str:
-    """16 hex digits that tell weight files apart: names, sizes and both ends, which hold headers and tensors.
-
-    Reading whole files would take longer than loading them.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(EDGE_BYTES))
-            file.seek(max(0, size - EDGE_BYTES))
-            digest.update(file.read(EDGE_BYTES))
-    return digest.hexdigest()[:16]

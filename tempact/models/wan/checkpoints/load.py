@@ -1,54 +1,37 @@
-"""Published checkpoints of the Wan transformer to `WanTransformer`: read, compared name by name, merged, cast.
+"""Published checkpoints of the Wan transformer, read into `WanTransformer`: compared by name, merged, cast.
 
-What can be read, each from its path:
+Paths that can be read:
 
     Wan2.1-T2V-1.3B/                       Wan's own release: diffusion_pytorch_model*.safetensors, config.json
     Wan2.1-T2V-1.3B-Diffusers/             diffusers: transformer/, or that folder itself
     self_forcing_dmd.pt, ode_init.pt       Self-Forcing
     chunkwise/causal_forcing.pt            Causal-Forcing, and its other files
     longlive_base.pt                       LongLive, with lora.pt as an adapter
-    a folder that a conversion has written (`python -m tempact.models.wan.checkpoints`)
+    a folder that `python -m tempact.models.wan.checkpoints convert` has written
 
-A file without a config.json must hold Wan2.1-T2V-1.3B. Facts: BACKBONES.md section 4.
+A file without a config.json must hold Wan2.1-T2V-1.3B. Source: docs/backbones.md section 4.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from tempact.config import ENTRIES
+from tempact.config import EXECUTOR_PRECISIONS as PRECISIONS
 from tempact.errors import UserError
-from tempact.models.wan.checkpoints.files import (
-    PICKLES,
-    check_manifest,
-    differences,
-    find_weights,
-    pick_entry,
-    read_file,
-    read_sharded,
-)
+from tempact.models.wan.checkpoints.files import PICKLES, find_weights, listed, read_manifest, read_tensors, require_fit
 from tempact.models.wan.checkpoints.lora import Adapter, open_adapter
-from tempact.models.wan.checkpoints.names import (
-    DIFFUSERS,
-    expected_shapes,
-    layout_of,
-    other_model,
-    read_config,
-    to_diffusers,
-    unwrapped,
-)
+from tempact.models.wan.checkpoints.names import expected_tensors, in_layout, layout_of, read_config, unwrapped
 from tempact.models.wan.transformer import WanConfig, WanTransformer
 
 log = logging.getLogger(__name__)
 
-ENTRIES = ("generator_ema", "generator", "model", "state_dict")  # of a .pt file; the first that is there is taken
-# how a model computes (BACKBONES.md section 1): fp32; regime A; regime C
-PRECISIONS = ("fp32", "bf16", "bf16-fp32-gates")
 FP32_MODULES = ("time_embedding", "time_projection", "norm3", "norm_q", "norm_k")
 FP32_TABLE = "modulation"
 
@@ -57,7 +40,8 @@ FP32_TABLE = "modulation"
 class Checkpoint:
     """A checkpoint whose tensors are exactly those of a transformer of the sizes `config`.
 
-    tensors: by Wan name, on the CPU, mapped from the files where that can be; they must not be written to.
+    entry: name of the model in its file, or in the file that a conversion has read, "" if it has none. tensors: by Wan
+    name, on the CPU, mapped from the files where possible; they must not be written to.
     """
 
     source: Path
@@ -68,23 +52,18 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
     def merged(self, adapters: Sequence[Adapter], device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        """All tensors by Wan name, one at a time, with `adapters` added in their order; what these touch is fp32."""
+        """All tensors by Wan name, one at a time, `adapters` added in their order; a tensor they change is fp32."""
         for name, tensor in self.tensors.items():
-            yield name, add_adapters(name, tensor, adapters, device)
-
-
-def add_adapters(name: str, tensor: Tensor, adapters: Sequence[Adapter], device: torch.device) -> Tensor:
-    """The tensor of that Wan name with the products of the adapters added; the tensor itself if there are none."""
-    module = name.removesuffix(".weight")
-    factors = [adapter.factors[module] for adapter in adapters if module in adapter.factors and module != name]
-    if not factors:
-        return tensor
-    # fp64, rounded once: a process that lets fp32 products run as TF32 must not change what is merged
-    total = tensor.to(device, torch.float64)
-    for factor in factors:
-        down, up = (matrix.to(device, torch.float64) for matrix in (factor.down, factor.up))
-        total = torch.addmm(total, up, down, alpha=factor.scale)
-    return total.float()
+            module = name.removesuffix(".weight")
+            factors = [own.factors[module] for own in adapters if module in own.factors and module != name]
+            if factors:
+                # fp64, rounded once: a process that lets fp32 products run as TF32 must not change what is merged
+                tensor = tensor.to(device, torch.float64)
+                for factor in factors:
+                    down, up = (matrix.to(device, torch.float64) for matrix in (factor.down, factor.up))
+                    tensor = torch.addmm(tensor, up, down, alpha=factor.scale)
+                tensor = tensor.float()
+            yield name, tensor
 
 
 def load_transformer(
@@ -102,16 +81,15 @@ def load_transformer(
 
     Args:
         path: a file or folder of the module's docstring.
+        device: where the model is made.
         precision: one of PRECISIONS, see `dtype_of`.
         adapters: LoRA files or PEFT folders, see `open_adapter`; merged in fp64, before the cast to `precision`.
         config: sizes; without it those of the config.json beside the weights, else the published ones.
-        entry: of a .pt file that holds several models; without it the first of ENTRIES that it holds.
+        entry: of a .pt file that holds several models; "": the first of ENTRIES that it holds.
 
     Raises:
         UserError: in one line, for anything that is not exactly the weights of that transformer.
     """
-    if precision not in PRECISIONS:
-        raise UserError(f"executor.precision: found {precision!r}; accepted: {', '.join(PRECISIONS)}")
     checkpoint = open_checkpoint(path, config=config, entry=entry)
     opened = [open_adapter(adapter, checkpoint.config) for adapter in adapters]
     with torch.device("meta"):
@@ -125,20 +103,18 @@ def load_transformer(
     for name, tensor in checkpoint.merged(opened, device):
         state[name].copy_(tensor)
     model.load_state_dict(state, assign=True)
-    log.info("%s: %d tensors, %s%s, %s", path, len(state), checkpoint.layout, _merges(opened), precision)
+    merged = "".join(f" + {adapter.source}" for adapter in opened)
+    log.info("%s: %d tensors, %s%s, %s", path, len(state), checkpoint.layout, merged, precision)
     return model
-
-
-def _merges(adapters: Sequence[Adapter]) -> str:
-    return "".join(f" + {adapter.source}" for adapter in adapters)
 
 
 def dtype_of(name: str, precision: str) -> torch.dtype:
     """The dtype of the parameter of that Wan name under a precision.
 
-    "fp32" is exact. "bf16" is what the published models are run in (regime A). "bf16-fp32-gates" keeps the time MLP,
-    the modulation tables and the norms' weights in fp32 (regime C, as Wan's own code): gates are not rounded.
+    "fp32" is exact. "bf16" is the published models' own (regime A). "bf16-fp32-gates" keeps the time MLP, the
+    modulation tables and the norms' weights in fp32 (regime C, as Wan's own code): gates are not rounded.
     """
+    assert precision in PRECISIONS
     if precision == "fp32":
         return torch.float32
     kept = name.endswith(FP32_TABLE) or any(part in FP32_MODULES for part in name.split("."))
@@ -146,9 +122,7 @@ def dtype_of(name: str, precision: str) -> torch.dtype:
 
 
 def set_precision(model: WanTransformer, precision: str) -> WanTransformer:
-    """Casts a model in place, one that has no checkpoint; ValueError for a name that is none of PRECISIONS."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: found {precision!r}; accepted: {', '.join(PRECISIONS)}")
+    """Casts a model in place, one that has no checkpoint."""
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtype_of(name, precision))
     return model
@@ -157,40 +131,36 @@ def set_precision(model: WanTransformer, precision: str) -> WanTransformer:
 def open_checkpoint(path: Path, *, config: WanConfig | None = None, entry: str = "") -> Checkpoint:
     """Reads and compares a checkpoint, without copying its tensors; arguments as for `load_transformer`.
 
-    UserError that lists missing, extra and misshapen tensors, by the names they have in the file.
+    A model without a name is the one that an `entry` asks for, unless a conversion wrote it from another entry.
+
+    Raises UserError that lists missing, extra and misshapen tensors, by the names they have in the file.
     """
     files = find_weights(path)
-    if len(files) == 1 and files[0].suffix in PICKLES:
-        names = (entry,) if entry else ENTRIES
-        taken, state = pick_entry(read_file(files[0]), names, files[0], may_be_flat=not entry)
-    elif entry:
-        raise UserError(f"{path}: found safetensors, which have no entry {entry!r}; accepted: no entry")
-    else:
-        taken, state = "", read_sharded(files)
-    check_manifest(files)
+    taken, state = read_tensors(files, ENTRIES, entry)
+    origin = read_manifest(files).get("entry", "")
+    if entry and origin not in ("", entry):
+        raise UserError(f"{path}: found the conversion of entry {origin!r}; accepted: that of {entry!r}")
     beside = files[0].with_name("config.json")
     if config is None and files[0].suffix not in PICKLES and beside.is_file():
         config = read_config(beside)
     config = config or WanConfig()
     state = unwrapped(state, path)
     layout = layout_of(state)
-    shapes = expected_shapes(config)
-    own_names = {name: to_diffusers(name) if layout == DIFFUSERS else name for name in shapes}
-    _compare({own_names[name]: shape for name, shape in shapes.items()}, state, config, path)
+    expected = expected_tensors(config)
+    own_names = {name: in_layout(name, layout) for name in expected}
+    _compare({own_names[name]: tensor for name, tensor in expected.items()}, state, config, path)
     tensors = {name: state[own] for name, own in own_names.items()}
-    return Checkpoint(path, tuple(files), taken, layout, config, tensors)
+    return Checkpoint(path, tuple(files), taken or origin, layout, config, tensors)
 
 
-def _compare(shapes: dict[str, torch.Size], state: Mapping[str, Tensor], config: WanConfig, path: Path) -> None:
+def _compare(expected: dict[str, Tensor], state: dict[str, Tensor], config: WanConfig, path: Path) -> None:
     accepted = (
-        f"the {len(shapes)} tensors of a Wan transformer of {config.layers} blocks, {config.dim} channels, "
+        f"the {len(expected)} tensors of a Wan transformer of {config.layers} blocks, {config.dim} channels, "
         f"FFN {config.ffn_dim}"
     )
     if any(".lora_A." in name or ".lora_B." in name for name in state):
         raise UserError(f"{path}: found a LoRA adapter; accepted: {accepted}, an adapter beside them")
-    other = other_model(state, shapes)
-    if other:
-        raise UserError(f"{path}: found {len(state)} tensors of another model ({other}, ...); accepted: {accepted}")
-    found = differences(shapes, state)
-    if found:
-        raise UserError(f"{path}: found {found}; accepted: {accepted}")
+    if len(expected.keys() & state.keys()) <= len(expected) // 10:  # too many differences to be told one by one
+        names = listed(sorted(state), limit=4) or "none"
+        raise UserError(f"{path}: found {len(state)} tensors of another model ({names}, ...); accepted: {accepted}")
+    require_fit(expected, state, path, accepted)

@@ -1,7 +1,7 @@
 """LoRA adapters of the Wan transformer: LongLive's lora.pt, PEFT folders, diffusers' files; read, compared, written.
 
-What an adapter changes is decided by PEFT itself: its configuration is put onto a transformer without memory, and the
-adapter's tensors must be exactly those that this gives. What merging cannot express is refused, not left out.
+PEFT itself decides which linears an adapter changes: its configuration is applied to a transformer on the meta device,
+and the adapter's tensors must be exactly those of the result. Settings that a merge cannot express are refused.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tempact.errors import UserError
-from tempact.models.wan.checkpoints.files import PICKLES, differences, listed, pick_entry, read_file, read_json
-from tempact.models.wan.checkpoints.names import DIFFUSERS, layout_of, plain_names, to_diffusers, to_wan, unwrapped
+from tempact.models.wan.checkpoints.files import PICKLES, listed, read_file, read_json, read_tensors, require_fit
+from tempact.models.wan.checkpoints.names import DIFFUSERS, in_layout, layout_of, plain_names, to_wan, unwrapped
 from tempact.models.wan.transformer import WanConfig, WanTransformer
 
 log = logging.getLogger(__name__)
 
-ENTRIES = ("generator_lora",)  # of LongLive's lora.pt, which may also be the adapter alone
+ENTRIES = ("generator_lora",)  # of LongLive's lora.pt, beside critic_lora; the file may also be the adapter alone
 CONFIG = "adapter_config.json"
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -37,18 +37,18 @@ PEFT_PREFIX, DIFFUSERS_PREFIX = "base_model.model.", "transformer."  # of tensor
 DEFAULT = "default"  # the name that PEFT gives an adapter
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 
-# what may differ from PEFT's defaults: what the merge follows, and what says nothing of the merged weights
+# settings that may differ from PEFT's defaults: the merge follows them, or they do not concern the merged weights
 FOLLOWED = {
     "r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora",
     "layers_to_transform", "layers_pattern", "lora_dropout", "init_lora_weights", "inference_mode", "peft_type",
     "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "ensure_weight_tying",
 }  # fmt: skip
-PLAIN_STARTS = (True, False, "gaussian")  # others change the weights that the adapter is added to
+PLAIN_STARTS = (True, False, "gaussian")  # of init_lora_weights; other values change the weights below the adapter
 
 
 @dataclass(frozen=True)
 class Factor:
-    """What is added to a linear's weight: scale * up @ down; down [rank, in], up [out, rank]."""
+    """The summand of a linear's weight, scale * up @ down; down [rank, in], up [out, rank]."""
 
     down: Tensor
     up: Tensor
@@ -59,7 +59,7 @@ class Factor:
 class Adapter:
     """An adapter that fits a transformer.
 
-    factors: by Wan name of the linear. config: as PEFT has it, with Wan names.
+    config: PEFT's, with Wan names. factors: by Wan name of the linear.
     """
 
     source: Path
@@ -69,7 +69,7 @@ class Adapter:
 
 
 def is_adapter(path: Path) -> bool:
-    """Is it an adapter that lies at `path`, rather than weights? By names of files and tensors."""
+    """Whether `path` holds an adapter rather than weights, by the names of files and tensors."""
     if path.is_dir():
         return any((path / name).is_file() for name in (CONFIG, DIFFUSERS_FILE))
     content = read_file(path)
@@ -82,15 +82,17 @@ def open_adapter(path: Path, config: WanConfig) -> Adapter:
     """Reads an adapter for a transformer of the sizes `config`.
 
     `path`: a PEFT folder (adapter_config.json beside adapter_model), a folder or file of diffusers
-    (pytorch_lora_weights.safetensors), or LongLive's lora.pt. A file without a configuration scales by 1, as
-    LongLive's does (alpha equals the rank). Raises UserError in one line: files missing, cut off or unsafe; tensors
-    missing, extra or of another shape than the configuration says; kinds of LoRA that are more than a product added
-    to linears.
+    (pytorch_lora_weights.safetensors), or LongLive's lora.pt, of which the generator's is taken. A file without a
+    configuration has scale 1, as LongLive's (alpha equals the rank).
+
+    Raises UserError in one line: files missing, cut off or unsafe; tensors missing, extra or of another shape than the
+    configuration says; kinds of LoRA that are more than a product added to linears.
     """
-    file, settings = _locate(path)
-    content = read_file(file)
-    if file.suffix in PICKLES:
-        content = pick_entry(content, ENTRIES, file, may_be_flat=True)[1]
+    names = (*PEFT_FILES, DIFFUSERS_FILE)
+    file = next((path / name for name in names if (path / name).is_file()), None) if path.is_dir() else path
+    if file is None:
+        raise UserError(f"{path}: found no adapter; accepted: a folder with {CONFIG} and {PEFT_FILES[0]}")
+    content, settings = read_tensors([file], ENTRIES)[1], _settings_of(file)
     state = _wan_names(content, file)
     peft = _from_settings(settings, path) if settings is not None else None
     if peft is None or layout_of(content) == DIFFUSERS:
@@ -101,28 +103,18 @@ def open_adapter(path: Path, config: WanConfig) -> Adapter:
     return Adapter(path, files, peft, factors)
 
 
-def _locate(path: Path) -> tuple[Path, dict[str, Any] | None]:
-    """The file with the tensors, and the configuration where there is one."""
-    names = (*PEFT_FILES, DIFFUSERS_FILE)
-    file = next((path / name for name in names if (path / name).is_file()), None) if path.is_dir() else path
-    if file is None:
-        raise UserError(f"{path}: found no adapter; accepted: a folder with {CONFIG} and {PEFT_FILES[0]}")
-    if not file.is_file():
-        raise UserError(f"{file}: found no file; accepted: an adapter's file or folder")
+def _settings_of(file: Path) -> dict[str, Any] | None:
+    """PEFT's settings beside or in a file of tensors, None if there are none."""
     if file.name in PEFT_FILES:
-        return file, read_json(file.with_name(CONFIG))
+        return read_json(file.with_name(CONFIG))
     if file.suffix in PICKLES:
-        return file, None
-    read_file(file)  # says what is wrong with it, if something is
+        return None
     with safe_open(file, "pt") as opened:
         header = (opened.metadata() or {}).get(DIFFUSERS_METADATA)
-    if header is None:
-        return file, None
     try:
-        settings = {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in json.loads(header).items()}
+        return header and {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in json.loads(header).items()}
     except (ValueError, AttributeError) as error:
         raise UserError(f"{file}: {DIFFUSERS_METADATA}: found no JSON object; accepted: PEFT's settings") from error
-    return file, settings
 
 
 def _wan_names(content: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
@@ -183,24 +175,21 @@ def _from_tensors(state: Mapping[str, Tensor], settings: LoraConfig | None, file
 def _factors(state: Mapping[str, Tensor], peft: LoraConfig, config: WanConfig, file: Path) -> dict[str, Factor]:
     """The adapter's matrices by linear, once they are what PEFT makes of its configuration."""
     accepted = f"an adapter of rank {peft.r} for this transformer ({config.layers} blocks of {config.dim} channels)"
+    targets = peft.target_modules
     with torch.device("meta"):
         try:
             model = get_peft_model(WanTransformer(config), peft)
         except ValueError as error:
+            shown = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
             raise UserError(
-                f"{file}: target_modules: found {_shown(peft)}; accepted: names of the Wan transformer's linears"
+                f"{file}: target_modules: found {shown}; accepted: names of the Wan transformer's linears"
             ) from error
-    shapes = {
-        name.removeprefix(PEFT_PREFIX): tensor.shape
-        for name, tensor in get_peft_model_state_dict(model, adapter_name=DEFAULT).items()
-    }
-    found = differences(shapes, state)
-    if found:
-        raise UserError(f"{file}: found {found}; accepted: {accepted}")
+    made = get_peft_model_state_dict(model, adapter_name=DEFAULT)
+    expected = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in made.items()}
+    require_fit(expected, state, file, accepted)
     layers = dict(model.base_model.model.named_modules())
     factors = {}
-    for name in shapes:
-        module = name.removesuffix(DOWN).removesuffix(UP)
+    for module in dict.fromkeys(name.removesuffix(DOWN).removesuffix(UP) for name in expected):
         layer = layers[module]
         if not isinstance(layer, LoraLinear):
             raise UserError(f"{file}: found an adapter of {module}, which is no linear; accepted: {accepted}")
@@ -208,21 +197,16 @@ def _factors(state: Mapping[str, Tensor], peft: LoraConfig, config: WanConfig, f
     return factors
 
 
-def _shown(peft: LoraConfig) -> str:
-    targets = peft.target_modules
-    return targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
-
-
-def save_adapter(adapter: Adapter, folder: Path, layout: str, dtype: torch.dtype | None = None) -> None:
+def write_adapter(adapter: Adapter, folder: Path, layout: str, dtype: torch.dtype | None = None) -> None:
     """Writes an adapter into `folder`, as PEFT ("wan") or as diffusers ("diffusers") reads it.
 
     dtype: None keeps that of the tensors. PEFT's files are adapter_config.json and adapter_model.safetensors with Wan
-    names, as TempAct's authors publish them. diffusers' file has a scale of 1: others are multiplied into the second
-    matrix, since not every version reads a scale.
+    names, as TempAct's authors publish them. diffusers' file has scale 1: another scale is multiplied into the second
+    matrix, since not every version of diffusers reads a scale.
     """
     tensors: dict[str, Tensor] = {}
     for module, factor in adapter.factors.items():
-        own = f"{DIFFUSERS_PREFIX}{to_diffusers(module)}" if layout == DIFFUSERS else f"{PEFT_PREFIX}{module}"
+        own = (DIFFUSERS_PREFIX if layout == DIFFUSERS else PEFT_PREFIX) + in_layout(module, layout)
         scaled = layout == DIFFUSERS and factor.scale != 1.0
         up = (factor.up.double() * factor.scale).to(factor.up.dtype) if scaled else factor.up
         for ending, matrix in ((DOWN, factor.down), (UP, up)):

@@ -1,7 +1,7 @@
-"""Names and sizes of the published Wan checkpoints: layouts, what wrappers leave in names, config.json.
+"""Tensor names and sizes of the published Wan transformers: the two layouts, wrappers' prefixes, config.json.
 
-Tensor names are told apart by layout: "wan" is that of Wan's own release, of Self-Forcing, Causal-Forcing and
-LongLive, and of `WanTransformer`; "diffusers" is that of `WanTransformer3DModel`. Facts: BACKBONES.md sections 1 and 4.
+Layout "wan": names of Wan's own release, of Self-Forcing, Causal-Forcing and LongLive, and of `WanTransformer`.
+Layout "diffusers": names of `WanTransformer3DModel`. Source: docs/backbones.md sections 1 and 4.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tempact.errors import UserError
-from tempact.models.wan.checkpoints.files import listed, read_json
+from tempact.models.wan.checkpoints.files import read_json
 from tempact.models.wan.transformer import WanConfig, WanTransformer
 
 WAN, DIFFUSERS = "wan", "diffusers"
@@ -44,18 +44,38 @@ INSIDE = {
         for wan, diffusers in ATTENTION.items()
     },
 }
-WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}  # parts of a name, anywhere in it
-PREFIXES = ("module.", "model.", "diffusion_model.")  # of all names, from the outside in
+# parts of names that FSDP, activation checkpointing and torch.compile add
+WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
+PREFIXES = ("module.", "model.", "diffusion_model.")  # of all names in a file, from the outside in
 CLASSES = {WAN: ("WanModel", "CausalWanModel"), DIFFUSERS: ("WanTransformer3DModel",)}  # the first one is written
 
+# fields of `WanConfig` and their keys in a config.json, of both layouts and of either
+SHARED = {"ffn_dim": "ffn_dim", "freq_dim": "freq_dim", "text_dim": "text_dim", "layers": "num_layers"}
+OWN = {
+    WAN: {"dim": "dim", "in_dim": "in_dim", "out_dim": "out_dim", "heads": "num_heads", "text_len": "text_len"},
+    DIFFUSERS: {
+        "heads": "num_attention_heads", "head_dim": "attention_head_dim",
+        "in_dim": "in_channels", "out_dim": "out_channels",
+    },
+}  # fmt: skip
+# keys that may be missing: all published models share them, and diffusers' out_channels may be left to in_channels
+OPTIONAL = {WAN: ("freq_dim", "text_dim", "text_len"), DIFFUSERS: ("freq_dim", "text_dim", "out_dim")}
+WRITTEN: dict[str, dict[str, Any]] = {  # what else a config.json says
+    WAN: {"model_type": "t2v", "qk_norm": True},
+    DIFFUSERS: {
+        "qk_norm": "rms_norm_across_heads", "image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None,
+        "rope_max_seq_len": 1024,
+    },
+}  # fmt: skip
 
-def to_diffusers(name: str) -> str:
-    """diffusers' name of a tensor or module that has a Wan name; other names stay."""
-    return _renamed(name, OUTSIDE, INSIDE)
+
+def in_layout(name: str, layout: str) -> str:
+    """The name in a layout of a tensor or module that has a Wan name; other names stay."""
+    return _renamed(name, OUTSIDE, INSIDE) if layout == DIFFUSERS else name
 
 
 def to_wan(name: str) -> str:
-    """The reverse of `to_diffusers`."""
+    """The Wan name of a tensor or module that has diffusers' name; other names stay."""
     return _renamed(name, {b: a for a, b in OUTSIDE.items()}, {b: a for a, b in INSIDE.items()})
 
 
@@ -70,12 +90,12 @@ def _renamed(name: str, outside: Mapping[str, str], inside: Mapping[str, str]) -
 
 
 def layout_of(names: Iterable[str]) -> str:
-    """The layout whose names these are."""
+    """The layout, one of LAYOUTS, that has these names."""
     return DIFFUSERS if any(re.search(r"^condition_embedder\.|^proj_out\.|\.attn[12]\.", n) for n in names) else WAN
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """Each name without what FSDP, compilation, checkpointing and wrapping modules put into it."""
+    """Each name, and the same without the parts that WRAPPERS and PREFIXES list."""
     plain = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names}
     for prefix in PREFIXES:
         if plain and all(name.startswith(prefix) for name in plain.values()):
@@ -85,19 +105,17 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
 
 def unwrapped(state: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
     """The tensors by their plain names; UserError for two names that come to the same."""
-    plain = plain_names(state)
     owners: dict[str, str] = {}
-    for name, inner in plain.items():
+    for name, inner in plain_names(state).items():
         if owners.setdefault(inner, name) != name:
             raise UserError(f"{source}: found {owners[inner]} and {name}; accepted: one tensor for {inner}")
-    return {inner: state[name] for name, inner in plain.items()}
+    return {inner: state[name] for inner, name in owners.items()}
 
 
-def expected_shapes(config: WanConfig) -> dict[str, torch.Size]:
-    """Wan names and shapes of all tensors; 825 at the published sizes."""
+def expected_tensors(config: WanConfig) -> dict[str, Tensor]:
+    """All tensors by Wan name, on the meta device; 825 at the published sizes."""
     with torch.device("meta"):
-        model = WanTransformer(config)
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+        return dict(WanTransformer(config).state_dict())
 
 
 def read_config(file: Path) -> WanConfig:
@@ -108,7 +126,7 @@ def read_config(file: Path) -> WanConfig:
     if name not in known:
         raise UserError(f"{file}: found _class_name {name!r}; accepted: {', '.join(known)}")
     layout = next(layout for layout, kinds in CLASSES.items() if name in kinds)
-    _refuse_variants(content, layout, file)
+    _refuse_variants(content, file)
     try:
         return _sizes(content, layout)
     except KeyError as error:
@@ -118,19 +136,13 @@ def read_config(file: Path) -> WanConfig:
 
 
 def _sizes(content: dict[str, Any], layout: str) -> WanConfig:
-    """KeyError for a size that has no default, ValueError for one that cannot be."""
+    """KeyError for a size that has no default, ValueError for a size that cannot be."""
     default = WanConfig()
-    own = {
-        name: content.get(name, getattr(default, name)) for name in ("freq_dim", "text_dim", "text_len")
-    }  # what every published model shares need not be there
-    own["ffn_dim"] = content["ffn_dim"]
-    if layout == WAN:
-        own |= {name: content[name] for name in ("dim", "in_dim", "out_dim")}
-        own |= {"heads": content["num_heads"], "layers": content["num_layers"]}
-    else:
-        heads, channels = content["num_attention_heads"], content["in_channels"]
-        own |= {"dim": heads * content["attention_head_dim"], "heads": heads, "layers": content["num_layers"]}
-        own |= {"in_dim": channels, "out_dim": content.get("out_channels") or channels}
+    keys = SHARED | OWN[layout]
+    own = {name: content[key] for name, key in keys.items() if key in content or name not in OPTIONAL[layout]}
+    if layout == DIFFUSERS:
+        own["dim"] = own["heads"] * own.pop("head_dim")
+        own["out_dim"] = own.get("out_dim") or own["in_dim"]
     for name, size in own.items():
         if type(size) is not int or size < 1:
             raise ValueError(f"{name}: found {size!r}, which is no size")
@@ -142,8 +154,8 @@ def _sizes(content: dict[str, Any], layout: str) -> WanConfig:
     return WanConfig(**own, patch=patch, eps=float(content.get("eps", default.eps)))
 
 
-def _refuse_variants(content: dict[str, Any], layout: str, file: Path) -> None:
-    """Settings that make another model of the same tensors, or one with more of them."""
+def _refuse_variants(content: dict[str, Any], file: Path) -> None:
+    """UserError for settings that make another model of the same tensors, or one with more tensors."""
     plain: dict[str, tuple[Any, ...]] = {
         "model_type": ("t2v", None),
         "qk_norm": (True, "rms_norm_across_heads"),
@@ -164,44 +176,8 @@ def _refuse_variants(content: dict[str, Any], layout: str, file: Path) -> None:
 def config_json(config: WanConfig, layout: str) -> dict[str, Any]:
     """The config.json that Wan's own code or diffusers reads; `read_config` gives `config` back.
 
-    diffusers has no place for text_len; the published 512 is what reading assumes.
+    diffusers has no place for text_len: reading assumes the published 512.
     """
-    shared = {
-        "_class_name": CLASSES[layout][0],
-        "ffn_dim": config.ffn_dim,
-        "freq_dim": config.freq_dim,
-        "text_dim": config.text_dim,
-        "num_layers": config.layers,
-        "patch_size": list(config.patch),
-        "eps": config.eps,
-        "cross_attn_norm": True,
-    }
-    if layout == WAN:
-        own: dict[str, Any] = {
-            "model_type": "t2v",
-            "dim": config.dim,
-            "in_dim": config.in_dim,
-            "out_dim": config.out_dim,
-            "num_heads": config.heads,
-            "text_len": config.text_len,
-            "qk_norm": True,
-        }
-    else:
-        own = {
-            "num_attention_heads": config.heads,
-            "attention_head_dim": config.head_dim,
-            "in_channels": config.in_dim,
-            "out_channels": config.out_dim,
-            "qk_norm": "rms_norm_across_heads",
-            "image_dim": None,
-            "added_kv_proj_dim": None,
-            "pos_embed_seq_len": None,
-            "rope_max_seq_len": 1024,
-        }
-    return shared | own
-
-
-def other_model(names: Iterable[str], expected: Iterable[str]) -> str:
-    """A few of the names, if they have hardly any in common with what is expected; "" otherwise."""
-    found, wanted = set(names), set(expected)
-    return "" if len(found & wanted) > len(wanted) // 10 else listed(sorted(found), limit=4) or "none"
+    sizes = {key: getattr(config, name) for name, key in (SHARED | OWN[layout]).items()}
+    shape = {"patch_size": list(config.patch), "eps": config.eps}
+    return {"_class_name": CLASSES[layout][0], **sizes, **shape, "cross_attn_norm": True, **WRITTEN[layout]}

@@ -1,4 +1,4 @@
-"""Gradients of the own chunk's keys and values: see portable_backward.py. One program owns each tile of them."""
+"""Gradients of the own chunk's keys and values: see backward.py. One program owns each tile of them."""
 
 from __future__ import annotations
 

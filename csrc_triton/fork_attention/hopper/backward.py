@@ -1,7 +1,7 @@
-"""The backward pass of fork attention for Hopper, in Gluon: see portable_backward.py for the maths.
+"""The backward pass of fork attention for Hopper, in Gluon: see portable/backward.py for the maths.
 
 The gradient of the queries, here, runs over the context and the own chunk (three matrix products a tile); those of the
-keys and values, in hopper_keys.py, over the own chunk (four). No sum is atomic, so equal inputs give equal bits.
+keys and values, in dkv.py, over the own chunk (four). No sum is atomic, so equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from csrc_triton.fork_attention._gluon import (
+from csrc_triton.fork_attention.hopper._gluon import (
     UNSPECIALIZED,
     await_full,
     barriers,
@@ -42,8 +42,8 @@ from csrc_triton.fork_attention._gluon import (
     rings_of,
     steps_of,
 )
-from csrc_triton.fork_attention.hopper_keys import key_gradient
-from csrc_triton.fork_attention.hopper_parts import merge, split_of
+from csrc_triton.fork_attention.hopper.dkv import key_gradient
+from csrc_triton.fork_attention.hopper.parts import merge, split_of
 from csrc_triton.fork_attention.tiles import Call, describable, load_tile, on
 
 QUERIES = gl.constexpr(64)  # of one consumer
@@ -97,7 +97,7 @@ def _step(
     if not FIRST:
         release(keys, (done - 1) % keys[0].shape[0])
     weights = gl.exp2(scores * scale - lse[:, None])
-    mbarrier.wait(q_full, turn & 1)  # keeps the exponentials before the next wait: see hopper.py
+    mbarrier.wait(q_full, turn & 1)  # keeps the exponentials before the next wait: see forward.py
     grads = warpgroup_mma_wait(0, [grads])
     grads = weights * (grads - delta[:, None])
     if MASKED:
@@ -188,7 +188,7 @@ def query_gradient_kernel(
     q, grad, k, v, past_k, past_v, grad_q, table, vectors, scale, softmax_scale, heads, length, branches, share,
     past_size, table_by_context, table_by_slot, whole, parts, sums, PAST: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """dQ of all tiles of queries; vectors: see vectors_kernel; whole, parts, sums: see hopper_parts.py."""
+    """dQ of all tiles of queries; vectors: see vectors_kernel; whole, parts, sums: see parts.py."""
     WIDTH: gl.constexpr = q.block_type.shape[3]
     queries = gl.allocate_shared_memory(q.dtype, [2, 1, 1, QUERIES, WIDTH], q.layout)
     grads = gl.allocate_shared_memory(q.dtype, [2, 1, 1, QUERIES, WIDTH], q.layout)

@@ -1,4 +1,4 @@
-"""Gradients of the own chunk's keys and values for Hopper: see hopper_backward.py.
+"""Gradients of the own chunk's keys and values for Hopper: see backward.py.
 
 Two consumer warpgroups own 64 keys each; queries and the output's gradients stream by. Everything is computed with
 keys as rows, so that weights and their gradients go from registers straight into the next product. Nothing is masked:
@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from csrc_triton.fork_attention._gluon import (
+from csrc_triton.fork_attention.hopper._gluon import (
     UNSPECIALIZED,
     await_full,
     barriers,
@@ -39,7 +39,7 @@ from csrc_triton.fork_attention._gluon import (
     rings_of,
     steps_of,
 )
-from csrc_triton.fork_attention.hopper_parts import TILE, Split, merge
+from csrc_triton.fork_attention.hopper.parts import TILE, Split, merge
 from csrc_triton.fork_attention.tiles import Call, on
 
 KEYS = gl.constexpr(64)  # of one consumer
@@ -139,7 +139,7 @@ def key_gradient_kernel(
     k, v, q, grad, vectors, grad_k, grad_v, scale, softmax_scale, heads, length, branches, whole, parts, k_sums,
     v_sums, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """dK and dV of all tiles of keys; vectors [B heads 2 padded]: see hopper_backward.py."""
+    """dK and dV of all tiles of keys; vectors [B heads 2 padded]: see backward.py."""
     WIDTH: gl.constexpr = q.block_type.shape[3]
     keys = gl.allocate_shared_memory(k.dtype, [2, 1, 1, KEYS, WIDTH], k.layout)
     values = gl.allocate_shared_memory(k.dtype, [2, 1, 1, KEYS, WIDTH], k.layout)
@@ -168,7 +168,7 @@ def key_gradient_kernel(
 
 
 def key_gradient(call: Call, grad: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of k and v [B, L, heads, head_dim]; vectors fp32 [B, heads, 2, padded]: see hopper_backward.py."""
+    """Gradients of k and v [B, L, heads, head_dim]; vectors fp32 [B, heads, 2, padded]: see backward.py."""
     q, k, v = call.q, call.k, call.v
     branches, length, heads, head_dim = q.shape
     grad_k, grad_v = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))

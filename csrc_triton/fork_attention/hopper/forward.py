@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from csrc_triton.fork_attention._gluon import (
+from csrc_triton.fork_attention.hopper._gluon import (
     UNSPECIALIZED,
     await_full,
     barriers,
@@ -46,7 +46,7 @@ from csrc_triton.fork_attention._gluon import (
     steps_of,
     take_turn,
 )
-from csrc_triton.fork_attention.hopper_parts import merge, split_of
+from csrc_triton.fork_attention.hopper.parts import merge, split_of
 from csrc_triton.fork_attention.tiles import Call, on
 
 QUERIES = gl.constexpr(64)  # of one consumer
@@ -215,7 +215,7 @@ def forward_kernel(
     table_by_context, table_by_slot, whole, parts, sums, tops, PAST: gl.constexpr,
     SPLIT: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
-    """out and lse of all tiles of queries; arguments as the portable kernel's, and see `split` in hopper_parts.py."""
+    """out and lse of all tiles of queries; arguments as the portable kernel's, and see `split` in parts.py."""
     WIDTH: gl.constexpr = q.block_type.shape[3]
     queries = gl.allocate_shared_memory(q.dtype, [2, 1, 1, QUERIES, WIDTH], q.layout)
     outs = gl.allocate_shared_memory(q.dtype, [2, 1, 1, QUERIES, WIDTH], q.layout)

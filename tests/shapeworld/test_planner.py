@@ -12,8 +12,8 @@ from transformers import Qwen3ForCausalLM
 from tempact.config import LoraConfig, OptimConfig, PlannerConfig
 from tempact.planner.planner import Planner
 from tempact.planner.plans import parse_plan
+from tempact.shapeworld import pretraining as training
 from tempact.shapeworld.grammar import describe_event, parse_instruction, sample_story, split_of
-from tempact.shapeworld.pretraining import course as training
 from tempact.shapeworld.pretraining import planner as planner_training
 from tempact.shapeworld.pretraining.planner import (
     CONTEXT,
@@ -27,7 +27,6 @@ from tempact.shapeworld.pretraining.planner import (
     imperfect_plan,
     planner_config,
     token_table,
-    train_planner,
 )
 from tempact.shapeworld.story import CHUNK, FRAMES, states
 from tempact.types import Prompt
@@ -115,7 +114,7 @@ def quick_course(monkeypatch):
 
 
 def test_training_lowers_the_loss_and_writes_a_planner(quick_course, tmp_path):
-    told = train_planner(tmp_path, 12, 0, "cpu", False, count=200)
+    told = training.train(PlannerCourse(0, "cpu", count=200), tmp_path, 12, resume=False)
     assert told["validation_loss"] < 4.5  # a uniform guess costs 6.1
     assert 0.0 <= told["unusable"] <= 1.0 and told["usable_as_written"] + told["unusable"] <= 1.0
     config = PlannerConfig("x", LoraConfig(2, 2, ("q_proj", "v_proj")), OptimConfig(lr=1e-3), max_new_tokens=5)

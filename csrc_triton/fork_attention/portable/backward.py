@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.fork_attention.portable_keys import key_gradient
+from csrc_triton.fork_attention.portable.dkv import key_gradient
 from csrc_triton.fork_attention.tiles import (
     QUERY_GRADIENT,
     Call,
