@@ -21,7 +21,7 @@ from test_references import undocumented
 from tempact import evaluate, generate, report, train
 from tempact.cli import EXIT_STOPPED, EXIT_USER_ERROR, from_yaml
 from tempact.evaluation.methods import METHODS
-from tempact.evaluation.statistics import read_evaluation
+from tempact.evaluation.statistics import Row, read_evaluation
 from tempact.reporting.records import read_metrics
 from tempact.reporting.report import write_report
 from tempact.rewards.base import Scoring
@@ -176,7 +176,7 @@ def test_evaluating_a_run_again_gives_the_same_table(finished: Path, tmp_path: P
     (folder / "evaluation.json").unlink()
     shutil.rmtree(folder / "evaluation")  # videos and scores, which would not be made again
     assert evaluate.main([str(folder)]) == 0
-    assert read_evaluation(folder) == read_evaluation(finished)
+    assert read_evaluation(folder, Row) == read_evaluation(finished, Row)
 
 
 def test_the_report_can_be_written_again(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
