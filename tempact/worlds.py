@@ -347,10 +347,6 @@ class Wan(World):
     def sizes(self) -> WorldSizes:
         height, width = self.config.executor.video_size
         transformer, vae = self._models()
-        rows, columns = (VAE_STRIDE * side for side in transformer.patch[1:])
-        if height % rows or width % columns:
-            found, accepted = f"{height}x{width}", f"multiples of {rows}x{columns}"
-            raise UserError(f"executor.video_size: found {found}; accepted: {accepted}")
         text_encoder = None if self.note else self.release / "text_encoder"
         return WorldSizes(transformer, (height // VAE_STRIDE, width // VAE_STRIDE), text_encoder, vae)
 
