@@ -87,8 +87,8 @@ class Decoder:
     """Bytes and operations of Wan's VAE decoder, traced.
 
     weights: bytes of the whole VAE. state: bytes of one video that has two latent frames or more. videos, latents: how
-    many of each may go through the network together. call: bytes of such a call for each video beside its state. flops_...: of
-    the first latent frame and of each later one.
+    many of each may go through the network together. call: bytes of such a call for each video beside its state.
+    flops_first, flops_later: operations of the first latent frame and of each later one.
     """
 
     def __init__(self, sizes: Sizes, settings: dict[str, Any], *, on_gpu: bool):
