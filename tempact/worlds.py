@@ -92,7 +92,7 @@ class World:
         raise NotImplementedError
 
     def sizes(self) -> WorldSizes:
-        """UserError for a `executor.video_size` that the transformer's patches do not tile."""
+        """From config files; UserError for a file that cannot be read."""
         raise NotImplementedError
 
     @property
@@ -345,28 +345,21 @@ class Wan(World):
         yield from tried("executor.wan_folder", lambda: find_vae(folder))
 
     def sizes(self) -> WorldSizes:
-        height, width = self.config.executor.video_size
-        transformer, vae = self._models()
-        text_encoder = None if self.note else self.release / "text_encoder"
-        return WorldSizes(transformer, (height // VAE_STRIDE, width // VAE_STRIDE), text_encoder, vae)
-
-    def _models(self) -> tuple[WanConfig, dict[str, Any]]:
-        """Sizes of the transformer, settings of the VAE."""
-        from diffusers import AutoencoderKLWan
-
         from tempact.models.wan.checkpoints.files import PICKLES, find_weights
         from tempact.models.wan.checkpoints.names import read_config
         from tempact.models.wan.transformer import WanConfig
 
-        folder = self.release / "vae"
-        vae = AutoencoderKLWan.load_config(folder) if (folder / "config.json").is_file() else {}
-        first = find_weights(Path(self.weights))[0] if self.at_hand else Path()
-        beside = first.with_name("config.json") if self.at_hand and first.suffix not in PICKLES else Path()
-        return read_config(beside) if beside.is_file() else WanConfig(), vae
+        file = self.release / "vae" / "config.json"
+        vae = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        weights = find_weights(Path(self.weights))[:1] if self.at_hand else []
+        beside = [path.with_name("config.json") for path in weights if path.suffix not in PICKLES]
+        transformer = read_config(beside[0]) if beside and beside[0].is_file() else WanConfig()
+        return WorldSizes(transformer, self._latent, self.release / "text_encoder", vae)
 
-    def check_settings(self) -> None:
-        super().check_settings()
-        self.sizes()
+    @property
+    def _latent(self) -> tuple[int, int]:
+        height, width = self.config.executor.video_size
+        return height // VAE_STRIDE, width // VAE_STRIDE
 
     def folders(self) -> dict[str, str]:
         return super().folders() | {"executor.text_cache": self.config.executor.text_cache}
@@ -397,11 +390,11 @@ class RandomWan(Wan):
     def missing_weights(self) -> Iterator[str]:
         return iter(())
 
-    def _models(self) -> tuple[WanConfig, dict[str, Any]]:
+    def sizes(self) -> WorldSizes:
         from tempact.models.wan.random_weights import RANDOM
 
         transformer, width = RANDOM[self.weights]
-        return transformer, {"base_dim": width}
+        return WorldSizes(transformer, self._latent, None, {"base_dim": width})
 
     def check_settings(self) -> None:
         settings = self.config.executor

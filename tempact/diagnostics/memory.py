@@ -237,13 +237,13 @@ def needs_of(run: Run, *, planning: bool = True) -> Needs:
     """Memory of training. planning: include the planner's phases."""
     activations = _rollout_activations(run)
     training = update_cost(run).bytes
-    held = max(activations, training) if run.graphs else 0
     kept = [*_weights(run), *_kept_of_a_rollout(run)]
-    if held:
-        kept.append(Item("activations of rollout and update, held by CUDA graphs", held, TRACED))
     rollout = [*_rollout(run)]
     update = [Item("velocities of the reference", _transitions(run, run.settings.schedule.transitions), EXACT)]
-    if not held:
+    if run.graphs:
+        held = max(activations, training)
+        kept.append(Item("activations of rollout and update, held by CUDA graphs", held, TRACED))
+    else:
         rollout.append(Item(f"activations, {run.together} branches", activations, TRACED))
         update.append(Item(f"activations, {run.update_rows} transitions", training, TRACED))
     videos = run.branches * video_bytes(run.sizes.latent, run.settings.frames, run.decoder)
@@ -341,14 +341,12 @@ def _rollout(run: Run) -> list[Item]:
 def _decoding(run: Run, decoder: Decoder) -> Phase:
     videos = min(decoder.videos, run.config.executor.continuations)
     frames = videos * video_bytes(run.sizes.latent, decoder.latents + 1, decoder)
-    return Phase(
-        "decode",
-        (
-            Item(f"decoder's state of {videos} videos and their beginning", (videos + 1) * decoder.state, TRACED),
-            Item(f"a call of {videos} x {decoder.latents} latent frames, at most", videos * decoder.call, TRACED),
-            Item("frames on their way to the host", frames, EXACT),
-        ),
+    items = (
+        Item(f"decoder's state of {videos} videos and their beginning", (videos + 1) * decoder.state, TRACED),
+        Item(f"a call of {videos} x {decoder.latents} latent frames, at most", videos * decoder.call, TRACED),
+        Item("frames on their way to the host", frames, EXACT),
     )
+    return Phase("decode", items)
 
 
 def _planner_phases(run: Run) -> list[Phase]:

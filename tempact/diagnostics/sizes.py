@@ -88,6 +88,7 @@ class Decoder:
 
     weights: bytes of the whole VAE. state: bytes of one video that has two latent frames or more. videos, latents: how
     many of each may go through the network together. call: bytes of such a call for each video beside its state.
+    flops_first, flops_later: operations of the first latent frame and of each later one.
     """
 
     def __init__(self, sizes: Sizes, settings: dict[str, Any], *, on_gpu: bool):
@@ -113,14 +114,14 @@ class Decoder:
                 decoder.pixels(states, latents)
                 return trace.peak - before, trace.flops
 
-            _, self._flops_first = decode(1)
-            self._flops_later = decode(self.latents)[1] // self.latents
+            _, self.flops_first = decode(1)
+            self.flops_later = decode(self.latents)[1] // self.latents
             self.state = states[0].elements * sizes.dtype.itemsize
             self.call = decode(self.latents)[0]
 
     def flops(self, frames: int) -> int:
         """Of one video of so many latent frames from its beginning."""
-        return self._flops_first + (frames - 1) * self._flops_later
+        return self.flops_first + (frames - 1) * self.flops_later
 
 
 def video_bytes(latent: tuple[int, int], frames: int, decoder: Decoder | None) -> int:
