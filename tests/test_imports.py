@@ -137,6 +137,7 @@ def test_every_folder_with_code_is_a_package_and_data_is_shipped() -> None:
     code = {path.parent for path in sources().values()}
     assert [str(folder) for folder in sorted(code) if not (folder / "__init__.py").is_file()] == []
     shipped = {
+        "csrc_triton": ("py.typed",),
         "tempact/reporting": (".j2",),
         "tempact/evaluation": (".j2", ".jsonl"),
         "tempact/rewards/rubrics": (".md",),
@@ -148,7 +149,7 @@ def test_every_folder_with_code_is_a_package_and_data_is_shipped() -> None:
     listed.remove("csrc_triton/pyproject.toml")  # csrc_triton is also a distribution of its own
     for file in listed:
         folder = next((f for f in shipped if file.startswith(f"{f}/")), "")
-        assert file.endswith((".py", *shipped.get(folder, ()))), f"{file} is in no pattern of package_data in setup.py"
+        assert file.endswith((".py", *shipped.get(folder, ()))), f"{file} is in no pattern of package_data"
 
 
 def test_parsing_a_command_line_imports_no_torch() -> None:
