@@ -138,6 +138,7 @@ def test_every_folder_with_code_is_a_package_and_data_is_shipped() -> None:
     code = {path.parent for path in sources().values()}
     assert [str(folder) for folder in sorted(code) if not (folder / "__init__.py").is_file()] == []
     shipped = {
+        "csrc_triton": ("py.typed",),
         "tempact/reporting": (".j2",),
         "tempact/evaluation/temporal_order": (".jsonl",),
         "tempact/rewards/rubrics": (".md",),
@@ -149,9 +150,8 @@ def test_every_folder_with_code_is_a_package_and_data_is_shipped() -> None:
     listed.remove("csrc_triton/pyproject.toml")  # csrc_triton is also a distribution of its own
     for file in listed:
         folder = next((f for f in shipped if file.startswith(f"{f}/")), "")
-        assert file.endswith((".py", "/py.typed", *shipped.get(folder, ()))), (
-            f"{file} is in no pattern of package_data in setup.py"
-        )
+        endings = (".py", "/py.typed", *shipped.get(folder, ()))
+        assert file.endswith(endings), f"{file} is in no pattern of package_data"
 
 
 def test_parsing_a_command_line_imports_no_torch() -> None:
