@@ -17,19 +17,19 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from tempact.executor.attention import Context
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.bench_step import CHUNK_FRAMES, REFERENCE, TINY
 from bench.harness import OURS, Bench, Contender, Outputs
 from bench.report import Row
+from csrc_triton import ForkableKVCache
 from csrc_triton.runtime import backend
-from tempact.executor.cuda_graphs import CudaGraphRunner
+from tempact.executor.cuda_graphs import Context, CudaGraphRunner
 from tempact.executor.executor import Executor
-from tempact.executor.kv_history import KVHistory
-from tempact.executor.rollout import PromptKV, RolloutSettings, chunk_prompts, denoise_chunk, gaussian_noise
-from tempact.executor.sampler import Schedule
+from tempact.executor.kv_history import FIRST_FRAMES, KVHistory
+from tempact.executor.rollout import PromptKV, chunk_prompts
+from tempact.executor.sampler import RolloutSettings, Schedule, denoise_chunk, gaussian_noise
 from tempact.executor.window import WINDOWS, WindowPolicy
 from tempact.models.wan.checkpoints.load import set_precision
 from tempact.models.wan.codec import DecoderState, HostFrames, WanCodec
@@ -47,7 +47,7 @@ CHUNK_OUTPUT = 12  # frames of video in a warm chunk
 
 
 def settings_of(window: WindowPolicy, chunks: int) -> RolloutSettings:
-    return RolloutSettings(chunks * CHUNK_FRAMES, CHUNK_FRAMES, window, "cross_attention", SCHEDULE, 1.0, True)
+    return RolloutSettings(chunks * CHUNK_FRAMES, CHUNK_FRAMES, window, "cross_attention", SCHEDULE, SCHEDULE, None)
 
 
 class WarmChunk:
@@ -62,9 +62,14 @@ class WarmChunk:
         self.size = (bench.size(60, 4), bench.size(104, 6))
         window = replace(WINDOWS["longlive"], window=key_frames)
         self.settings = settings_of(window, key_frames // CHUNK_FRAMES + 2)
-        self.calls = CudaGraphRunner(self.model, tuple)
-        self.calls.warm_calls = 1
-        self.noise = self._draw(branches, len(SCHEDULE.sigmas) - 1, dtype=torch.float32)
+        self.runner = CudaGraphRunner(self.model, tuple)
+        self.runner.warm_calls = 1
+        self.frame_tokens = config.frame_tokens(*self.size)
+        self.cache = ForkableKVCache(
+            config.layers, config.heads, config.head_dim, rows=FIRST_FRAMES * self.frame_tokens, dtype=dtype,
+            device=bench.device,
+        )  # fmt: skip
+        self.noise = self._draw(branches, SCHEDULE.calls, dtype=torch.float32)
         self.words = torch.randn(branches, config.text_len, config.text_dim, device=self.device, dtype=dtype)
         self.start = key_frames  # one chunk more than the window holds has been made
 
@@ -74,7 +79,7 @@ class WarmChunk:
 
     def filled(self) -> tuple[KVHistory, list[int]]:
         """The history after the window is full, each branch's of its own behind the first chunk."""
-        history = KVHistory(self.calls, self.settings.window, CHUNK_FRAMES, self.size)
+        history = KVHistory(self.runner, self.cache, self.settings, self.frame_tokens)
         ids = [history.new_branch()]
         text = self.model.project_text(self.words)
         for start in range(0, self.start, CHUNK_FRAMES):
@@ -88,24 +93,25 @@ class WarmChunk:
     def ours(self, history: KVHistory, ids: list[int], text: TextKV) -> Tensor:
         with self._autocast():
             context, positions = history.context(ids, self.start), history.positions(self.start)
-            clean, _ = denoise_chunk(self.calls, self.noise, text, positions, context, self.settings)
+            clean, _ = denoise_chunk(self.runner, self.noise, text, positions, context, SCHEDULE)
             rows = CHUNK_FRAMES * history.frame_tokens
             with history.cache.reserve(ids, rows) as reservation:  # given back uncommitted
-                history._write(reservation, clean, text, positions, context)
+                own = self.settings.window.temporal_positions(self.start, CHUNK_FRAMES)[1]
+                history._write(reservation, clean, text, own, context)
         return clean
 
     def reference(self, context: list[tuple[Tensor, Tensor]], model: WanTransformer, branch: int = 0) -> Tensor:
         """One continuation."""
         own: Context = [(k.clone(), v.clone()) for k, v in context]
-        calls = CudaGraphRunner(model, tuple, graphs=False)
+        runner = CudaGraphRunner(model, tuple, graphs=False)
         positions = torch.arange(self.start, self.start + CHUNK_FRAMES, device=self.device)
         half = model.dtype == torch.bfloat16
         flash = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if half else nullcontext()
         with backend("torch"), flash, self._autocast() if half else nullcontext():
             text = model.project_text(self.words[branch : branch + 1].to(model.dtype))
             noise = self.noise[branch : branch + 1].to(torch.promote_types(text.layers[0][0].dtype, torch.float32))
-            clean, _ = denoise_chunk(calls, noise, text, positions, own, self.settings)
-            calls.velocity(clean, torch.zeros(1, CHUNK_FRAMES, device=self.device), text, positions, own)
+            clean, _ = denoise_chunk(runner, noise, text, positions, own, SCHEDULE)
+            runner.velocity(clean, torch.zeros(1, CHUNK_FRAMES, device=self.device), text, positions, own)
         return clean
 
     @contextmanager
@@ -128,7 +134,7 @@ def test_warm_chunk(bench: Bench, branches: int, key_frames: int) -> None:
     with history:
         views = history.context(ids, scene.start)
         assert views is not None
-        gathered = [view.gather() if not isinstance(view, tuple) else view for view in views]
+        gathered = [view.gather() for view in views]
         context = [(k[:1], v[:1]) for k, v in gathered]
         del gathered
         dtype = torch.float32 if bench.real else torch.float64
@@ -253,7 +259,8 @@ class OnePrompt:
     def ours(self) -> tuple[dict[str, float], dict[str, float]]:
         """Seconds of each phase, and the update's metrics."""
         watch, forks = Stopwatch(), [self.fork] * self.plans
-        latents, transition = self.executor.latents(self.given, forks, self.noise)
+        latents, transition = self.executor.roll_out(self.given, forks, self.noise)
+        assert transition is not None
         watch.lap("rollout")
         self.codec.decode_forked(latents, forks)
         watch.lap("decode")
@@ -280,9 +287,9 @@ class OnePrompt:
     def _one_after_another(self) -> tuple[Tensor, Transition]:
         """The first plan's latents [N, C, F, H, W]; the shared context is made once, its cache copied at every call."""
         executor, settings = self.executor, self.executor.settings
-        calls = CudaGraphRunner(executor.model, tuple, graphs=False)
+        runner = CudaGraphRunner(executor.model, tuple, graphs=False)
         prompts = chunk_prompts(self.given[0], settings)
-        latents = self.noise(0).new_zeros(BRANCHES, 16, self.frames, *executor.latent_size)
+        latents = torch.zeros(BRANCHES, 16, self.frames, *executor.latent_size, device=self.device)
         states, noises = [], []
 
         def advance(branch: int, continuation: int, first: int, last: int) -> None:
@@ -290,7 +297,7 @@ class OnePrompt:
                 start, end = chunk * settings.chunk, (chunk + 1) * settings.chunk
                 text, drawn = book([prompts[chunk]]), self.noise(chunk)[0, continuation][None]
                 context, positions = history.context([branch], start), history.positions(start)
-                clean, seen = denoise_chunk(calls, drawn, text, positions, context, settings)
+                clean, seen = denoise_chunk(runner, drawn, text, positions, context, settings.schedule)
                 latents[continuation, :, start:end] = clean[0]
                 if start == self.fork:
                     states.append(seen)
@@ -298,7 +305,8 @@ class OnePrompt:
                 if end < self.frames:
                     history.commit([branch], clean, text)
 
-        with KVHistory(calls, settings.window, settings.chunk, executor.latent_size) as history, executor.precision():
+        history = KVHistory(runner, executor.cache, settings, executor.frame_tokens)
+        with history, executor.precision():
             book = PromptKV(executor.model, executor.encode, prompts)
             root, shared = history.new_branch(), self.fork // settings.chunk
             advance(root, 0, 0, shared)
@@ -347,7 +355,7 @@ def test_iteration(bench: Bench) -> None:
         for phase, value in [*seconds.items(), ("whole", sum(seconds.values()))]:
             bench.record([Row("rollout", f"{name}: {phase}", OURS, value * 1e3)])
     bench.record([Row("rollout", f"{case}: peak memory", OURS, mib=peak / 2**20)])
-    scene.executor.calls.forget()
+    scene.executor.runner.forget()
     one = scene.reference()
     for phase, value in [*one.items(), ("whole", sum(one.values()))]:
         own = later.get(phase, sum(later.values()))

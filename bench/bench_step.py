@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from tempact.executor.attention import Context
 from torch import Tensor
 
 from bench.harness import OURS, Bench, Contender, Outputs
 from bench.report import Row
 from bench.timing import memory_of
-from csrc_triton import CacheView, ForkableKVCache
+from csrc_triton import ForkableKVCache, LayerViews
 from csrc_triton.runtime import backend
 from tempact.config import ExecutorConfig, LoraConfig, OptimConfig
-from tempact.executor.cuda_graphs import CudaGraphRunner
+from tempact.executor.cuda_graphs import Context, CudaGraphRunner
 from tempact.executor.executor import Executor
 from tempact.models.wan.transformer import ChunkAttention, WanConfig, WanTransformer
 from tempact.rl.flow_grpo import clip_epsilon, flow_grpo_gradient
@@ -45,14 +44,14 @@ class Scene:
         self.size = (bench.size(60, 4), bench.size(104, 6))
         self.latents = self._draw(branches, config.in_dim, CHUNK_FRAMES, *self.size)
         self.text = self._draw(branches, config.text_len, config.text_dim)
-        tokens = self.size[0] * self.size[1] // (config.patch[1] * config.patch[2])
-        past = self._draw(config.layers, 2, frames * tokens, config.heads, config.head_dim)
+        tokens = frames * config.frame_tokens(*self.size)
+        past = self._draw(config.layers, 2, tokens, config.heads, config.head_dim)
         self.past: list[tuple[Tensor, Tensor]] = [(k[None], v[None]) for k, v in past]
 
     def _draw(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=self.model.dtype)
 
-    def views(self) -> list[CacheView]:
+    def views(self) -> LayerViews:
         """The context in a cache, forked into the branches."""
         k = self.past[0][0]
         cache = ForkableKVCache(len(self.past), *k.shape[2:], rows=k.shape[1], dtype=k.dtype, device=self.device)
@@ -94,8 +93,8 @@ class NoAttention(ChunkAttention):
 def test_chunk_forward(bench: Bench, branches: int) -> None:
     """One denoiser call with nine context frames."""
     scene = Scene(bench, branches, 9)
-    calls, text, views = CudaGraphRunner(scene.model, tuple), scene.model.project_text(scene.text), scene.views()
-    calls.warm_calls = 1
+    runner, text, views = CudaGraphRunner(scene.model, tuple), scene.model.project_text(scene.text), scene.views()
+    runner.warm_calls = 1
     latents, sigma, positions = scene.inputs()
     dtype = torch.float32 if bench.real else torch.float64
     model = copy.deepcopy(scene.model).to(dtype)
@@ -104,7 +103,7 @@ def test_chunk_forward(bench: Bench, branches: int) -> None:
         context = scene.exact_context(dtype)
         exact = CudaGraphRunner(model, tuple).velocity(latents[:1].to(dtype), sigma[:1], own, positions, context)
     del model
-    runs = on_both(lambda: calls.velocity(latents, sigma, text, positions, views))
+    runs = on_both(lambda: runner.velocity(latents, sigma, text, positions, views))
     _measure_chunk(bench, scene, runs, exact, "a branch")
 
 
@@ -162,7 +161,7 @@ class Update:
         for name, parameter in self.executor.peft.named_parameters():
             if ".lora_B." in name:  # zero at first, and with it every gradient of the other half
                 torch.nn.init.normal_(parameter, std=0.01)
-        self.executor.calls.warm_calls = 1
+        self.executor.runner.warm_calls = 1
         self.text, (self.latents, self.sigma, self.positions) = scene.text, scene.inputs()
         self.index = torch.zeros(1, dtype=torch.int64, device=scene.device)
         self.noise = torch.randn_like(scene.latents, dtype=torch.float32)
@@ -187,7 +186,7 @@ class Update:
 
     def _velocity(self, context: Context) -> Tensor:
         with self.executor.precision():
-            out = self.executor.calls.policy_velocity(
+            out = self.executor.runner.policy_velocity(
                 self.latents, self.sigma, self.text, self.index, self.positions, context
             )
         return out.to(torch.promote_types(out.dtype, torch.float32))
@@ -195,7 +194,7 @@ class Update:
     def in_precision(self, dtype: torch.dtype) -> Update:
         """A copy that computes in `dtype`."""
         other = copy.deepcopy(self)
-        other.executor.calls = CudaGraphRunner(other.executor.model, lambda: other.executor.parameters().values())
+        other.executor.runner = CudaGraphRunner(other.executor.model, lambda: other.executor.parameters().values())
         other.executor.peft.to(dtype)
         other.latents, other.text = self.latents.to(dtype), self.text.to(dtype)
         return other
@@ -227,6 +226,6 @@ def test_executor_update(bench: Bench) -> None:
         scene.past.clear()  # the cache has its own copy
         memory = {}
         for name, run in runs.items():
-            update.executor.calls.forget()  # each with its own recordings alone
+            update.executor.runner.forget()  # each with its own recordings alone
             memory[name] = memory_of(run, bench.device)[1] / 2**20
         bench.record([Row("step", f"{case}: peak memory", name, mib=mib) for name, mib in memory.items()])

@@ -18,18 +18,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model
 from torch import Tensor, nn
 
 from csrc_triton import ForkableKVCache
 from tempact.config import ExecutorConfig
-from tempact.errors import UserError
 from tempact.executor.cuda_graphs import CudaGraphRunner
 from tempact.executor.kv_history import FIRST_FRAMES, KVHistory
 from tempact.executor.lora import LoraLinear
 from tempact.executor.rollout import PromptKV, chunk_prompts, joined, on_device, rebuild_context, roll_out
 from tempact.executor.sampler import NoiseSource, RolloutSettings
-from tempact.models.adapters import freeze_reference, load_adapter, reference_active, save_adapter
+from tempact.models.adapters import adapted, load_adapter, reference_active, save_adapter
 from tempact.models.wan.codec import Codec
 from tempact.models.wan.text import PromptEncoder
 from tempact.models.wan.text_padding import cut_length
@@ -47,6 +45,14 @@ class _Entries:
     plans: list[int]
     continuations: slice
     transitions: slice
+
+    def of(self, values: Tensor, plans: list[int] | None = None) -> Tensor:
+        """These rows of values [P, N, T, ...], flat; plans: their indices in `values`, if they are others there.
+
+        Indexing by a list would make the host wait for the device.
+        """
+        own = torch.stack([values[plan] for plan in plans or self.plans])
+        return own[:, self.continuations, self.transitions].flatten(0, 2)
 
 
 class Executor:
@@ -71,16 +77,9 @@ class Executor:
             init_lora_weights="gaussian",
         )  # fmt: skip
         lora._register_custom_module({nn.Linear: LoraLinear})  # PEFT's documented way to layers of one's own
-        try:
-            self.peft = get_peft_model(model.requires_grad_(False), lora)
-        except ValueError as error:
-            targets = list(config.lora.targets)
-            raise UserError(
-                f"executor.lora.targets: found {targets}; accepted: module names of the executor"
-            ) from error
+        self.peft = adapted(model, lora, "executor")
         self.model = model  # the same module, its linears now carrying adapters
         model.checkpoint_activations = config.checkpoint_activations
-        freeze_reference(self.peft, lora)
         self.runner = CudaGraphRunner(model, lambda: self.parameters().values(), graphs=config.cuda_graphs)
         self._text: dict[str, Tensor] = {}  # rows of the latest prompts, without padding
         self._text_rows = 0
@@ -104,7 +103,7 @@ class Executor:
 
     def history(self) -> KVHistory:
         """An empty history."""
-        return KVHistory(self.runner, self.cache, self.settings.window, self.settings.chunk, self.frame_tokens)
+        return KVHistory(self.runner, self.cache, self.settings, self.frame_tokens)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name."""
@@ -129,9 +128,9 @@ class Executor:
             for prompt, rows in zip(new, encoded, strict=True):
                 length = 1 + int(rows.any(dim=-1).nonzero().amax())
                 self._text[prompt] = rows[:length].clone()
-                cut = bool(config.text_multiple)
-                needed = cut_length(length, config.text_len, config.text_multiple) if cut else config.text_len
-                self._text_rows = max(self._text_rows, needed)
+                if config.text_multiple:
+                    length = cut_length(length, config.text_len, config.text_multiple)
+                self._text_rows = max(self._text_rows, length if config.text_multiple else config.text_len)
         for prompt in asked:  # the latest come last
             self._text[prompt] = self._text.pop(prompt)
         for prompt in list(self._text)[: max(0, len(self._text) - max(TEXTS_KEPT, len(asked)))]:
@@ -156,9 +155,16 @@ class Executor:
         `made` is given the videos of a few plans as soon as they are decoded, before the next ones are begun. The
         transition is None where a switch frame is 0 (`roll_out`).
         """
+        count = len(plans)
+        if self.config.rollout_videos:
+            count = max(1, self.config.rollout_videos // noise.shape[1])
+        if count < len(plans):  # the text encoder is asked once, also where its weights must come first
+            with self.precision():
+                self.encode([prompt for plan in plans for prompt in chunk_prompts(plan, self.settings)])
         frames, transitions = torch.empty(0), list[Transition | None]()
-        for own in self._parts(plans, noise):
-            latents, transition = self._roll_out(plans[own], switch_frames[own], noise.part(own))
+        for first in range(0, len(plans), count):
+            own = slice(first, min(first + count, len(plans)))
+            latents, transition = self.roll_out(plans[own], switch_frames[own], noise.part(own))
             part = Rollout(self.codec.decode_forked(latents, switch_frames[own]), transition)
             del latents  # nothing of these videos but frames and transition stays while the next ones are made
             made(part)
@@ -171,29 +177,12 @@ class Executor:
             del part
         return Rollout(frames, joined(transitions))
 
-    def latents(
+    def roll_out(
         self, plans: list[Plan], switch_frames: list[int], noise: NoiseSource
     ) -> tuple[Tensor, Transition | None]:
-        """As `rollout`, without decoding: latents [P, N, C, F, H, W] and the recorded transitions."""
-        parts = [self._roll_out(plans[own], switch_frames[own], noise.part(own)) for own in self._parts(plans, noise)]
-        return torch.cat([latents for latents, _ in parts]), joined([transition for _, transition in parts])
-
-    def _parts(self, plans: list[Plan], noise: NoiseSource) -> Iterator[slice]:
-        """Consecutive plans, as many as `rollout_videos` lets advance together."""
-        count = len(plans)
-        if self.config.rollout_videos:
-            count = max(1, self.config.rollout_videos // noise.shape[1])
-        if count < len(plans):  # the text encoder is asked once, also where its weights must come first
-            with self.precision():
-                self.encode([prompt for plan in plans for prompt in chunk_prompts(plan, self.settings)])
-        for first in range(0, len(plans), count):
-            yield slice(first, min(first + count, len(plans)))
-
-    def _roll_out(
-        self, plans: list[Plan], switch_frames: list[int], noise: NoiseSource
-    ) -> tuple[Tensor, Transition | None]:
+        """Latents [P, N, C, F, H, W] of the videos of all plans together, and their transitions, as `rollout`."""
         with self.precision(), self.history() as history:
-            return roll_out(history, self.encode, plans, switch_frames, noise, self.settings)
+            return roll_out(history, self.encode, plans, switch_frames, noise)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -247,23 +236,20 @@ class Executor:
             for entries, velocity in self._forward(transition, group, grad=True):
                 rows = [plans.index(plan) for plan in entries.plans]
 
-                def pick(values: Tensor, index: list[int], entries: _Entries = entries) -> Tensor:
-                    return rows_of(values, index)[:, entries.continuations, entries.transitions].flatten(0, 2)
-
                 gradient, metrics = flow_grpo_gradient(
                     velocity,
-                    velocity.detach() if v_old is None else pick(v_old, rows),
-                    pick(v_ref, rows),
-                    pick(transition.noises, entries.plans),
-                    pick(advantage, entries.plans),
-                    pick(mask, entries.plans),
+                    velocity.detach() if v_old is None else entries.of(v_old, rows),
+                    entries.of(v_ref, rows),
+                    entries.of(transition.noises),
+                    entries.of(advantage),
+                    entries.of(mask),
                     clip=clip,
                     kl_weight=self.config.kl_weight,
                     terms=terms,
                 )
                 velocity.backward(gradient)
                 if v_old is None:
-                    metrics |= self._gaps(velocity.detach(), transition, entries, mask[..., 0], terms // steps, clip)
+                    metrics |= self._gaps(velocity.detach(), transition, entries, mask, terms // steps, clip)
                 for name, value in metrics.items():
                     totals[name] = totals[name] + value if name in totals else value
         return dict(zip(totals, torch.stack([*totals.values()]).tolist(), strict=True))
@@ -272,19 +258,15 @@ class Executor:
         self, velocity: Tensor, transition: Transition, entries: _Entries, mask: Tensor, videos: int, clip: float
     ) -> dict[str, Tensor]:
         """This micro-batch's share in the mean `rollout_gap` of every sigma over `videos`, in units of the clip."""
-        plans, count = len(entries.plans), transition.noises.shape[2]
-        chosen = range(count)[entries.transitions]
-        own = velocity.unflatten(0, (plans, -1, len(chosen)))
-        kept = rows_of(mask, entries.plans)[:, entries.continuations].flatten()
-        sigmas, found = self.settings.schedule.sigmas, {}
+        chosen = range(transition.noises.shape[2])[entries.transitions]
+        recorded = (transition.states[:, :, :-1], transition.states[:, :, 1:], transition.noises)
+        rows = velocity, *(entries.of(values).to(velocity.device) for values in recorded), entries.of(mask)
+        own, states, following, noise, kept = (values.unflatten(0, (-1, len(chosen))).unbind(1) for values in rows)
+        schedule, found = self.settings.schedule, {}
         for i, t in enumerate(chosen):
-            before, after, noise = (
-                rows_of(values, entries.plans)[:, entries.continuations, step].flatten(0, 1).to(velocity.device)
-                for values, step in ((transition.states, t), (transition.states, t + 1), (transition.noises, t))
-            )
-            levels = sigmas[t], sigmas[t + 1]
-            gap = rollout_gap(own[:, :, i].flatten(0, 1), before, after, noise, *levels, self.settings.schedule.eta)
-            found[f"rollout_gap/{sigmas[t]:.3f}"] = torch.where(kept, gap.double(), 0.0).sum() / (videos * clip)
+            sigma, after = schedule.sigmas[t : t + 2]
+            gap = rollout_gap(own[i], states[i], following[i], noise[i], sigma, after, schedule.eta)
+            found[f"rollout_gap/{sigma:.3f}"] = torch.where(kept[i], gap.double(), 0.0).sum() / (videos * clip)
         return found
 
     def _forward(self, transition: Transition, group: list[int], *, grad: bool) -> Iterator[tuple[_Entries, Tensor]]:
@@ -295,11 +277,10 @@ class Executor:
             with torch.no_grad(), self.precision():
                 text = PromptKV(self.model, self.encode, [prompt for own in prompts for prompt in own])
                 prefix = transition.prefix[group, :, :start].to(self.device)
-                rebuild_context(history, text, prefix, prompts, self.settings)
+                rebuild_context(history, text, prefix, prompts)
             sigmas = torch.tensor(self.settings.schedule.sigmas[:-2], device=self.device)
             for entries in micro_batches(group, transition.noises.shape[1], len(sigmas), self.config.micro_batch):
-                states = rows_of(transition.states, entries.plans)
-                states = states[:, entries.continuations, entries.transitions].flatten(0, 2)
+                states = entries.of(transition.states)
                 own = [transition.prompts[plan][-1] for plan in entries.plans]
                 texts = list(dict.fromkeys(own))
                 each = states.shape[0] // len(own)
@@ -314,11 +295,6 @@ class Executor:
                 yield entries, velocity.float()
 
 
-def rows_of(values: Tensor, plans: list[int]) -> Tensor:
-    """values[plans], without the wait of the host for the device that indexing by a list costs."""
-    return torch.stack([values[plan] for plan in plans])
-
-
 def groups_by_switch(transition: Transition, plans: list[int]) -> list[list[int]]:
     """The plans split by switch frame: the contexts of a group have one length."""
     groups: dict[int, list[int]] = {}
@@ -329,18 +305,11 @@ def groups_by_switch(transition: Transition, plans: list[int]) -> list[list[int]
 
 def micro_batches(group: list[int], continuations: int, transitions: int, size: int) -> Iterator[_Entries]:
     """Pieces of at most `size` (continuation, transition) pairs: whole plans where they fit, else parts of one."""
-    each = continuations * transitions
-    if size >= each:
-        step = size // each
-        for i in range(0, len(group), step):
-            yield _Entries(group[i : i + step], slice(0, continuations), slice(0, transitions))
-        return
-    for plan in group:
-        if size >= transitions:
-            step = size // transitions
-            for n in range(0, continuations, step):
-                yield _Entries([plan], slice(n, min(n + step, continuations)), slice(0, transitions))
-        else:
-            for n in range(continuations):
-                for t in range(0, transitions, size):
-                    yield _Entries([plan], slice(n, n + 1), slice(t, min(t + size, transitions)))
+    plans = max(1, size // (continuations * transitions))
+    some = min(continuations, max(1, size // transitions))
+    each = min(transitions, size)
+    for i in range(0, len(group), plans):
+        for n in range(0, continuations, some):
+            for t in range(0, transitions, each):
+                own = slice(n, min(n + some, continuations)), slice(t, min(t + each, transitions))
+                yield _Entries(group[i : i + plans], *own)

@@ -18,24 +18,22 @@ from csrc_triton import ForkableKVCache, LayerViews
 from csrc_triton.kv_cache import Reservation, Run
 from csrc_triton.qk_norm_rope import rotate
 from tempact.executor.cuda_graphs import CudaGraphRunner
-from tempact.executor.window import WindowPolicy
+from tempact.executor.sampler import RolloutSettings
 from tempact.models.wan.transformer import TextKV
 
 FIRST_FRAMES = 12  # latent frames that a cache holds before it grows
 
 
 class KVHistory(AbstractContextManager["KVHistory"]):
-    """K/V in `cache` of videos made in chunks of `chunk` latent frames under a window policy; latents [B, C, F, H, W].
+    """K/V in `cache` of videos made by `settings`; latents [B, C, F, H, W].
 
     frame_tokens: tokens of a latent frame. Frames that no later chunk attends to are dropped. As a context manager it
     gives its branches back to the cache at the end.
     """
 
-    def __init__(
-        self, runner: CudaGraphRunner, cache: ForkableKVCache, window: WindowPolicy, chunk: int, frame_tokens: int
-    ):
-        self.runner, self.cache, self.window = runner, cache, window
-        self.chunk, self.frame_tokens = chunk, frame_tokens
+    def __init__(self, runner: CudaGraphRunner, cache: ForkableKVCache, settings: RolloutSettings, frame_tokens: int):
+        self.runner, self.cache, self.settings, self.frame_tokens = runner, cache, settings, frame_tokens
+        self.window, self.chunk = settings.window, settings.chunk
         self.branches: list[int] = []  # in the order they were made
         self._sinks: dict[tuple[int, tuple[Run, ...]], int] = {}  # (shift, rows of the sink) -> branch of rotated keys
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -65,30 +64,30 @@ def walk_chunks(
     history: KVHistory,
     prompts: list[list[str]],
     text: Callable[[list[str]], TextKV],
-    settings: RolloutSettings,
     make: Callable[[int, list[Branch], TextKV], Tensor],
     past: Callable[[int, list[Branch]], Tensor],
     *,
-    frames: int,
+    frames: int | None = None,
     continuations: int = 1,
     switch_frames: Sequence[int] = (),
 ) -> Iterator[Tensor]:
-    """Makes the first `frames` latent frames of the plans' videos chunk by chunk; yields each clean chunk.
+    """Makes the plans' videos chunk by chunk; yields each clean chunk.
 
-    A chunk at which a prompt changes first rewrites the window under the new text ("recache"), then a plan that
-    switches there forks into its continuations, then `make` gives the clean chunk, and its K/V are committed; where
-    `frames` end before the video, the rewriting at the next chunk is the last that is done. Gradients and precision are
-    those in force when the iterator is advanced.
+    Where a prompt changes, "recache" first rewrites the window under the new text; then a plan that switches at this
+    chunk forks into its continuations, `make` gives the clean chunk, and its K/V are committed. Gradients and precision
+    are those in force when the iterator is advanced.
 
     Args:
         history: empty; its branches stay.
         prompts: prompts[p] are those of plan p's chunks. text: their cross-attention K/V, one prompt a batch row.
         make: first frame of the chunk, branches and text -> clean chunk [B, C, c, H, W], one batch row a branch.
         past: first frame of the chunk and branches -> clean latents before it [B, C, S, H, W], at least the window's.
+        frames: end there, after the rewriting for the chunk at this frame; None: at the end of the videos.
         switch_frames: one a plan, if there is more than one continuation.
     """
+    settings = history.settings
     branches = [Branch(p, list(range(continuations)), history.new_branch()) for p in range(len(prompts))]
-    for chunk in range(min(frames // settings.chunk + 1, settings.chunks)):
+    for chunk in range(settings.chunks):
         start, end = chunk * settings.chunk, (chunk + 1) * settings.chunk
         if settings.text_switch == "recache" and chunk:  # before the fork: continuations share what it rewrites
             switched = [b for b in branches if prompts[b.plan][chunk - 1] != prompts[b.plan][chunk]]
@@ -113,6 +112,21 @@ def _forked(branch: Branch, history: KVHistory, switches: bool) -> list[Branch]:
     return [Branch(branch.plan, [n], new) for n, new in zip(branch.continuations, forks, strict=True)]
 
 
+def denoised(
+    history: KVHistory, noise: NoiseSource, start: int, branches: list[Branch], text: TextKV
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The clean chunk of every branch, its states at sigma_0 .. sigma_T, and its noise [B, K, C, c, H, W].
+
+    Until its fork a branch follows the noise of its first continuation.
+    """
+    drawn = noise(start // history.chunk)
+    own = torch.stack([drawn[b.plan, b.continuations[0]] for b in branches])
+    del drawn
+    context, positions = history.context([b.cached for b in branches], start), history.positions(start)
+    schedule = history.settings.schedule_at(start)
+    return *denoise_chunk(history.runner, own, text, positions, context, schedule), own
+
+
 @torch.no_grad()
 def roll_out(
     history: KVHistory,
@@ -120,29 +134,25 @@ def roll_out(
     plans: list[Plan],
     switch_frames: list[int],
     noise: NoiseSource,
-    settings: RolloutSettings,
 ) -> tuple[Tensor, Transition | None]:
     """Videos of P plans x N continuations, as many and as large as the noise says.
 
     Plan p makes frames [0, switch_frames[p]) once, then forks; all branches of all plans advance together, one batch a
-    chunk. Before its fork a plan follows the noise of its first continuation. A switch frame of 0 forks at once.
-    Returns latents [P, N, C, F, H, W] and the transitions of the chunks at the switch frames; None where one of them is
-    0, because the first chunk, which may have a schedule of its own, is not trained.
+    chunk. A switch frame of 0 forks at once. Returns latents [P, N, C, F, H, W] and the transitions of the chunks at
+    the switch frames; None where one of them is 0: the first chunk, which may have a schedule of its own, is not
+    trained.
     """
+    settings, device = history.settings, history.runner.model.device
     prompts = [chunk_prompts(plan, settings) for plan in plans]
     text = PromptKV(history.runner.model, encode, [prompt for plan in prompts for prompt in plan])
     count, _, channels, chunk, *size = noise.shape[1:]
-    trained, calls, device = all(switch_frames), settings.schedule.calls, history.runner.model.device
+    trained, calls = all(switch_frames), settings.schedule.calls
     latents = torch.zeros(len(plans), count, channels, settings.frames, *size, device=device)
     states = torch.empty(len(plans) if trained else 0, count, calls, channels, chunk, *size, device=device)
     noises = torch.empty_like(states[:, :, 1:])
 
     def make(start: int, branches: list[Branch], words: TextKV) -> Tensor:
-        drawn = noise(start // chunk)
-        own = torch.stack([drawn[b.plan, b.continuations[0]] for b in branches])
-        del drawn
-        positions, context = history.positions(start), history.context([b.cached for b in branches], start)
-        clean, seen = denoise_chunk(history.runner, own, words, positions, context, settings.schedule_at(start))
+        clean, seen, own = denoised(history, noise, start, branches, words)
         for i, b in enumerate(branches):
             latents[b.plan, b.continuations, :, start : start + chunk] = clean[i]
             if trained and start == switch_frames[b.plan]:
@@ -153,20 +163,15 @@ def roll_out(
     def past(start: int, branches: list[Branch]) -> Tensor:
         return torch.stack([latents[b.plan, b.continuations[0], :, :start] for b in branches])
 
-    deque(
-        walk_chunks(
-            history, prompts, text, settings, make, past,
-            frames=settings.frames, continuations=count, switch_frames=switch_frames,
-        ),
-        maxlen=0,
-    )  # fmt: skip
+    for _ in walk_chunks(history, prompts, text, make, past, continuations=count, switch_frames=switch_frames):
+        pass
     if not trained:
         return latents, None
     prefix = latents[:, 0, :, : max(switch_frames)].clone()
     for p, frame in enumerate(switch_frames):
         prefix[p, :, frame:] = 0.0
-    seen = [prompts[p][: frame // chunk + 1] for p, frame in enumerate(switch_frames)]
-    return latents, Transition(states, noises, torch.tensor(switch_frames), prefix, seen)
+    upto = [prompts[p][: frame // chunk + 1] for p, frame in enumerate(switch_frames)]
+    return latents, Transition(states, noises, torch.tensor(switch_frames), prefix, upto)
 
 
 def joined(parts: Sequence[Transition | None]) -> Transition | None:
@@ -185,9 +190,7 @@ def joined(parts: Sequence[Transition | None]) -> Transition | None:
     )
 
 
-def rebuild_context(
-    history: KVHistory, text: PromptKV, prefix: Tensor, prompts: list[list[str]], settings: RolloutSettings
-) -> None:
+def rebuild_context(history: KVHistory, text: PromptKV, prefix: Tensor, prompts: list[list[str]]) -> None:
     """Fills an empty history with a shared context [P, C, S, H, W], under the current weights, without gradient.
 
     prompts[p] holds the prompt of each of plan p's chunks up to and including the one at frame S. The history's
@@ -195,9 +198,10 @@ def rebuild_context(
     """
 
     def make(start: int, *_: object) -> Tensor:
-        return prefix[:, :, start : start + settings.chunk]
+        return prefix[:, :, start : start + history.chunk]
 
     def past(start: int, branches: list[Branch]) -> Tensor:
         return prefix[[b.plan for b in branches], :, :start]
 
-    deque(walk_chunks(history, prompts, text, settings, make, past, frames=prefix.shape[2]), maxlen=0)
+    for _ in walk_chunks(history, prompts, text, make, past, frames=prefix.shape[2]):
+        pass

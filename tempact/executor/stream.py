@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tempact.executor.executor import Executor
-from tempact.executor.rollout import Branch, PromptKV, chunk_prompts, walk_chunks
-from tempact.executor.sampler import NoiseSource, denoise_chunk
+from tempact.executor.rollout import Branch, PromptKV, chunk_prompts, denoised, walk_chunks
+from tempact.executor.sampler import NoiseSource
 from tempact.models.wan.codec import HostFrames
 from tempact.models.wan.transformer import TextKV
 from tempact.types import Plan
@@ -34,9 +34,7 @@ def stream_latents(executor: Executor, plan: Plan, noise: NoiseSource) -> Iterat
     seen: list[Tensor] = []  # latents of the last `kept` frames
 
     def make(start: int, branches: list[Branch], words: TextKV) -> Tensor:
-        positions, context = history.positions(start), history.context([b.cached for b in branches], start)
-        own = noise(start // settings.chunk)[0]
-        clean, _ = denoise_chunk(executor.runner, own, words, positions, context, settings.schedule_at(start))
+        clean = denoised(history, noise, start, branches, words)[0]
         if kept:
             seen[:] = [torch.cat([*seen, clean], dim=2)[:, :, -kept:]]
         return clean
@@ -45,7 +43,7 @@ def stream_latents(executor: Executor, plan: Plan, noise: NoiseSource) -> Iterat
         # neither gradients nor precision are switched while the caller has the floor
         with torch.no_grad(), executor.precision():
             text = PromptKV(executor.model, executor.encode, prompts)
-        chunks = walk_chunks(history, [prompts], text, settings, make, lambda *_: seen[0], frames=settings.frames)
+        chunks = walk_chunks(history, [prompts], text, make, lambda *_: seen[0])
         while True:
             with torch.no_grad(), executor.precision():
                 clean = next(chunks, None)

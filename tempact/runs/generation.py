@@ -109,7 +109,7 @@ def make_videos(
         _check_instruction(world, request)
     checkpoint = newest(adapter) if adapter is not None and not (adapter / CONFIG).is_file() else None
     device = device_of(config)
-    executor = build_executor(config, device)
+    executor = build_executor(config, device, preview=True)
     planner = build_planner(config, device) if any(request.plan is None for request in requests) else None
     if adapter is not None and checkpoint is not None:
 

@@ -19,6 +19,7 @@ from tempact.policies import PolicyPair, build_policies, build_trainer, device_o
 from tempact.reporting.records import write_samples
 from tempact.reporting.report import write_report
 from tempact.reporting.strips import write_extremes
+from tempact.rewards.base import Reward
 from tempact.rewards.judges import JudgeOutage
 from tempact.runs.checkpoint import Checkpoint, check_config, latest, recover, resolve_resume, save
 from tempact.runs.evaluation import evaluate
@@ -70,12 +71,16 @@ class StopRequest:
         log.warning("%s: finishing this iteration, then saving; once more to stop at once", signal.Signals(number).name)
 
 
-def train(config: RunConfig, resume: str = "auto", *, callbacks: Sequence[Callback] = ()) -> RunResult:
+def train(
+    config: RunConfig, resume: str = "auto", *, rewards: Sequence[Reward] = (), callbacks: Sequence[Callback] = ()
+) -> RunResult:
     """Trains both policies, evaluates them and writes the report, all in the folder `config.output`.
 
     Args:
         resume: "auto" goes on from the newest intact checkpoint of the folder, "none" begins, any other value is the
             path of a checkpoint or a run folder.
+        rewards: of one's own, beside those of `rewards.custom`. They are not part of the configuration that a checkpoint
+            holds: a resumed run is given them again.
         callbacks: called with each finished `Iteration` (plans, videos, rewards, metrics), before it is recorded.
             A callback that keeps videos keeps their memory.
 
@@ -87,10 +92,10 @@ def train(config: RunConfig, resume: str = "auto", *, callbacks: Sequence[Callba
         checkpoint = resolve_resume(resume, folder)
         world = world_of(config)
         world.check()  # missing parts are named before weights load
-        prompts, rewards = world.prompts(), world.rewards(device_of(config))
-        opened.callback(rewards.close)
+        prompts, scoring = world.prompts(), world.rewards(device_of(config)).extended(rewards)
+        opened.callback(scoring.close)
         policies = build_policies(config)
-        trainer = build_trainer(config, policies, prompts, rewards)
+        trainer = build_trainer(config, policies, prompts, scoring)
         if checkpoint is not None:
             restore(checkpoint, config, policies, trainer)
         log.info("run folder %s, seed %d, configuration %s", folder, config.seed, fingerprint(config))

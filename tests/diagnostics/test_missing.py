@@ -41,7 +41,7 @@ def test_every_missing_path_is_told(tmp_path: Path) -> None:
 def test_own_rewards_that_are_not_there_are_told(tmp_path: Path) -> None:
     base = get_preset("shapeworld-smoke")
     config = replace(base, rewards=replace(base.rewards, custom=("no_such_module:f",)), output=str(tmp_path))
-    (line,) = missing_paths(config, WanConfig())
+    (line,) = missing(config)
     assert line.startswith("rewards.custom: no_such_module:f: No module named 'no_such_module'; accepted: ")
 
 

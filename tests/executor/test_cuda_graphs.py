@@ -56,7 +56,7 @@ def trained(config: ExecutorConfig, iterations: int) -> tuple[list[Tensor], Exec
     optimiser = torch.optim.SGD(executor.parameters().values(), lr=0.05)
     found: list[Tensor] = []
     for i in range(iterations):
-        latents, transition = executor.latents(PLANS, STARTS, gaussian_noise(i, executor.noise_shape(2, 2), DEVICE))
+        latents, transition = executor.roll_out(PLANS, STARTS, gaussian_noise(i, executor.noise_shape(2, 2), DEVICE))
         advantage = torch.tensor([[1.0, -0.5], [0.3, -1.0]])
         batch = Batch(
             torch.zeros(2), torch.ones(2, dtype=torch.bool), advantage, torch.ones(2, 2, dtype=torch.bool), None,
@@ -105,7 +105,7 @@ def test_the_cache_is_empty_after_every_call() -> None:
     cache = executor.cache
     assert len(found) > 10 and (cache.branches, cache.rows_used) == ((), 0)
     velocities = executor._forward(
-        executor.latents(PLANS, STARTS, gaussian_noise(5, executor.noise_shape(2, 2), DEVICE))[1], [0],
+        executor.roll_out(PLANS, STARTS, gaussian_noise(5, executor.noise_shape(2, 2), DEVICE))[1], [0],
         grad=False,
     )  # fmt: skip
     next(velocities)

@@ -25,7 +25,7 @@ PLANS = [plan(0, 3, 9, 18, name="a"), plan(0, 6, 12, 18, name="b"), plan(0, 3, 1
 
 def batch_of(executor: Executor, count: int = 3) -> Batch:
     noise = gaussian_noise(1, executor.noise_shape(3, count), torch.device("cpu"))
-    _, transition = executor.latents(PLANS, [3, 12, 3], noise)
+    _, transition = executor.roll_out(PLANS, [3, 12, 3], noise)
     advantage = torch.linspace(-1, 1, 3 * count).view(3, count)
     mask = torch.ones(3, count, dtype=torch.bool)
     return Batch(torch.zeros(3), torch.ones(3, dtype=torch.bool), advantage, mask, None, transition)

@@ -48,7 +48,7 @@ def made(backend: str, config: ExecutorConfig) -> tuple[Tensor, dict[str, float]
     for name, parameter in executor.parameters().items():  # past the start, where the reference is elsewhere
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator(DEVICE).manual_seed(len(name)))
     with runtime.backend(backend):
-        latents, transition = executor.latents([PLAN], [3], gaussian_noise(1, executor.noise_shape(1, 2), DEVICE))
+        latents, transition = executor.roll_out([PLAN], [3], gaussian_noise(1, executor.noise_shape(1, 2), DEVICE))
         advantage, mask = torch.tensor([[1.0, -0.5]]), torch.ones(1, 2, dtype=torch.bool)
         batch = Batch(torch.zeros(1), torch.ones(1, dtype=torch.bool), advantage, mask, None, transition)
         metrics = executor.update(batch, [0])

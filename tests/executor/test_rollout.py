@@ -37,7 +37,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 def rebuilt(executor: Executor, text: PromptKV, prefix: torch.Tensor, prompts: list[list[str]]) -> KVHistory:
     history = executor.history()
     with torch.no_grad():
-        rebuild_context(history, text, prefix, prompts, executor.settings)
+        rebuild_context(history, text, prefix, prompts)
     return history
 
 
@@ -46,7 +46,7 @@ def test_batched_continuations_equal_serial_ones(make_executor: Make, changes: d
     executor = make_executor(**changes)
     noise = gaussian_noise(1, executor.noise_shape(2, 3), CPU)
     forks = [3, 12]
-    latents, transition = executor.latents(PLANS, forks, noise)
+    latents, transition = executor.roll_out(PLANS, forks, noise)
     for p in range(2):
         for n in (2, 0):
             # before the fork everyone follows continuation 0's noise, after it its own
@@ -55,7 +55,7 @@ def test_batched_continuations_equal_serial_ones(make_executor: Make, changes: d
                 return noise(chunk)[p : p + 1, own : own + 1]
 
             source = NoiseSource((1, 1, *noise.shape[2:]), alone)
-            serial, own_transition = executor.latents([PLANS[p]], [forks[p]], source)
+            serial, own_transition = executor.roll_out([PLANS[p]], [forks[p]], source)
             assert close(serial[0, 0], latents[p, n])
             assert close(own_transition.states[0, 0], transition.states[p, n])
 
@@ -68,7 +68,6 @@ def test_plans_in_turn_give_what_they_give_together(make_executor: Make, limit: 
     shape = one.noise_shape(2, 3)
     noise, made = gaussian_noise(1, shape, CPU), []
     together, turns = one.rollout(PLANS, [3, 12], noise), two.rollout(PLANS, [3, 12], noise, made.append)
-    assert close(one.latents(PLANS, [3, 12], noise)[0], two.latents(PLANS, [3, 12], noise)[0])
     assert torch.equal(torch.cat([part.frames for part in made]), turns.frames)
     assert [len(part.frames) for part in made] == ([2] if limit >= 6 else [1, 1])
     assert (turns.frames.int() - together.frames.int()).abs().max() <= 1
@@ -90,7 +89,7 @@ def test_the_text_encoder_is_asked_once(make_executor: Make, monkeypatch: pytest
 
 def test_continuations_share_the_context_and_differ_after_it(make_executor: Make) -> None:
     executor = make_executor()
-    latents, transition = executor.latents(PLANS, [3, 12], gaussian_noise(1, executor.noise_shape(2, 3), CPU))
+    latents, transition = executor.roll_out(PLANS, [3, 12], gaussian_noise(1, executor.noise_shape(2, 3), CPU))
     assert torch.equal(latents[1, 0, :, :12], latents[1, 2, :, :12])
     assert not torch.allclose(latents[1, 0, :, 12:15], latents[1, 2, :, 12:15])
     assert torch.equal(transition.prefix[1], latents[1, 0, :, :12])
@@ -107,13 +106,13 @@ def test_continuations_share_the_context_and_differ_after_it(make_executor: Make
 def test_order_of_plans_and_continuations_does_not_matter(make_executor: Make) -> None:
     executor = make_executor()
     noise = gaussian_noise(1, executor.noise_shape(2, 3), CPU)
-    one, _ = executor.latents(PLANS, [3, 12], noise)
+    one, _ = executor.roll_out(PLANS, [3, 12], noise)
 
     def mirrored(chunk: int, plans: range) -> torch.Tensor:
         drawn = noise(chunk).flip(0)
         return torch.cat([drawn[:, :1], drawn[:, 1:].flip(1)], 1)
 
-    other, _ = executor.latents(PLANS[::-1], [12, 3], NoiseSource(noise.shape, mirrored))
+    other, _ = executor.roll_out(PLANS[::-1], [12, 3], NoiseSource(noise.shape, mirrored))
     assert close(one[0, 1], other[1, 2])
     assert close(one[1, 2], other[0, 1])
 
@@ -182,7 +181,7 @@ def test_a_recache_that_fails_ends_the_videos_and_nothing_else(
 ) -> None:
     executor = make_executor(window="longlive", text_switch="recache")
     noise = gaussian_noise(0, executor.noise_shape(2, 2), CPU)
-    before = executor.latents(PLANS, [3, 9], noise)[0]
+    before = executor.roll_out(PLANS, [3, 9], noise)[0]
     own, passes = executor.model.write_context, []
 
     def fails(x: torch.Tensor, *rest: object) -> None:
@@ -196,7 +195,7 @@ def test_a_recache_that_fails_ends_the_videos_and_nothing_else(
         executor.rollout([plan(0, 6, 18)] * 2, [3, 3], noise)
     cache = executor.cache
     assert passes[-2:] == [6, 6] and not cache.branches and not cache.rows_used and not cache.rows_reserved
-    assert torch.equal(executor.latents(PLANS, [3, 9], noise)[0], before)
+    assert torch.equal(executor.roll_out(PLANS, [3, 9], noise)[0], before)
 
 
 def test_each_branch_is_rewritten_under_its_own_text_from_its_own_latents(make_executor: Make) -> None:

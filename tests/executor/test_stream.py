@@ -28,7 +28,7 @@ def plan(*bounds: int) -> Plan:
 def test_a_stream_is_the_rollout_bit_for_bit(make_executor: Make, changes: dict, bounds: tuple[int, ...]) -> None:
     executor = make_executor(frames=24, **changes)
     noise = gaussian_noise(3, executor.noise_shape(1, 1), CPU)
-    whole, _ = executor.latents([plan(*bounds)], [0], noise)
+    whole, _ = executor.roll_out([plan(*bounds)], [0], noise)
     chunks = list(stream_latents(executor, plan(*bounds), noise))
     assert [chunk.shape for chunk in chunks] == [(3, 3, 8, 8)] * 8
     assert torch.equal(torch.cat(chunks, dim=1), whole[0, 0])
@@ -49,7 +49,7 @@ def test_a_stream_in_the_precision_of_the_weights(make_executor: Make, precision
         assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
         assert not chunk.requires_grad and chunk.dtype == torch.float32
         chunks.append(chunk)
-    assert torch.equal(torch.cat(chunks, dim=1), executor.latents([plan(0, 6, 12)], [0], noise)[0][0, 0])
+    assert torch.equal(torch.cat(chunks, dim=1), executor.roll_out([plan(0, 6, 12)], [0], noise)[0][0, 0])
 
 
 @pytest.mark.parametrize("changes", POLICIES[2:])

@@ -76,7 +76,7 @@ def roll_out(executor: Executor, switches: Sequence[int] = ()) -> Tensor:
     bounds = [0, *switches, executor.settings.frames]
     steps = tuple(Step(a, b, f"prompt {i}") for i, (a, b) in enumerate(itertools.pairwise(bounds)))
     noise = gaussian_noise(3, executor.noise_shape(1, 1), executor.device)
-    return executor.latents([Plan("i", steps)], [0], noise)[0][0, 0].transpose(0, 1)
+    return executor.roll_out([Plan("i", steps)], [0], noise)[0][0, 0].transpose(0, 1)
 
 
 @torch.no_grad()
