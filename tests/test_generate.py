@@ -18,6 +18,7 @@ from test_worlds import release as release  # a fixture: a pipeline's folder wit
 from tempact import generate
 from tempact.cli import to_yaml
 from tempact.config import LoraConfig, RunConfig
+from tempact.errors import UserError
 from tempact.executor.sampler import gaussian_noise
 from tempact.executor.stream import stream_frames
 from tempact.models.wan.codec import PixelCodec

@@ -79,8 +79,8 @@ def train(
     Args:
         resume: "auto" goes on from the newest intact checkpoint of the folder, "none" begins, any other value is the
             path of a checkpoint or a run folder.
-        rewards: of one's own, beside those of `rewards.custom`. They are not part of the configuration that a checkpoint
-            holds: a resumed run is given them again.
+        rewards: of one's own, beside those of `rewards.custom`. They are not part of the configuration that a
+            checkpoint holds: a resumed run is given them again.
         callbacks: called with each finished `Iteration` (plans, videos, rewards, metrics), before it is recorded.
             A callback that keeps videos keeps their memory.
 
