@@ -131,35 +131,9 @@ def update(sizes: Sizes, rows: int, context_frames: int, *, checkpointing: bool 
     return _extrapolated(trace_update, sizes, rows, context_frames, checkpointing)
 
 
-<<<<<<< HEAD
 def _extrapolated(trace: Callable[..., Cost], sizes: Sizes, rows: int, *call: Any) -> Cost:
     one = _all_layers(trace, sizes, 1, *call)
     return one.and_more(_all_layers(trace, sizes, 2, *call), rows - 1) if rows > 1 else one
-=======
-def cache_rows(settings: RolloutSettings, plans: int, continuations: int, fork: int, frame_tokens: int) -> int:
-    """Rows of the cache's pools after a roll-out whose plans all fork at frame `fork`, by the books of a cache."""
-    rows = FIRST_FRAMES * frame_tokens
-    cache = ForkableKVCache(1, 1, 1, rows=rows, dtype=torch.bfloat16, device=torch.device("cpu"))
-    # a switch at every chunk is the most there can be
-    prompts = [[str(chunk) for chunk in range(settings.chunks)]] * plans
-    nothing = torch.empty(plans * continuations, 0, settings.frames)
-    with _Bookkeeping(cast(Any, None), cache, settings, frame_tokens) as history:
-
-        def make(start: int, branches: list[Branch], _: TextKV) -> Tensor:
-            history.context([branch.cached for branch in branches], start)
-            return nothing
-
-        def past(*_: object) -> Tensor:
-            return nothing
-
-        loop = walk_chunks(
-            history, prompts, lambda _: TextKV([]), make, past,
-            continuations=continuations, switch_frames=[fork] * plans,
-        )  # fmt: skip
-        for _ in loop:
-            pass
-        return cache.rows_total
->>>>>>> h-executor
 
 
 @lru_cache(maxsize=512)
@@ -245,16 +219,20 @@ def cache_rows(settings: RolloutSettings, plans: int, continuations: int, fork: 
     # a switch at every chunk is the most there can be
     prompts = [[str(chunk) for chunk in range(settings.chunks)]] * plans
     nothing = torch.empty(plans * continuations, 0, settings.frames)
-    with _Bookkeeping(cast(Any, None), cache, settings.window, settings.chunk, frame_tokens) as history:
+    with _Bookkeeping(cast(Any, None), cache, settings, frame_tokens) as history:
 
         def make(start: int, branches: list[Branch], _: TextKV) -> Tensor:
             history.context([branch.cached for branch in branches], start)
             return nothing
 
-        for _ in walk_chunks(
-            history, prompts, lambda _: TextKV([]), settings, make, lambda *_: nothing,
-            frames=settings.frames, continuations=continuations, switch_frames=[fork] * plans,
-        ):  # fmt: skip
+        def past(*_: object) -> Tensor:
+            return nothing
+
+        loop = walk_chunks(
+            history, prompts, lambda _: TextKV([]), make, past,
+            continuations=continuations, switch_frames=[fork] * plans,
+        )  # fmt: skip
+        for _ in loop:
             pass
         return cache.rows_total
 
