@@ -24,8 +24,8 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["tempact*", "csrc_triton*"] if EDITABLE else ["tempact*"]),
     package_data={
-        "tempact": ["reporting/*.j2", "rewards/rubrics/*.md", "shapeworld/weights/**/*.json",
-                    "shapeworld/weights/**/*.safetensors", "shapeworld/weights/**/*.jinja", "evaluation/*.j2",
+        "tempact": ["py.typed", "reporting/*.j2", "rewards/rubrics/*.md", "shapeworld/weights/**/*.json",
+                    "shapeworld/weights/**/*.safetensors", "shapeworld/weights/**/*.jinja",
                     "evaluation/temporal_order/*.jsonl"],
     },
     install_requires=[

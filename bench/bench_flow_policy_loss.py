@@ -1,10 +1,16 @@
-"""The executor's policy loss over 24 continuations x 3 transitions of a chunk of 3 x 16 x 60 x 104 latents."""
+"""The executor's policy loss over 24 continuations x 3 transitions of a chunk of 3 x 16 x 60 x 104 latents.
+
+An update makes one call of `flow_policy_loss_and_grad` a micro-batch (tempact/rl/flow_grpo.py): `test_update` is that
+call. `test_forward` and `test_backward` are the two halves of the differentiable `flow_policy_loss`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -85,38 +91,59 @@ def test_backward(bench: Bench) -> None:
     bench.measure("flow_policy_loss", case("backward", v), contenders, exact, same)
 
 
-def test_loss_and_gradient(bench: Bench) -> None:
-    """Both in one call, on policy: the velocities are those of the rollout, as in the first update after it."""
-    v, _, *others = make_inputs(bench)
-    naive_call = torch.compile(_differentiated, dynamic=False)
+@pytest.mark.parametrize("on_policy", [True, False], ids=["on policy", "off policy"])
+def test_update(bench: Bench, on_policy: bool) -> None:
+    """Terms and gradient of one micro-batch, with a weight a row, as an update asks for them.
 
-    def run(*given: Tensor) -> tuple[Any, Tensor]:
-        return flow_policy_loss_and_grad(given[0], given[0], *given[1:], clip=CLIP, kl_weight=KL_WEIGHT)
+    On policy: the first update after a roll-out, whose old velocities are its own. Off policy: each later one.
+    """
+    v, v_old, *others = make_inputs(bench)
+    given = v, None if on_policy else v_old, *others
 
-    def plain(*given: Tensor) -> tuple[Any, Tensor]:
+    def run(v: Tensor, v_old: Tensor | None, *rest: Tensor) -> tuple[Any, Tensor]:
+        weight = torch.ones_like(rest[-1]) / len(v)
+        old = v.detach() if v_old is None else v_old
+        return flow_policy_loss_and_grad(
+            v, old, *rest, clip=CLIP, loss_weight=weight, kl_weight=KL_WEIGHT * weight
+        )  # fmt: skip
+
+    def plain(*tensors: Tensor | None) -> tuple[Any, Tensor]:
         with backend("torch"):
-            return run(*given)
+            return run(*tensors)
 
     def named(found: tuple[Any, Tensor]) -> Outputs:
         return outputs(found[0]) | {"dv": found[1]}
 
-    calls = {OURS: run, "torch eager": plain, "torch.compile": naive_call}
+    calls = {OURS: run, "torch eager": plain, "torch.compile": _with_compiled_loss()}
     contenders = [
         Contender(
-            name, lambda call=call: call(v, *others), named,
-            nbytes=4.0 * v.nbytes, compiled=name == "torch.compile",  # reads v, v_ref and noise, writes the gradient
+            name, lambda call=call: call(*given), named,
+            # on policy reads v, v_ref and noise and writes the gradient; off policy reads v_old, and all but it twice
+            nbytes=(4.0 if on_policy else 8.0) * v.nbytes, compiled=name == "torch.compile",
         )
         for name, call in calls.items()
     ]  # fmt: skip
-    exact, same = named(plain(*(t.double() for t in (v, *others)))), named(plain(v, *others))
-    bench.measure("flow_policy_loss", case("loss and gradient, on policy", v), contenders, exact, same)
+    exact, same = named(plain(*(None if t is None else t.double() for t in given))), named(plain(*given))
+    what = f"loss and gradient, {'on' if on_policy else 'off'} policy"
+    bench.measure("flow_policy_loss", case(what, v), contenders, exact, same)
 
 
-def _differentiated(v: Tensor, v_ref: Tensor, noise: Tensor, advantage: Tensor) -> tuple[Any, Tensor]:
-    leaf = v.detach().requires_grad_()
-    terms = naive.flow_policy_loss(leaf, v, v_ref, noise, advantage, CLIP)
-    (gradient,) = torch.autograd.grad((terms[0] + KL_WEIGHT * terms[1]).sum(), leaf)
-    return terms, gradient
+def _with_compiled_loss() -> Callable[..., tuple[Any, Tensor]]:
+    """The same from a compiled loss and its compiled backward; on policy its graph knows that the old v is v."""
+
+    @partial(torch.compile, dynamic=False)
+    def weighted(
+        v: Tensor, v_old: Tensor | None, v_ref: Tensor, noise: Tensor, advantage: Tensor
+    ) -> tuple[Any, Tensor]:
+        terms = naive.flow_policy_loss(v, v.detach() if v_old is None else v_old, v_ref, noise, advantage, CLIP)
+        return terms, (terms[0] + KL_WEIGHT * terms[1]).sum() / len(v)
+
+    def call(v: Tensor, *rest: Tensor | None) -> tuple[Any, Tensor]:
+        leaf = v.detach().requires_grad_()
+        terms, loss = weighted(leaf, *rest)
+        return terms, torch.autograd.grad(loss, leaf)[0]
+
+    return call
 
 
 def case(what: str, v: Tensor) -> str:

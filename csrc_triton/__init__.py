@@ -1,4 +1,14 @@
-"""Kernels for autoregressive video diffusion: needs torch (and Triton) and nothing else."""
+"""Kernels for autoregressive video diffusion. The package imports torch and, for its kernels, Triton; nothing else.
+
+One folder an op: `__init__.py` has the public function; `naive.py` the arithmetic in plain PyTorch, which is the
+reference of tests and benches and serves where no kernel can; `fused.py` (for fork attention `portable/` and `hopper/`)
+the kernels. `runtime` chooses the implementation by device and dtype.
+
+The package is a library: parts of it have no caller in this repository and are tested like the rest. These are the
+Philox noise of `flow_sde_step` (`seed`, `offset`), its step kinds other than "cps" with their log-probabilities, the
+differentiable `flow_policy_loss`, `gated_residual`, and `ForkableKVCache.bind` and `bind_rows` (segment tables and
+rows at fixed addresses for CUDA graphs).
+"""
 
 from csrc_triton.adaln import adaln, gated_residual, gated_residual_adaln, gated_residual_norm
 from csrc_triton.feature_maps import enlarge, norm_silu

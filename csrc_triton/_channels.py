@@ -1,4 +1,4 @@
-"""What the kernels over rows of channels share: how a row is cut up and kept in registers, and sums over rows.
+"""Shared by the kernels over rows of channels: splitting a row into chunks held in registers, and sums over rows.
 
 A row of `dim` channels is a tuple of chunks [ROWS, CHUNK], CHUNK a power of two: 1536 channels are 3 chunks of 512,
 with no lane idle, where a block of 2048 would idle every fourth. All warps of a program lie along the channels, so that
@@ -22,13 +22,14 @@ SUM_ROWS, SUM_CHANNELS = 128, 16  # of one step of `sum_rows_kernel`
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a kernel goes over rows.
+    """Tile and pipeline sizes of a kernel over rows.
 
-    rows: held at a time by one program. steps: at most so many of these follow each other in one program; more than
-    one only where sums over rows are taken. stages: of the pipeline over these; with 1, the next rows are loaded only
-    when a program is done with the last ones. chunk: channels of a chunk, chosen by the number of channels if None.
-    lane: channels of a chunk that a thread holds; 8 are one load of 16 bytes in the 16-bit dtypes. most: channels of
-    a row that a thread holds, beyond which more warps share it.
+    rows: rows that a program holds at once.
+    steps: most groups of `rows` that a program processes in turn; more than one only for sums over rows.
+    stages: stages of the software pipeline over the steps; with 1, a step's loads wait for the end of the step before.
+    chunk: channels of a chunk; None: chosen from the number of channels.
+    lane: channels of a chunk that a thread holds; 8 are one load of 16 bytes in the 16-bit dtypes.
+    most: most channels of a row that a thread holds; a longer row is shared by more warps.
     """
 
     rows: int = 1

@@ -1,4 +1,4 @@
-"""Which rows of the pools are held, and by how many branches: the cache's books, on the host and without tensors."""
+"""Bookkeeping of the cache on the host: reference counts of the pools' rows, and segments of branches."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Segment:
 
 
 class RowCounts:
-    """How many hold each of `total` rows, as a step function: an entry a run of equal counts, never one a row.
+    """Reference counts of `total` rows, stored as runs of equal counts.
 
-    A block that is cut in two by a drop splits its run, and equal neighbours become one again, so that the free rows
-    (count 0) are always sorted, disjoint and never adjacent. A fork costs an entry's update a segment.
+    A drop inside a block splits its run, and equal neighbours are merged, so that the runs of free rows (count 0) are
+    always sorted, disjoint and never adjacent. A fork updates one entry for each segment.
     """
 
     def __init__(self, total: int):
@@ -50,11 +50,11 @@ class RowCounts:
         return found
 
     def free(self) -> list[Run]:
-        """Runs that nobody holds, by row."""
+        """Runs of free rows (count 0), by row."""
         return [(row, self._end(i) - row) for i, row in enumerate(self._starts) if not self._counts[i]]
 
     def add(self, row: int, length: int, change: int) -> None:
-        """`change` more (or fewer) hold `length` rows from `row`."""
+        """Adds `change` to the counts of `length` rows from `row`."""
         first, last = self._cut(row), self._cut(row + length)
         for i in range(first, last):
             self._counts[i] += change
@@ -64,7 +64,7 @@ class RowCounts:
                 del self._starts[i], self._counts[i]
 
     def find(self, length: int, near: int | None) -> int | None:
-        """First of `length` free rows: `near` if they begin there, else of the first run that is long enough."""
+        """First of `length` successive free rows: `near` if a run starts there, else in the first run that fits."""
         rows = [row for row, free in self.free() if free >= length]
         if near in rows:
             return near
@@ -74,7 +74,7 @@ class RowCounts:
         return self.total - self._starts[-1] if not self._counts[-1] else 0
 
     def resize(self, total: int) -> None:
-        """More rows, which are free; or fewer, if those that go are free."""
+        """Changes the number of rows; added rows are free, and removed ones must be."""
         if total > self.total and self._counts[-1]:
             self._starts.append(self.total)
             self._counts.append(0)
@@ -96,7 +96,7 @@ class RowCounts:
 
 
 def join(segments: Iterable[Segment]) -> Segments:
-    """Segments by token, with those that go on in both tokens and rows made one."""
+    """Segments sorted by token; segments that continue each other in tokens and rows are merged."""
     joined: list[Segment] = []
     for segment in sorted(segments, key=lambda segment: segment.start):
         last = joined[-1] if joined else None
@@ -108,7 +108,7 @@ def join(segments: Iterable[Segment]) -> Segments:
 
 
 def cut_out(segments: Segments, start: int, stop: int) -> tuple[Segments, list[Run]]:
-    """The segments without tokens [start, stop), and the rows that held those."""
+    """The segments without tokens [start, stop), and the rows of the removed tokens."""
     kept: list[Segment] = []
     dropped: list[Run] = []
     for segment in segments:
@@ -125,7 +125,7 @@ def cut_out(segments: Segments, start: int, stop: int) -> tuple[Segments, list[R
 
 
 def locate(segments: Segments, ranges: Iterable[tuple[int, int]]) -> list[Run]:
-    """Rows of token ranges [start, stop), in their order; runs that follow each other in rows are one.
+    """Rows of token ranges [start, stop), in the order of the ranges; adjacent runs are merged.
 
     Raises:
         ValueError: for a token that no segment holds.

@@ -1,4 +1,4 @@
-"""What the kernels over whole samples share: how a sample is cut into blocks, whose sums are then added in order."""
+"""Shared by the kernels over whole samples: a sample is split into blocks, whose sums are added in a fixed order."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ class Config:
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """[B, D], each row contiguous; a copy only where the elements of a sample are not laid out in order."""
+    """The samples as rows [B, D], each contiguous; a copy only where a sample is not contiguous."""
     flat = tensor.flatten(1)
     return flat if flat.stride(1) == 1 else flat.contiguous()

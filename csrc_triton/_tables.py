@@ -1,4 +1,4 @@
-"""What kernels read of the cache: views of the pools with segment tables, and where a block's rows are written.
+"""Arguments of kernels that use the cache: views of the pools with segment tables, and the rows to write.
 
 Tables go to the device through pinned memory that is fresh each time: torch's host allocator hands a pinned block out
 again only when the copies from it are done, so nothing waits and no copy in flight is overwritten.
@@ -19,11 +19,13 @@ from csrc_triton._rows import Run
 
 @dataclass(frozen=True, eq=False)
 class CacheView:
-    """What a batch of B branches attends to in one layer.
+    """Context of a batch of B branches in one layer: pools of K and V, and the segments of rows to attend to.
 
-    k, v [rows, heads, head_dim] are the layer's pools. table [B, S, 2] int32, on the pools' device, holds (first row,
-    length) of each segment, in order; unused slots have length 0. A view serves as long as its branches hold the
-    tokens; the backward of what was computed from it counts as use.
+    A view is valid while its branches hold the tokens, until the backward pass of attention over it has run.
+
+    k, v: the layer's pools, [rows, heads, head_dim].
+    table: (first row, length) of each segment in order, [B, S, 2] int32 on the pools' device; unused slots have
+        length 0.
 
     Raises:
         ValueError: for tensors that do not fit, and for segments outside the pools where the table is on the CPU.
@@ -41,7 +43,7 @@ class CacheView:
 
     @classmethod
     def of(cls, k: Tensor, v: Tensor, segments: Sequence[Sequence[Run]]) -> CacheView:
-        """A view of pools that no cache manages; segments[b] are the (first row, length) of batch row b.
+        """A view of plain tensors used as pools; segments[b] lists (first row, length) for batch row b.
 
         Raises:
             ValueError: for pools that do not fit, and for segments outside them.
@@ -55,9 +57,9 @@ class CacheView:
         return cls(k, v, table.table, table)
 
     def gather(self) -> tuple[Tensor, Tensor]:
-        """The context as plain tensors [B, Lc, heads, head_dim] (a copy).
+        """Copies the context into plain tensors K and V, [B, Lc, heads, head_dim].
 
-        Waits for the device only if the view was made from a table alone.
+        Synchronises with the device only if the view was made from a table alone.
 
         Raises:
             ValueError: where the batch rows have contexts of different lengths.
@@ -107,10 +109,10 @@ class LayerViews:
 
 @dataclass(frozen=True, eq=False)
 class CacheRows:
-    """Where one layer of a reservation is written.
+    """Destination of one layer of a reservation: `length` consecutive rows for each branch.
 
-    k, v [rows, heads, head_dim] are the layer's pools; first_rows [B] int64, on their device, is the first of each
-    branch's `length` consecutive rows.
+    k, v: the layer's pools, [rows, heads, head_dim].
+    first_rows: first row of each branch, [B] int64 on the pools' device.
     """
 
     k: Tensor
@@ -121,10 +123,10 @@ class CacheRows:
 
 @dataclass(eq=False)
 class Reservation:
-    """Rows set aside for one block of `length` tokens per branch, to be written, then committed.
+    """Rows reserved for one block of `length` tokens of each branch, to be written and then committed.
 
-    Ended by `commit`, `replace` or `cancel` of the cache. As a context manager it cancels itself if it is still open
-    at the end, so that nothing leaks when what was to be written fails.
+    `commit`, `replace` or `cancel` of the cache closes a reservation. Used as a context manager, it is cancelled at
+    the end of the block if it is still open, so that an exception leaks no rows.
     """
 
     branches: tuple[int, ...]
@@ -136,13 +138,13 @@ class Reservation:
 
     @cached_property
     def rows(self) -> Tensor:
-        """All rows, branch by branch: [B * length] int64 on the pools' device."""
+        """Row numbers, branch by branch, [B * length] int64 on the pools' device."""
         tokens = torch.arange(self.length, device=self.first_rows_on_device.device)
         return (self.first_rows_on_device[:, None] + tokens).flatten()
 
     @cached_property
     def adjacent(self) -> list[tuple[slice, int]]:
-        """Branches whose blocks follow each other in rows, as slices of the batch, with each slice's first row."""
+        """Slices of the batch whose blocks are adjacent in the pools, each with its first row."""
         found: list[tuple[slice, int]] = []
         for i, row in enumerate(self.first_rows):
             if i and row == self.first_rows[i - 1] + self.length:
@@ -176,7 +178,7 @@ class SegmentTable:
 
     @classmethod
     def read(cls, table: Tensor) -> SegmentTable:
-        """From a table on a device, which is waited for."""
+        """A segment table around a tensor on a device; synchronises to read the lengths."""
         own = cls.__new__(cls)
         own.table, own._rows = table, None
         own._lengths = table[..., 1].sum(1).tolist()
@@ -191,7 +193,7 @@ class SegmentTable:
         self._rows = None
 
     def rows(self) -> Tensor:
-        """The table written out, [B, Lc] int64, on its device."""
+        """Row number of every token of the context, [B, Lc] int64 on the device."""
         if self._rows is None:
             if len(set(self._lengths)) != 1:
                 raise ValueError(f"gather: found contexts of {self._lengths} tokens; accepted: one length")
@@ -204,11 +206,12 @@ class SegmentTable:
 
 
 class BoundTable:
-    """Views whose tensors stay where they are, for a captured CUDA graph: `update` changes what they name.
+    """Views at fixed addresses for a captured CUDA graph; `update` changes the tokens that they refer to.
 
-    views: one a layer; before the first `update` they are empty contexts. Update on the stream that the graph runs
-    on, and only when the backward of what read the old table is done. `gather` is the exception: in a graph it would
-    repeat the rows of the capture.
+    Call `update` on the stream that the graph runs on, after the backward pass of attention over the old table.
+    `gather` of these views must not be captured: a replay would repeat the rows of the capture.
+
+    views: one for each layer; empty contexts before the first `update`.
     """
 
     def __init__(
@@ -228,11 +231,11 @@ class BoundTable:
         return self._segments.table
 
     def update(self, branches: Sequence[int], ranges: Sequence[tuple[int, int]]) -> None:
-        """The views now name token ranges [start, stop) of `branches`, one a batch row.
+        """Makes the views refer to token ranges [start, stop) of `branches`, one branch a batch row.
 
         Raises:
             ValueError: for another number of branches, tokens that a branch does not hold, and a branch that needs
-                more slots than there are. The table is as it was then.
+                more slots than there are. The table is unchanged then.
         """
         batch, slots, _ = self.table.shape
         if len(branches) != batch:
@@ -246,7 +249,7 @@ class BoundTable:
 
 
 class BoundRows:
-    """Places to write whose tensors stay where they are, for a captured CUDA graph; `rows` has one a layer."""
+    """`CacheRows` at fixed addresses for a captured CUDA graph; `rows` has one for each layer."""
 
     def __init__(self, batch: int, length: int, pools: Sequence[tuple[Tensor, Tensor]]):
         self._first_rows = torch.zeros(batch, dtype=torch.int64, device=pools[0][0].device)
@@ -254,7 +257,7 @@ class BoundRows:
         self.rows = [CacheRows(k, v, self._first_rows, length) for k, v in pools]
 
     def update(self, reservation: Reservation) -> None:
-        """`rows` are now those of an open reservation, which must be as large as the binding.
+        """Makes `rows` refer to an open reservation with the bound numbers of branches and tokens.
 
         Raises:
             ValueError: for a reservation that is closed or of other sizes.
@@ -268,7 +271,7 @@ class BoundRows:
 
 
 def staged(numbers: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On the host, such that a non-blocking copy to `device` does not wait."""
+    """Numbers in host memory, pinned where a non-blocking copy to `device` needs it."""
     return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
 
 

@@ -1,12 +1,12 @@
 """A KV cache that forks without copying rows.
 
-Per layer there is one pool of rows for K and one for V. A branch is a list of segments (row ranges); `fork` shares the
-list and raises the counts of its rows, never copies rows. Committed rows are immutable. All layers use the same rows,
-so one table of segments serves them all. Positions inside a branch are counted in tokens since its beginning and stay
-valid when tokens are dropped.
+Each layer has one pool of rows for K and one for V. A branch is a list of segments (ranges of rows); `fork` copies the
+list and raises the rows' reference counts. Committed rows are immutable. All layers use the same rows, so one segment
+table serves all of them. Positions in a branch are counted in tokens from its beginning and do not change when tokens
+are dropped.
 
-Nothing here waits for the device. Everything is ordered by one stream: rows that became free may be written by the
-next reservation, which is safe as long as readers and writers share the stream.
+No method synchronises with the device. Freed rows may be overwritten by the next reservation, which is safe as long as
+all reads and writes are on one stream.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_ROWS = 2**31 - 1  # segment tables are int32
 
 
 class BranchMemory(NamedTuple):
-    """Bytes of the rows that a branch alone holds, and of those that it shares, over all layers."""
+    """Bytes of a branch over all layers: rows that it alone holds, and rows that it shares."""
 
     own: int
     shared: int
@@ -48,17 +48,17 @@ class _Branch(NamedTuple):
 
 
 class ForkableKVCache:
-    """Pools of K/V rows for `layers` layers of `heads` x `head_dim`.
+    """Pools of K/V rows for `layers` layers of `heads` x `head_dim`, and branches that share rows.
+
+    A block takes consecutive rows: the rows after its branch's last row if they are free, else the first free run that
+    is long enough. A long block may therefore not fit a nearly full pool whose free rows are scattered.
 
     Args:
-        rows: first size of the pools.
-        max_rows: size that they never exceed; None for no limit.
-        grow: whether they grow at all. When a reservation does not fit they grow by an eighth, or by what it needs if
-            that is more, up to max_rows. Growth copies them and moves them to new addresses: views made before keep the
-            old pools alive, and a captured CUDA graph would read those. `bind` therefore ends growth.
-
-    A block takes consecutive rows: those after its branch's last if they are free, else the first run of free rows
-    that is long enough, so a full pool whose free rows are scattered may not serve a long block.
+        rows: initial rows of each pool.
+        max_rows: most rows of each pool; None: no limit.
+        grow: grow the pools when a reservation does not fit, by an eighth or by the rows that it needs, up to max_rows.
+            Growth copies the pools to new addresses. Views made before keep the old pools alive, and a captured CUDA
+            graph would read them, so `bind` ends growth.
 
     Raises:
         ValueError: for an unknown or released branch, tokens that a branch does not hold, rows that are not there;
@@ -101,7 +101,7 @@ class ForkableKVCache:
 
     @property
     def branches(self) -> tuple[int, ...]:
-        """Those that were made and not released."""
+        """Branches that were made and not released."""
         return tuple(self._branches)
 
     @property
@@ -110,7 +110,7 @@ class ForkableKVCache:
 
     @property
     def rows_used(self) -> int:
-        """Rows that some branch or open reservation holds; a shared row counts once."""
+        """Rows held by branches and open reservations; a shared row counts once."""
         return self._counts.used
 
     @property
@@ -120,7 +120,7 @@ class ForkableKVCache:
 
     @property
     def free_rows(self) -> list[Run]:
-        """(first row, length) of the runs that nobody holds, sorted, disjoint and never adjacent."""
+        """(first row, length) of the free runs: sorted, disjoint and never adjacent."""
         return self._counts.free()
 
     @property
@@ -130,7 +130,7 @@ class ForkableKVCache:
 
     @property
     def addresses(self) -> tuple[int, ...]:
-        """Where the pools lie; captured CUDA graphs hold until they move, which is when they grow."""
+        """Addresses of the pools. They change when the pools grow, which invalidates captured CUDA graphs."""
         return tuple(pool.data_ptr() for pools in self._pools for pool in pools)
 
     @property
@@ -139,7 +139,7 @@ class ForkableKVCache:
         return sum(pool[0].nbytes for pools in self._pools for pool in pools)
 
     def memory(self, branch: int) -> BranchMemory:
-        """What a branch holds, in bytes. Its own bytes are what its release sets free."""
+        """Bytes that a branch holds. `release` frees its own bytes."""
         own = shared = 0
         for segment in self._branch(branch).segments:
             for (_, length), count in self._counts.runs(segment.row, segment.length):
@@ -151,7 +151,7 @@ class ForkableKVCache:
         return self._add(_Branch((), 0))
 
     def fork(self, branch: int, n: int) -> list[int]:
-        """`n` new branches with the tokens of `branch`, sharing its rows. `branch` stays as it is."""
+        """Makes `n` branches that share the rows of `branch`; `branch` is unchanged."""
         origin = self._branch(branch)
         if n < 1:
             raise ValueError(f"n: found {n}; accepted: at least 1 (fork of branch {branch})")
@@ -160,7 +160,7 @@ class ForkableKVCache:
         return [self._add(origin) for _ in range(n)]
 
     def release(self, branch: int) -> None:
-        """Ends a branch; rows that nobody else holds become free."""
+        """Removes a branch and frees its unshared rows."""
         for segment in self._branch(branch).segments:
             self._counts.add(segment.row, segment.length, -1)
         del self._branches[branch]
@@ -170,7 +170,7 @@ class ForkableKVCache:
         return self._branch(branch).length
 
     def reserve(self, branches: Sequence[int], length: int) -> Reservation:
-        """Rows for `length` tokens of each branch. They belong to nobody until `commit` or `replace`.
+        """Reserves rows for `length` tokens of each branch; `commit` or `replace` gives them to the branches.
 
         Raises:
             ValueError: for no branch, a branch named twice, and rows beyond the pools' limit.
@@ -200,7 +200,7 @@ class ForkableKVCache:
         return reservation
 
     def rows_of(self, reservation: Reservation, layer: int) -> CacheRows:
-        """Where one layer of an open reservation is written, for kernels that write K and V themselves."""
+        """Rows of one layer of an open reservation, for kernels that write K and V themselves."""
         self._check_own(reservation)
         if not 0 <= layer < self.layers:
             raise ValueError(f"layer: found {layer}; accepted: 0 to {self.layers - 1} ({reservation})")
@@ -232,7 +232,7 @@ class ForkableKVCache:
         self._close(reservation, "committed")
 
     def replace(self, reservation: Reservation, start: int) -> None:
-        """Puts the reserved tokens in place of tokens [start, start + length), dropped or not, of their branches."""
+        """Replaces tokens [start, start + length) of the branches, dropped or not, by the reserved tokens."""
         self._check_own(reservation)
         stop = start + reservation.length
         for name in reservation.branches:
@@ -244,17 +244,16 @@ class ForkableKVCache:
         self._close(reservation, "committed")
 
     def cancel(self, reservation: Reservation) -> None:
-        """Gives the rows of an open reservation back."""
+        """Frees the rows of an open reservation."""
         self._check_own(reservation)
         for row in reservation.first_rows:
             self._counts.add(row, reservation.length, -1)
         self._close(reservation, "cancelled")
 
     def drop(self, branch: int, start: int, stop: int) -> None:
-        """Forgets tokens [start, stop) of a branch; positions of the others do not change.
+        """Removes tokens [start, stop) of a branch and frees their unshared rows, also parts of a block.
 
-        Rows that nobody else holds become free, also where they are a part of a block. Tokens that were dropped
-        before may be among them.
+        Positions of the other tokens do not change. The range may include tokens that were dropped before.
         """
         self._check_tokens(branch, start, stop)
         segments, length = self._branches[branch]
@@ -264,10 +263,7 @@ class ForkableKVCache:
         self._branches[branch] = _Branch(kept, length)
 
     def segments(self, branch: int, ranges: Iterable[tuple[int, int]]) -> list[Run]:
-        """(first row, length) of the pieces that hold token ranges [start, stop) of a branch, in their order.
-
-        Pieces that follow each other in rows are one.
-        """
+        """(first row, length) of token ranges [start, stop) of a branch, in order; adjacent rows are merged."""
         held = self._branch(branch).segments
         try:
             return locate(held, ranges)
@@ -275,21 +271,22 @@ class ForkableKVCache:
             raise ValueError(f"branch {branch}: {error}") from None
 
     def views(self, branches: Sequence[int], ranges: Sequence[tuple[int, int]]) -> LayerViews:
-        """One view a layer of the same token ranges [start, stop) of several branches, one a batch row."""
+        """Views of the same token ranges [start, stop) of several branches: one branch a batch row, a view a layer."""
         return self.joined_views([[(branch, ranges)] for branch in branches])
 
     def joined_views(self, batch: Sequence[Sequence[tuple[int, Sequence[tuple[int, int]]]]]) -> LayerViews:
-        """One view a layer; batch row b reads the pieces batch[b] in their order, each of them token ranges
-        [start, stop) of a branch."""
+        """Views of contexts joined from several branches, one view a layer.
+
+        batch[b] lists the pieces of batch row b in order: a branch and its token ranges [start, stop).
+        """
         _check_branches(batch)
         found = [[run for branch, ranges in pieces for run in self.segments(branch, ranges)] for pieces in batch]
         return LayerViews.of(self._pools, found)
 
     def bind(self, batch: int, slots: int) -> BoundTable:
-        """Views of `batch` branches with room for `slots` segments each, at addresses that stay.
+        """Views at fixed addresses of `batch` branches with at most `slots` segments each.
 
-        One CUDA graph captured over them serves every chunk, also while the cache still fills. From now on the pools
-        do not grow.
+        One CUDA graph captured over them serves every chunk, also while the cache fills. Ends growth of the pools.
         """
         if min(batch, slots) < 1:
             raise ValueError(f"batch, slots: found {batch}, {slots}; accepted: at least 1")
@@ -297,7 +294,7 @@ class ForkableKVCache:
         return BoundTable(self.segments, batch, slots, self._pools)
 
     def bind_rows(self, batch: int, length: int) -> BoundRows:
-        """Where blocks of `length` tokens of `batch` branches are written, at addresses that stay; see `bind`."""
+        """Rows at fixed addresses for blocks of `length` tokens of `batch` branches; see `bind`."""
         if min(batch, length) < 1:
             raise ValueError(f"batch, length: found {batch}, {length}; accepted: at least 1")
         self._grow = False
@@ -329,7 +326,7 @@ class ForkableKVCache:
         self._open.remove(reservation)
 
     def _allocate(self, branch: int, length: int) -> int:
-        """First of `length` rows that are held from now on; the books grow if they must, the pools do not yet."""
+        """Marks `length` rows as held and returns the first; counts grow if they must, the pools do so later."""
         segments = self._branches[branch].segments
         near = segments[-1].row + segments[-1].length if segments else None
         row = self._counts.find(length, near)

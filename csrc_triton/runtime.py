@@ -1,7 +1,7 @@
-"""Which implementation serves a call: decided by capability, never by catching an exception.
+"""Choice of the implementation of a call, by device, dtype and shape, never by catching an exception.
 
-The backend is "auto" (the fastest that can serve), or one that is forced by the environment variable
-CSRC_TRITON_BACKEND or by `set_backend` / `backend`; a forced backend that cannot serve a call is an error.
+The backend is "auto" (the fastest implementation that can serve the call) or is forced by the environment variable
+CSRC_TRITON_BACKEND, `set_backend` or `backend`. A forced backend that cannot serve a call is an error.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _shapes_only = False
 
 
 def set_backend(name: str) -> None:
-    """Forces a backend for all later calls of this process; "auto" gives the choice back.
+    """Forces a backend for all later calls of this process; "auto" ends that.
 
     Raises:
-        ValueError: for a name that is none of BACKENDS.
+        ValueError: for a name that is not in BACKENDS.
     """
     global _backend
     if name not in BACKENDS:
@@ -42,7 +42,7 @@ def get_backend() -> str:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """`set_backend` for the calls inside."""
+    """Forces a backend inside the `with` block."""
     before = _backend
     set_backend(name)
     try:
@@ -53,7 +53,7 @@ def backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Inside, the kernels serve whatever the device: for fake tensors, with which no kernel runs."""
+    """Kernels serve tensors of any device inside the `with` block: for fake tensors, on which no kernel runs."""
     global _shapes_only
     before, _shapes_only = _shapes_only, True
     try:
@@ -63,7 +63,7 @@ def shapes_only() -> Iterator[None]:
 
 
 def interpreted() -> bool:
-    """Do Triton's kernels run in its interpreter, on the CPU?"""
+    """Whether Triton's kernels run in its interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -73,7 +73,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the `tl` kernels cannot serve tensors of this device and dtype; None if they can."""
+    """Reason why the portable kernels cannot serve tensors of this device and dtype; None if they can."""
     if not TRITON_INSTALLED:
         return "Triton is not installed"
     if dtype not in DTYPES:
@@ -90,7 +90,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def why_unfit(x: torch.Tensor, *vectors: torch.Tensor | None) -> str | None:
-    """Why no kernel can serve an x with these vectors beside it; None if one can."""
+    """Reason why no kernel can serve `x` together with these vectors; None if one can."""
     odd = [vector.dtype for vector in vectors if vector is not None and vector.dtype not in DTYPES]
     if odd:
         return f"a vector is {odd[0]}"
@@ -98,11 +98,15 @@ def why_unfit(x: torch.Tensor, *vectors: torch.Tensor | None) -> str | None:
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype, *, unfit: str | None = None) -> str:
-    """Returns "torch" or "triton" for one call of `op`, by the backend in force and what the tensors are.
+    """Returns the implementation, "torch" or "triton", that serves one call of `op`.
 
-    unfit: a reason of the op's own why its kernel cannot serve (a head size, say). The interpreter is for tests and
-    serves only when it is forced. "hopper" asks for a Hopper kernel where the op has one; the ops without take the
-    `tl` kernel.
+    Triton's interpreter is for tests and serves only where it is forced. The backend "hopper" counts as "triton" here:
+    an op without Hopper kernels uses its portable ones.
+
+    Args:
+        op: name for error messages.
+        device, dtype: of the op's main tensor.
+        unfit: the op's own reason why its kernel cannot serve the call, such as a head size; None if there is none.
 
     Raises:
         ValueError: when a forced backend cannot serve, with the reason.

@@ -15,8 +15,6 @@ neither torch nor transformers; the first use of a function does.
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,23 +36,7 @@ _HOMES = {
     "RunResult": "runs.run", "Step": "types", "UserError": "errors", "get_preset": "presets",
     "load_policies": "runs.run",
 }  # fmt: skip
-_COMMANDS = {"train": "runs.run", "evaluate": "runs.evaluation", "generate": "runs.generation"}
-
-
-class Command(ModuleType):
-    """A command's module that can be called: `tempact.train(config)` beside `python -m tempact.train`.
-
-    The module calls the function of its own name in `tempact.runs`.
-    """
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        name = self.__name__.rpartition(".")[2]
-        return getattr(importlib.import_module(f"tempact.{_COMMANDS[name]}"), name)(*arguments, **options)
-
-
-def callable_command(module: str) -> None:
-    """Makes the module of that name a `Command`."""
-    sys.modules[module].__class__ = Command
+_COMMANDS = ("train", "evaluate", "generate")  # modules that can be called (`tempact.cli.callable_command`)
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ import textwrap
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn, get_args, get_origin
 
 import yaml
@@ -77,6 +78,19 @@ def guarded(action: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")
         return EXIT_STOPPED
+
+
+class Command(ModuleType):
+    """A command's module that can be called: `tempact.train(config)` is `tempact.runs.run.train(config)`."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(self.home), self.__name__.rpartition(".")[2])(*arguments, **options)
+
+
+def callable_command(module: str, home: str) -> None:
+    """Makes `module` a `Command` for the function of its own name in the module `home`."""
+    sys.modules[module].__class__ = Command
+    sys.modules[module].home = home  # type: ignore[attr-defined]
 
 
 class LineParser(argparse.ArgumentParser):

@@ -1,4 +1,4 @@
-"""`python -m tempact.doctor [--json]`: has this machine what a run needs? `doctor judges`: do its judges judge?"""
+"""`python -m tempact.doctor [--json]`: checks this machine for a run. `doctor judges`: asks each judge for a score."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tempact.cli import EXIT_USER_ERROR, LineParser, guarded
-from tempact.diagnostics.versions import FAULT, NOTHING, versions
+from tempact.diagnostics import FAULT, NOTHING, versions
 from tempact.presets import DEFAULT, get_preset
 
 JUDGES = "judges"

@@ -15,8 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tempact import callable_command
-from tempact.cli import LineParser, guarded, parse_run
+from tempact.cli import LineParser, callable_command, guarded, parse_run
 from tempact.config import RunConfig
 from tempact.errors import UserError
 from tempact.evaluation.methods import (
@@ -32,9 +31,10 @@ from tempact.evaluation.methods import (
 )
 from tempact.evaluation.temporal_order.prompts import choose_prompts
 from tempact.presets import PRESETS
+from tempact.worlds import world_of
 
 if TYPE_CHECKING:
-    from tempact.worlds import PolicyPair
+    from tempact.policies import PolicyPair
 
 PROGRAM = "python -m tempact.evaluate"
 SHAPEWORLD, TEMPORAL_ORDER = "shapeworld", "temporal-order"
@@ -76,14 +76,14 @@ def _evaluate(arguments: argparse.Namespace, options: list[str]) -> int:
     if undotted:
         _parser().error(f"unrecognized arguments: {' '.join(undotted)}")
     config, run = _configured(arguments, options)
-    shapeworld = _is_shapeworld(config)
-    if (arguments.suite or (SHAPEWORLD if shapeworld else TEMPORAL_ORDER)) == SHAPEWORLD:
+    world = world_of(config)
+    if world.chosen_suite(arguments.suite) == SHAPEWORLD:
         config = replace(config, evaluation=replace(config.evaluation, **_shapeworld_counts(arguments)))
 
         from tempact.runs.evaluation import evaluate_shapeworld
 
         return evaluate_shapeworld(config, run, partial(_load, config, run))
-    asked = _benchmark_options(arguments, config, shapeworld, trained=run is not None)
+    asked = _benchmark_options(arguments, config, real_video=world.real_video, trained=run is not None)
 
     from tempact.runs.evaluation import evaluate_benchmark
 
@@ -92,23 +92,13 @@ def _evaluate(arguments: argparse.Namespace, options: list[str]) -> int:
 
 def _load(config: RunConfig, run: Path | None) -> tuple[PolicyPair, str]:
     """A run's policies and the name of its newest checkpoint, or a preset's own."""
+    from tempact.policies import build_policies
     from tempact.runs.run import load_newest
-    from tempact.worlds import build_policies
 
     if run is None:
         return build_policies(config), "untrained"
     policies, checkpoint = load_newest(config, run)
     return policies, checkpoint.name
-
-
-def _is_shapeworld(config: RunConfig) -> bool:
-    """Whether the executor's weights are ShapeWorld's own or a folder of that kind."""
-    weights = config.executor.weights
-    if weights in (SHAPEWORLD, ""):
-        return weights == SHAPEWORLD
-    from tempact.worlds import is_shapeworld  # late: it imports torch
-
-    return is_shapeworld(weights)
 
 
 def _configured(arguments: argparse.Namespace, options: list[str]) -> tuple[RunConfig, Path | None]:
@@ -138,9 +128,12 @@ def _shapeworld_counts(arguments: argparse.Namespace) -> dict[str, int]:
 
 
 def _benchmark_options(
-    arguments: argparse.Namespace, config: RunConfig, shapeworld: bool, *, trained: bool
+    arguments: argparse.Namespace, config: RunConfig, *, real_video: bool, trained: bool
 ) -> BenchmarkOptions:
-    """Reads the prompts and checks the rest. UserError for what cannot be done; trained: the target is a run."""
+    """Reads the prompts and checks the other options; UserError for one that cannot be followed.
+
+    real_video: videos may have the benchmark's lengths. trained: the target is a run.
+    """
     seeds = SEEDS if arguments.seeds is None else arguments.seeds
     if seeds < 1:
         raise UserError(f"--seeds: found {seeds}; accepted: at least 1")
@@ -150,7 +143,7 @@ def _benchmark_options(
     if not judges and not pickscore and not arguments.export:
         raise UserError("--judge: found none, and neither --pickscore nor --export; accepted: one of them")
     prompts = choose_prompts(arguments.prompts or (), {"simple": arguments.simple, "hard": arguments.hard})
-    usual_frames = {} if shapeworld else PAPER_FRAMES
+    usual_frames = PAPER_FRAMES if real_video else {}
     frames = {name: usual_frames.get(name, config.executor.frames) for name in prompts}
     return BenchmarkOptions(
         prompts=prompts,
@@ -185,7 +178,7 @@ def _lengths(given: Sequence[str], usual: dict[str, int], chunk: int) -> dict[st
     return lengths
 
 
-callable_command(__name__)
+callable_command(__name__, "tempact.runs.evaluation")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,11 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from tempact import callable_command
-from tempact.cli import CONFIG, LineParser, guarded, lora_options, parse_run
+from tempact.cli import CONFIG, LineParser, callable_command, guarded, lora_options, parse_run
 from tempact.config import RunConfig
 from tempact.errors import UserError
-from tempact.presets import DEFAULT
+from tempact.presets import DEFAULT, backbone_inference
 
 PROGRAM = "python -m tempact.generate"
 
@@ -30,6 +29,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--plan", type=Path, help="a plan (JSON: steps with start, end, prompt) instead of the planner's")
     made.add_argument("--adapter", "--run", type=Path, help="a training run, or a PEFT folder of the executor")
     made.add_argument("--preset", help=f"default: {DEFAULT}, or the run's")
+    made.add_argument(
+        "--inference", choices=("training", "backbone"), default="training",
+        help="videos as in training (default), or as the backbone's authors make them: prompts as given, own window",
+    )  # fmt: skip
     made.add_argument("--frames", help="latent frames of every video, as --executor.frames")
     made.add_argument("--output", type=Path, default=Path("videos"), help="folder for videos, film strips and plans")
     made.add_argument("--seed", type=int, default=0, help="of the first video; each further one has the next")
@@ -75,10 +78,11 @@ def _configured(arguments: argparse.Namespace, options: list[str]) -> RunConfig:
         raise UserError(f"--adapter: found no config.yaml or {CONFIG} in {adapter}; accepted: a run, a PEFT folder")
     frames = ["--executor.frames", arguments.frames] if arguments.frames else []
     untrained = ["--planner.train", "false", "--executor.train", "false"]  # any sampling setting may be tried
-    return parse_run([*source, *frames, *options, *untrained], PROGRAM)[0]
+    config = parse_run([*source, *frames, *options, *untrained], PROGRAM)[0]
+    return backbone_inference(config) if arguments.inference == "backbone" else config
 
 
-callable_command(__name__)
+callable_command(__name__, "tempact.runs.generation")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from tempact import callable_command
-from tempact.cli import guarded, parse_run, to_yaml
+from tempact.cli import callable_command, guarded, parse_run, to_yaml
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,7 +28,7 @@ def _train(argv: list[str] | None) -> int:
     return train(config, options.resume).exit_code
 
 
-callable_command(__name__)
+callable_command(__name__, "tempact.runs.run")
 
 if __name__ == "__main__":
     sys.exit(main())

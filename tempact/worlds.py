@@ -1,124 +1,43 @@
-"""From configuration to objects: the one place that knows every implementation."""
+"""Worlds: executor weights of one kind, with the prompts, rewards and evaluations that suit their videos.
+
+`world_of` says which world a configuration names. Methods import torch and the models themselves, so that a command
+may ask for the world while it still reads its options.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import re
-import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
-
-from csrc_triton import runtime
 from tempact.config import RunConfig, validate
 from tempact.errors import UserError
-from tempact.executor.executor import Executor
-from tempact.models.wan.checkpoints.load import load_transformer
-from tempact.models.wan.codec import Codec, PixelCodec
-from tempact.models.wan.text import PromptEncoder
-from tempact.models.wan.transformer import WanTransformer
-from tempact.planner.planner import Planner
-from tempact.prompt_file import FilePrompts
-from tempact.rewards.base import RewardSet, load_rewards
-from tempact.shapeworld.pretraining.executor import load_executor
-from tempact.shapeworld.story import CHUNK, FRAMES, SIZE
-from tempact.shapeworld.world import ShapeWorldPrompts, shapeworld_rewards
-from tempact.trainer import PromptSource, Trainer
+
+if TYPE_CHECKING:
+    import torch
+
+    from tempact.models.wan.codec import Codec
+    from tempact.models.wan.text import PromptEncoder
+    from tempact.models.wan.transformer import WanConfig, WanTransformer
+    from tempact.rewards.base import RewardSet
+    from tempact.trainer import PromptSource
 
 log = logging.getLogger(__name__)
 
-SHAPEWORLD = "shapeworld"
+SHAPEWORLD = "shapeworld"  # name of the shipped weights and of the grammar's prompts
+RANDOM_PLANNER = "random"  # a planner of the shipped sizes without weights
 WEIGHTS = Path(__file__).parent / "shapeworld" / "weights"
-
-
-@dataclass
-class PolicyPair:
-    """Both policies, as trained and as they started."""
-
-    planner: Planner
-    executor: Executor
-
-
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt")
-WAN_PACKAGES = ("diffusers", "ftfy")  # of the extra "wan"
-
-
-def device_of(config: RunConfig) -> torch.device:
-    """The device a run uses; also sets threads, determinism and which kernels serve."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    if config.deterministic:
-        torch.use_deterministic_algorithms(True)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: found cuda, but torch sees no GPU; accepted: auto or cpu here")
-    name = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    choose_kernels(config.kernels, device)
-    return device
-
-
-def choose_kernels(name: str, device: torch.device) -> None:
-    """Sets the backend of csrc_triton's ops; UserError for one that this device cannot run."""
-    reason = runtime.why_not_triton(device, torch.float32) if name == "triton" else None
-    if reason:
-        raise UserError(f"kernels: found triton, which cannot serve here ({reason}); accepted here: torch, auto")
-    runtime.set_backend(name)
-
-
-def check_executor(config: RunConfig) -> None:
-    """UserError for what can be seen to be wrong with the executor before anything is loaded."""
-    if not config.executor.weights:
-        raise UserError(
-            f"executor.weights: found nothing, and the preset {config.preset} has none of its own; accepted: the "
-            "backbone's checkpoint, or random or random-tiny to see everything but the pictures"
-        )
-    if is_shapeworld(config.executor.weights):  # or nothing at all: said before its prompts and rewards are blamed
-        weights_folder("executor", config.executor.weights)
-    validate(config)
-
-
-def build_policies(config: RunConfig) -> PolicyPair:
-    """Planner and executor with fresh adapters, drawn from the run's seed."""
-    device = device_of(config)
-    executor = build_executor(config, device)
-    return PolicyPair(build_planner(config, device), executor)
-
-
-def build_executor(config: RunConfig, device: torch.device) -> Executor:
-    """The executor with a fresh adapter, drawn from the run's seed."""
-    check_executor(config)
-    transformers_logging.disable_progress_bar()
-    # PEFT reads an attribute that newer transformers have renamed; nobody here can act on it
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    parts = executor_parts(config, device)
-    torch.manual_seed(config.seed)
-    return Executor(parts.transformer, parts.text_encoder, parts.codec, config.executor, parts.size)
-
-
-def build_planner(config: RunConfig, device: torch.device) -> Planner:
-    """The planner with the adapter it starts from."""
-    lengths = config.executor.frames, config.executor.chunk_frames
-    if config.planner.weights != "random":
-        folder = weights_folder("planner", config.planner.weights)
-        return Planner.load(folder, config.planner, *lengths, device=device)
-    log.warning("planner.weights: random: its plans mean nothing")
-    small = weights_folder("planner", SHAPEWORLD)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(small, local_files_only=True))
-    tokenizer = AutoTokenizer.from_pretrained(small, local_files_only=True)
-    adapter = Path(config.planner.adapter) if config.planner.adapter else None
-    return Planner(model.to(device), tokenizer, config.planner, *lengths, adapter)
+VAE_STRIDE = 8  # pixels along a latent's side, of Wan's VAE
 
 
 class ExecutorParts(NamedTuple):
-    """What an executor is made of; size is the height and width of its videos, pixels."""
+    """The frozen models of an executor, on one device; size: height and width of its videos, pixels."""
 
     transformer: WanTransformer
     text_encoder: PromptEncoder
@@ -126,172 +45,404 @@ class ExecutorParts(NamedTuple):
     size: tuple[int, int]
 
 
-def executor_parts(config: RunConfig, device: torch.device) -> ExecutorParts:
-    """By what `executor.weights` names."""
-    weights = config.executor.weights
-    if is_shapeworld(weights):
-        return shapeworld_parts(config, device)
-    require_wan_packages(weights)
-    return random_parts(config, device) if is_random(weights) else wan_parts(config, device)
+class WorldSizes(NamedTuple):
+    """Sizes of an executor's models, from config files or as published.
+
+    latent: (H, W) of a video's latents. text_encoder: folder whose config.json, if it has one, is a UMT5 encoder's;
+    None for no encoder. vae: settings of `AutoencoderKLWan`; None where latents are pixels.
+    """
+
+    transformer: WanConfig
+    latent: tuple[int, int]
+    text_encoder: Path | None
+    vae: dict[str, Any] | None
 
 
-def require_wan_packages(weights: str) -> None:
-    """UserError if a package that real backbones need is not installed; weights: what was asked for."""
-    absent = [name for name in WAN_PACKAGES if importlib.util.find_spec(name) is None]
-    if absent:
-        found = f"executor.weights: {weights or 'a backbone'} needs {', '.join(absent)}"
-        raise UserError(f"{found}; accepted: after pip install -e '.[wan]'")
+class World:
+    """Executor weights of one kind, and the prompts, rewards and evaluations of their videos.
+
+    A new backbone is one subclass, added to `WORLDS`. The subclass says which `executor.weights` are its own
+    (`claims`), loads them (`executor_parts`), lists missing files (`missing_weights`) and tells sizes for a dry run
+    (`sizes`). Everything else has a default here, for real video: prompts from a file, rewards of served judges and
+    PickScore, the Temporal Order Benchmark.
+    """
+
+    suites: ClassVar[tuple[str, ...]] = ("temporal-order",)  # accepted by `evaluate --suite`, the default first
+    note: ClassVar[str] = ""  # shown on every video and table made with these weights
+    packages: ClassVar[tuple[str, ...]] = ()  # importable names of the extra "wan" that the world needs
+    real_video: ClassVar[bool] = True  # of any length, from prompts in any words, on a GPU
+
+    def __init__(self, config: RunConfig):
+        self.config, self.weights = config, config.executor.weights
+
+    @classmethod
+    def claims(cls, weights: str) -> bool:
+        """Do these `executor.weights` (a name, file or folder) belong to this world?"""
+        raise NotImplementedError
+
+    def executor_parts(self, device: torch.device, preview: bool = False) -> ExecutorParts:
+        """Loads the frozen models; UserError for files that do not fit each other.
+
+        preview: frames may come from the tiny decoder `executor.decoder`. Rewards always see those of the VAE.
+        """
+        raise NotImplementedError
+
+    def missing_weights(self) -> Iterator[str]:
+        """A line for each of the executor's files that is not there or cannot be read; none is read through."""
+        raise NotImplementedError
+
+    def sizes(self) -> WorldSizes:
+        """From config files; UserError for a file that cannot be read."""
+        raise NotImplementedError
+
+    @property
+    def at_hand(self) -> bool:
+        """Is there something at `executor.weights`? Without, `sizes` are those of the published model."""
+        return True
+
+    @property
+    def judged(self) -> bool:
+        """Do served judges give rewards?"""
+        return self.real_video or self.config.judges.shapeworld
+
+    def check(self) -> None:
+        """UserError for settings and files that cannot work, before anything is loaded."""
+        for line in self.missing_weights():
+            raise UserError(line)
+        self.check_settings()
+
+    def check_settings(self) -> None:
+        """UserError for settings that cannot work, and for packages that are not installed."""
+        absent = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        if absent:
+            found = f"executor.weights: {self.weights or 'a backbone'} needs {', '.join(absent)}"
+            raise UserError(f"{found}; accepted: after pip install -e '.[wan]'")
+        validate(self.config)
+
+    def check_instruction(self, text: str) -> None:
+        """UserError for an instruction that the executor cannot follow."""
+
+    def prompts(self) -> PromptSource:
+        """Training prompts from the file `data.prompts`; UserError for none and for a file that cannot be used."""
+        from tempact.prompt_file import FilePrompts
+
+        source = self.config.data.prompts
+        if source in ("", SHAPEWORLD):
+            found = repr(source) if source else "nothing"
+            raise UserError(
+                f"data.prompts: found {found}, which does not serve executor.weights {self.weights or repr('')}; "
+                "accepted: a CSV, JSONL, parquet or text file of prompts"
+            )
+        return FilePrompts(Path(source), self.config.data.prompts_per_iteration)
+
+    def rewards(self, device: torch.device) -> RewardSet:
+        """Rewards of training: served judges, PickScore on `device`, and the user's own. The caller closes them.
+
+        UserError for own rewards that cannot be imported, judges that the environment does not name and PickScore's
+        weights.
+        """
+        from tempact.rewards.base import load_rewards
+        from tempact.rewards.judges.client import JudgeClient
+        from tempact.rewards.judges.config import JudgeConfig
+        from tempact.rewards.pickscore import PickScorer, real_rewards
+
+        settings, custom = self.config.judges, load_rewards(self.config.rewards.custom)
+        judges = JudgeClient(JudgeConfig.from_environment(settings=settings))
+        try:
+            return real_rewards(judges, PickScorer.load(settings, device), settings).extended(custom)
+        except UserError:
+            judges.close()
+            raise
+
+    def chosen_suite(self, asked: str | None) -> str:
+        """The suite that `evaluate` runs: the one asked for, else the default; UserError for one of other videos."""
+        if asked is not None and asked not in self.suites:
+            raise UserError(
+                f"executor.weights: found {self.weights}, whose videos ShapeWorld's evaluation cannot score; "
+                f"accepted: {SHAPEWORLD}"
+            )
+        return asked or self.suites[0]
+
+    def missing(self) -> Iterator[str]:
+        """A line (key, what was found, what is accepted) for each file, package and address that training lacks, beside
+        the planner's.
+
+        Judges are looked up in the environment, not asked; `python -m tempact.doctor judges` asks them.
+        """
+        from tempact.rewards.base import load_rewards
+        from tempact.rewards.judges.config import ROLES, JudgeConfig
+
+        yield from self.missing_weights()
+        yield from tried("data.prompts", self.prompts)
+        yield from tried("rewards.custom", lambda: load_rewards(self.config.rewards.custom))
+        if self.judged and importlib.util.find_spec("openai") is None:
+            yield "judges: found no package openai; accepted: after pip install -e '.[judges]'"
+        for role, fallback in ROLES.items() if self.judged else ():
+            yield from tried("judges", partial(JudgeConfig.from_environment, {role: fallback}))
+        files = {"aesthetics_weights": "config.json", "aesthetics_processor": "tokenizer_config.json"}
+        for key, file in files.items() if self.real_video else ():
+            name = getattr(self.config.judges, key)
+            if local_folder(name, file) is None:
+                found = f"{name}, which is no folder with a {file} and not in the Hugging Face hub's cache"
+                yield f"judges.{key}: found {found}; accepted: a CLIP folder, or a name that the hub serves"
+
+    def folders(self) -> dict[str, str]:
+        """Folders that training writes to, by configuration key."""
+        cache = self.config.judges.cache if self.judged else ""
+        return {"output": self.config.output} | ({"judges.cache": str(Path(cache).parent)} if cache else {})
 
 
-def is_random(weights: str) -> bool:
-    """Does this ask for random weights in the place of a checkpoint?"""
-    return weights in ("random", "random-tiny")
+class ShapeWorld(World):
+    """The shipped executor, or a folder that ShapeWorld's pretraining has written (it holds transformer.json)."""
 
+    suites = (SHAPEWORLD, "temporal-order")
+    real_video = False
 
-def is_shapeworld(weights: str) -> bool:
-    """Are these ShapeWorld's weights, or of its kind?"""
-    return not (is_random(weights) or is_wan(weights))
+    @classmethod
+    def claims(cls, weights: str) -> bool:
+        return weights == SHAPEWORLD or bool(weights and (Path(weights) / "transformer.json").is_file())
 
+    @property
+    def folder(self) -> Path:
+        """Where the executor's files are."""
+        return shipped("executor", self.weights)
 
-def is_wan(weights: str) -> bool:
-    """Is this a Wan checkpoint, rather than ShapeWorld's own kind of folder or one that holds nothing?"""
-    path = Path(weights)
-    if weights == SHAPEWORLD:
-        return False
-    return path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / "transformer.json").is_file())
+    def executor_parts(self, device: torch.device, preview: bool = False) -> ExecutorParts:
+        from tempact.models.wan.codec import PixelCodec
+        from tempact.shapeworld.pretraining.executor import load_executor
 
+        transformer, text_encoder = load_executor(self.folder)
+        return ExecutorParts(transformer.to(device), text_encoder.to(device), PixelCodec(), self.sizes().latent)
 
-def shapeworld_parts(config: RunConfig, device: torch.device) -> ExecutorParts:
-    """The shipped executor, or another that ShapeWorld's pretraining has made."""
-    settings = config.executor
-    folder = weights_folder("executor", settings.weights)
-    length = (settings.frames, settings.chunk_frames)
-    if length != (FRAMES, CHUNK):
-        raise UserError(
-            f"executor.frames, executor.chunk_frames: found {length}; accepted: {(FRAMES, CHUNK)}, as in ShapeWorld"
-        )
-    if settings.adapters or settings.precision != "fp32":
-        found = f"{len(settings.adapters)}, {settings.precision}"
-        raise UserError(f"executor.adapters, executor.precision: found {found}; accepted: none and fp32 in ShapeWorld")
-    transformer, text_encoder = load_executor(folder)
-    return ExecutorParts(transformer.to(device), text_encoder.to(device), PixelCodec(), (SIZE, SIZE))
+    def missing_weights(self) -> Iterator[str]:
+        for name in ("transformer.safetensors", "text_encoder/model.safetensors"):
+            file = self.folder / name
+            if not file.is_file():
+                yield f"executor.weights: {file}: not found; accepted: a folder with an executor's weights"
 
+    def sizes(self) -> WorldSizes:
+        from tempact.models.wan.transformer import WanConfig
+        from tempact.shapeworld.story import SIZE
 
-def wan_parts(config: RunConfig, device: torch.device) -> ExecutorParts:
-    """A published checkpoint with its adapters merged, and the text encoder and VAE of Wan's release."""
-    from tempact.models.wan.text import load_cached_text_encoder
-    from tempact.models.wan.vae import load_codec
+        read = json.loads((self.folder / "transformer.json").read_text())
+        transformer = WanConfig(**{**read, "patch": tuple(read["patch"])})
+        return WorldSizes(transformer, (SIZE, SIZE), self.folder / "text_encoder", None)
 
-    settings = config.executor
-    folder = Path(settings.wan_folder or settings.weights)
-    if not folder.is_dir():
-        raise UserError(f"executor.wan_folder: {folder} is not a folder; accepted: Wan2.1-T2V-1.3B or its -Diffusers")
-    adapters = [Path(adapter) for adapter in settings.adapters]
-    weights = Path(settings.weights)
-    transformer = load_transformer(
-        weights, device=device, precision=settings.precision, adapters=adapters, entry=settings.entry
-    )
-    dtype = transformer.dtype
-    codec = load_codec(folder, dtype, device)
-    sizes = transformer.config
-    if sizes.in_dim != codec.latent_channels:
-        raise UserError(
-            f"{weights}: found {sizes.in_dim} latent channels; accepted: {codec.latent_channels}, as the VAE"
-        )
-    text_encoder = load_cached_text_encoder(
-        folder, Path(settings.text_cache), dtype, device, sizes.text_len, offload=settings.offload_text_encoder
-    )
-    return ExecutorParts(transformer, text_encoder, codec, settings.video_size)
+    def check_settings(self) -> None:
+        from tempact.shapeworld.story import CHUNK, FRAMES
 
+        settings = self.config.executor
+        super().check_settings()
+        length = (settings.frames, settings.chunk_frames)
+        if length != (FRAMES, CHUNK):
+            raise UserError(
+                f"executor.frames, executor.chunk_frames: found {length}; accepted: {(FRAMES, CHUNK)}, as in ShapeWorld"
+            )
+        if settings.adapters or settings.precision != "fp32":
+            found = f"{len(settings.adapters)}, {settings.precision}"
+            accepted = "none and fp32 in ShapeWorld"
+            raise UserError(f"executor.adapters, executor.precision: found {found}; accepted: {accepted}")
 
-def random_parts(config: RunConfig, device: torch.device) -> ExecutorParts:
-    """Random weights of Wan's sizes or small ones, drawn from the run's seed."""
-    from tempact.models.wan.random_weights import RandomText, random_codec, random_transformer
+    def check_instruction(self, text: str) -> None:
+        from tempact.shapeworld.grammar import parse_instruction
 
-    settings = config.executor
-    if settings.adapters:
-        raise UserError(f"executor.adapters: found {len(settings.adapters)}; accepted: none on random weights")
-    log.warning("executor.weights: %s: videos are noise", settings.weights)
-    torch.manual_seed(config.seed)
-    transformer = random_transformer(settings.weights, settings.precision, device)
-    codec = random_codec(settings.weights, transformer.dtype, device)
-    return ExecutorParts(transformer, RandomText(settings.weights, device), codec, settings.video_size)
+        parse_instruction(text)
 
+    def prompts(self) -> PromptSource:
+        """Prompts drawn from the grammar's training split; UserError for another source."""
+        from tempact.shapeworld.world import ShapeWorldPrompts
 
-def build_prompts(config: RunConfig) -> PromptSource:
-    """Where training prompts come from: ShapeWorld's grammar for its executor, a file for every other one."""
-    source = config.data.prompts
-    if is_shapeworld(config.executor.weights):
+        source = self.config.data.prompts
         if source != SHAPEWORLD:
             raise UserError(f"data.prompts: found {source!r}; accepted: {SHAPEWORLD}, as the executor knows no others")
         return ShapeWorldPrompts()
-    if source in ("", SHAPEWORLD):
-        found = repr(source) if source else "nothing"
-        raise UserError(
-            f"data.prompts: found {found}, which does not serve executor.weights "
-            f"{config.executor.weights}; accepted: a CSV, JSONL, parquet or text file of prompts"
-        )
-    return FilePrompts(Path(source), config.data.prompts_per_iteration)
+
+    def rewards(self, device: torch.device) -> RewardSet:
+        """ShapeWorld's four and the user's own; `judges.shapeworld`: served judges score all but picture quality."""
+        from tempact.rewards.base import load_rewards
+        from tempact.shapeworld.world import shapeworld_rewards
+
+        rewards, settings, custom = shapeworld_rewards(), self.config.judges, load_rewards(self.config.rewards.custom)
+        if settings.shapeworld:
+            from tempact.rewards.judged import judged_rewards
+            from tempact.rewards.judges.client import JudgeClient
+            from tempact.rewards.judges.config import JudgeConfig
+
+            judges = JudgeClient(JudgeConfig.from_environment(settings=settings))
+            rewards = judged_rewards(judges, rewards.aesthetics, settings)
+        return rewards.extended(custom)
 
 
-def build_rewards(config: RunConfig) -> RewardSet:
-    """The rewards of a run's videos: ShapeWorld's own, judges and PickScore for everything else, and the user's own.
+class Wan(World):
+    """Published checkpoints of the Wan transformer, with the text encoder and VAE of Wan's release.
 
-    With `judges.shapeworld` judges score ShapeWorld, too, all but its picture quality. Whoever builds them closes them.
-    UserError for own rewards that are none, for judges that the environment lacks and for PickScore's weights.
+    Weights that are not there belong here too: a dry run plans for them with the sizes of Wan2.1-T2V-1.3B.
     """
-    custom = load_rewards(config.rewards.custom)
-    own = is_shapeworld(config.executor.weights)
-    if own and not config.judges.shapeworld:
-        return shapeworld_rewards().extended(custom)
-    # late: ShapeWorld needs no CLIP
-    from tempact.rewards.judged import judged_rewards
-    from tempact.rewards.judges.client import JudgeClient
-    from tempact.rewards.judges.config import JudgeConfig
-    from tempact.rewards.pickscore import PickScorer, real_rewards
 
-    judges = JudgeClient(JudgeConfig.from_environment(settings=config.judges))
-    try:
-        if own:
-            return judged_rewards(judges, shapeworld_rewards().aesthetics, config.judges).extended(custom)
-        scorer = PickScorer.load(config.judges, device_of(config))
-        return real_rewards(judges, scorer, config.judges).extended(custom)
-    except UserError:
-        judges.close()
-        raise
+    packages = ("diffusers", "ftfy")
 
+    @classmethod
+    def claims(cls, weights: str) -> bool:
+        return True
 
-def build_trainer(
-    config: RunConfig, policies: PolicyPair, prompts: PromptSource | None = None, rewards: RewardSet | None = None
-) -> Trainer:
-    """The trainer; prompts and rewards are those of the configuration unless others are given."""
-    prompts = prompts or build_prompts(config)
-    rewards = rewards or build_rewards(config)
-    return Trainer(config, policies.planner, policies.executor, rewards, prompts)
+    @property
+    def at_hand(self) -> bool:
+        path = Path(self.weights)
+        return bool(self.weights) and (path.is_file() or (path.is_dir() and any(path.iterdir())))
 
+    @property
+    def release(self) -> Path:
+        """The folder of Wan's release."""
+        return Path(self.config.executor.wan_folder or self.weights)
 
-def weights_folder(part: str, weights: str) -> Path:
-    """The folder that holds the weights of "planner" or "executor"; UserError if there is none."""
-    folder = WEIGHTS / part if weights == SHAPEWORLD else Path(weights)
-    more = {"executor": ", a Wan checkpoint", "planner": ", a name on the Hugging Face hub"}.get(part, "")
-    if part == "planner" and not folder.exists() and HUB_NAME.fullmatch(weights):
-        return _fetched(weights)
-    if not weights or not folder.is_dir():
-        found = "a file" if folder.is_file() else "nothing"
-        raise UserError(
-            f"{part}.weights: found {found} at {weights or repr(weights)}; accepted: {SHAPEWORLD}, a folder with "
-            f"weights{more}"
+    def executor_parts(self, device: torch.device, preview: bool = False) -> ExecutorParts:
+        from tempact.models.wan.checkpoints.load import load_transformer
+        from tempact.models.wan.text import load_cached_text_encoder
+        from tempact.models.wan.vae import load_codec
+
+        settings, weights = self.config.executor, Path(self.weights)
+        adapters = [Path(adapter) for adapter in settings.adapters]
+        transformer = load_transformer(
+            weights, device=device, precision=settings.precision, adapters=adapters, entry=settings.entry
         )
-    return folder
+        sizes, dtype = transformer.config, transformer.dtype
+        decoder = Path(settings.decoder) if preview and settings.decoder else None
+        codec = load_codec(self.release, dtype, device, decoder)
+        if sizes.in_dim != codec.latent_channels:
+            raise UserError(
+                f"{weights}: found {sizes.in_dim} latent channels; accepted: {codec.latent_channels}, as the VAE"
+            )
+        cache, offload = Path(settings.text_cache), settings.offload_text_encoder
+        text_encoder = load_cached_text_encoder(self.release, cache, dtype, device, sizes.text_len, offload=offload)
+        return ExecutorParts(transformer, text_encoder, codec, settings.video_size)
+
+    def missing_weights(self) -> Iterator[str]:
+        if not self.weights:
+            yield (
+                f"executor.weights: found nothing, and the preset {self.config.preset} has none of its own; accepted: "
+                "the backbone's checkpoint, or random or random-tiny to see everything but the pictures"
+            )
+        elif not self.at_hand:
+            yield no_weights("executor", self.weights, ", a Wan checkpoint")
+        self.check_settings()  # the packages, before they are imported
+        from torch import bfloat16
+
+        from tempact.models.wan.checkpoints.files import find_weights
+        from tempact.models.wan.checkpoints.lora import open_adapter
+        from tempact.models.wan.text import source_of
+        from tempact.models.wan.vae import find_vae
+
+        if self.at_hand:
+            yield from tried("executor.weights", lambda: [file.stat() for file in find_weights(Path(self.weights))])
+        for adapter in self.config.executor.adapters:
+            yield from tried("executor.adapters", partial(open_adapter, Path(adapter), self.sizes().transformer))
+        folder, named = self.release, self.config.executor.wan_folder or self.weights
+        if not named or not folder.is_dir():
+            accepted = "Wan2.1-T2V-1.3B or its -Diffusers"
+            yield f"executor.wan_folder: {named or repr(named)} is not a folder; accepted: {accepted}"
+            return
+        yield from tried("executor.wan_folder", lambda: source_of(folder, bfloat16))
+        yield from tried("executor.wan_folder", lambda: find_vae(folder))
+
+    def sizes(self) -> WorldSizes:
+        from tempact.models.wan.checkpoints.files import PICKLES, find_weights
+        from tempact.models.wan.checkpoints.names import read_config
+        from tempact.models.wan.transformer import WanConfig
+
+        file = self.release / "vae" / "config.json"
+        vae = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        weights = find_weights(Path(self.weights))[:1] if self.at_hand else []
+        beside = [path.with_name("config.json") for path in weights if path.suffix not in PICKLES]
+        transformer = read_config(beside[0]) if beside and beside[0].is_file() else WanConfig()
+        return WorldSizes(transformer, self._latent, self.release / "text_encoder", vae)
+
+    @property
+    def _latent(self) -> tuple[int, int]:
+        height, width = self.config.executor.video_size
+        return height // VAE_STRIDE, width // VAE_STRIDE
+
+    def folders(self) -> dict[str, str]:
+        return super().folders() | {"executor.text_cache": self.config.executor.text_cache}
 
 
-def _fetched(name: str) -> Path:
-    """The folder of a language model of the Hugging Face hub, from its cache if it is there."""
+class RandomWan(Wan):
+    """Random weights of Wan's sizes ("random") or small ones ("random-tiny"), drawn from the run's seed."""
+
+    note = "random weights"
+    at_hand = True
+    folders = World.folders  # no text encoder, so no cache of its rows
+
+    @classmethod
+    def claims(cls, weights: str) -> bool:
+        return weights in ("random", "random-tiny")
+
+    def executor_parts(self, device: torch.device, preview: bool = False) -> ExecutorParts:
+        import torch
+
+        from tempact.models.wan.random_weights import RandomText, random_codec, random_transformer
+
+        log.warning("executor.weights: %s: videos are noise", self.weights)
+        torch.manual_seed(self.config.seed)
+        transformer = random_transformer(self.weights, self.config.executor.precision, device)
+        codec = random_codec(self.weights, transformer.dtype, device)
+        return ExecutorParts(transformer, RandomText(self.weights, device), codec, self.config.executor.video_size)
+
+    def missing_weights(self) -> Iterator[str]:
+        return iter(())
+
+    def sizes(self) -> WorldSizes:
+        from tempact.models.wan.random_weights import RANDOM
+
+        transformer, width = RANDOM[self.weights]
+        return WorldSizes(transformer, self._latent, None, {"base_dim": width})
+
+    def check_settings(self) -> None:
+        settings = self.config.executor
+        if settings.adapters:
+            raise UserError(f"executor.adapters: found {len(settings.adapters)}; accepted: none on random weights")
+        super().check_settings()
+
+
+WORLDS: tuple[type[World], ...] = (ShapeWorld, RandomWan, Wan)  # the first that claims the weights has them
+
+
+def world_of(config: RunConfig) -> World:
+    """The world that `executor.weights` names."""
+    return next(world(config) for world in WORLDS if world.claims(config.executor.weights))
+
+
+def shipped(part: str, weights: str) -> Path:
+    """The folder of weights, which may be ShapeWorld's own of "planner" or "executor"; it need not exist."""
+    return WEIGHTS / part if weights in (SHAPEWORLD, RANDOM_PLANNER) else Path(weights)
+
+
+def local_folder(name: str, file: str = "config.json") -> Path | None:
+    """The folder with `file` that a model's name stands for on this machine; None if there is none.
+
+    name: a folder, a name of the shipped planner, or a model whose files are in the Hugging Face hub's cache.
+    """
+    folder = shipped("planner", name)
+    if not (folder / file).is_file() and HUB_NAME.fullmatch(name):
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(name, local_files_only=True))
+        except (OSError, ValueError):
+            return None
+    return folder if (folder / file).is_file() else None
+
+
+def no_weights(part: str, weights: str, more: str) -> str:
+    """Why a policy's weights cannot be had; more: what else than ShapeWorld's name and a folder is accepted."""
+    found = "a file" if Path(weights).is_file() else "nothing"
+    accepted = f"{SHAPEWORLD}, a folder with weights{more}"
+    return f"{part}.weights: found {found} at {weights or repr(weights)}; accepted: {accepted}"
+
+
+def tried(key: str, read: Callable[[], object]) -> Iterator[str]:
+    """The reason, under a configuration key, why something cannot be read; nothing if it can."""
     try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
-    except (OSError, HFValidationError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0][:150]
-        raise UserError(
-            f"planner.weights: {name} is no folder here, and the Hugging Face hub gave none ({type(error).__name__}: "
-            f"{reason}); accepted: {SHAPEWORLD}, a folder with weights, a name on the hub"
-        ) from error
+        read()
+    except (UserError, OSError) as error:
+        told = " ".join(str(error).split())
+        yield told if told.startswith(f"{key}:") else f"{key}: {told}"

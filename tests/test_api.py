@@ -88,3 +88,18 @@ def test_an_iterations_videos_end_with_it(tmp_path: Path, monkeypatch: pytest.Mo
     config = smoke(tmp_path / "run")
     config = replace(config, evaluation=replace(config.evaluation, simple=1, hard=1))
     assert tempact.train(config).exit_code == 0 and len(made) == 4
+
+
+def test_a_reward_of_ones_own_is_one_function(tmp_path: Path) -> None:
+    seen: list[tempact.Iteration] = []
+
+    def brightness(prompts, plans, frames, spans) -> torch.Tensor:
+        assert len(prompts) == len(plans) == len(spans) == len(frames)
+        return frames.float().mean(dim=(2, 3, 4, 5)) / 255
+
+    config = smoke(tmp_path / "run")
+    config = replace(config, evaluation=replace(config.evaluation, simple=1, hard=1))
+    tempact.train(config, rewards=[tempact.Reward("brightness", brightness, weight=2.0)], callbacks=[seen.append])
+    own = seen[0].scored.custom[0]
+    assert own.name == "brightness" and own.scores.shape == (2, 2)
+    assert seen[0].metrics["rewards/brightness/mean"] == pytest.approx(own.scores.mean().item())

@@ -18,16 +18,17 @@ from test_worlds import release as release  # a fixture: a pipeline's folder wit
 from tempact import generate
 from tempact.cli import to_yaml
 from tempact.config import LoraConfig, RunConfig
+from tempact.errors import UserError
 from tempact.executor.sampler import gaussian_noise
 from tempact.executor.stream import stream_frames
 from tempact.models.wan.codec import PixelCodec
 from tempact.planner.planner import Planner
+from tempact.policies import PolicyPair, build_policies
 from tempact.presets import get_preset
 from tempact.runs import generation
 from tempact.runs.checkpoint import save
 from tempact.types import Plan, Step
 from tempact.video import enlarge
-from tempact.worlds import PolicyPair, build_policies
 
 STEPS = [{"start": 0, "end": 3, "prompt": "a cat"}, {"start": 3, "end": 9, "prompt": "a dog"}]
 TINY = ["--executor.weights", "random-tiny", "--executor.lora.rank", "4", "--executor.lora.alpha", "4"]
@@ -322,3 +323,27 @@ def test_runs_and_adapters_that_do_not_fit(tmp_path: Path, capsys: pytest.Captur
         capsys, "--run", empty, *rest, "--preset", "self-forcing"
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_the_inference_of_a_backbones_authors_is_one_flag() -> None:
+    def configured(preset: str, *more: str) -> RunConfig:
+        line = ["--preset", preset, "--prompt", "x", "--executor.weights", "random-tiny", "--planner.weights", "random"]
+        return generate._configured(*generate.parser().parse_known_args([*line, *more]))
+
+    ours, theirs = configured("self-forcing").executor, configured("self-forcing", "--inference", "backbone").executor
+    assert (ours.smooth_prompts, ours.window, ours.frames) == (True, "tempact-self-forcing", 30)
+    assert (theirs.smooth_prompts, theirs.window, theirs.frames, theirs.precision) == (
+        False,
+        "self-forcing",
+        21,
+        "bf16",
+    )
+    longlive = configured("longlive", "--inference", "backbone", "--frames", "120").executor
+    assert (longlive.window, longlive.frames, longlive.entry, longlive.switch_rounding) == (
+        "longlive",
+        120,
+        "generator",
+        "up",
+    )
+    with pytest.raises(UserError, match="--inference"):
+        configured("shapeworld", "--inference", "backbone")

@@ -28,17 +28,18 @@ LAYERS = (
     ("evaluation",),
     ("reporting",),
     ("worlds",),
+    ("policies",),
     ("runs", "diagnostics"),
     ("train", "generate", "evaluate", "report", "doctor"),
 )
-POLICIES = ("tempact.planner*", "tempact.executor*", "tempact.trainer", "tempact.worlds")
+POLICIES = ("tempact.planner*", "tempact.executor*", "tempact.trainer", "tempact.worlds", "tempact.policies")
 MODEL_CODE = ("tempact.models*", "transformers*", "peft*", *POLICIES)
 # (these modules, never reach these), also through others
 NEVER_REACH = [
     ("csrc_triton*", ("tempact*",)),
     ("tempact.rl*", MODEL_CODE),
     ("tempact.rewards*", ("tempact.models*", "peft*", *POLICIES)),  # transformers: PickScore is a CLIP
-    ("tempact.shapeworld.world", ("tempact.planner.planner", "tempact.executor*", "tempact.trainer", "tempact.worlds")),
+    ("tempact.shapeworld.world", ("tempact.planner.planner", *POLICIES[1:])),
     ("tempact.shapeworld.matcher", ("tempact.shapeworld.verifier*",)),
     ("tempact.cli", ("torch*", "numpy*", "transformers*", "peft*", "matplotlib*")),
 ]
@@ -137,8 +138,9 @@ def test_every_folder_with_code_is_a_package_and_data_is_shipped() -> None:
     code = {path.parent for path in sources().values()}
     assert [str(folder) for folder in sorted(code) if not (folder / "__init__.py").is_file()] == []
     shipped = {
+        "csrc_triton": ("py.typed",),
         "tempact/reporting": (".j2",),
-        "tempact/evaluation": (".j2", ".jsonl"),
+        "tempact/evaluation/temporal_order": (".jsonl",),
         "tempact/rewards/rubrics": (".md",),
         "tempact/shapeworld/weights": (".json", ".safetensors", ".jinja"),
     }
@@ -148,7 +150,8 @@ def test_every_folder_with_code_is_a_package_and_data_is_shipped() -> None:
     listed.remove("csrc_triton/pyproject.toml")  # csrc_triton is also a distribution of its own
     for file in listed:
         folder = next((f for f in shipped if file.startswith(f"{f}/")), "")
-        assert file.endswith((".py", *shipped.get(folder, ()))), f"{file} is in no pattern of package_data in setup.py"
+        endings = (".py", "/py.typed", *shipped.get(folder, ()))
+        assert file.endswith(endings), f"{file} is in no pattern of package_data"
 
 
 def test_parsing_a_command_line_imports_no_torch() -> None:

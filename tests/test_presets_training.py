@@ -28,6 +28,7 @@ from tempact.rewards.frame_picks import Span
 from tempact.runs import run as run_module
 from tempact.shapeworld.pretraining.planner import fit_tokenizer
 from tempact.types import Plan, Step
+from tempact.worlds import World
 
 SMALL = WanConfig(dim=48, ffn_dim=64, freq_dim=16, text_dim=16, text_len=512, heads=2, layers=2)
 FRAMES = 15  # beyond the windows of 12
@@ -100,7 +101,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> None:
 
     rewards = RewardSet(length, Brightness(0), Brightness(9), Brightness(1))
     monkeypatch.setattr("tempact.planner.planner.parse_plan", planned)
-    monkeypatch.setattr(run_module, "build_rewards", lambda config: rewards)
+    monkeypatch.setattr(World, "rewards", lambda world, device: rewards)
     monkeypatch.setattr(run_module, "write_extremes", lambda *given: None)  # a third of the time, and tested elsewhere
 
 

@@ -18,12 +18,14 @@ from tempact.errors import UserError
 from tempact.executor.sampler import gaussian_noise
 from tempact.executor.window import WINDOWS
 from tempact.models.wan.random_weights import RANDOM, RandomText
+from tempact.policies import build_policies, build_trainer
 from tempact.presets import PRESETS, backbone_inference, get_preset
 from tempact.rewards.judges import JudgeCall
 from tempact.rewards.pickscore import Aesthetics, PickScorer, real_rewards
 from tempact.types import Batch, Plan, PlanBatch, Prompt, Step
-from tempact.worlds import build_policies, build_rewards, build_trainer, is_random
+from tempact.worlds import RandomWan, Wan, world_of
 
+CPU = torch.device("cpu")
 WAN = ("self-forcing", "causal-forcing", "causal-forcing-framewise", "longlive")
 
 
@@ -156,11 +158,11 @@ def test_a_planner_that_the_hub_does_not_give() -> None:
 
 
 def test_names_of_random_weights_are_those_that_can_be_made() -> None:
-    assert all(is_random(name) for name in RANDOM) and not is_random("shapeworld")
+    assert all(RandomWan.claims(name) for name in RANDOM) and not RandomWan.claims("shapeworld")
 
 
 def test_without_the_packages_of_real_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempact.worlds.WAN_PACKAGES", ("diffusers", "no_such_package"))
+    monkeypatch.setattr(Wan, "packages", ("diffusers", "no_such_package"))
     with pytest.raises(UserError, match="random-tiny needs no_such_package; accepted: after pip install -e"):
         build_policies(small("longlive"))
 
@@ -216,13 +218,13 @@ def test_rewards_of_real_video_are_judges_and_pickscore(tmp_path: Path, monkeypa
     weights = {"aesthetics_weights": str(tmp_path), "aesthetics_processor": str(tmp_path)}
     config = replace(base, judges=replace(base.judges, cache="", video_frames=4, **weights))
     with pytest.raises(UserError, match="found no address of the judge plan_quality"):
-        build_rewards(config)
+        world_of(config).rewards(CPU)
     monkeypatch.setenv("TEMPACT_JUDGE_BASE_URL", "http://127.0.0.1:9/v1")
     monkeypatch.setenv("TEMPACT_JUDGE_MODEL", "m")
-    rewards = build_rewards(config)
+    rewards = world_of(config).rewards(CPU)
     assert rewards.temporal_following.pictures == 4 and isinstance(rewards.aesthetics, Aesthetics)
     rewards.close()
     before = threading.active_count()
     with pytest.raises(UserError, match=r"judges\.aesthetics_weights: none cannot be loaded"):
-        build_rewards(replace(config, judges=replace(config.judges, aesthetics_weights="none")))
+        world_of(replace(config, judges=replace(config.judges, aesthetics_weights="none"))).rewards(CPU)
     assert threading.active_count() == before  # the judges' thread has ended

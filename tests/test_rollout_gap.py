@@ -10,13 +10,13 @@ import torch
 
 from tempact import train
 from tempact.executor.executor import Executor
+from tempact.policies import build_policies, build_trainer
 from tempact.presets import get_preset
 from tempact.reporting.records import read_metrics
 from tempact.runs import run as run_module
 from tempact.runs.checkpoint import verify
 from tempact.runs.run import EXIT_ABORTED
 from tempact.trainer import RolloutGapTooWide, Trainer, too_wide
-from tempact.worlds import build_policies, build_trainer
 
 SIGMAS = ("1.000", "0.938", "0.833")
 SMOKE = ["shapeworld-smoke", "--device", "cpu", "--trainer.iterations", "2", "--trainer.checkpoint_every", "50"]

@@ -1,4 +1,4 @@
-"""Wan's modulated LayerNorm, gated residual add, and the two in one pass."""
+"""Modulated LayerNorm (adaLN) and gated residual add of a diffusion transformer, apart and in one pass."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ MOST_FRAMES = 65_535  # of a batch row, and batch rows: the kernels' grid
 
 
 def adaln(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Tensor:
-    """LayerNorm(x) (1 + scale) + shift, [B, F * T, dim]; LayerNorm over dim, without parameters.
+    """LayerNorm(x) * (1 + scale) + shift, [B, F * T, dim], with a LayerNorm over dim without parameters.
 
-    The fused path computes in fp32 and rounds once.
+    The fused path computes in fp32 and rounds once. Gradients reach x, shift and scale.
 
     Args:
         x: [B, F * T, dim], the tokens of F latent frames.
-        shift, scale: [B, F, dim], one vector a frame; slices of a larger tensor will do.
+        shift, scale: [B, F, dim], one vector a frame; slices of a larger tensor are accepted.
         eps: added to the variance.
 
     Raises:
@@ -36,7 +36,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
     Args:
         x, y: [B, F * T, dim], one dtype and device.
-        gate: [B, F, dim], one vector a frame; a slice of a larger tensor will do.
+        gate: [B, F, dim], one vector a frame; a slice of a larger tensor is accepted.
 
     Raises:
         ValueError: naming the argument.
@@ -52,9 +52,10 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 def gated_residual_adaln(
     x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, *, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """r = x + y * gate and LayerNorm(r) (1 + scale) + shift: the end of one sublayer and the start of the next.
+    """r = x + y * gate and LayerNorm(r) * (1 + scale) + shift: the end of one sublayer and the start of the next.
 
-    The sum is read from registers, not from memory; it is normed as it is stored, rounded.
+    One pass over memory: r is written once and not read again. The norm is that of r rounded to the dtype of x.
+    Returns r and its norm, [B, F * T, dim].
 
     Args:
         x, y: [B, F * T, dim], one dtype and device.
@@ -79,12 +80,12 @@ def gated_residual_adaln(
 def gated_residual_norm(
     x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, *, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """r = x + y * gate and LayerNorm(r) * weight + bias: as `gated_residual_adaln`, for a norm with parameters.
+    """r = x + y * gate and LayerNorm(r) * weight + bias, [B, F * T, dim]: `gated_residual_adaln` for an affine norm.
 
     Args:
         x, y: [B, F * T, dim], one dtype and device.
         gate: [B, F, dim]; None for x + y.
-        weight, bias: [dim], of the norm.
+        weight, bias: [dim], parameters of the LayerNorm.
         eps: added to the variance.
 
     Raises:

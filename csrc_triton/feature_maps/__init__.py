@@ -1,7 +1,7 @@
-"""The passes between the convolutions of a video decoder, over feature maps whose channels lie together.
+"""Passes between the convolutions of a video decoder, on channels-last feature maps. Inference only: no gradients.
 
-They are for inference: nothing here has a gradient. Sums and norms are formed in fp32 and rounded once. A `bias` is one
-that the convolution before has left out: on a GPU a convolution's own bias is a pass of its own.
+Sums and norms are computed in fp32 and rounded once. `bias` is the bias of the convolution before, which is run without
+it: on a GPU a convolution adds its bias in a separate pass over memory.
 """
 
 from __future__ import annotations
@@ -26,19 +26,18 @@ def norm_silu(
     bias: Tensor | None = None,
     total: Tensor | None = None,
 ) -> None:
-    """out = SiLU(norm(s)) and total = s, s = x + update + bias; norm(s) = s / max(||s||, 1e-12) * sqrt(C) * gamma.
+    """out = SiLU(norm(s)) and total = s with s = x + update + bias and the channel norm of Wan's VAE.
 
-    The norm is over channels (Wan's VAE). Channels of `out` beyond those of x are set to zero.
+    norm(s) = s / max(||s||, 1e-12) * sqrt(C) * gamma. Channels of `out` beyond C are set to zero. Every batch row of
+    the tensors must be contiguous.
 
     Args:
         x: [b, positions, C].
-        gamma: [C]; None: out is the sum itself.
+        gamma: [C]; None: out is s itself.
         out: [b, positions, at least C], written in place.
-        update: as x, added; None: nothing.
-        bias: [C], added; None: nothing.
-        total: as x, written in place; None: not wanted.
-
-    Each position's channels, and the positions of a batch row, must follow each other in memory.
+        update: shape and dtype of x; None: not added.
+        bias: [C]; None: not added.
+        total: shape and dtype of x, written in place; None: s is not stored.
 
     Raises:
         ValueError: naming the argument.
@@ -65,12 +64,13 @@ def norm_silu(
 
 @torch.no_grad()
 def enlarge(x: Tensor, *, update: Tensor | None = None, bias: Tensor | None = None, parts: int = 1) -> Tensor:
-    """Nearest-neighbour x2 of x + update + bias, [n * parts, 2H, 2W, C].
+    """Nearest-neighbour upsampling by 2 of x + update + bias; returns [n * parts, 2H, 2W, C].
 
     Args:
-        x: [n, H, W, parts * C], contiguous; the parts of the channels become maps that follow each other.
-        update: as x, added; None: nothing.
-        bias: [parts * C], added; None: nothing.
+        x: [n, H, W, parts * C], contiguous.
+        update: shape and dtype of x; None: not added.
+        bias: [parts * C]; None: not added.
+        parts: groups of channels; each becomes a map of its own, in order.
 
     Raises:
         ValueError: naming the argument.

@@ -12,7 +12,7 @@ from csrc_triton.flow_policy_loss import naive
 
 
 class FlowPolicyTerms(NamedTuple):
-    """Per sample [B], fp32 (fp64 when v is).
+    """Terms of the policy loss of each transition, [B], fp32 (fp64 where v is fp64).
 
     loss       max(-A r, -A clip(r, 1 - clip, 1 + clip))
     kl         mean((v - v_ref)^2)
@@ -31,18 +31,18 @@ class FlowPolicyTerms(NamedTuple):
 def flow_policy_loss(
     v: Tensor, v_old: Tensor, v_ref: Tensor | None, noise: Tensor, advantage: Tensor, *, clip: float
 ) -> FlowPolicyTerms:
-    """Closed-form ratio, clip and velocity KL of B transitions (ALGORITHM.md 2.2, 2.3).
+    """Clipped policy loss, closed-form ratio and velocity KL of B transitions (docs/algorithm.md 2.2, 2.3).
 
-    The ratio is exactly 1 where v equals v_old. Only v gets a gradient, so v_old may be v itself: the fused path then
-    reads it once. It reads fastest where the elements of each transition are contiguous (transitions may be apart);
-    other layouts are copied first.
+    The ratio is exactly 1 where v equals v_old. Only v gets a gradient. v_old may be v itself or share its memory; the
+    fused path then reads it once. Transitions that are not contiguous are copied first. Where the weights of the terms
+    are known before the loss, `flow_policy_loss_and_grad` moves fewer bytes.
 
     Args:
-        v, v_old, v_ref, noise: [B, ...], one shape, floating point. noise is the draw that made the sample. Without
-            v_ref (None) the KL is 0.
+        v, v_old, v_ref, noise: [B, ...], one shape, floating point. `noise` is the noise that the roll-out drew for
+            the transition. v_ref None: the KL is 0.
         advantage: [B].
-        clip: epsilon of the ratio's clip, in (0, 1). It scales with 1 / sqrt(elements of a sample); see
-            `clip_velocity_rms` in ALGORITHM.md 2.2.
+        clip: epsilon of the ratio clip, in (0, 1). It scales with 1 / sqrt(elements of a transition); see
+            `clip_velocity_rms` in docs/algorithm.md 2.2.
 
     Raises:
         ValueError: naming the argument, for shapes, dtypes or devices that do not fit and a clip out of range.
@@ -70,15 +70,15 @@ def flow_policy_loss_and_grad(
     loss_weight: float | Tensor = 1.0,
     kl_weight: float | Tensor = 0.0,
 ) -> tuple[FlowPolicyTerms, Tensor]:
-    """The terms of `flow_policy_loss`, and the gradient of sum(loss_weight * loss + kl_weight * kl) in v.
+    """Terms of `flow_policy_loss`, and the gradient of sum(loss_weight * loss + kl_weight * kl) in v.
 
-    For weights known beforehand: `v.backward(gradient)` then does what the loss's own backward would. Where v_old is v
-    (the first update after a rollout) the fused path does both in one pass over memory, 4 of 7 times the bytes; off
-    policy it moves what forward and backward move. No output has a gradient.
+    `v.backward(gradient)` is then equal to the backward pass of that sum. Where v_old is v or shares its memory (the
+    first update after a roll-out) the fused path needs one pass over memory, 4 elements moved in place of 7; off policy
+    it moves as many as forward and backward of `flow_policy_loss`. The outputs are detached.
 
     Args:
-        loss_weight, kl_weight: numbers, or [B].
-        The others are those of `flow_policy_loss`.
+        loss_weight, kl_weight: numbers, or tensors [B].
+        v, v_old, v_ref, noise, advantage, clip: as for `flow_policy_loss`.
 
     Returns:
         The terms, and the gradient [B, ...] in the dtype of v.

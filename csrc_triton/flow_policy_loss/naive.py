@@ -1,4 +1,4 @@
-"""The terms of the executor's policy loss as plain maths (ALGORITHM.md 2.2, 2.3)."""
+"""The terms of the policy loss in plain PyTorch (docs/algorithm.md 2.2, 2.3)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 def flow_policy_loss(
     v: Tensor, v_old: Tensor, v_ref: Tensor, noise: Tensor, advantage: Tensor, clip: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Per sample [B]: clipped policy loss, velocity KL, ratio, log-ratio, and whether the clip stopped the gradient.
+    """Clipped policy loss, velocity KL, ratio, log-ratio and clipped (bool) of each transition, [B].
 
     The clip acts on the log-ratio: next to 1 an fp32 ratio is too coarse for a clip of 1e-5.
     """

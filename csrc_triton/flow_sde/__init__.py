@@ -16,12 +16,15 @@ __all__ = ["KINDS", "Coefficients", "FlowStep", "cps", "dance_grpo", "flow_grpo"
 
 
 class FlowStep(NamedTuple):
-    """sample, mean [B, ...]; std, log_prob, k [B]; all fp32 (fp64 when x is); noise, the one used [B, ...].
+    """Result of one denoising step; fp32, or fp64 where x is. Only mean and log_prob have gradients, in x and v.
 
-    Only mean and log_prob have gradients, with respect to x and v. log_prob is averaged over dimensions and depends
-    on the noise alone; its gradient with respect to v is -k noise / D. k = -(d mean / d v) / std. Where std is 0 the
-    step is deterministic: log_prob is NaN and k infinite. mean is None where it was not asked for. noise is the
-    tensor that was given, or what was drawn, in fp32.
+    sample     [B, ...], mean + std * noise
+    mean       [B, ...]; None where it was not asked for
+    std        [B]; 0 for a deterministic step
+    log_prob   [B], log-density of the sample averaged over its D elements; NaN where std is 0. Its gradient in v is
+               -k * noise / D
+    k          [B], -(d mean / d v) / std; infinite where std is 0
+    noise      [B, ...], the given tensor, or the drawn one in fp32
     """
 
     sample: Tensor
@@ -45,28 +48,28 @@ def flow_sde_step(
     offset: int = 0,
     return_mean: bool = True,
 ) -> FlowStep:
-    """sample = mean(x, v) + std * noise (ALGORITHM.md 2.1), computed in fp32, in fp64 when x is.
+    """One stochastic denoising step, sample = mean(x, v) + std * noise, with its log-probability.
+
+    docs/algorithm.md 2.1. Computed in fp32, or in fp64 where x is fp64. Samples that are not contiguous are copied
+    first by the fused path.
 
     Args:
         x, v: [B, ...], one shape. x = (1 - sigma) x0 + sigma xi and v = xi - x0 in the model's convention.
-        noise: [B, ...] as x and v; or None: standard normals are drawn by a counter-based generator (Philox).
-            Element i of sample b is number offset + b * D + i of the stream of `seed`, D being the elements of a
-            sample: the same draw whatever the device, the dtypes and the split of a batch into smaller ones.
+        noise: [B, ...], shape of x; None: standard normals from a counter-based generator (Philox). Element i of
+            sample b is then number offset + b * D + i of the stream `seed`, with D elements a sample: the draw does
+            not depend on the device, the dtypes, or how a batch is split.
         sigma, sigma_next: noise levels, 1 >= sigma > sigma_next >= 0; numbers, or tensors [B].
         kind: "cps" (coefficient-preserving), "renoise" (the distilled sampler: "cps" at eta 1), "flow_grpo" or
             "dance_grpo".
-        eta: amount of noise, 0 being the Euler step: in [0, 1] for "cps", exactly 1 for "renoise", at least 0 for
-            "flow_grpo" (its a, about 0.7) and "dance_grpo".
-        seed: the stream that noise is drawn from, in [0, 2**63); None where noise is given.
-        offset: how much of the stream others have used, at least 0. A multiple of 4 is fastest, if D is one too.
-        return_mean: False spares writing the mean, a fifth of all that is read and written.
-
-    The fused path reads and writes fastest where the elements of each sample are contiguous (samples may be apart);
-    other layouts are copied first.
+        eta: amount of noise; 0 is the Euler step. In [0, 1] for "cps", exactly 1 for "renoise", at least 0 for
+            "flow_grpo" (about 0.7, called a there) and "dance_grpo".
+        seed: stream of the drawn noise, in [0, 2**63); None where noise is given.
+        offset: numbers of the stream to skip, at least 0. Fastest where it and D are multiples of 4.
+        return_mean: False: the mean is not written, a fifth of the bytes that the step moves.
 
     Raises:
-        ValueError: naming the argument. Tensors of levels are not checked for their order: that would wait for the
-            device.
+        ValueError: naming the argument. The order of levels given as tensors is not checked: that would synchronise
+            with the device.
     """
     _check_tensors(x, v, noise)
     _check_kind(kind, eta)

@@ -1,4 +1,4 @@
-"""Attention of a chunk to a frozen, shared context and to itself."""
+"""Attention of chunks over their own tokens and a frozen context that several chunks may share."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ def fork_attention(
     softmax_scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention of q over the context's keys and its own chunk's keys together.
+    """Softmax attention of each query over the keys of the context and of its own chunk together.
 
-    Equal to attention over concatenated keys, of which the kernels make no copy; any lengths. Gradients reach q, k and
-    v (through the log-sum-exp too); the context is frozen by contract, and its rows must stay as they are until the
-    backward pass.
+    Equal to attention over the concatenated keys, without concatenating or expanding them; lengths are arbitrary.
+    Gradients reach q, k and v, also through the log-sum-exp. The context gets none, and its rows must not change until
+    the backward pass. Returns [B, L, heads, head_dim] in the dtype of q.
 
     Args:
         q, k, v: [B, L, heads, head_dim], one dtype and device, the last dimension contiguous.
-        context: None, a `CacheView` of P branches, or a pair of tensors [P, Lp, heads, head_dim], with P dividing B:
-            batch b attends to context b // (B // P). A view's segments must lie in its pools: the cache sees to that,
-            and `CacheView.of` checks it; here a look at the table would wait for the device.
-        softmax_scale: multiplies the scores, > 0; head_dim ** -0.5 by default.
+        context: None, a `CacheView` of P branches, or keys and values [P, Lp, heads, head_dim]; P divides B, and batch
+            row b attends to context b // (B // P). The segments of a view must lie in its pools, which the cache and
+            `CacheView.of` ensure; a check here would synchronise with the device.
+        softmax_scale: factor of the scores, > 0; head_dim ** -0.5 by default.
         return_lse: also return the natural log of the sum of exponentials, fp32 [B, heads, L].
 
     Raises:

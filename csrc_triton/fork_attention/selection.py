@@ -20,10 +20,10 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def hopper_serves(q: Tensor, *others: Tensor | None) -> bool:
-    """Do the Hopper kernels serve these queries, and keys and values [.., heads, head_dim]?
+    """Whether the Hopper kernels serve these queries, keys and values [..., heads, head_dim].
 
-    By the backend in force and what the tensors are. Says once in the log for each answer which kernels serve and why,
-    and warns once where only an untested version of Triton keeps the Hopper kernels from serving.
+    Decided by the backend in force and by device, dtype, head size, addresses and strides. Each reason is logged once;
+    an untested version of Triton is a warning.
 
     Raises:
         ValueError: where the backend "hopper" is forced and they cannot serve, with the reason.
@@ -42,7 +42,7 @@ def hopper_serves(q: Tensor, *others: Tensor | None) -> bool:
 
 @functools.cache
 def why_not_hopper(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the Hopper kernels cannot serve, whatever the tensors' strides are; None if they can."""
+    """Reason why the Hopper kernels cannot serve tensors of any strides; None if they can."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"tensors on {device.type}; accepted: an NVIDIA GPU of capability 9.0"
     major, minor = torch.cuda.get_device_capability(device)
@@ -56,7 +56,7 @@ def why_not_hopper(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
 
 
 def why_not_triton(version: str) -> str | None:
-    """A reason against a version of Triton, if there is one."""
+    """Reason why the Hopper kernels cannot run on a version of Triton; None if they can."""
     if tuple(int(part) for part in version.split(".")[:2]) in TESTED_TRITON:
         return None
     return f"Triton {version}; accepted: {', '.join('.'.join(map(str, v)) for v in TESTED_TRITON)}"

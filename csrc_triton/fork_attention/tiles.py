@@ -1,4 +1,4 @@
-"""What the forward and the backward kernels share: tile sizes, operands, and loading a tile of rows."""
+"""Shared by the kernels of fork attention: tile sizes, operands, and loading a tile of rows."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ INTERPRETED = tl.constexpr(runtime.interpreted())
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a kernel cuts its work.
+    """Tile sizes and launch options of a kernel.
 
-    queries, keys: rows of a tile. descriptors: tiles come through the tensor memory accelerator (sm_90 and newer),
-    else through plain pointers.
+    queries, keys: rows of a tile. descriptors: load tiles through the tensor memory accelerator (sm_90 and newer)
+    rather than plain pointers.
     """
 
     queries: int
@@ -85,13 +85,13 @@ def _major(device: torch.device) -> int:
 
 
 def tiling_of(table: Table, major: int, head_dim: int, size: int) -> Tiling:
-    """The entry of `table` for a device's major capability, a head size and the bytes of an element."""
+    """Entry of `table` for a major compute capability, a head size and the bytes of an element."""
     found = table.get((major, head_dim, size))
     return table[PLAIN, head_dim, size] if found is None else found
 
 
 def tiling(table: Table, q: Tensor, *others: Tensor) -> Tiling:
-    """The entry of `table` that serves q; one without descriptors if q or another tensor does not allow them."""
+    """Entry of `table` for q; one without descriptors where a tensor cannot have one (see `describable`)."""
     chosen = tiling_of(table, _major(q.device), q.shape[-1], q.element_size())
     if chosen.descriptors and not describable(q, *others):
         chosen = tiling_of(table, PLAIN, q.shape[-1], q.element_size())
@@ -99,12 +99,12 @@ def tiling(table: Table, q: Tensor, *others: Tensor) -> Tiling:
 
 
 def on(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Kernels launch on the current device: makes it the tensor's."""
+    """Context in which the current device, on which kernels launch, is the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def describable(*tensors: Tensor) -> bool:
-    """Can the tensor memory accelerator address these tensors of four dimensions?"""
+    """Whether the tensor memory accelerator can address these four-dimensional tensors."""
     return all(
         t.data_ptr() % 16 == 0 and all(s > 0 and s * t.element_size() % 16 == 0 for s in t.stride()[:-1])
         for t in tensors
@@ -169,7 +169,7 @@ class Call:
 
     @property
     def scale(self) -> float:
-        """What makes a product of a query and a key an exponent of 2."""
+        """Factor that turns a product of query and key into an exponent of 2."""
         return self.softmax_scale * LOG2_E
 
 

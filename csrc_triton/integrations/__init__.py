@@ -1,1 +1,1 @@
-"""One file a host library; each imports its library, and nothing else of csrc_triton imports them."""
+"""Adapters to other libraries, one file a library. Nothing else in csrc_triton imports them."""

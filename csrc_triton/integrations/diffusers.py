@@ -1,7 +1,7 @@
 """Fork attention with a forkable KV cache under diffusers' Wan transformer, chunk by chunk.
 
-Stock diffusers attends within what it is given. Here a chunk of latent frames also attends to the frames that its
-branch has committed, at their absolute temporal positions:
+Stock diffusers attends within the frames of one call. Here a chunk of latent frames also attends to the committed
+frames of its branch, at their absolute temporal positions:
 
     wan = ForkedWan(transformer, frame_tokens=1560, frames=36)
     branch = wan.cache.new_branch()
@@ -42,14 +42,14 @@ class _Chunk:
 class ForkedWan:
     """A `WanTransformer3DModel` whose self-attention reads and writes a `ForkableKVCache`.
 
-    cache: the K/V of the branches; fork, release and drop them there (positions in tokens). Keys are stored with
-    RoPE. Cross-attention keeps its processors. Calls of the transformer must be inside `chunk`, and so must the
-    backward of a call with gradient checkpointing, which calls the blocks again.
+    `cache` holds the K/V of the branches: fork, release and drop branches there (positions in tokens). Keys are stored
+    with RoPE. Cross-attention keeps its processors. The transformer must be called inside `chunk`, and the backward
+    pass of a call with gradient checkpointing, which calls the blocks again, must run inside it too.
 
     Args:
-        transformer: its weights, adapters and fused projections are used as they are.
-        frame_tokens: tokens of a latent frame, H * W over the patch's area.
-        frames: latent frames, over all branches, that the cache holds before it grows.
+        transformer: used with its own weights, adapters and fused projections.
+        frame_tokens: tokens of a latent frame, H * W divided by the area of a patch.
+        frames: latent frames of all branches together that the cache holds before it grows.
 
     Raises:
         ValueError: naming the argument.
@@ -75,7 +75,7 @@ class ForkedWan:
         self._hook = self.transformer.rope.register_forward_hook(self._at_position)
 
     def remove(self) -> None:
-        """Gives the transformer its own processors back."""
+        """Restores the transformer's own processors."""
         self._hook.remove()
         for block, processor in zip(self.transformer.blocks, self._stock, strict=True):
             block.attn1.set_processor(processor)
@@ -84,14 +84,14 @@ class ForkedWan:
     def chunk(
         self, branches: Sequence[int], *, attended: Sequence[tuple[int, int]] | None = None, commit: bool = False
     ) -> Iterator[None]:
-        """Calls inside are of the next chunk of `branches`, one a batch row.
+        """Inside the `with` block, calls of the transformer process the next chunk of `branches`, one a batch row.
 
         attended: ranges [first, last) of committed latent frames to attend to; all of them by default.
-        commit: this is the context pass, made without gradient: the call's K and V are appended to the branches.
+        commit: append the call's K and V to the branches (the context pass, without gradient).
 
         Raises:
-            ValueError: for branches of different lengths or that hold a part of a frame, for frames that a branch
-                does not hold, and at the end of a context pass in which the transformer was not called.
+            ValueError: for branches of different lengths or with a part of a frame, for frames that a branch does not
+                hold, and for a context pass without a call of the transformer.
         """
         if self._chunk is not None:
             raise ValueError(
@@ -146,7 +146,7 @@ class ForkedWan:
 
 
 class ForkAttnProcessor:
-    """Self-attention of one layer: as `WanAttnProcessor`, and to the context of the chunk that `wan` is in."""
+    """Self-attention of one layer, as `WanAttnProcessor`, plus attention to the context of the current chunk."""
 
     _attention_backend = None  # diffusers sets and reads these on every processor
     _parallel_config = None
@@ -162,7 +162,7 @@ class ForkAttnProcessor:
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """hidden_states [B, L, dim] -> [B, L, dim]; RoPE is that of the chunk's positions."""
+        """Attention output [B, L, dim] of hidden_states [B, L, dim], with RoPE at the chunk's positions."""
         if encoder_hidden_states is not None or attention_mask is not None:
             raise ValueError("encoder_hidden_states, attention_mask: found a tensor; accepted: None (self-attention)")
         chunk = self.wan.active

@@ -63,24 +63,26 @@ def qk_norm_rope(
     write: CacheRows | None = None,
     write_roped: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Queries and keys [B, L, heads, head_dim], normed over all channels before the heads are split, then with RoPE.
+    """RMS norm of queries and keys over all channels, split into heads, RoPE, and optionally the write to the cache.
 
-    Gradients reach q, k and the weights; none passes through the cache. The fused path computes in fp32 and rounds
-    once. With `write` and a gradient to be recorded it writes in a second pass over k and v.
+    Returns queries and keys [B, L, heads, head_dim]. Gradients reach q, k and the weights, but do not pass through the
+    cache. The fused path computes in fp32 and rounds once; where autograd records, `write` is a second pass over k
+    and v.
 
     Args:
-        q, k, v: [B, L, heads * head_dim], projections, one dtype and device. k is None to norm queries alone.
+        q, k, v: projections [B, L, heads * head_dim], one dtype and device. k None: norm queries alone.
         weight_q, weight_k: [heads * head_dim] of the RMS norms.
-        rope: None for the norm alone, or cos and sin, fp32 [L, head_dim / 2] or [L, 1, head_dim / 2], of the angles
-            that adjacent channels are turned by, the same in every head and batch row.
-        heads: what the channels are split into.
+        rope: cos and sin of the rotation angles of adjacent channel pairs, fp32 [L, head_dim / 2] or
+            [L, 1, head_dim / 2], the same in every head and batch row; None: no rotation.
+        heads: number of heads.
         eps: added to the mean square.
-        v: values, where K and V are written.
-        write: the cache rows that take K and V, as `ForkableKVCache.rows_of` gives them.
-        write_roped: K is written with RoPE; False: normed only.
+        v: values to write; None without `write`.
+        write: cache rows to write K and V to, from `ForkableKVCache.rows_of`; None: no write.
+        write_roped: write K after RoPE; False: before it.
 
     Raises:
-        ValueError: naming the argument. Rows outside the pools are found only on the CPU: a GPU would be waited for.
+        ValueError: naming the argument. Rows outside the pools are detected on the CPU only: on a GPU that would
+            synchronise.
     """
     _check(q, k, weight_q, weight_k, rope, heads, eps)
     _check_write(q, k, v, write, heads)

@@ -1,19 +1,15 @@
-"""Every path that a configuration names and that is not what a run needs there.
-
-The lines of a dry run: operations, bytes by phase, what fits into which GPU, missing paths.
-"""
+"""A training run, planned: operations, bytes by phase, what fits into which GPU, missing files and addresses."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
+from csrc_triton.fork_attention import HEAD_DIMS
 from tempact.config import RunConfig
 from tempact.diagnostics import footprints as footprint
 from tempact.diagnostics.machine import why_not_writable
@@ -31,148 +27,24 @@ from tempact.diagnostics.memory import (
     tera,
     work_of,
 )
-from tempact.diagnostics.sizes import (
-    INSTRUCTION_TOKENS,
-    executor_sizes,
-    hub_folder,
-    planner_folder,
-    planner_sizes,
-    shapeworld_folder,
-)
-from tempact.errors import UserError
-from tempact.models.wan.checkpoints.files import find_weights
-from tempact.models.wan.checkpoints.lora import open_adapter
-from tempact.models.wan.transformer import WanConfig
-from tempact.prompt_file import FilePrompts
-from tempact.rewards.base import load_rewards
-from tempact.rewards.judges.config import ROLES, JudgeConfig
-from tempact.worlds import SHAPEWORLD, is_random, is_wan
-
-
-def missing_paths(config: RunConfig, sizes: WanConfig) -> list[str]:
-    """One line each: the key, what was found, what is accepted. Large files are not read through."""
-    return [
-        *_executor(config, sizes),
-        *_planner(config.planner.weights),
-        *_data(config),
-        *_rewards(config),
-        *_folders(config),
-    ]
-
-
-def _executor(config: RunConfig, sizes: WanConfig) -> Iterator[str]:
-    settings = config.executor
-    weights = settings.weights
-    if is_random(weights):
-        return
-    own = shapeworld_folder("executor", weights)
-    if own is not None:
-        for name in ("transformer.safetensors", "text_encoder/model.safetensors"):
-            if not (own / name).is_file():
-                yield f"executor.weights: {own / name} not found; accepted: a folder with an executor's weights"
-        return
-    from tempact.models.wan.text import source_of
-    from tempact.models.wan.vae import DIFFUSERS_FILE, ORIGINAL_FILE
-
-    if not weights:
-        yield "executor.weights: found nothing; accepted: the backbone's checkpoint, or random or random-tiny"
-    else:
-        yield from _tried("executor.weights", lambda: [file.stat() for file in find_weights(Path(weights))])
-    for adapter in settings.adapters:
-        yield from _tried("executor.adapters", partial(open_adapter, Path(adapter), sizes))
-    release = settings.wan_folder or weights
-    if not Path(release or "-").is_dir():
-        found = release or "nothing"
-        yield f"executor.wan_folder: found {found}; accepted: the folder of Wan2.1-T2V-1.3B or its -Diffusers"
-        return
-    yield from _tried("executor.wan_folder", lambda: source_of(Path(release), torch.bfloat16))
-    folder = Path(release)
-    vae = folder / "vae" if (folder / "vae").is_dir() else folder
-    if not (folder / ORIGINAL_FILE).is_file() and not all(
-        (vae / name).is_file() for name in ("config.json", DIFFUSERS_FILE)
-    ):
-        accepted = f"vae/ with config.json and {DIFFUSERS_FILE}, or {ORIGINAL_FILE}"
-        yield f"executor.wan_folder: {folder}: found no VAE; accepted: {accepted}"
-
-
-def _planner(weights: str) -> Iterator[str]:
-    folder = planner_folder(weights)
-    if folder is None:
-        found = f"{weights}, which is no folder with a config.json and not in the Hugging Face hub's cache"
-        yield f"planner.weights: found {found}; accepted: {SHAPEWORLD}, random, a folder, a name that the hub serves"
-        return
-    if weights != "random" and not [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]:
-        yield f"planner.weights: {folder}: found no weights; accepted: a Hugging Face folder with safetensors"
-    if not (folder / "tokenizer_config.json").is_file():
-        yield f"planner.weights: {folder}: found no tokenizer; accepted: a chat model with its tokenizer"
-
-
-def _data(config: RunConfig) -> Iterator[str]:
-    prompts = config.data.prompts
-    if _real_video(config) and prompts not in ("", SHAPEWORLD):
-        yield from _tried("data.prompts", partial(FilePrompts, Path(prompts), config.data.prompts_per_iteration))
-    elif _real_video(config) or prompts != SHAPEWORLD:
-        accepted = "a CSV, JSONL, parquet or text file of prompts" if _real_video(config) else SHAPEWORLD
-        yield f"data.prompts: found {prompts or 'nothing'}; accepted: {accepted}"
-
-
-def _rewards(config: RunConfig) -> Iterator[str]:
-    """Own rewards are imported. Judges are looked up in the environment and not asked: `python -m tempact.doctor
-    judges` asks them."""
-    try:
-        load_rewards(config.rewards.custom)
-    except UserError as error:
-        yield str(error)
-    if not _real_video(config):
-        return
-    if importlib.util.find_spec("openai") is None:
-        yield "judges: found no package openai; accepted: after pip install -e '.[judges]'"
-    for role, fallback in ROLES.items():
-        yield from _tried("judges", partial(JudgeConfig.from_environment, {role: fallback}))
-    settings = config.judges
-    for key, name, file in (
-        ("judges.aesthetics_weights", settings.aesthetics_weights, "config.json"),
-        ("judges.aesthetics_processor", settings.aesthetics_processor, "tokenizer_config.json"),
-    ):
-        if hub_folder(name, file) is None:
-            found = f"{name}, which is no folder with a {file} and not in the Hugging Face hub's cache"
-            yield f"{key}: found {found}; accepted: a CLIP folder, or a name that the hub serves"
-
-
-def _real_video(config: RunConfig) -> bool:
-    return shapeworld_folder("executor", config.executor.weights) is None
-
-
-def _folders(config: RunConfig) -> Iterator[str]:
-    wan = shapeworld_folder("executor", config.executor.weights) is None and not is_random(config.executor.weights)
-    folders = {"output": config.output} | ({"executor.text_cache": config.executor.text_cache} if wan else {})
-    if _real_video(config) and config.judges.cache:
-        folders["judges.cache"] = str(Path(config.judges.cache).parent)
-    for key, folder in folders.items():
-        reason = why_not_writable(Path(folder))
-        if reason is not None:
-            yield f"{key}: cannot write to {folder} ({reason}); accepted: a writable folder"
-
-
-def _tried(key: str, read: Callable[[], object]) -> Iterator[str]:
-    try:
-        read()
-    except (UserError, OSError) as error:
-        yield f"{key}: {' '.join(str(error).split())}"
-
+from tempact.diagnostics.sizes import INSTRUCTION_TOKENS, Decoder, planner_sizes, scorer_bytes, text_encoder_bytes
+from tempact.policies import missing_planner
+from tempact.worlds import world_of
 
 LEAST_CONTINUATIONS = 2  # of an execution group
-MOST_BRANCHES = 256  # asked for: the cache's bookkeeping takes its time
+MOST_BRANCHES = 256  # tried: the cache's bookkeeping takes its time
 
 
 def dry_run(config: RunConfig, gpu_gib: float) -> list[str]:
-    """What the run would take. gpu_gib: memory of the GPU to plan for; 0: that at hand, else usual ones.
+    """Lines: operations, memory by phase, the largest counts that fit, and missing files and addresses.
 
-    UserError for settings that cannot work and files that are not what they should be.
+    gpu_gib: memory of the GPU to plan for, GiB; 0: the GPU at hand, else usual ones. UserError for settings that cannot
+    work and files that cannot be read.
     """
+    world_of(config).check_settings()
     budgets = budgets_of(config, gpu_gib)
     run = run_of(config, on_gpu=budgets[0].on_gpu)
-    return [*_models(run), *_work(run), *_memory(run, budgets), *_missing(run)]
+    return [*_models(run), *_work(run), *_memory(run, budgets), *_missing(config)]
 
 
 def budgets_of(config: RunConfig, gpu_gib: float) -> list[Budget]:
@@ -181,8 +53,7 @@ def budgets_of(config: RunConfig, gpu_gib: float) -> list[Budget]:
         return [Budget(f"a GPU of {gpu_gib:g} GiB", int(gpu_gib * GIB))]
     if config.device != "cpu" and torch.cuda.is_available():
         return [Budget(torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory)]
-    small = shapeworld_folder("executor", config.executor.weights) is not None
-    if config.device == "cpu" or (small and config.device == "auto"):
+    if config.device == "cpu" or (config.device == "auto" and not world_of(config).real_video):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return [Budget("this machine's memory", memory, on_gpu=False)]
     return list(USUAL_GPUS)
@@ -190,16 +61,19 @@ def budgets_of(config: RunConfig, gpu_gib: float) -> list[Budget]:
 
 def run_of(config: RunConfig, *, on_gpu: bool) -> Run:
     """A configuration with the sizes of its models."""
-    sizes = executor_sizes(config.executor, kernels=on_gpu and config.kernels != "torch")
-    wan = shapeworld_folder("executor", config.executor.weights) is None
-    return Run(config, sizes, planner_sizes(config.planner), wan, on_gpu)
+    told = world_of(config).sizes()
+    kernels = on_gpu and config.kernels != "torch" and told.transformer.head_dim in HEAD_DIMS
+    sizes = footprint.Sizes(told.transformer, config.executor, told.latent, kernels)
+    decoder = None if told.vae is None else Decoder(sizes, told.vae, on_gpu=on_gpu)
+    scorer = 0 if decoder is None else scorer_bytes(config.judges.aesthetics_weights, on_gpu=on_gpu)
+    text = text_encoder_bytes(told.text_encoder, sizes.dtype)
+    return Run(config, sizes, planner_sizes(config.planner), decoder, text, scorer, on_gpu)
 
 
 def _models(run: Run) -> Iterator[str]:
     model, settings = run.sizes.model, run.config.executor
     parameters = footprint.parameters_of(run.sizes)
-    published = run.wan and not is_random(settings.weights) and not is_wan(settings.weights)
-    of = ", sizes as published" if published else ""
+    of = "" if world_of(run.config).at_hand else ", sizes as published"
     yield (
         f"executor: {model.layers} blocks, {model.dim} channels, {parameters.weights:,} parameters, "
         f"{settings.precision}{of}; {settings.frames} latent frames of {run.sizes.frame_tokens} tokens; "
@@ -281,7 +155,7 @@ def _fit(run: Run, needs: Needs, budget: Budget) -> Iterator[str]:
 
 
 def _most(run: Run) -> int:
-    """The most continuations that are asked for."""
+    """The largest number of continuations that is tried."""
     return max(LEAST_CONTINUATIONS, MOST_BRANCHES // run.plans, run.config.executor.continuations)
 
 
@@ -289,8 +163,19 @@ def _count(found: int, run: Run) -> str:
     return f"{found} or more" if found == _most(run) else str(found)
 
 
-def _missing(run: Run) -> Iterator[str]:
-    lines = missing_paths(run.config, run.sizes.model)
+def _missing(config: RunConfig) -> Iterator[str]:
+    lines = missing(config)
     yield ""
     yield f"missing: {len(lines)}" if lines else "missing: nothing"
     yield from (f"  {line}" for line in lines)
+
+
+def missing(config: RunConfig) -> list[str]:
+    """A line (key, what was found, what is accepted) for each file, package, address and folder that training lacks."""
+    world = world_of(config)
+    lines = [*world.missing(), *missing_planner(config.planner.weights)]
+    for key, folder in world.folders().items():
+        reason = why_not_writable(Path(folder))
+        if reason is not None:
+            lines.append(f"{key}: cannot write to {folder} ({reason}); accepted: a writable folder")
+    return lines

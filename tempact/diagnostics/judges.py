@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from tempact.diagnostics.versions import FAULT, NOTE, OK
+from tempact.diagnostics import FAULT, NOTE, OK
 from tempact.errors import UserError
 from tempact.rewards.frame_picks import Span, pixel_window
 from tempact.rewards.judged import HELD_OUT, PLAN, STEP, VIDEO, JudgedReward
@@ -97,10 +97,8 @@ def ask(role: str, endpoint: EndpointConfig, timeout_s: float) -> Answer:
             score = float(scores.result().flatten()[0])
         except JudgeOutage as error:
             return answer(float("nan"), str(error))
-    missing = [
-        found.reason for found in (reply.result() for reply in scores.replies.values()) if isinstance(found, Missing)
-    ]
-    return answer(score, "; ".join(missing))
+    results = [reply.result() for reply in scores.replies.values()]
+    return answer(score, "; ".join(result.reason for result in results if isinstance(result, Missing)))
 
 
 def why_unreachable(address: str) -> str:

@@ -1,11 +1,11 @@
-"""What a run needs of a machine beside packages: GPU, kernels, video writer, disk, judges."""
+"""Checks of a machine beside its packages: GPU, kernels, video writer, disk, judges' addresses."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from csrc_triton import adaln, fork_attention, runtime
 from csrc_triton.adaln import naive as adaln_naive
 from csrc_triton.fork_attention import naive as attention_naive
-from tempact.diagnostics.versions import FAULT, NOTE, OK, Finding
+from tempact.diagnostics import FAULT, NOTE, OK, Finding
 
 GIB = 2**30
 LEAST_DISK = 2 * GIB  # of a ShapeWorld run with its videos
@@ -28,7 +28,7 @@ def device_of(name: str) -> torch.device:
 
 
 def gpu(device: torch.device) -> Finding:
-    """The GPU that a run would use."""
+    """The GPU of a run, or why there is none."""
     accepted = f"an NVIDIA GPU of sm_{''.join(map(str, runtime.OLDEST_CAPABILITY))} or newer; none for ShapeWorld"
     if device.type != "cuda" or not torch.cuda.is_available():
         todo = "backbones need one: check nvidia-smi, and that this torch is built for CUDA"
@@ -43,7 +43,7 @@ def gpu(device: torch.device) -> Finding:
 
 
 def kernels(device: torch.device) -> Iterator[Finding]:
-    """Which backend serves, why, and whether it computes what the plain formulas do."""
+    """The backend of csrc_triton's ops and the reason for it, then its self-test."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     accepted = "hopper (capability 9.0), triton (sm_80 and newer), torch (everywhere)"
     name, reason = serving(device, dtype)
@@ -54,7 +54,7 @@ def kernels(device: torch.device) -> Iterator[Finding]:
 
 
 def serving(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The backend of fork attention with heads of 128 channels, and why none that is faster serves."""
+    """The backend of fork attention with heads of 128 channels, and the reason why no faster one serves."""
     if runtime.get_backend() == "torch":
         return "torch", ""
     reason = runtime.why_not_triton(device, dtype)
@@ -72,7 +72,7 @@ SELF_TEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the largest 
 
 
 def self_test(device: torch.device, dtype: torch.dtype) -> Finding:
-    """Fork attention with its gradients, and the modulated norm, against the formulas in fp32, on a few tokens."""
+    """Compares fork attention, its gradients and the modulated norm with the fp32 formulas, on a few tokens."""
     name, accepted = "kernels, self-test", f"results within {SELF_TEST_ERROR[dtype]:g} of the formulas"
     try:
         worst = max(relative_errors(device, dtype).items(), key=lambda item: item[1])
@@ -87,7 +87,7 @@ def self_test(device: torch.device, dtype: torch.dtype) -> Finding:
 
 
 def relative_errors(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """By output: the largest difference from the formula in fp32, over the largest number of the formula's."""
+    """For each output, its largest difference from the fp32 formula over the formula's largest number."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -116,7 +116,7 @@ def relative_errors(device: torch.device, dtype: torch.dtype) -> dict[str, float
 
 
 def video_writer() -> Finding:
-    """Does an mp4 come out of imageio's ffmpeg?"""
+    """Writes a short mp4 with imageio's ffmpeg."""
     accepted = "an ffmpeg with H.264 that imageio-ffmpeg finds"
     todo = "pip install imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE to an ffmpeg with libx264"
     try:
@@ -137,7 +137,7 @@ def video_writer() -> Finding:
 
 
 def output_folder(folder: Path) -> Iterator[Finding]:
-    """Write access, and room on its disk; nothing is left there."""
+    """Write access to a folder, and free space on its disk. Leaves nothing there."""
     reason = why_not_writable(folder)
     found = f"{folder}, {'writable' if reason is None else f'not writable ({reason})'}"
     todo = "" if reason is None else "name another with --output, here and in runs"
@@ -157,7 +157,7 @@ def existing(folder: Path) -> Path:
 
 
 def why_not_writable(folder: Path) -> str | None:
-    """Why nothing can be written to a folder that is there or would be made; None if it can. Leaves nothing behind."""
+    """The reason why a folder, which need not exist yet, cannot be written to; None if it can. Leaves nothing there."""
     try:
         with tempfile.TemporaryFile(dir=existing(folder)):
             return None
@@ -170,7 +170,7 @@ ADDRESS = "BASE_URL"
 
 
 def judges(environment: Mapping[str, str] = os.environ) -> Finding:
-    """The judges' addresses, of all roles, in the environment; they are not asked, and keys are not shown."""
+    """Addresses of judges in the environment, of all roles. Servers are not asked, keys are not shown."""
     accepted = f"{JUDGE_PREFIXES[0]}{ADDRESS}, http(s), also per role; ShapeWorld needs none"
     names = sorted(
         name for name, value in environment.items()
@@ -201,13 +201,6 @@ def _endpoint(address: str) -> str:
 
 
 def machine_findings(device: torch.device, output: Path) -> list[Finding]:
-    """Every check here, in the order of the lines. Kernels are tried on the CPU where there is no GPU."""
+    """All checks of this module. Kernels are tried on the CPU where there is no GPU."""
     there = device if torch.cuda.is_available() else torch.device("cpu")
-    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
-        lambda: iter([gpu(device)]),
-        lambda: kernels(there),
-        lambda: iter([video_writer()]),
-        lambda: output_folder(output),
-        lambda: iter([judges()]),
-    )
-    return [finding for check in checks for finding in check()]
+    return [gpu(device), *kernels(there), video_writer(), *output_folder(output), judges()]

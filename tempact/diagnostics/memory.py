@@ -1,6 +1,4 @@
-"""A memory plan: what is held all the time, what each phase adds, what fits into a GPU. Numbers come from outside.
-
-Bytes and operations of an iteration, from the traces of its parts.
+"""Memory and operations of a training iteration, from the traces of its parts.
 
 Plans and switches are not known beforehand. Memory is that of the worst case: every plan forks after its first chunk,
 from where its continuations share nothing. A plan is taken to have a prompt every other chunk.
@@ -14,24 +12,21 @@ from dataclasses import dataclass, replace
 
 from tempact.config import RunConfig
 from tempact.diagnostics import footprints as footprint
-from tempact.diagnostics.planner_footprint import PlannerSizes
-from tempact.diagnostics.sizes import Decoder, decoder_of, scorer_bytes, text_encoder_bytes, video_bytes
+from tempact.diagnostics.sizes import Decoder, video_bytes
 from tempact.executor.executor import TEXTS_KEPT
 from tempact.executor.sampler import RolloutSettings
-from tempact.worlds import is_random
 
 GIB = 2**30
-TERA = 10**12
-# what torch's count of tensors leaves out: the CUDA context and libraries' workspaces, and holes between tensors
+# not in torch's count of tensors: the CUDA context with libraries' workspaces, and holes between tensors
 CONTEXT_BYTES = 1 * GIB
 HOLES = 0.05
-HOPELESS = 2
+HOPELESS = 2  # times the room; a larger count cannot fit either
 EXACT, TRACED, ESTIMATED = "exact", "traced", "estimated"  # shapes; the code on fake tensors; a formula
 
 
 @dataclass(frozen=True)
 class Item:
-    """Bytes of one thing, and where the number is from: EXACT, TRACED or ESTIMATED."""
+    """Bytes of one kind of data; source: EXACT, TRACED or ESTIMATED."""
 
     what: str
     bytes: int
@@ -40,7 +35,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of an iteration, and what it holds beside what is always there."""
+    """A part of an iteration, and the data that only this part holds."""
 
     name: str
     items: tuple[Item, ...]
@@ -52,7 +47,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Needs:
-    """A run's memory: kept for the whole iteration, by phase, and on the host."""
+    """Memory of a run: data kept for whole iterations, data of each phase, and data on the host."""
 
     kept: tuple[Item, ...]
     phases: tuple[Phase, ...]
@@ -70,7 +65,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Budget:
-    """A device's memory; on_gpu: tensors cannot have all of it, and what is on the host is elsewhere."""
+    """A device's memory. On a GPU, tensors cannot have all of it; without one, data of the host count too."""
 
     name: str
     bytes: int
@@ -97,10 +92,9 @@ def total(items: Iterable[Item]) -> int:
 
 
 def largest(taken: Callable[[int], int], room: int, least: int, most: int) -> int:
-    """The largest count within [least, most] whose bytes fit into `room`, 0 if none does.
+    """The largest count within [least, most] for which `taken(count)` bytes fit into `room`; 0 if none does.
 
-    Counts are asked one by one: the cache grows by eighths, so that one more may take less. What takes
-    HOPELESS times the room ends it.
+    Counts are tried one by one: the cache grows by eighths, so that one more may take less.
     """
     found = 0
     for count in range(least, most + 1):
@@ -113,7 +107,7 @@ def largest(taken: Callable[[int], int], room: int, least: int, most: int) -> in
 
 
 def table(needs: Needs) -> list[str]:
-    """Lines: what is kept, then each phase with its sum and that of everything."""
+    """Lines: data kept, then each phase with its sum and the sum of both, then data on the host."""
     kept = total(needs.kept)
     lines = [f"kept all the time: {size(kept)}", *_items(needs.kept)]
     for phase in needs.phases:
@@ -126,21 +120,22 @@ def _items(items: Iterable[Item]) -> list[str]:
 
 
 def size(count: int) -> str:
-    """Bytes as people read them: 3.45 GiB, 12.0 MiB."""
-    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= unit:
-            value = count / unit
-            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {name}"
-    return f"{count} B"
+    """Bytes to three digits: 3.45 GiB, 12.0 MiB."""
+    return _rounded(count, {"GiB": GIB, "MiB": 2**20, "KiB": 2**10}) or f"{count} B"
 
 
 def tera(flops: float) -> str:
-    """Operations as people read them: 28.3 TF, 8.93 PF."""
-    for unit, name in ((1000 * TERA, "PF"), (TERA, "TF"), (TERA // 1000, "GF")):
-        if flops >= unit:
-            value = flops / unit
-            return f"{value:.{2 if value < 10 else 1}f} {name}"
-    return f"{flops / 10**6:.2f} MF"
+    """Operations to three digits: 28.3 TF, 8.93 PF."""
+    return _rounded(flops, {"PF": 10**15, "TF": 10**12, "GF": 10**9}) or f"{flops / 10**6:.2f} MF"
+
+
+def _rounded(count: float, units: dict[str, int]) -> str:
+    """In the first unit that is no larger than the count; "" if all are."""
+    for name, unit in units.items():
+        if count >= unit:
+            value = count / unit
+            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {name}"
+    return ""
 
 
 FP32 = 4  # bytes of a number
@@ -153,13 +148,19 @@ PLANNING = ("plan", "planner update")  # phases of the planner
 
 @dataclass(frozen=True)
 class Run:
-    """A configuration with all that its numbers follow from; planner None: a model of unknown size."""
+    """A configuration with the sizes of its models.
+
+    planner: None for a model of unknown size. decoder: None where latents are pixels. text_bytes, scorer_bytes: weights
+    of text encoder and PickScore. on_gpu: the run is planned for a GPU.
+    """
 
     config: RunConfig
     sizes: footprint.Sizes
-    planner: PlannerSizes | None
-    wan: bool
-    on_gpu: bool
+    planner: footprint.PlannerSizes | None = None
+    decoder: Decoder | None = None
+    text_bytes: int = 0
+    scorer_bytes: int = 0
+    on_gpu: bool = True
 
     @property
     def plans(self) -> int:
@@ -171,7 +172,7 @@ class Run:
 
     @property
     def together(self) -> int:
-        """Branches that are rolled out in one batch: those of as many plans as `executor.rollout_videos` lets in."""
+        """Videos that are rolled out in one batch: those of as many plans as `executor.rollout_videos` lets in."""
         n, most = self.config.executor.continuations, self.config.executor.rollout_videos
         return (min(self.plans, max(1, most // n)) if most else self.plans) * n
 
@@ -190,12 +191,12 @@ class Run:
 
     @property
     def offloaded(self) -> bool:
-        """Do a text encoder's weights wait on the host?"""
-        return self.wan and self.config.executor.offload_text_encoder and not is_random(self.config.executor.weights)
+        """Do the text encoder's weights wait on the host?"""
+        return self.config.executor.offload_text_encoder and self.decoder is not None and self.text_bytes > 0
 
     @property
     def attended(self) -> dict[int, int]:
-        """Latent frames that the chunk at each frame attends to."""
+        """Number of latent frames in the context of the chunk that starts at each frame."""
         s = self.settings
         return {start: len(s.window.attended(start, s.chunk)) for start in range(0, s.frames, s.chunk)}
 
@@ -203,10 +204,15 @@ class Run:
     def switches(self) -> list[int]:
         """Frames at which the prompt changes, the earliest of them the fork."""
         starts = range(self.fork, self.settings.frames, CHUNKS_A_PROMPT * self.settings.chunk)
-        return [*starts][: _texts(self) - 1] if self.fork else []
+        return [*starts][: self.texts - 1] if self.fork else []
+
+    @property
+    def texts(self) -> int:
+        """Prompts of a plan."""
+        return math.ceil(self.settings.chunks / CHUNKS_A_PROMPT)
 
     def recached(self, start: int) -> tuple[int, int]:
-        """Latent frames whose K/V a switch at `start` attends to, and those that it rewrites."""
+        """A switch at `start` under "recache": latent frames attended to, and latent frames whose K/V it rewrites."""
         frames = self.settings.window.recached(start)
         return min(self.settings.window.sink, frames[0] if frames else 0), len(frames)
 
@@ -220,7 +226,7 @@ class Run:
         return min(most // steps, each // steps) * steps if most >= steps else min(most, steps)
 
     def changed(self, *, continuations: int | None = None, prompts: int | None = None) -> Run:
-        """The same with another N or another number of prompts."""
+        """This run with other numbers of continuations (N) or of prompts."""
         config = self.config
         executor = replace(config.executor, continuations=continuations or config.executor.continuations)
         data = replace(config.data, prompts_per_iteration=prompts or config.data.prompts_per_iteration)
@@ -228,42 +234,41 @@ class Run:
 
 
 def needs_of(run: Run, *, planning: bool = True) -> Needs:
-    """The memory of a training run; planning: with the planner's phases."""
-    decoder = decoder_of(run.sizes, run.on_gpu) if run.wan else None
+    """Memory of training. planning: include the planner's phases."""
     activations = _rollout_activations(run)
     training = update_cost(run).bytes
-    held = max(activations, training) if run.graphs else 0
-    kept = [*_weights(run, decoder), *_kept_of_a_rollout(run)]
-    if held:
-        kept.append(Item("activations of rollout and update, held by CUDA graphs", held, TRACED))
+    kept = [*_weights(run), *_kept_of_a_rollout(run)]
     rollout = [*_rollout(run)]
     update = [Item("velocities of the reference", _transitions(run, run.settings.schedule.transitions), EXACT)]
-    if not held:
+    if run.graphs:
+        held = max(activations, training)
+        kept.append(Item("activations of rollout and update, held by CUDA graphs", held, TRACED))
+    else:
         rollout.append(Item(f"activations, {run.together} branches", activations, TRACED))
         update.append(Item(f"activations, {run.update_rows} transitions", training, TRACED))
-    videos = run.branches * video_bytes(run.sizes, run.settings.frames, wan=run.wan)
+    videos = run.branches * video_bytes(run.sizes.latent, run.settings.frames, run.decoder)
     host = [Item(f"{run.branches} videos, uint8", videos, EXACT)]
     phases = _planner_phases(run) if planning else []
     if run.offloaded:
-        text = Item("text encoder", text_encoder_bytes(run.config.executor, run.sizes.dtype), EXACT)
+        text = Item("text encoder", run.text_bytes, EXACT)
         host.append(text)
         phases.append(Phase("text", (text,)))
     phases.append(Phase("rollout", tuple(rollout)))
-    if decoder is not None:
-        phases.append(_decoding(run, decoder))
+    if run.decoder is not None:
+        phases.append(_decoding(run, run.decoder))
     if run.config.executor.train:
         phases.append(Phase("executor update", tuple(update)))
     return Needs(tuple(kept), tuple(phases), tuple(host))
 
 
 def update_cost(run: Run) -> footprint.Cost:
-    """Of the largest micro-batch of the executor's update."""
+    """Cost of the largest micro-batch of the executor's update."""
     again = run.config.executor.checkpoint_activations
     return footprint.update(run.sizes, run.update_rows, max(run.attended.values()), checkpointing=again)
 
 
-def _weights(run: Run, decoder: Decoder | None) -> list[Item]:
-    """What is loaded, and what belongs to the adapters."""
+def _weights(run: Run) -> list[Item]:
+    """All models, and the adapters' gradients and optimiser states."""
     parameters = footprint.parameters_of(run.sizes)
     items = [Item("executor's weights", parameters.weight_bytes, EXACT)]
     items += _adapter("executor", parameters.trained * FP32, ema=True)
@@ -271,11 +276,9 @@ def _weights(run: Run, decoder: Decoder | None) -> list[Item]:
         items.append(Item("planner's weights", run.planner.weights, EXACT))
         items += _adapter("planner", run.planner.trained * FP32)
     if not run.offloaded:
-        items.append(Item("text encoder", text_encoder_bytes(run.config.executor, run.sizes.dtype), EXACT))
-    if decoder is not None:
-        items.append(Item("VAE", decoder.weights, EXACT))
-        scorer = scorer_bytes(run.config.judges.aesthetics_weights, on_gpu=run.on_gpu)
-        items.append(Item("PickScore", scorer, EXACT))
+        items.append(Item("text encoder", run.text_bytes, EXACT))
+    if run.decoder is not None:
+        items += [Item("VAE", run.decoder.weights, EXACT), Item("PickScore", run.scorer_bytes, EXACT)]
     return items
 
 
@@ -289,11 +292,11 @@ def _adapter(who: str, trained: int, *, ema: bool = False) -> list[Item]:
 
 
 def _kept_of_a_rollout(run: Run) -> list[Item]:
-    """The cache keeps its size; text rows, latents and recorded transitions stay until the next iteration."""
+    """The cache keeps its size; text rows stay at hand; latents and transitions live until the update is done."""
     sizes, settings, n = run.sizes, run.settings, run.config.executor.continuations
     tokens = sizes.frame_tokens
     rows = footprint.cache_rows(settings, run.together // n, n, run.fork, tokens)
-    texts = min(TEXTS_KEPT, run.plans * _texts(run)) * PROMPT_ROWS * sizes.model.text_dim * sizes.dtype.itemsize
+    texts = min(TEXTS_KEPT, run.plans * run.texts) * PROMPT_ROWS * sizes.model.text_dim * sizes.dtype.itemsize
     transitions = settings.schedule.transitions
     recorded = run.branches * sizes.latent_bytes(settings.frames) + _transitions(run, 2 * transitions + 1)
     return [
@@ -304,17 +307,12 @@ def _kept_of_a_rollout(run: Run) -> list[Item]:
 
 
 def _transitions(run: Run, each: int) -> int:
-    """fp32 chunks, so many of them for every continuation."""
+    """Bytes of `each` fp32 chunks for every continuation."""
     return run.branches * each * run.sizes.latent_bytes(run.settings.chunk)
 
 
-def _texts(run: Run) -> int:
-    """Prompts of a plan."""
-    return math.ceil(run.settings.chunks / CHUNKS_A_PROMPT)
-
-
 def _rollout_activations(run: Run) -> int:
-    """Of the widest call: a chunk of all branches, or the pass that rewrites a branch's window under a new text."""
+    """Activations of the widest call: a chunk of all videos, or the pass that rewrites a video's window."""
     settings = run.settings
     calls = [(run.together, max(run.attended.values()), settings.chunk)]
     if settings.text_switch == "recache":
@@ -323,11 +321,11 @@ def _rollout_activations(run: Run) -> int:
 
 
 def _rollout(run: Run) -> list[Item]:
-    """Beside the cache and the activations."""
+    """Data of a rollout beside the cache and the activations."""
     sizes, settings = run.sizes, run.settings
     steps = max(settings.schedule.calls, settings.first.calls)
     plans = run.together // run.config.executor.continuations
-    prompts = plans * _texts(run)
+    prompts = plans * run.texts
     # a graph reads copies of its own; there are two of each batch, for denoiser calls and for context passes
     copies = run.together + (2 * (run.together + plans) if run.graphs else 0)
     noise = run.together * 2 * steps * sizes.latent_bytes(settings.chunk)
@@ -340,15 +338,13 @@ def _rollout(run: Run) -> list[Item]:
 
 def _decoding(run: Run, decoder: Decoder) -> Phase:
     videos = min(decoder.videos, run.config.executor.continuations)
-    frames = videos * video_bytes(run.sizes, decoder.latents + 1, wan=True)
-    return Phase(
-        "decode",
-        (
-            Item(f"decoder's state of {videos} videos and their beginning", (videos + 1) * decoder.state, TRACED),
-            Item(f"a call of {videos} x {decoder.latents} latent frames, at most", videos * decoder.call, TRACED),
-            Item("frames on their way to the host", frames, EXACT),
-        ),
+    frames = videos * video_bytes(run.sizes.latent, decoder.latents + 1, decoder)
+    items = (
+        Item(f"decoder's state of {videos} videos and their beginning", (videos + 1) * decoder.state, TRACED),
+        Item(f"a call of {videos} x {decoder.latents} latent frames, at most", videos * decoder.call, TRACED),
+        Item("frames on their way to the host", frames, EXACT),
     )
+    return Phase("decode", items)
 
 
 def _planner_phases(run: Run) -> list[Phase]:
@@ -372,15 +368,15 @@ def _planner_phases(run: Run) -> list[Phase]:
 
 @dataclass(frozen=True)
 class Work:
-    """Operations: a denoiser call without adapters by frames attended to (own ones included); phases of an
-    iteration."""
+    """Operations. calls: of a denoiser call without adapters, by frames attended to, own ones included. phases: of an
+    iteration's."""
 
     calls: dict[int, int]
     phases: dict[str, int]
 
 
 def work_of(run: Run) -> Work:
-    """The executor's operations; a plan that switches after its first chunk has the most."""
+    """Operations of the executor, where every plan forks after its first chunk."""
     s, sizes = run.settings, run.sizes
     bare = _affine(run, adapters=False)
     adapted = _affine(run, adapters=True)
@@ -391,9 +387,8 @@ def work_of(run: Run) -> Work:
     if s.text_switch == "recache":
         passes = {start: footprint.denoise(sizes, 1, *run.recached(start)).flops for start in run.switches}
         phases["rollout"] += sum((run.branches if start > run.fork else run.plans) * passes[start] for start in passes)
-    if run.wan:
-        decoder = decoder_of(sizes, run.on_gpu)
-        shared, whole = decoder.flops(run.fork), decoder.flops(s.frames)
+    if run.decoder is not None:
+        shared, whole = run.decoder.flops(run.fork), run.decoder.flops(s.frames)
         phases["decode"] = run.plans * shared + run.branches * (whole - shared)
     if run.config.executor.train:
         own = update_cost(run)
@@ -402,7 +397,7 @@ def work_of(run: Run) -> Work:
 
 
 def _affine(run: Run, *, adapters: bool) -> Callable[[int], int]:
-    """Operations of one video's call by the frames of its context: they grow by the same amount with each."""
+    """Operations of one video's call as a function of its context's frames, which add the same amount each."""
     most = max(run.attended.values())
     chunk = run.settings.chunk
     none, all_ = (footprint.denoise(run.sizes, 1, a, chunk, adapters=adapters).flops for a in (0, most))

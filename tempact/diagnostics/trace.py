@@ -1,4 +1,4 @@
-"""What a computation holds and costs, by running it on fake tensors: real code, shapes only, no data.
+"""Memory and operations of a computation, by running its code on fake tensors: shapes only, no data.
 
 The bytes are those of tensors, as torch.cuda.max_memory_allocated counts them; workspaces of libraries, the CUDA
 context and holes between tensors come on top.
@@ -29,7 +29,7 @@ FAKE = torch.device("cpu")  # fake tensors of a GPU need a torch that has been b
 
 
 class Trace:
-    """What is alive now, and the most that was alive at once since `restart`, in bytes; operations since then.
+    """live: bytes of tensors alive now; peak: the most since `restart`; flops: operations since then.
 
     flops: two for every multiplication of matrix products, convolutions and attention; nothing else counts.
     """
@@ -38,9 +38,10 @@ class Trace:
         self.live = self.peak = self.flops = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
-    def restart(self) -> None:
-        """The peak and the operations start from here."""
+    def restart(self) -> int:
+        """Peak and operations start from here; returns the bytes alive now."""
         self.peak, self.flops = self.live, 0
+        return self.live
 
     def hold(self, tensor: Tensor) -> None:
         """Counts a tensor's memory for as long as it is there; views count once."""
@@ -76,10 +77,10 @@ class Watch(TorchDispatchMode):
 
 
 class AsOnGpu(TorchFunctionMode):
-    """What a GPU does differently from the CPU that fake tensors pretend to be on.
+    """The operations that a GPU does differently from the CPU, on which fake tensors pretend to be.
 
     Attention of torch is a flash kernel, or the memory-efficient one where there is a mask; under autocast, layer norms
-    are computed and kept in fp32. A backward runs without it: what is computed again there must enter it by itself.
+    are computed and kept in fp32. A backward runs without this mode, so `recomputed` enters it.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -118,7 +119,7 @@ def _repeated(x: Tensor, heads: int) -> Tensor:
 
 @contextmanager
 def traced(*, kernels: bool) -> Iterator[Trace]:
-    """Inside, new tensors are fake and counted. kernels: csrc_triton's kernels serve, rather than the torch path."""
+    """New tensors are fake and counted. kernels: ops are csrc_triton's kernels, rather than the torch path."""
     trace = Trace()
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
@@ -131,7 +132,7 @@ def traced(*, kernels: bool) -> Iterator[Trace]:
 
 
 def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` keeping its inputs alone, and computed again in the backward."""
+    """`forward` that keeps only its inputs, and is computed again in the backward."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with AsOnGpu():
@@ -141,7 +142,7 @@ def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def on_meta() -> AbstractContextManager[Any]:
-    """Where modules are made that `fake` moves into a trace: initialising them costs nothing there."""
+    """Context in which modules are made for `fake`: initialising them costs nothing."""
     return torch.device("meta")
 
 
@@ -162,7 +163,7 @@ def _like(tensor: Tensor) -> Tensor:
 
 @register_flop_formula(torch.ops.aten.addmm_)
 def _addmm_flops(out: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
-    """torch counts the one that returns a new tensor alone."""
+    """Of the form in place, which torch does not count."""
     return 2 * a[0] * a[1] * b[1]
 
 
@@ -175,7 +176,7 @@ def _forward_flops(q: Any, k: Any, v: Any, context_k: Any, context_v: Any, table
 def _backward_flops(
     grad: Any, grad_lse: Any, q: Any, k: Any, v: Any, context_k: Any, context_v: Any, table: Any, *_: Any, **__: Any
 ) -> int:
-    """Scores, their gradient and that of q for all keys, gradients of k and v for the own ones."""
+    """Scores, their gradient and the gradient of q for all keys; gradients of k and v for the own keys."""
     return 3 * _product(q, _keys(k, context_k, table)) + 2 * _product(q, k[1])
 
 
@@ -186,7 +187,7 @@ def _product(q: Any, keys: int) -> int:
 
 
 def _keys(k: Any, context: Any, table: Any) -> int:
-    """Keys of one query. Of a pool [rows, heads, head_dim] every row counts: what is traced is one context's pool."""
+    """Keys of one query. Of a pool [rows, heads, head_dim] every row counts: a trace has one context in its pool."""
     if context is None:
         return k[1]
     return k[1] + (context[0] if table is not None else context[1])

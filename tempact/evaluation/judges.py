@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ from tempact.evaluation.methods import ROLES
 from tempact.evaluation.statistics import DUPLICATES, PICKSCORE, PICTURE_QUALITY
 from tempact.evaluation.temporal_order.prompts import OrderPrompt
 from tempact.rewards.frame_picks import spread
-from tempact.rewards.judged import TOP_MARK, VideoVerdict, rubric_version, video_call, video_score
-from tempact.rewards.judges import JudgeCall, JudgeResult
+from tempact.rewards.judged import TOP_MARK, VideoVerdict, rubric_version, video_call
+from tempact.rewards.judges import JudgeResult, Judges
 from tempact.rewards.judges.config import ROLES as FALLBACKS
 from tempact.rewards.judges.config import JudgeConfig
 from tempact.shapeworld.grammar import parse_instruction
@@ -33,6 +33,9 @@ from tempact.shapeworld.matcher import WEIGHTS, ShapeWorldJudge
 from tempact.shapeworld.story import Story
 from tempact.shapeworld.verifier import duplicates, picture_quality, verify
 from tempact.types import Missing
+
+if TYPE_CHECKING:  # it needs transformers' CLIP
+    from tempact.rewards.pickscore import PickScorer
 
 # as many as the reference's judge saw (docs/algorithm.md section 7); other sets have those of the simple one
 JUDGED_FRAMES = {"simple": 6, "hard": 10}
@@ -89,16 +92,10 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-class Client(Protocol):
-    """What is used of `tempact.rewards.judges.client.JudgeClient`."""
-
-    def submit(self, calls: Sequence[JudgeCall]) -> list[Future[JudgeResult]]: ...
-
-
 class ServedJudge:
     """Asks a judge client about the registered frames of a video, with the rubric of the training reward V."""
 
-    def __init__(self, name: str, model: str, client: Client):
+    def __init__(self, name: str, model: str, client: Judges):
         self.name, self.client = name, client
         self.version = f"{model}, temporal following {rubric_version()}"
 
@@ -131,7 +128,7 @@ def scores_of(reply: VideoVerdict) -> dict[str, float]:
     fields = reply.model_dump()
     frame_scores = fields.pop("frame_scores")
     marks = {"frame_scores": sum(frame_scores) / len(frame_scores), **fields}
-    return {COMBINED: video_score(reply), **{name: mark / TOP_MARK for name, mark in marks.items()}}
+    return {COMBINED: reply.score(), **{name: mark / TOP_MARK for name, mark in marks.items()}}
 
 
 @dataclass(frozen=True)
@@ -151,15 +148,7 @@ class LocalJudge:
         return futures
 
 
-class Picture(Protocol):
-    """What is used of `tempact.rewards.pickscore.PickScorer`."""
-
-    def score(self, text: str, videos: Tensor) -> Tensor: ...
-
-    def cuts(self, text: str) -> bool: ...
-
-
-def pickscore_judge(weights: str, scorer: Picture) -> LocalJudge:
+def pickscore_judge(weights: str, scorer: PickScorer) -> LocalJudge:
     """PickScore of 8 frames against the whole instruction (docs/algorithm.md section 7): about 20.8 for the published
     models."""
 

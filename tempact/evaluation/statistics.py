@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from tempact.files import reading, write_atomic
 AVERAGE = "average"  # the set, and the judge, of the mean over all cells
 PICTURE_QUALITY, DUPLICATES, PICKSCORE = "picture quality", "duplicates", "PickScore"
 NOT_TEMPORAL = (PICTURE_QUALITY, DUPLICATES, PICKSCORE)  # judged beside temporal order, not part of its average
-EVALUATION, SCORES, COMPARISONS = "evaluation.json", "evaluation_scores.jsonl", "comparisons.json"
+T = TypeVar("T")
 Sets = list[np.ndarray]  # [judges, videos] of every set
 Cell = tuple[str, str, list]  # set, judge, and the MethodScores that the mean is over
 
@@ -41,6 +41,7 @@ class MethodScores:
 
     @property
     def missing(self) -> int:
+        """How many videos have no score; the mean leaves them out."""
         return sum(math.isnan(score) for score in self.scores)
 
 
@@ -69,17 +70,6 @@ class Comparison:
     relative: float
     relative_ci95: tuple[float, float]
     n: int
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """How many of a cell's `videos` have no score and are left out of the means."""
-
-    method: str
-    set: str
-    judge: str
-    missing: int
-    videos: int
 
 
 @dataclass(frozen=True)
@@ -146,39 +136,38 @@ def relative_change(value: float, base: float) -> float:
     return value / base - 1 if base else float("nan")
 
 
-def dropped(scores: Iterable[MethodScores]) -> list[Dropped]:
-    """The count of every cell, also where nothing is missing."""
-    return [Dropped(one.method, one.set, one.judge, one.missing, len(one.scores)) for one in scores]
+FILES: dict[type, str] = {
+    Row: "evaluation.json",
+    Comparison: "comparisons.json",
+    MethodScores: "evaluation_scores.jsonl",  # an object a line, the scores in the order of the set's videos
+}
 
 
 def write_evaluation(run_folder: Path, scores: Sequence[MethodScores], bootstrap: Bootstrap) -> list[Row]:
-    """Writes evaluation.json (the rows), comparisons.json (paired differences) and evaluation_scores.jsonl (one
-    line a method, set and judge, in the order of the set's videos, null where missing); returns the rows."""
+    """Writes rows, paired differences and scores into a run folder, under the names of FILES; returns the rows."""
     rows = bootstrap.rows(scores)
-    lines = [json.dumps(plain({**asdict(one), "scores": list(one.scores)})) for one in scores]
-    write_atomic(Path(run_folder) / SCORES, "\n".join(lines) + "\n")
-    for name, found in ((COMPARISONS, bootstrap.compare(scores)), (EVALUATION, rows)):
-        write_atomic(Path(run_folder) / name, json.dumps([plain(asdict(one)) for one in found], indent=1) + "\n")
+    lines = [json.dumps(plain(one)) for one in scores]
+    write_atomic(run_folder / FILES[MethodScores], "\n".join(lines) + "\n")
+    write_atomic(run_folder / FILES[Comparison], json.dumps(plain(bootstrap.compare(scores)), indent=1) + "\n")
+    write_atomic(run_folder / FILES[Row], json.dumps(plain(rows), indent=1) + "\n")
     return rows
 
 
-def read_evaluation(run_folder: Path) -> list[Row]:
-    """Rows of evaluation.json; none if the run has not been evaluated."""
-    return _read(Path(run_folder) / EVALUATION, Row)
-
-
-def read_scores(run_folder: Path) -> list[MethodScores]:
-    """Scores of every video; none if the run has not been evaluated."""
-    return _read(Path(run_folder) / SCORES, MethodScores)
-
-
-def read_comparisons(run_folder: Path) -> list[Comparison]:
-    """Paired differences; none if the run has not been evaluated."""
-    return _read(Path(run_folder) / COMPARISONS, Comparison)
+def read_evaluation(run_folder: Path, kind: type[T]) -> list[T]:
+    """What `write_evaluation` wrote of a kind of FILES; nothing if the run has not been evaluated."""
+    path = run_folder / FILES[kind]
+    if not path.is_file():
+        return []
+    with reading(path):
+        text = path.read_text()
+        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+        return [kind(**{key: _read_value(value) for key, value in row.items()}) for row in rows]
 
 
 def plain(value: Any) -> Any:
-    """The value for JSON: six digits, null for NaN."""
+    """A value or dataclass for JSON: six digits, null for NaN."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
     if isinstance(value, dict):
         return {key: plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -186,14 +175,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return round(value, 6) if math.isfinite(value) else None
     return value
-
-
-def _read(path: Path, kind: type) -> list:
-    """What `plain` wrote of dataclasses `kind`: a JSON list, or an object a line."""
-    with reading(path):
-        text = path.read_text() if path.is_file() else "[]" if path.suffix == ".json" else ""
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
-        return [kind(**{key: _read_value(value) for key, value in row.items()}) for row in rows]
 
 
 def _read_value(value: Any) -> Any:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,8 @@ from tempact.evaluation.statistics import (
     PICKSCORE,
     Bootstrap,
     Comparison,
-    Dropped,
+    MethodScores,
     Row,
-    dropped,
     plain,
     relative_change,
 )
@@ -42,11 +41,6 @@ class Cell:
     score: str
     interval: str = ""
     change: str = ""
-
-    @property
-    def gained(self) -> bool:
-        """Whether there is a change and it is a gain, as shown."""
-        return gained(self.change)
 
 
 @dataclass(frozen=True)
@@ -116,26 +110,24 @@ def _ordered(names: Sequence[str], first: Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Findings:
-    """One metric: the cells and averages, and every method against step prompts."""
-
-    metric: str
-    rows: list[Row]
-    comparisons: list[Comparison]
-
-
-@dataclass(frozen=True)
 class Results:
-    """Findings of an evaluation of the benchmark, the scores that are missing, and how it was measured."""
+    """An evaluation of the benchmark: scores, table rows and comparisons with step prompts by metric, and how it was
+    measured."""
 
-    findings: list[Findings]
-    dropped: list[Dropped]
+    scores: dict[str, list[MethodScores]]
+    rows: dict[str, list[Row]]
+    comparisons: dict[str, list[Comparison]]
     settings: dict[str, Any]
     about: dict[str, str]
 
     @property
+    def missing(self) -> list[MethodScores]:
+        """The cells that miss scores."""
+        return [one for one in self.scores[COMBINED] if one.missing]
+
+    @property
     def note(self) -> str:
-        """What no reader of the tables may miss; "" if there is nothing."""
+        """A warning above the tables; "" if there is none."""
         return "Random weights: the videos are noise." if RANDOM_WEIGHTS in self.about["policies"] else ""
 
 
@@ -144,11 +136,12 @@ def gather(evaluation: Evaluation, resamples: int) -> Results:
     suite = evaluation.suite
     bootstrap = Bootstrap(resamples, suite.seed, suite.seeds)
     scores = {metric: evaluation.method_scores(metric) for metric in METRICS}
-    findings = [Findings(metric, bootstrap.rows(own), bootstrap.compare(own)) for metric, own in scores.items()]
+    rows = {metric: bootstrap.rows(own) for metric, own in scores.items()}
+    comparisons = {metric: bootstrap.compare(own) for metric, own in scores.items()}
     cut = {row["prompt_id"] for row in evaluation.scores if (row["scores"] or {}).get(CUT)}
     cut &= {prompt.prompt_id for prompt in suite.all_prompts}
     settings = json.loads((evaluation.folder / SETTINGS).read_text(encoding="utf-8"))
-    return Results(findings, dropped(scores[COMBINED]), settings, _about(suite, settings, len(cut)))
+    return Results(scores, rows, comparisons, settings, _about(suite, settings, len(cut)))
 
 
 def write_tables(folder: Path, results: Results) -> list[Path]:
@@ -157,9 +150,12 @@ def write_tables(folder: Path, results: Results) -> list[Path]:
         "suite": "temporal-order",
         "about": results.about,
         "settings": results.settings,
-        "tables": {one.metric: [plain(asdict(row)) for row in one.rows] for one in results.findings},
-        "comparisons": {one.metric: [plain(asdict(row)) for row in one.comparisons] for one in results.findings},
-        "dropped": [asdict(one) for one in results.dropped],
+        "tables": plain(results.rows),
+        "comparisons": plain(results.comparisons),
+        "dropped": [
+            {"method": s.method, "set": s.set, "judge": s.judge, "missing": s.missing, "videos": len(s.scores)}
+            for s in results.scores[COMBINED]
+        ],
     }
     write_atomic(folder / JSON, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     measured = "\n".join(f"- {key}: {value}" for key, value in results.about.items())
@@ -168,16 +164,14 @@ def write_tables(folder: Path, results: Results) -> list[Path]:
 
 
 def markdown(results: Results) -> str:
-    """The tables and what was left out of the means."""
+    """The tables, and how many scores the means leave out."""
     parts = ["# Temporal Order Benchmark", results.note]
-    for one in results.findings:
-        parts += [f"## {METRICS[one.metric]}", markdown_table(one.rows), _changes(one.comparisons)]
+    for metric, title in METRICS.items():
+        parts += [f"## {title}", markdown_table(results.rows[metric]), _changes(results.comparisons[metric])]
     missing = [
-        f"- {one.judge}: {one.missing} of {one.videos} videos ({one.method}, {one.set})"
-        for one in results.dropped
-        if one.missing
+        f"- {one.judge}: {one.missing} of {len(one.scores)} videos ({one.method}, {one.set})" for one in results.missing
     ]
-    nothing = f"None of {sum(one.videos for one in results.dropped)} scores."
+    nothing = f"None of {sum(len(one.scores) for one in results.scores[COMBINED])} scores."
     return "\n\n".join(part for part in [*parts, "## Left out of the means", "\n".join(missing) or nothing] if part)
 
 

@@ -24,12 +24,9 @@ from tempact.evaluation.statistics import (
     AVERAGE,
     PICTURE_QUALITY,
     Comparison,
-    Dropped,
+    MethodScores,
     Row,
-    dropped,
-    read_comparisons,
     read_evaluation,
-    read_scores,
     relative_change,
 )
 from tempact.evaluation.tables import METRICS as BENCHMARK_METRICS
@@ -64,7 +61,7 @@ class Tile:
     value: str
     label: str
     detail: str = ""
-    gained: bool = False  # shown in the colour of gains
+    coloured: bool = False  # a gain has the colour of gains
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,8 @@ def write_report(run_folder: Path | str) -> Path:
     run = Path(run_folder)
     if not (run / CONFIG).is_file() and not (run / METRICS).is_file():
         raise UserError(f"{run}: is no run folder; accepted: a folder with {CONFIG} or {METRICS}")
-    config, metrics, rows, comparisons = _config(run), read_metrics(run), read_evaluation(run), read_comparisons(run)
+    config, metrics = _config(run), read_metrics(run)
+    rows, comparisons = read_evaluation(run, Row), read_evaluation(run, Comparison)
     curves = curves_svg(metrics)
     of_all = f" of {config['trainer.iterations']}" if "trainer.iterations" in config else ""
     done = metrics[-1]["step"] if metrics else 0
@@ -101,7 +99,7 @@ def write_report(run_folder: Path | str) -> Path:
         note=note.format(random) if random else "",
         tiles=_tiles(rows, comparisons, metrics),
         sections=[section],
-        dropped=dropped(read_scores(run)),
+        missing=[one for one in read_evaluation(run, MethodScores) if one.missing],
         showcase=_showcase(run),
         facts=[(label, config[key]) for key, label in SUMMARY.items() if key in config],
         run={
@@ -120,8 +118,10 @@ def write_results(evaluation: Evaluation, results: Results, strips: int) -> list
 
     strips: prompts of each set that are shown with their film strips.
     """
-    found = results.findings
-    sections = [Section(BENCHMARK_METRICS[one.metric], build_table(one.rows), one.comparisons) for one in found]
+    sections = [
+        Section(title, build_table(results.rows[metric]), results.comparisons[metric])
+        for metric, title in BENCHMARK_METRICS.items()
+    ]
     return [
         *write_tables(evaluation.folder, results),
         _write_page(
@@ -131,7 +131,7 @@ def write_results(evaluation: Evaluation, results: Results, strips: int) -> list
             note=results.note,
             tiles=(),
             sections=sections,
-            dropped=results.dropped,
+            missing=results.missing,
             showcase=list(_benchmark_strips(evaluation, strips)),
             facts=results.about.items(),
             run=None,
@@ -139,8 +139,8 @@ def write_results(evaluation: Evaluation, results: Results, strips: int) -> list
     ]
 
 
-def _write_page(path: Path, *, sections: list[Section], dropped: Sequence[Dropped], **parts: object) -> Path:
-    """Escapes everything: prompts and plans come from outside."""
+def _write_page(path: Path, **parts: object) -> Path:
+    """Renders the template. Everything is escaped: prompts and plans come from outside."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -149,11 +149,8 @@ def _write_page(path: Path, *, sections: list[Section], dropped: Sequence[Droppe
         lstrip_blocks=True,
     )
     environment.filters["score"] = lambda value: "missing" if value is None else f"{value:.2f}"
-    environment.filters["percent"] = percent
-    page = environment.get_template("report.html.j2").render(
-        sections=sections, own=BOTH, average=AVERAGE, dropped=[one for one in dropped if one.missing], **parts
-    )
-    write_atomic(path, page)
+    environment.filters |= {"percent": percent, "gained": gained}
+    write_atomic(path, environment.get_template("report.html.j2").render(own=BOTH, average=AVERAGE, **parts))
     return path
 
 
@@ -200,7 +197,7 @@ def _tiles(rows: Sequence[Row], comparisons: Sequence[Comparison], metrics: Sequ
         low_high = [one.relative_ci95 for one in comparisons if (one.method, one.set) == (BOTH, AVERAGE)]
         detail = f"95% interval {percent(low_high[0][0])} to {percent(low_high[0][1])}" if low_high else ""
         change = percent(relative_change(after.score, before.score))
-        tiles.append(Tile(change, "temporal order, against step-prompt", detail, gained(change)))
+        tiles.append(Tile(change, "temporal order, against step-prompt", detail, coloured=True))
         tiles.append(Tile(f"{before.score:.3f} \u2192 {after.score:.3f}", "average score, before and after"))
     before, after = found.get((STEP, PICTURE_QUALITY)), found.get((BOTH, PICTURE_QUALITY))
     if before and after:

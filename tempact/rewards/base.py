@@ -75,11 +75,11 @@ def _loaded(entry: str) -> Reward:
     if os.getcwd() not in sys.path:  # `python -m` has it there, the console script has not
         sys.path.append(os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
         raise UserError(f"rewards.custom: {entry}: {error}; accepted: a module that can be imported") from error
-    except AttributeError as error:
-        raise UserError(f"rewards.custom: {entry}: {error}; accepted: a function or a Reward") from error
+    if found is None:
+        raise UserError(f"rewards.custom: {entry}: found nothing of that name; accepted: a function or a Reward")
     return found if isinstance(found, Reward) else Reward(name, found)
 
 

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, Field, create_model
@@ -24,7 +24,7 @@ from torch import Tensor
 from tempact.config import JudgeSettings
 from tempact.rewards.base import RewardFunction, RewardSet
 from tempact.rewards.frame_picks import Span, jpegs, media_hash, spread
-from tempact.rewards.judges import JudgeCall, JudgeResult, Judges, Rubric
+from tempact.rewards.judges import JudgeCall, Judges, Rubric
 from tempact.types import Missing, Plan
 
 FOLDER = Path(__file__).parent / "rubrics"
@@ -67,17 +67,25 @@ Mark = Annotated[float, Field(ge=0, le=TOP_MARK)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+# the docstrings of the verdicts are part of their JSON schemas, and so of the keys of the cache of replies
+
+
 class PlanVerdict(BaseModel):
-    """A judge's reply about a plan; other names in it are ignored."""
+    """The judge's reply; names beside these are ignored."""
 
     faithfulness: Share
     coverage: Share
     temporal: Share
     hallucination: Share
 
+    def score(self) -> float:
+        """J in [0, 0.9]."""
+        raw = 0.4 * self.faithfulness + 0.25 * self.coverage + 0.25 * self.temporal
+        return min(1.0, max(0.0, raw - 0.3 * self.hallucination))
+
 
 class StepVerdict(BaseModel):
-    """A judge's reply about a step; other names in it are ignored."""
+    """The judge's reply; names beside these are ignored."""
 
     subject: Mark
     scene: Mark
@@ -85,10 +93,14 @@ class StepVerdict(BaseModel):
     appearance: Mark
     final: Mark
 
+    def score(self) -> float:
+        """L in [0, 1]."""
+        shown = 0.15 * self.subject + 0.15 * self.scene + 0.2 * self.action
+        return min(1.0, (shown + (0.2 * self.appearance + 0.3 * self.final)) / TOP_MARK)
+
 
 class VideoVerdict(BaseModel):
-    """A judge's reply about a video; other names in it are ignored. `video_fields` asks for one frame score a
-    picture."""
+    """The judge's reply; names beside these are ignored. `video_fields` asks for one frame score a picture."""
 
     frame_scores: list[Mark]
     temporal_order: Mark
@@ -96,6 +108,13 @@ class VideoVerdict(BaseModel):
     consistency: Mark
     alignment: Mark
     final: Mark
+
+    def score(self) -> float:
+        """V in [0, 1]."""
+        marks = 0.2 * sum(self.frame_scores) / len(self.frame_scores) + 0.3 * self.final
+        marks += 0.2 * self.temporal_order + 0.1 * self.physical
+        marks += 0.1 * self.consistency + 0.1 * self.alignment
+        return min(1.0, marks / TOP_MARK)
 
 
 @cache
@@ -105,40 +124,18 @@ def video_fields(frames: int) -> type[VideoVerdict]:
     return create_model(f"VideoVerdict{frames}", __base__=VideoVerdict, frame_scores=scores)
 
 
-def plan_score(verdict: PlanVerdict) -> float:
-    """J in [0, 0.9]."""
-    raw = 0.4 * verdict.faithfulness + 0.25 * verdict.coverage + 0.25 * verdict.temporal
-    return min(1.0, max(0.0, raw - 0.3 * verdict.hallucination))
-
-
-def step_score(verdict: StepVerdict) -> float:
-    """L in [0, 1]."""
-    what = 0.15 * verdict.subject + 0.15 * verdict.scene + 0.2 * verdict.action
-    return min(1.0, (what + (0.2 * verdict.appearance + 0.3 * verdict.final)) / TOP_MARK)
-
-
-def video_score(verdict: VideoVerdict) -> float:
-    """V in [0, 1]."""
-    marks = 0.2 * sum(verdict.frame_scores) / len(verdict.frame_scores) + 0.3 * verdict.final
-    marks += 0.2 * verdict.temporal_order + 0.1 * verdict.physical
-    marks += 0.1 * verdict.consistency + 0.1 * verdict.alignment
-    return min(1.0, marks / TOP_MARK)
-
-
 @dataclass(frozen=True)
 class Question:
-    """A question that judges are asked.
+    """A question to the judges.
 
     name    of the rubric's file, and of the role that answers
     task    first words of the user message
-    fields  the reply's, by the number of pictures
-    score   from a reply to a score in [0, 1]
+    fields  of the reply, by the number of pictures; its `score()` is in [0, 1]
     """
 
     name: str
     task: str
     fields: Callable[[int], type[BaseModel]]
-    score: Callable[[Any], float]
 
     def call(self, data: Mapping[str, object], pictures: Tensor | None = None, role: str = "") -> JudgeCall:
         """The call that asks it about quoted data and pictures uint8 [k, 3, height, width]; role: "" for its own."""
@@ -149,9 +146,9 @@ class Question:
         )
 
 
-PLAN = Question("plan_quality", "Judge this plan.", lambda frames: PlanVerdict, plan_score)
-STEP = Question("step_following", "Judge this part of a video.", lambda frames: StepVerdict, step_score)
-VIDEO = Question("temporal_following", "Judge this video.", video_fields, video_score)
+PLAN = Question("plan_quality", "Judge this plan.", lambda frames: PlanVerdict)
+STEP = Question("step_following", "Judge this part of a video.", lambda frames: StepVerdict)
+VIDEO = Question("temporal_following", "Judge this video.", video_fields)
 
 
 def rubric_version() -> str:
@@ -165,30 +162,21 @@ def video_call(instruction: str, pictures: Tensor, role: str = VIDEO.name) -> Ju
     return VIDEO.call({"instruction": instruction}, pictures, role)
 
 
-Replies: TypeAlias = dict[tuple[int, ...], Future[JudgeResult]]  # by place in the scores
-
-
 @dataclass(frozen=True)
 class JudgedScores:
-    """Scores that judges are working on.
-
-    shape    of the scores
-    replies  a place without one has no score
-    score    from a reply to a score in [0, 1]
-    """
+    """Scores of a shape that judges are working on; a place without a reply has no score."""
 
     shape: tuple[int, ...]
-    replies: Replies
-    score: Callable[[Any], float]
+    replies: dict[tuple[int, ...], Future[Any]]  # by place in the scores
 
     def result(self) -> Tensor:
         """Waits for all replies: fp32 on the CPU, NaN where no score could be had. Always of the whole shape, so that
         ranks stay in step whatever is missing. Raises JudgeOutage, and nothing else on purpose."""
         scores = torch.full(self.shape, float("nan"))
         for place, reply in self.replies.items():
-            found = reply.result()
-            if not isinstance(found, Missing):
-                scores[place] = self.score(found)
+            verdict = reply.result()
+            if not isinstance(verdict, Missing):
+                scores[place] = verdict.score()
         return scores
 
 
@@ -211,7 +199,7 @@ class JudgedReward:
 
     def __call__(self, prompts: list[str], plans: list[Plan], frames: Tensor, spans: list[Span | None]) -> JudgedScores:
         shape = (len(plans),) if self.question is PLAN else tuple(frames.shape[:2])
-        replies: Replies = {}
+        replies: dict[tuple[int, ...], Future[Any]] = {}
         for p, (plan, videos, span) in enumerate(zip(plans, frames, spans, strict=True)):
             if self.question is PLAN:
                 data = {"instruction": plan.instruction, "steps": [step.prompt for step in plan.steps]}
@@ -226,14 +214,11 @@ class JudgedReward:
             picks = spread(*window, self.pictures)
             asked = self.judges.submit([self.question.call(data, video[picks], self.role) for video in videos])
             replies |= {(p, n): reply for n, reply in enumerate(asked)}
-        return JudgedScores(shape, replies, self.question.score)
+        return JudgedScores(shape, replies)
 
 
 def judged_rewards(
-    client: Judges,
-    aesthetics: RewardFunction,
-    settings: JudgeSettings,
-    stats: Callable[[], dict[str, float]] = dict,
+    client: Judges, aesthetics: RewardFunction, settings: JudgeSettings, stats: Callable[[], dict[str, float]] = dict
 ) -> RewardSet:
     """The three rewards of judges, and one of pictures with its metrics; closing them closes the client."""
     return RewardSet(

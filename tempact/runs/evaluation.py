@@ -12,37 +12,31 @@ from pathlib import Path
 
 from tempact.cli import EXIT_ABORTED, to_yaml
 from tempact.config import VIDEO, RunConfig, flatten, keys_of
-from tempact.errors import UserError
 from tempact.evaluation.harness import LOSSLESS, Evaluation, Suite, mp4_format
 from tempact.evaluation.judges import load_pickscore, served_judges, shapeworld_judges
 from tempact.evaluation.methods import BOTH, METHODS, SINGLE, STEP, BenchmarkOptions, Method
 from tempact.evaluation.statistics import Bootstrap, write_evaluation
-from tempact.evaluation.tables import RANDOM_WEIGHTS, gather, markdown, markdown_table
+from tempact.evaluation.tables import gather, markdown, markdown_table
 from tempact.evaluation.temporal_order.prompts import SETS, OrderPrompt
 from tempact.evaluation.temporal_order.vbench import export_vbench
 from tempact.executor.sampler import gaussian_noise
 from tempact.files import claim_run_folder, write_atomic
+from tempact.policies import PolicyPair, device_of
 from tempact.reporting.report import write_report, write_results
 from tempact.reporting.strips import write_showcase
 from tempact.rewards.judges import JudgeOutage
 from tempact.runs.logs import Progress, setup_logging
 from tempact.shapeworld.world import held_out_prompts
-from tempact.worlds import PolicyPair, device_of, is_random, is_shapeworld
+from tempact.worlds import world_of
 
 log = logging.getLogger(__name__)
 
 SHOWN = {SINGLE: "single prompt", STEP: "before: step prompts", BOTH: "after: + TempAct"}  # rows of the film strips
-# of the executor's settings: videos are the same up to rounding, so a killed evaluation may go on with others
 Load = Callable[[], tuple[PolicyPair, str]]  # the policies, and the name of their weights
 
 
 def evaluate_shapeworld(config: RunConfig, run: Path | None, load: Load) -> int:
     """ShapeWorld's own table, beside the run (or, for a preset, beside its runs); returns the exit code."""
-    if not is_shapeworld(config.executor.weights):
-        raise UserError(
-            f"executor.weights: found {config.executor.weights}, whose videos ShapeWorld's evaluation cannot score; "
-            "accepted: shapeworld, or a folder of its kind"
-        )
     setup_logging()
     policies, _ = load()
     with claim_run_folder(run or untrained_folder(config)) as folder:
@@ -105,7 +99,7 @@ def evaluate_benchmark(
         )
         files = mp4_format(policies.executor.codec.fps)
         evaluation = Evaluation(folder, suite, policies.planner, policies.executor, gaussian_noise, files)
-        named = RANDOM_WEIGHTS if is_random(config.executor.weights) else weights
+        named = world_of(config).note or weights
         known = f"{config.preset}, {named}, settings {policy_digest(config)}"
         try:
             with Progress("evaluation", 0) as progress:

@@ -22,14 +22,14 @@ from tempact.files import claim_run_folder, safe_name, write_atomic
 from tempact.models.wan.codec import Codec
 from tempact.planner.planner import Planner
 from tempact.planner.plans import Request
+from tempact.policies import PolicyPair, build_executor, build_planner, device_of
 from tempact.reporting.strips import COLUMNS, StripRow, film_strip, save_strip, shown_frames
 from tempact.runs.checkpoint import Checkpoint
 from tempact.runs.logs import Progress
 from tempact.runs.run import load_policies, newest, use_newest
-from tempact.shapeworld.grammar import parse_instruction
 from tempact.types import Plan, Prompt
 from tempact.video import Mp4Writer
-from tempact.worlds import SHAPEWORLD, PolicyPair, build_executor, build_planner, device_of, is_random
+from tempact.worlds import World, world_of
 
 log = logging.getLogger(__name__)
 
@@ -99,17 +99,17 @@ def make_videos(
 
     Video n has the request's seed plus n, else `seed` plus n: for its noise, and for its plan where the request has
     none. The planner is loaded only if a request needs it. adapter: a run, whose newest checkpoint is loaded, or a PEFT
-    folder of the executor. Raises UserError, before anything is loaded or written, for an instruction that ShapeWorld's
-    grammar does not read, a seed out of range and a run without an intact checkpoint.
+    folder of the executor. Raises UserError, before anything is loaded or written, for an instruction that the executor
+    cannot follow, a seed out of range and a run without an intact checkpoint.
     """
     if not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"--seed: found {seed}; accepted: 0 to {LARGEST_SEED}")
-    if config.executor.weights == SHAPEWORLD:
-        for request in requests:
-            _check_instruction(request)
+    world = world_of(config)
+    for request in requests:
+        _check_instruction(world, request)
     checkpoint = newest(adapter) if adapter is not None and not (adapter / CONFIG).is_file() else None
     device = device_of(config)
-    executor = build_executor(config, device)
+    executor = build_executor(config, device, preview=True)
     planner = build_planner(config, device) if any(request.plan is None for request in requests) else None
     if adapter is not None and checkpoint is not None:
 
@@ -139,9 +139,7 @@ def make_videos(
 
 def note_of(config: RunConfig, *, planned: bool) -> str:
     """The label of a video: "random weights", "random planner" (random weights made the plan), or ""."""
-    if is_random(config.executor.weights):
-        return "random weights"
-    return "random planner" if planned and config.planner.weights == "random" else ""
+    return world_of(config).note or ("random planner" if planned and config.planner.weights == "random" else "")
 
 
 def latent_of_frames(codec: Codec, latent_frames: int) -> list[int]:
@@ -150,9 +148,9 @@ def latent_of_frames(codec: Codec, latent_frames: int) -> list[int]:
     return [latent for latent, count in enumerate(counts) for _ in range(count)]
 
 
-def _check_instruction(request: Request) -> None:
+def _check_instruction(world: World, request: Request) -> None:
     try:
-        parse_instruction(request.prompt.text)
+        world.check_instruction(request.prompt.text)
     except UserError as error:
         raise UserError(f"{request.where}: {error}") from error
 

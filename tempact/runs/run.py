@@ -15,24 +15,18 @@ from tempact.cli import EXIT_ABORTED, EXIT_STOPPED, fingerprint, from_yaml, to_y
 from tempact.config import RunConfig, validate
 from tempact.errors import UserError
 from tempact.files import claim_run_folder, write_atomic
+from tempact.policies import PolicyPair, build_policies, build_trainer, device_of
 from tempact.reporting.records import write_samples
 from tempact.reporting.report import write_report
 from tempact.reporting.strips import write_extremes
+from tempact.rewards.base import Reward
 from tempact.rewards.judges import JudgeOutage
 from tempact.runs.checkpoint import Checkpoint, check_config, latest, recover, resolve_resume, save
 from tempact.runs.evaluation import evaluate
 from tempact.runs.logs import MetricsLogger, Progress
 from tempact.seeds import restore_rng
 from tempact.trainer import Aborted, Iteration, Trainer
-from tempact.worlds import (
-    PolicyPair,
-    build_policies,
-    build_prompts,
-    build_rewards,
-    build_trainer,
-    check_executor,
-    is_shapeworld,
-)
+from tempact.worlds import world_of
 
 log = logging.getLogger(__name__)
 
@@ -77,12 +71,16 @@ class StopRequest:
         log.warning("%s: finishing this iteration, then saving; once more to stop at once", signal.Signals(number).name)
 
 
-def train(config: RunConfig, resume: str = "auto", *, callbacks: Sequence[Callback] = ()) -> RunResult:
+def train(
+    config: RunConfig, resume: str = "auto", *, rewards: Sequence[Reward] = (), callbacks: Sequence[Callback] = ()
+) -> RunResult:
     """Trains both policies, evaluates them and writes the report, all in the folder `config.output`.
 
     Args:
         resume: "auto" goes on from the newest intact checkpoint of the folder, "none" begins, any other value is the
             path of a checkpoint or a run folder.
+        rewards: of one's own, beside those of `rewards.custom`. They are not part of the configuration that a
+            checkpoint holds: a resumed run is given them again.
         callbacks: called with each finished `Iteration` (plans, videos, rewards, metrics), before it is recorded.
             A callback that keeps videos keeps their memory.
 
@@ -92,11 +90,12 @@ def train(config: RunConfig, resume: str = "auto", *, callbacks: Sequence[Callba
     with claim_run_folder(config.output) as folder, ExitStack() as opened:
         recover(folder)
         checkpoint = resolve_resume(resume, folder)
-        check_executor(config)
-        prompts, rewards = build_prompts(config), build_rewards(config)  # missing parts are named before weights load
-        opened.callback(rewards.close)
+        world = world_of(config)
+        world.check()  # missing parts are named before weights load
+        prompts, scoring = world.prompts(), world.rewards(device_of(config)).extended(rewards)
+        opened.callback(scoring.close)
         policies = build_policies(config)
-        trainer = build_trainer(config, policies, prompts, rewards)
+        trainer = build_trainer(config, policies, prompts, scoring)
         if checkpoint is not None:
             restore(checkpoint, config, policies, trainer)
         log.info("run folder %s, seed %d, configuration %s", folder, config.seed, fingerprint(config))
@@ -111,7 +110,7 @@ def train(config: RunConfig, resume: str = "auto", *, callbacks: Sequence[Callba
         if not finished:
             log.warning("stopped after iteration %d; `--resume auto` goes on from there", trainer.done)
             return RunResult(folder, EXIT_STOPPED)
-        if not is_shapeworld(config.executor.weights):
+        if world.real_video:
             log.info("%s\nno held-out evaluation: ShapeWorld's is for its own executor", write_report(folder))
             return RunResult(folder, 0)
         with trainer.ema.applied(policies.executor.parameters()):

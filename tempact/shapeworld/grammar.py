@@ -1,8 +1,8 @@
 """Stories and their words: sampling, writing and reading back.
 
-Writing and reading are exact inverses: `parse_instruction(write_instruction(story, rng)) == story`. An
-instruction names all that the verifier checks: shape, colour, row and column of what is there, the kind,
-target and pace of every event, and their order.
+Writing and reading are exact inverses: `parse_instruction(write_instruction(story, rng)) == story`. An instruction
+names everything that the verifier checks: shape, colour, row and column of each visible entity; kind, target and pace
+of every event; the order of events.
 """
 
 from __future__ import annotations
@@ -60,22 +60,16 @@ _CONNECTIVE = re.compile(
     re.IGNORECASE,
 )
 _ENTITY = rf"(?:(?:the|a) (?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)}))"
-
-
-def _event_patterns() -> list[tuple[str, re.Pattern[str]]]:
-    arguments = {"move": rf"({'|'.join(COLUMNS)})", "turn": rf"({'|'.join(COLOURS)})", "appear": _PLACE}
-    return [
-        (kind, re.compile(rf"{_ENTITY}( slowly)? {phrase.format(arguments.get(kind, ''))}"))
-        for kind, phrases in PHRASES.items()
-        for phrase in phrases
-    ]
-
-
-_EVENTS = _event_patterns()
+_ARGUMENTS = {"move": rf"({'|'.join(COLUMNS)})", "turn": rf"({'|'.join(COLOURS)})", "appear": _PLACE}
+_EVENTS = [
+    (kind, re.compile(rf"{_ENTITY}( slowly)? {phrase.format(_ARGUMENTS.get(kind, ''))}"))
+    for kind, phrases in PHRASES.items()
+    for phrase in phrases
+]
 
 
 def event_sequence(story: Story) -> str:
-    """What happens, in order, without scene: the key by which splits are kept apart."""
+    """The events in order, without the scene, as text: the key that keeps the splits apart."""
     return " ".join(
         f"{event.kind}{'~' if event.slow else ''}:{story.entities[event.entity].shape}:{event.argument}"
         for event in story.events
@@ -83,13 +77,13 @@ def event_sequence(story: Story) -> str:
 
 
 def split_of(story: Story) -> str:
-    """The split a story belongs to: 80% train, 10% validation, 10% test, by a hash of its event sequence."""
+    """A story's split by a hash of its event sequence: 80% train, 10% validation, 10% test."""
     bucket = hashlib.blake2b(event_sequence(story).encode(), digest_size=2).digest()[0] % 10
     return SPLITS[max(0, bucket - 7)]
 
 
 def sample_story(rng: random.Random, split: str, events: int | None = None, *, category: str | None = None) -> Story:
-    """A story of a split with `events` events, or as many as the category has (simple 1-2, hard 3-4)."""
+    """A story of a split with `events` events, or a number drawn for the category (simple 1-2, hard 3-4)."""
     assert split in SPLITS
     while True:
         count = events or rng.choices((1, 2, 3, 4), (0.3, 0.7, 0, 0) if category == "simple" else (0, 0, 0.6, 0.4))[0]
@@ -152,25 +146,23 @@ def _argument(rng: random.Random, kind: str, i: int, scene: Sequence[Entity]) ->
 
 
 def place(entity: Entity) -> str:
+    """Row and column in words."""
     return f"{ROWS[entity.row]} {COLUMNS[entity.column]}"
 
 
 def describe_scene(entities: Sequence[Entity], rng: random.Random | None = None) -> str:
-    """The opening step: what is visible and where, as a sentence."""
+    """The opening scene as a sentence: visible entities and their places. Canonical without `rng`."""
     things = [f"a {e.colour} {e.shape} is at the {place(e)}" for e in entities if e.visible]
     if not things:
         return f"{EMPTY}."
-    if rng is not None and rng.random() < 0.5:
-        things = [
-            f"there is {things[0].replace(' is at', ' at')}",
-            *(thing.replace(" is at", " at") for thing in things[1:]),
-        ]
     text = " and ".join(things)
-    return f"{text[0].upper()}{text[1:]}."
+    if rng is not None and rng.random() < 0.5:
+        text = f"there is {text.replace(' is at', ' at')}"
+    return _sentence(text)
 
 
 def describe_event(entities: Sequence[Entity], event: Event, rng: random.Random | None = None) -> str:
-    """A step prompt that stands alone; entities is the scene before the event. Canonical without rng."""
+    """A step prompt that stands alone, from the scene before the event. Canonical without `rng`."""
     return _sentence(_event_words(entities, event, rng, named=True))
 
 
@@ -208,7 +200,7 @@ def write_instruction(story: Story, rng: random.Random) -> str:
 
 
 def parse_instruction(text: str) -> Story:
-    """The story an instruction tells; UserError naming the words that are not understood or cannot be true."""
+    """The story of an instruction. Raises UserError naming words that are not understood or cannot be true."""
     pieces = _pieces(text)
     scene = _parse_scene(pieces[0]) if pieces else None
     if scene is None:
@@ -238,8 +230,8 @@ def parse_instruction(text: str) -> Story:
 
 @dataclass(frozen=True)
 class StepReading:
-    """What a step prompt says: things that are there (empty without such words), events, the colour that each event
-    gives its entity (None where it names none)."""
+    """Content of a step prompt: entities that it says are there, events, and the colour in each event's words (None
+    where it names none)."""
 
     scene: tuple[Entity, ...]
     events: tuple[Event, ...]
@@ -247,7 +239,7 @@ class StepReading:
 
 
 def read_step(text: str, entities: Sequence[Entity]) -> StepReading | None:
-    """A step prompt about a story's entities, which events name by shape; None if not understood."""
+    """Reads a step prompt about a story's entities, which events name by shape; None if not understood."""
     pieces = _pieces(text)
     scene: list[Entity] = []
     told: list[tuple[Event, str | None]] = []
@@ -266,7 +258,7 @@ def read_step(text: str, entities: Sequence[Entity]) -> StepReading | None:
 
 
 def reference_plan(instruction: str) -> Plan:
-    """The plan that gives the opening one chunk and every event what it needs; slack goes to the last step."""
+    """The plan that gives the opening one chunk and each event its nominal frames; slack goes to the last step."""
     story = parse_instruction(instruction)
     prompts = [describe_scene(story.entities)]
     prompts += [describe_event(scene, event) for scene, event in zip(states(story), story.events, strict=False)]
@@ -296,14 +288,13 @@ def _parse_scene(piece: str) -> list[Entity] | None:
 
 
 def _possible(actor: Entity, event: Event) -> bool:
-    """Can the event happen to an entity in this state, and is there anything to see of it?"""
+    """True where the event can happen to an entity in this state and shows."""
     pulse = event.kind in ("jump", "blink")
     return actor.visible != (event.kind == "appear") and (pulse or apply_event(actor, event) != actor)
 
 
 def _parse_event(piece: str, entities: list[Entity]) -> tuple[Event, str | None, list[Entity]] | None:
-    """The event, the colour it gives its entity, and the entities then known (an appearing one is added, not yet
-    visible)."""
+    """The event, the colour in its words, and the entities then known (an appearing one is added, not yet visible)."""
     for kind, pattern in _EVENTS:
         match = pattern.fullmatch(piece)
         if match is None:

@@ -1,9 +1,9 @@
-"""ShapeWorld's held-out judge: a small learned model that says how much of an instruction a video shows.
+"""ShapeWorld's held-out judge: a small learned model that scores the share of an instruction that a video shows.
 
-It is never a training reward and shares nothing with the verifier: it sees the pixels and the raw
-instruction, and learned from renderings (`judge_training.py`) what share of the events is told right, in
-order and at the right pace, with an intact picture. A convolutional frame encoder and a text transformer
-feed a few queries, one an event and one for the whole, that read the text first and the video then.
+The judge is never a training reward and shares nothing with the verifier. From pixels and the raw instruction it
+predicts the share of the events told right, in order and at the right pace, with an intact picture, as learned from
+renderings (`pretraining/matcher.py`). A convolutional frame encoder and a text transformer feed a few queries, one for
+each event and one for the whole, which read first the text and then the video.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class JudgeConfig:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `x` [V, Q, D] to `memory` [V, K, D]; `mask` [V, K] is False where K is padding."""
+    """Multi-head attention of `x` [V, Q, D] to `memory` [V, K, D]; `mask` [V, K] is False at padding."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -121,8 +121,8 @@ class JudgeModel(nn.Module):
     def forward(self, frames: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """frames [V, F, 3, 24, 24] in [0, 1], tokens [V, L] with PAD.
 
-        Returns the logit of the score [V]; and for the auxiliary losses of training the queries after reading
-        the text [V, Q, D], the queries after seeing the video [V, Q, D], the video tokens [V, F * 2, D].
+        Returns the logit of the score [V] and, for the auxiliary losses of training, the queries after the text
+        [V, Q, D], the queries after the video [V, Q, D] and the video tokens [V, F * 2, D].
         """
         mask = tokens != PAD
         words = self.words(tokens)
@@ -150,7 +150,7 @@ class ShapeWorldJudge:
 
     @classmethod
     def load(cls, folder: Path = WEIGHTS, device: str | torch.device = "cpu") -> ShapeWorldJudge:
-        """Reads judge.safetensors, config.json and tokenizer.json. Raises UserError when one is missing."""
+        """Reads judge.safetensors, config.json and tokenizer.json. Raises UserError for a missing file."""
         files = [folder / name for name in ("judge.safetensors", "config.json", "tokenizer.json")]
         for file in files:
             if not file.is_file():
@@ -160,7 +160,7 @@ class ShapeWorldJudge:
         return cls(model.to(device), Tokenizer.from_file(str(files[2])))
 
     def save(self, folder: Path) -> None:
-        """Writes what `load` reads; weights are stored in half precision."""
+        """Writes the files that `load` reads, weights in half precision."""
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.detach().half().contiguous().cpu() for name, value in self.model.state_dict().items()}
         save_file(weights, folder / "judge.safetensors")
@@ -168,7 +168,7 @@ class ShapeWorldJudge:
         self.tokenizer.save(str(folder / "tokenizer.json"))
 
     def tokenize(self, instructions: list[str]) -> Tensor:
-        """Token ids [V, L] padded with PAD. Raises UserError for an instruction longer than the model reads."""
+        """Token ids [V, L] padded with PAD. Raises UserError for an instruction longer than the model's limit."""
         ids = [encoding.ids for encoding in self.tokenizer.encode_batch(instructions)]
         limit = self.model.config.text_tokens
         for row, own in enumerate(ids):
@@ -181,9 +181,9 @@ class ShapeWorldJudge:
 
     @torch.no_grad()
     def score(self, frames: Tensor, instructions: list[str]) -> Tensor:
-        """Share of each instruction that its video shows.
+        """Share of each instruction that its video shows: [V] in [0, 1], on the frames' device.
 
-        frames [V, F, 3, 24, 24] in [0, 1]; one instruction a video. Returns [V] in [0, 1] on the frames' device.
+        frames [V, F, 3, 24, 24] in [0, 1]; one instruction a video.
         """
         assert len(frames) == len(instructions) and frames.shape[1:] == (FRAMES, 3, SIZE, SIZE)
         device = self.model.places.device

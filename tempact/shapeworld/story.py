@@ -1,8 +1,8 @@
-"""What can be told in ShapeWorld: entities, events, stories and the state of the world.
+"""ShapeWorld as plain data: entities, events, stories and the states of a scene.
 
-A scene has two rows, a top and a bottom one, and three columns. A story has one or two entities, each
-in a row of its own and of a shape of its own, so "the circle" names one entity. Events happen one
-after another. Everything here is plain data; pixels are in `renderer.py`, words in `grammar.py`.
+A scene has two rows, top and bottom, and three columns. A story has one or two entities, each in its own row and of its
+own shape, so that "the circle" names one entity. Events happen one after another. Pixels are in `renderer.py`, words in
+`grammar.py`.
 """
 
 from __future__ import annotations
@@ -30,25 +30,19 @@ ROW_Y = (7.0, 18.0)
 RADII = {"small": 2.0, "normal": 3.0, "large": 4.0}
 JUMP_HEIGHT = 3.0  # pixels upwards
 
-# kind -> can it be told "slowly"
+# kind -> True if the grammar has it "slowly"
 KINDS = {
-    "move": True,
-    "turn": True,
-    "grow": True,
-    "shrink": True,
-    "vanish": True,
-    "appear": True,
-    "jump": False,
-    "blink": False,
-}
+    "move": True, "turn": True, "grow": True, "shrink": True, "vanish": True, "appear": True,
+    "jump": False, "blink": False,
+}  # fmt: skip
 QUICK_FRAMES = CHUNK  # a quick event is over after one chunk
 SLOW_FRAMES = 3 * CHUNK  # a slow one takes three
 
 
 @dataclass(frozen=True)
 class Entity:
-    """A shape with its state. `row`, `column` index ROWS, COLUMNS; `visible` is False before it
-    appears and after it vanishes."""
+    """A shape with its state. `row`, `column` index ROWS, COLUMNS; `visible` is False before it appears and after it
+    vanishes."""
 
     shape: str
     colour: str
@@ -60,8 +54,8 @@ class Entity:
 
 @dataclass(frozen=True)
 class Event:
-    """`entity` indexes Story.entities. `argument` is the column index of a move (as text "left",
-    "middle", "right"), the colour of a turn, and empty for the other kinds."""
+    """A change of one entity. `entity` indexes Story.entities; `argument` is a move's column ("left", "middle",
+    "right"), a turn's colour, and empty for the other kinds."""
 
     kind: str
     entity: int
@@ -70,7 +64,7 @@ class Event:
 
     @property
     def frames(self) -> int:
-        """Frames the event takes when nothing cuts it short."""
+        """Frames from start to completion of an event that nothing cuts short."""
         return SLOW_FRAMES if self.slow else QUICK_FRAMES
 
 
@@ -83,25 +77,22 @@ class Story:
 
     @property
     def chunks_needed(self) -> int:
-        """Chunks that the opening (one) and all events take when told without slack."""
+        """Chunks of the opening (one) and of all events, without slack between them."""
         return 1 + sum(event.frames for event in self.events) // CHUNK
 
 
+_SETTLED = {
+    "grow": {"size": "large"}, "shrink": {"size": "small"}, "vanish": {"visible": False}, "appear": {"visible": True},
+}  # fmt: skip
+
+
 def apply_event(entity: Entity, event: Event) -> Entity:
-    """The settled state of `entity` after `event`; jump and blink leave it as it was."""
+    """The settled state of `entity` after `event`; a jump or blink leaves it unchanged."""
     if event.kind == "move":
         return replace(entity, column=COLUMNS.index(event.argument))
     if event.kind == "turn":
         return replace(entity, colour=event.argument)
-    if event.kind == "grow":
-        return replace(entity, size="large")
-    if event.kind == "shrink":
-        return replace(entity, size="small")
-    if event.kind == "vanish":
-        return replace(entity, visible=False)
-    if event.kind == "appear":
-        return replace(entity, visible=True)
-    return entity
+    return replace(entity, **_SETTLED.get(event.kind, {}))
 
 
 def states(story: Story) -> list[tuple[Entity, ...]]:

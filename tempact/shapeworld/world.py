@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tempact.rewards.base import RewardSet
 from tempact.rewards.frame_picks import Span
-from tempact.rewards.judged import PlanVerdict, plan_score
+from tempact.rewards.judged import PlanVerdict
 from tempact.shapeworld.grammar import parse_instruction, read_step, sample_story, write_instruction
 from tempact.shapeworld.story import CHUNK, Event, Story, apply_event, states
 from tempact.shapeworld.verifier import picture_quality, verify, verify_steps
@@ -110,7 +110,7 @@ def _longest_rise(numbers: Sequence[int]) -> int:
 
 def plan_quality(prompts: list[str], plans: list[Plan], frames: Tensor, spans: list[Span | None]) -> Tensor:
     """J [P] in [0, 0.9]: `judge_plan`."""
-    return torch.tensor([plan_score(judge_plan(plan)) for plan in plans])
+    return torch.tensor([judge_plan(plan).score() for plan in plans])
 
 
 def temporal_following(prompts: list[str], plans: list[Plan], frames: Tensor, spans: list[Span | None]) -> Tensor:

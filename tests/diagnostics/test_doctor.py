@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tempact import doctor
+from tempact import diagnostics, doctor
+from tempact.diagnostics import FAULT, NOTE, OK, PACKAGES, Finding, Package, package_version
 from tempact.diagnostics import machine as checks
-from tempact.diagnostics import versions as check_versions
-from tempact.diagnostics.versions import FAULT, NOTE, OK, PACKAGES, Finding, package_version
 
 REPOSITORY = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -91,21 +90,21 @@ def test_versions_are_compared_as_numbers(
             raise PackageNotFoundError(name)
         return found
 
-    monkeypatch.setattr(check_versions, "version", version)
-    finding = package_version("torch", check_versions.Package("2.11", "2.13.0", extra))
+    monkeypatch.setattr(diagnostics, "version", version)
+    finding = package_version("torch", Package("2.11", "2.13.0", extra))
     assert finding.status == status and bool(finding.todo) == (status != OK)
     assert "2.11 or later (tested with 2.13.0)" in finding.line()
 
 
 def test_without_torch_the_doctor_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    real = check_versions.version
+    real = diagnostics.version
 
     def version(name: str) -> str:
         if name == "torch":
             raise PackageNotFoundError(name)
         return real(name)
 
-    monkeypatch.setattr(check_versions, "version", version)
+    monkeypatch.setattr(diagnostics, "version", version)
     monkeypatch.setitem(sys.modules, "tempact.diagnostics.machine", None)  # importing it would fail
     assert doctor.main([]) == 2
     assert "fault torch: found nothing; accepted: 2.11 or later" in capsys.readouterr().out

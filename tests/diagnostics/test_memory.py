@@ -20,7 +20,7 @@ from tempact.config import ExecutorConfig, LoraConfig, OptimConfig, RunConfig
 from tempact.diagnostics import dry_run as report
 from tempact.diagnostics import footprints as footprint
 from tempact.diagnostics.dry_run import _fit, dry_run, run_of
-from tempact.diagnostics.footprints import Sizes
+from tempact.diagnostics.footprints import PlannerSizes, Sizes, plan_bytes, trace_plan
 from tempact.diagnostics.memory import (
     EXACT,
     GIB,
@@ -37,8 +37,7 @@ from tempact.diagnostics.memory import (
     total,
     work_of,
 )
-from tempact.diagnostics.planner_footprint import PUBLISHED, _qwen3, _row_bytes, _traced_row, measure
-from tempact.diagnostics.sizes import Decoder
+from tempact.diagnostics.sizes import PLANNERS, Decoder, qwen3
 from tempact.diagnostics.trace import Trace, Watch, fake, traced
 from tempact.models.wan.transformer import WanConfig
 from tempact.planner.language_model import LOGITS_AT_ONCE
@@ -68,7 +67,7 @@ def test_denoiser_calls_take_the_operations_of_backbones_section_7() -> None:
     found = [footprint.denoise(FULL, 1, frames - 3, 3, adapters=False).flops / 1e12 for frames in range(3, 22, 9)]
     assert [round(flops, 1) for flops in found] == [16.2, 28.3, 40.4]
     frozen = replace(SETTINGS, train=False)
-    run = Run(replace(get_preset("self-forcing"), executor=frozen), FULL, None, wan=False, on_gpu=True)
+    run = Run(replace(get_preset("self-forcing"), executor=frozen), FULL)
     calls = {frames: round(flops / 1e12, 1) for frames, flops in work_of(run).calls.items()}
     assert calls == {3: 16.2, 6: 20.2, 9: 24.3, 12: 28.3, 15: 32.3, 18: 36.4, 21: 40.4}
 
@@ -86,7 +85,7 @@ def test_a_switch_that_rewrites_the_window_takes_operations_of_its_own() -> None
     """At frame 3 once a plan, behind the fork once a video; 9 frames, the sink is attended to beyond the window."""
     preset = get_preset("longlive")
     plain = replace(preset, executor=replace(preset.executor, text_switch="cross_attention"))
-    run, without = (Run(config, FULL, None, wan=False, on_gpu=True) for config in (preset, plain))
+    run, without = (Run(config, FULL) for config in (preset, plain))
     found = [work_of(each).phases["rollout"] for each in (run, without)]
     assert run.switches == [3, 9, 15, 21]
     passes = [footprint.denoise(FULL, 1, *shape).flops for shape in ((0, 3), (0, 9), (3, 9), (3, 9))]
@@ -143,11 +142,11 @@ def test_a_run_that_recomputes_is_planned_so() -> None:
 
 def test_the_decoder_takes_what_backbones_section_5_says() -> None:
     pytest.importorskip("diffusers", reason="needs diffusers: pip install -e '.[test]'")
-    decoder = Decoder(FULL, on_gpu=True)
+    decoder = Decoder(FULL, {}, on_gpu=True)
     assert decoder.weights / 2 == pytest.approx(126.9e6, rel=1e-3)
     assert decoder.state == pytest.approx(1.89e9, rel=2e-3)  # 944 M numbers, bf16
     assert (decoder.videos, decoder.latents) == (1, 3)
-    plain = Decoder(FULL, on_gpu=False)
+    plain = Decoder(FULL, {}, on_gpu=False)
     assert plain.flops_later == pytest.approx(13.55e12, rel=5e-3)
     assert plain.flops(21) == pytest.approx(4.35e12 + 20 * 13.55e12, rel=5e-3)
     # six convolutions of 96 channels read 128, and the last one writes 8 instead of 3
@@ -160,12 +159,12 @@ def test_the_decoder_takes_what_backbones_section_5_says() -> None:
     [("Qwen/Qwen3-1.7B", 1_720_574_976), ("Qwen/Qwen3-4B", 4_022_468_096), ("Qwen/Qwen3-8B", 8_190_735_360)],
 )
 def test_published_planners_have_their_sizes(name: str, count: int) -> None:
-    sizes = measure(PUBLISHED[name], get_preset("self-forcing").planner, 256)
-    layers = PUBLISHED[name].num_hidden_layers
+    sizes = PlannerSizes.of(PLANNERS[name], get_preset("self-forcing").planner, 256)
+    layers = PLANNERS[name].num_hidden_layers
     assert (sizes.weights, sizes.cached) == (2 * count, 2 * layers * 8 * 128 * 2)
     assert sizes.logits_bytes(2, 10) == 20 * 151_936 * 2 * (2 + 4)
     assert sizes.logits_bytes(64, 2024) <= LOGITS_AT_ONCE * 2 * (2 + 4)  # however many plans there are
-    whole = measure(PUBLISHED[name], get_preset("shapeworld").planner, 256)
+    whole = PlannerSizes.of(PLANNERS[name], get_preset("shapeworld").planner, 256)
     assert whole.weights == 2 * sizes.weights and whole.row_bytes > 4 * sizes.row_bytes  # fp32, nothing recomputed
 
 
@@ -231,10 +230,10 @@ def test_fake_tensors_keep_what_real_ones_keep(kernels: bool) -> None:
 
 def test_blocks_and_rows_are_extrapolated_to_the_bytes_of_the_whole() -> None:
     five = replace(TINY, model=replace(SMALL, layers=5))
-    pairs = [(footprint.denoise(five, 4, 6, 3), footprint.trace_denoise(five, 6, 3, True, 4))]
+    pairs = [(footprint.denoise(five, 4, 6, 3), footprint.trace_denoise(five, 4, 6, 3, True))]
     for again in (False, True):  # without and with checkpointing
         planned = footprint.update(five, 4, 6, checkpointing=again)
-        pairs.append((planned, footprint.trace_update(five, 6, again, 4)))
+        pairs.append((planned, footprint.trace_update(five, 4, 6, again)))
     for planned, whole in pairs:
         assert planned.flops == whole.flops
         assert planned.bytes == pytest.approx(whole.bytes, rel=0.01)  # small tensors are rounded up to 512 bytes
@@ -242,11 +241,11 @@ def test_blocks_and_rows_are_extrapolated_to_the_bytes_of_the_whole() -> None:
 
 
 def test_a_planners_layers_and_tokens_are_extrapolated() -> None:
-    sizes = _qwen3(2048, 6144, 5, 16, True)
+    sizes = qwen3(2048, 6144, 5, 16, True)
     for again in (False, True):
         config = replace(get_preset("self-forcing").planner, checkpoint_activations=again)
-        planned = _row_bytes(sizes, config, 1024, torch.bfloat16)
-        assert planned == pytest.approx(_traced_row(sizes, config, 1024, torch.bfloat16), rel=0.01)
+        planned = plan_bytes(sizes, config, 1024)
+        assert planned == pytest.approx(trace_plan(sizes, config, 1024).bytes, rel=0.01)
 
 
 # what follows from them

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from rewards.tiny_clip import tiny_clip
 
-from tempact.diagnostics.dry_run import missing_paths
-from tempact.models.wan.transformer import WanConfig
+from tempact.diagnostics.dry_run import missing
 from tempact.presets import get_preset
 
 pytestmark = pytest.mark.usefixtures("no_judges")
@@ -25,16 +24,25 @@ def test_every_missing_path_is_told(tmp_path: Path) -> None:
     planner = replace(base.planner, weights=str(tmp_path / "qwen"))
     judges = replace(base.judges, cache="/proc/judges.sqlite", aesthetics_weights=str(tmp_path / "pickscore"))
     config = replace(base, executor=executor, data=data, planner=planner, judges=judges, output="/proc/run")
-    lines = missing_paths(config, WanConfig())
+    lines = missing(config)
     keys = [line.split(":")[0] for line in lines]
     assert keys == [
-        "executor.weights", "executor.adapters", "executor.wan_folder", "executor.wan_folder", "planner.weights",
+        "executor.weights", "executor.adapters", "executor.wan_folder", "executor.wan_folder",
         "data.prompts", "judges", "judges", "judges", "judges.aesthetics_weights", "judges.aesthetics_processor",
-        "output", "executor.text_cache", "judges.cache",
+        "planner.weights", "output", "judges.cache", "executor.text_cache",
     ]  # fmt: skip
-    assert all("accepted: " in line for line in lines if "gone.pt" not in line), lines
-    nothing = missing_paths(replace(base, output=str(tmp_path)), WanConfig())
-    assert nothing[0].startswith("executor.weights: found nothing; accepted: the backbone's checkpoint")
+    assert all("accepted: " in line for line in lines), lines
+    nothing = missing(replace(base, output=str(tmp_path)))
+    assert nothing[0].startswith(
+        "executor.weights: found nothing, and the preset longlive has none of its own; accepted: "
+    )
+
+
+def test_own_rewards_that_are_not_there_are_told(tmp_path: Path) -> None:
+    base = get_preset("shapeworld-smoke")
+    config = replace(base, rewards=replace(base.rewards, custom=("no_such_module:f",)), output=str(tmp_path))
+    (line,) = missing(config)
+    assert line.startswith("rewards.custom: no_such_module:f: No module named 'no_such_module'; accepted: ")
 
 
 def test_judges_and_pickscore_that_are_there_are_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +56,7 @@ def test_judges_and_pickscore_that_are_there_are_not_missed(tmp_path: Path, monk
     )
 
     def missed() -> list[str]:
-        lines = missing_paths(replace(base, judges=judges), WanConfig())
+        lines = missing(replace(base, judges=judges))
         return [line for line in lines if line.startswith("judges")]
 
     lines = missed()

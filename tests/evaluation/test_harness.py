@@ -311,20 +311,21 @@ def test_the_makers_do_not_run_away_from_slow_judges(bench: Bench, monkeypatch: 
 def test_tables_count_what_is_missing_and_keep_pickscore_apart(bench: Bench) -> None:
     bench.judges = [FakeJudge(missing=("hard-1",)), FakeJudge("held-out", "m"), FakeJudge(PICKSCORE, "clip")]
     found = gather(bench.run(), 200)
-    combined, order = found.findings
-    cells = {(row.method, row.set, row.judge): row for row in combined.rows}
+    cells = {(row.method, row.set, row.judge): row for row in found.rows["combined"]}
     level = sum(bench.levels(STEP, seed)[i] for seed in (0, 1) for i in range(3)) / 6 / 255
     assert cells["step-prompt", "simple", "in-domain"].score == pytest.approx(level, abs=1e-6)
-    halves = {(row.method, row.set, row.judge): row.score for row in order.rows}
+    halves = {(row.method, row.set, row.judge): row.score for row in found.rows["temporal_order"]}
     assert halves["step-prompt", "simple", "in-domain"] == pytest.approx(level / 2, abs=1e-6)
     assert cells["step-prompt", "hard", "in-domain"].n == 2 and cells["step-prompt", "hard", "held-out"].n == 4
     four = [cells["+ TempAct", name, judge].score for name in ("simple", "hard") for judge in ("in-domain", "held-out")]
     assert cells["+ TempAct", "average", "average"].score == pytest.approx(sum(four) / 4)
     assert 20 < cells["+ TempAct", "average", PICKSCORE].score < 21
-    assert [(one.missing, one.videos) for one in found.dropped if one.missing] == [(2, 4)] * 3
-    gain = next(one for one in combined.comparisons if one.method == "+ TempAct" and one.set == "average")
+    assert [(one.missing, len(one.scores)) for one in found.missing] == [(2, 4)] * 3
+    gain = next(one for one in found.comparisons["combined"] if one.method == "+ TempAct" and one.set == "average")
     assert gain.difference == pytest.approx(-50 / 255, abs=0.01)
-    single = next(one for one in combined.comparisons if one.method == "single-prompt" and one.set == "average")
+    single = next(
+        one for one in found.comparisons["combined"] if one.method == "single-prompt" and one.set == "average"
+    )
     assert single.difference == 0
 
 

@@ -11,10 +11,10 @@ import pytest
 
 from tempact.evaluation.statistics import (
     Bootstrap,
+    Comparison,
     MethodScores,
-    read_comparisons,
+    Row,
     read_evaluation,
-    read_scores,
     relative_change,
     write_evaluation,
 )
@@ -154,8 +154,8 @@ def test_files_hold_what_was_computed(tmp_path: Path) -> None:
     assert listed[0] == {
         "method": "step-prompt", "set": "simple", "judge": "verifier", "score": 0.4, "ci95": [0.4, 0.4], "n": 7,
     }  # fmt: skip
-    assert found(read_evaluation(tmp_path), method="+ TempAct", set="average").score == pytest.approx(0.45)
-    assert len(read_evaluation(tmp_path)) == len(rows) == 10
-    assert [one.missing for one in read_scores(tmp_path)] == [one.missing for one in scores]
-    assert found(read_comparisons(tmp_path), set="simple", judge="verifier").difference == pytest.approx(0.2)
-    assert read_evaluation(tmp_path / "absent") == read_scores(tmp_path / "absent") == []
+    assert found(read_evaluation(tmp_path, Row), method="+ TempAct", set="average").score == pytest.approx(0.45)
+    assert len(read_evaluation(tmp_path, Row)) == len(rows) == 10
+    assert [one.missing for one in read_evaluation(tmp_path, MethodScores)] == [one.missing for one in scores]
+    assert found(read_evaluation(tmp_path, Comparison), set="simple", judge="verifier").difference == pytest.approx(0.2)
+    assert read_evaluation(tmp_path / "absent", Row) == []

@@ -1,13 +1,15 @@
-"""csrc_triton as another project gets it: installed alone, with torch and Triton and nothing else in reach."""
+"""Installations: csrc_triton alone, with torch and Triton and nothing else in reach, and together with tempact."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -45,19 +47,37 @@ print("used", csrc_triton.__file__)
 """
 
 
+INSTALL = (
+    sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation",
+    "--disable-pip-version-check", "--target",
+)  # fmt: skip
+BUILT = shutil.ignore_patterns("__pycache__", "build", "*.egg-info", "weights")
+
+
+def installed_from(source: Path, site: Path) -> Path:
+    done = subprocess.run([*INSTALL, site, source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return site
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with csrc_triton installed alone, from a copy that has nothing around it."""
     folder = tmp_path_factory.mktemp("alone")
     source = folder / "source" / "csrc_triton"
-    shutil.copytree(PACKAGE, source, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))
-    command = [
-        sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation",
-        "--disable-pip-version-check", "--target", folder / "site", source,
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder / "site"
+    shutil.copytree(PACKAGE, source, ignore=BUILT)
+    return installed_from(source, folder / "site")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the files that an installation of tempact is made from, but for ShapeWorld's weights."""
+    folder = tmp_path / "a checkout"
+    for package in ("csrc_triton", "tempact"):
+        shutil.copytree(REPOSITORY / package, folder / package, ignore=BUILT)
+    for file in ("setup.py", "pyproject.toml", "build_backend.py", "LICENSE"):
+        shutil.copy(REPOSITORY / file, folder)
+    return folder
 
 
 def run_alone(folder: Path, code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
@@ -81,7 +101,7 @@ def test_the_subprocess_reaches_nothing_else(module: str, tmp_path: Path) -> Non
     assert done.returncode != 0 and f"No module named '{module}'" in done.stderr
 
 
-def test_its_own_distribution_has_every_package_and_the_same_needs() -> None:
+def test_its_own_distribution_has_every_package_and_the_same_needs(installed: Path) -> None:
     project = tomllib.loads((PACKAGE / "pyproject.toml").read_text(encoding="utf-8"))
     folders = sorted(init.parent.relative_to(REPOSITORY) for init in PACKAGE.rglob("__init__.py"))
     assert project["tool"]["setuptools"]["packages"] == [".".join(folder.parts) for folder in folders]
@@ -89,6 +109,32 @@ def test_its_own_distribution_has_every_package_and_the_same_needs() -> None:
     for need in project["project"]["dependencies"]:
         assert f'"{need}"' in whole, f"{need} is not what setup.py asks for"
     assert f'version="{project["project"]["version"]}"' in whole
+    assert (installed / "csrc_triton" / "py.typed").is_file()
+
+
+def test_no_file_has_two_owners_where_both_are_installed(installed: Path, checkout: Path, tmp_path: Path) -> None:
+    both = [installed, installed_from(checkout, tmp_path / "site")]
+    whole, kernels = (
+        {str(file) for of in importlib.metadata.distributions(path=[str(site)]) for file in of.files or ()}
+        for site in reversed(both)
+    )
+    assert "tempact/__init__.py" in whole and "csrc_triton/__init__.py" in kernels
+    assert not whole & kernels
+    (tempact,) = importlib.metadata.distributions(path=[str(both[1])])
+    assert f"csrc-triton @ {(checkout / 'csrc_triton').as_uri()}" in (tempact.requires or ())
+
+
+def test_an_editable_installation_serves_both_packages_from_the_checkout(checkout: Path, tmp_path: Path) -> None:
+    code = f"import build_backend; print(build_backend.build_editable({str(tmp_path)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with zipfile.ZipFile(tmp_path / done.stdout.split()[-1]) as wheel:
+        assert not [name for name in wheel.namelist() if name.startswith(("csrc_triton/", "tempact/"))]
+        finder = next(name for name in wheel.namelist() if name.endswith("_finder.py"))
+        metadata = next(name for name in wheel.namelist() if name.endswith("METADATA"))
+        served, needs = wheel.read(finder).decode(), wheel.read(metadata).decode()
+    assert all(repr(str(checkout / package)) in served for package in ("csrc_triton", "tempact"))
+    assert "csrc-triton" not in needs and "Requires-Dist: triton>=3.5" in needs
 
 
 def test_the_example_in_the_readme_runs_alone(tmp_path: Path) -> None:

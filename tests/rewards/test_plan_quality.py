@@ -10,7 +10,7 @@ import torch
 from rewards.reward_cases import STEPS, FakeJudges, always, data_of, plan_batch, scores_of
 from rewards.test_rubrics import PLANTED
 
-from tempact.rewards.judged import PLAN, JudgedReward, PlanVerdict, plan_score
+from tempact.rewards.judged import PLAN, JudgedReward, PlanVerdict
 from tempact.rewards.judges import JudgeCall
 from tempact.types import PlanBatch, Step
 
@@ -35,7 +35,7 @@ def plan_quality(judges: FakeJudges, plans: PlanBatch) -> torch.Tensor:
 )
 def test_the_formula(verdict: tuple[float, ...], score: float) -> None:
     made = PlanVerdict(**dict(zip(GOOD, verdict, strict=True)))
-    assert plan_score(made) == pytest.approx(score, abs=1e-12)
+    assert made.score() == pytest.approx(score, abs=1e-12)
 
 
 def test_scores_go_to_their_plans_and_steps_are_the_planners_own() -> None:

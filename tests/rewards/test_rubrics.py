@@ -39,6 +39,12 @@ def test_a_rubric_asks_for_exactly_the_fields_that_are_read(name: str) -> None:
     assert "{frames}" not in made.system and "version:" not in made.system
 
 
+@pytest.mark.parametrize("verdict", [PlanVerdict, StepVerdict])
+def test_the_words_of_a_schema_stay(verdict: type[BaseModel]) -> None:
+    """They are part of the keys of the cache: other words would ask every judge again."""
+    assert verdict.model_json_schema()["description"] == "The judge's reply; names beside these are ignored."
+
+
 def test_every_rubric_file_is_used() -> None:
     assert {path.name for path in FOLDER.iterdir()} == {f"{name}.md" for name in FIELDS}
 

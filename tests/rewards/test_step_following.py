@@ -9,7 +9,7 @@ import pytest
 import torch
 from rewards.reward_cases import STEPS, FakeJudges, always, data_of, plan_batch, rollout_of, scores_of, tint, told
 
-from tempact.rewards.judged import STEP, JudgedReward, StepVerdict, step_score
+from tempact.rewards.judged import STEP, JudgedReward, StepVerdict
 from tempact.rewards.judges import JudgeCall
 from tempact.types import PlanBatch, Rollout, Step
 
@@ -22,12 +22,12 @@ def step_following(judges: FakeJudges, plans: PlanBatch, rollout: Rollout) -> to
 
 
 def test_the_formula_and_its_ends() -> None:
-    assert step_score(StepVerdict(**VERDICT)) == pytest.approx(SCORE, abs=1e-12)
-    assert step_score(StepVerdict(**dict.fromkeys(VERDICT, 0))) == 0
-    assert step_score(StepVerdict(**dict.fromkeys(VERDICT, 10))) == pytest.approx(1.0)
+    assert StepVerdict(**VERDICT).score() == pytest.approx(SCORE, abs=1e-12)
+    assert StepVerdict(**dict.fromkeys(VERDICT, 0)).score() == 0
+    assert StepVerdict(**dict.fromkeys(VERDICT, 10)).score() == pytest.approx(1.0)
     weights = dict(zip(VERDICT, (0.15, 0.15, 0.2, 0.2, 0.3), strict=True))
     for name, weight in weights.items():
-        assert step_score(StepVerdict(**dict.fromkeys(VERDICT, 0) | {name: 10})) == pytest.approx(weight)
+        assert StepVerdict(**dict.fromkeys(VERDICT, 0) | {name: 10}).score() == pytest.approx(weight)
 
 
 def test_the_judge_sees_the_switched_step_and_its_own_words() -> None:

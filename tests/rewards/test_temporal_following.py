@@ -17,7 +17,6 @@ from tempact.rewards.judged import (
     VideoVerdict,
     rubric_version,
     video_fields,
-    video_score,
 )
 from tempact.rewards.judges import JudgeCall
 from tempact.types import PlanBatch, Rollout
@@ -34,11 +33,11 @@ def temporal_following(judges: FakeJudges, plans: PlanBatch, rollout: Rollout, *
 
 
 def test_the_formula_and_its_ends() -> None:
-    assert video_score(VideoVerdict(**VERDICT)) == pytest.approx(SCORE, abs=1e-12)
+    assert VideoVerdict(**VERDICT).score() == pytest.approx(SCORE, abs=1e-12)
     for mark, score in ((0, 0.0), (10, 1.0)):
         marks = dict.fromkeys(VERDICT, mark) | {"frame_scores": [mark] * 6}
-        assert video_score(VideoVerdict(**marks)) == pytest.approx(score, abs=1e-12)
-    assert video_score(VideoVerdict(**dict.fromkeys(VERDICT, 10) | {"frame_scores": [10] * 7})) <= 1
+        assert VideoVerdict(**marks).score() == pytest.approx(score, abs=1e-12)
+    assert VideoVerdict(**dict.fromkeys(VERDICT, 10) | {"frame_scores": [10] * 7}).score() <= 1
 
 
 @pytest.mark.parametrize(
@@ -47,7 +46,7 @@ def test_the_formula_and_its_ends() -> None:
 )
 def test_each_weight(name: str, weight: float) -> None:
     marks = dict.fromkeys(VERDICT, 0) | {"frame_scores": [0, 0], name: 10}
-    assert video_score(VideoVerdict(**marks)) == pytest.approx(weight)
+    assert VideoVerdict(**marks).score() == pytest.approx(weight)
 
 
 def test_the_judge_sees_the_whole_of_its_video_and_nothing_of_the_plan() -> None:

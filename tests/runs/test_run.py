@@ -20,9 +20,8 @@ from test_references import undocumented
 
 from tempact import evaluate, generate, report, train
 from tempact.cli import EXIT_STOPPED, EXIT_USER_ERROR, from_yaml
-from tempact.config import RunConfig
 from tempact.evaluation.methods import METHODS
-from tempact.evaluation.statistics import read_evaluation
+from tempact.evaluation.statistics import Row, read_evaluation
 from tempact.reporting.records import read_metrics
 from tempact.reporting.report import write_report
 from tempact.rewards.base import Scoring
@@ -32,7 +31,7 @@ from tempact.runs.checkpoint import defect, verify
 from tempact.runs.run import EXIT_ABORTED
 from tempact.trainer import Iteration, Trainer
 from tempact.types import PlanBatch, Scored
-from tempact.worlds import WEIGHTS
+from tempact.worlds import WEIGHTS, ShapeWorld
 
 SMOKE = ("shapeworld-smoke", "--device", "cpu", "--trainer.iterations", "2")
 PROMPT = "A red circle is at the top left. First, the circle slowly moves to the right. Then the circle turns blue."
@@ -177,7 +176,7 @@ def test_evaluating_a_run_again_gives_the_same_table(finished: Path, tmp_path: P
     (folder / "evaluation.json").unlink()
     shutil.rmtree(folder / "evaluation")  # videos and scores, which would not be made again
     assert evaluate.main([str(folder)]) == 0
-    assert read_evaluation(folder) == read_evaluation(finished)
+    assert read_evaluation(folder, Row) == read_evaluation(finished, Row)
 
 
 def test_the_report_can_be_written_again(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,14 +267,14 @@ def test_a_run_whose_updates_keep_failing_is_saved_whole(
 def test_a_run_whose_judges_are_gone_saves_and_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unevaluated: list[int]
 ) -> None:
-    folder, build = tmp_path / "run", run_module.build_rewards
+    folder, build = tmp_path / "run", ShapeWorld.rewards
     arguments = ["shapeworld-smoke", "--device", "cpu", "--output", str(folder), "--trainer.iterations", "3"]
     arguments += ["--trainer.checkpoint_every", "50"]
     begun: list[PlanBatch] = []
     closed: list[int] = []
 
-    def judged(config: RunConfig) -> SimpleNamespace:
-        whole = build(config)
+    def judged(world: ShapeWorld, device: torch.device) -> SimpleNamespace:
+        whole = build(world, device)
 
         def begin(plans: PlanBatch) -> Scoring:
             begun.append(plans)
@@ -289,10 +288,10 @@ def test_a_run_whose_judges_are_gone_saves_and_stops(
 
         return SimpleNamespace(begin=begin, metrics=whole.metrics, close=lambda: closed.append(1))
 
-    monkeypatch.setattr(run_module, "build_rewards", judged)
+    monkeypatch.setattr(ShapeWorld, "rewards", judged)
     assert train.main(arguments) == EXIT_ABORTED and unevaluated == [] and closed == [1]
     assert verify(folder / "checkpoints" / "step-000001").state["done"] == 1
-    monkeypatch.setattr(run_module, "build_rewards", build)
+    monkeypatch.setattr(ShapeWorld, "rewards", build)
     assert train.main(arguments) == 0 and unevaluated == [1]
     assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3]  # no iteration is lost or done twice
 
@@ -307,7 +306,7 @@ def test_a_run_whose_judges_are_gone_saves_and_stops(
         (["--planner.weights", "/nowhere/planner"], "planner.weights: found nothing at /nowhere/planner; accepted: "),
         (["--executor.weights", "/nowhere/executor"], "executor.weights: found nothing at /nowhere/executor"),
         (["--planner.weights", "EMPTY"], "no config.json there"),
-        (["--executor.weights", "EMPTY"], "transformer.json: not found; accepted: "),
+        (["--executor.weights", "EMPTY"], "executor.weights: found nothing at "),
         (["--executor.weights", "DAMAGED"], "not readable"),
         (["--executor.weights", "OTHER"], "not readable"),
         (["--executor.window", "wide"], "executor.window: found 'wide'; accepted: full, self-forcing, longlive"),

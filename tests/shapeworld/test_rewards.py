@@ -10,7 +10,6 @@ import torch
 from rewards.reward_cases import score
 from shapeworld_films import reference_cues, shape_indices, tell
 
-from tempact.rewards.judged import plan_score
 from tempact.shapeworld.grammar import parse_instruction, reference_plan
 from tempact.shapeworld.pretraining.clips import Cue
 from tempact.shapeworld.renderer import draw
@@ -44,7 +43,7 @@ def scores(*prompts: str) -> list[float]:
 def test_the_right_plan_has_the_best_quality() -> None:
     assert scores(OPENING, MOVE, TURN, JUMP) == [1.0, 1.0, 1.0, 0.0]
     for right in (plan(OPENING, MOVE, TURN, JUMP), reference_plan(TEXT)):
-        assert plan_score(judge_plan(right)) == pytest.approx(0.9)
+        assert judge_plan(right).score() == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +74,7 @@ def test_the_right_plan_has_the_best_quality() -> None:
 )
 def test_sub_scores(prompts: tuple[str, ...], expected: list[float]) -> None:
     assert scores(*prompts) == pytest.approx(expected)
-    assert plan_score(judge_plan(plan(*prompts))) < 0.9
+    assert judge_plan(plan(*prompts)).score() < 0.9
 
 
 def test_a_merged_step_lowers_only_temporal_coherence() -> None:
@@ -101,7 +100,7 @@ def test_in_another_order_a_shape_may_have_the_colour_of_either_order() -> None:
 
 
 def test_quality_is_never_negative() -> None:
-    assert plan_score(judge_plan(plan("Nothing at all.", "Words."))) == 0.0
+    assert judge_plan(plan("Nothing at all.", "Words.")).score() == 0.0
 
 
 def rollout(videos: Sequence[Sequence[Sequence[Cue]]], starts: Sequence[int], damage: float = 0.0) -> Rollout:

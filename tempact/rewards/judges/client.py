@@ -1,9 +1,9 @@
-"""The one judge client: OpenAI's chat-completions protocol, off the training thread.
+"""The client of all judges: OpenAI's chat-completions protocol, on a thread of its own.
 
 A call ends in one of three ways: with a validated reply, as Missing, or, when no server has answered any call for
-`outage_s`, with JudgeOutage for the trainer. It is asked again after 408, 409, 429, 5xx, broken connections, broken
-bodies and replies that are not as asked for; other endpoints are preferred then. Identical calls that wait at the same
-time are one request.
+`outage_s`, with JudgeOutage for the trainer. It is repeated after 408, 409, 429, 5xx, broken connections, broken bodies
+and replies that are not as asked for, and then prefers other endpoints. Identical calls that wait at the same time are
+one request.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ CLOSING_S = 10.0
 
 
 class Retry(Exception):
-    """This request brought no result; another may.
+    """A request brought no result; another may.
 
-    charged  it counts as one of the call's attempts
-    pause_s  the server wants the call to wait that long
+    charged  the request counts as one of the call's attempts
+    pause_s  wait that the server asks for, s
     """
 
     def __init__(self, reason: str, charged: bool = True, pause_s: float = 0.0):
@@ -54,14 +54,16 @@ class Retry(Exception):
 
 
 class Rejected(Exception):
-    """The server will not take this call, however often it is asked."""
+    """The server refuses the call, and would refuse it again."""
 
 
 class JudgeClient:
-    """Asks the judges of a configuration on a thread of its own. `submit` may be called from any thread."""
+    """Calls the judges of a configuration. `submit` may be called from any thread.
+
+    Raises UserError if the package openai is not installed or the cache cannot be used.
+    """
 
     def __init__(self, config: JudgeConfig):
-        """UserError if the `openai` package is not there or the cache cannot be used."""
         self.config = config
         self._openai = _import_openai()
         self._stats = JudgeStats(config.roles)
@@ -83,8 +85,8 @@ class JudgeClient:
     def submit(self, calls: Sequence[JudgeCall]) -> list[Future[JudgeResult]]:
         """Starts the calls, in this order, and returns at once.
 
-        A future holds an instance of the call's `rubric.fields`, or Missing, or raises JudgeOutage; it can be
-        cancelled only by `close`. Raises JudgeOutage itself once there has been one.
+        A future holds an instance of the call's `rubric.fields`, or Missing, or raises JudgeOutage; only `close`
+        cancels it. Raises JudgeOutage once there has been one.
         """
         if self._outage is not None:
             raise self._outage
@@ -97,11 +99,11 @@ class JudgeClient:
         return futures
 
     def stats(self) -> dict[str, float]:
-        """`judge/<role>/...` of the calls that ended since the last call of this."""
+        """Metrics `judge/<role>/...` of the calls that ended since the last call of this method."""
         return self._stats.take()
 
     def close(self) -> None:
-        """Ends the thread; what has no result yet is cancelled."""
+        """Ends the thread and cancels calls without a result."""
         if not self._closed:
             self._closed = True
             asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(CLOSING_S)
@@ -150,7 +152,7 @@ class JudgeClient:
             self._cache.close()
 
     async def _watch(self) -> None:
-        """Looks for outages."""
+        """Ends all calls in an outage."""
         limit = self.config.outage_s
         while True:
             await asyncio.sleep(min(1.0, limit / 10))
@@ -195,16 +197,13 @@ class JudgeClient:
         future.set_exception(self._outage or CancelledError())
 
     async def _result(self, call: JudgeCall, key: str, model: str, order: int) -> JudgeResult:
-        """From the cache, else from a judge."""
+        """The reply from the cache, else from a judge."""
         if (reply := self._cached(call, key)) is not None:
             self._stats.count(call.role, "cache_hits")
             return reply
         pool = self._dispatcher.pools[call.role]
-        pool.enter()
-        try:
+        with pool.asking():
             result = await self._ask(call, pool, order)
-        finally:
-            pool.leave()
         if self._cache is not None and not isinstance(result, Missing):
             text = result.model_dump_json()
             if self.config.redact(text) == text:  # what repeats a key is not written down
@@ -224,7 +223,7 @@ class JudgeClient:
             return None
 
     async def _ask(self, call: JudgeCall, pool: Pool, order: int) -> JudgeResult:
-        """Requests until one brings a valid reply, the attempts are used up, or the deadline has passed."""
+        """Sends requests until one brings a valid reply, the attempts are used up, or the deadline has passed."""
         attempts, until = 0, float("inf")
         avoid, reason = None, ""
         began = 0.0
@@ -246,7 +245,8 @@ class JudgeClient:
                     self._dispatcher.release(lease)
                 if attempts < self.config.attempts and not lease.endpoint.broken:
                     elsewhere = any(each is not avoid and not each.broken for each in pool.endpoints)
-                    pause = max(0.0 if elsewhere else asked_s, self._pause(attempts))
+                    backoff = min(BACKOFF_MAX_S, self.config.backoff_s * 2 ** max(0, attempts - 1))
+                    pause = max(0.0 if elsewhere else asked_s, backoff * random.uniform(0.5, 1.5))  # with jitter
                     await asyncio.sleep(min(pause, max(0.0, until - pool.clock())))
             reason = f"{attempts} attempts; the last: {reason}"
         except Rejected as error:
@@ -256,10 +256,6 @@ class JudgeClient:
         self._stats.latency(call.role, time.monotonic() - began)
         log.warning("judge %s: missing: %s", call.role, reason)
         return Missing(reason)
-
-    def _pause(self, attempts: int) -> float:
-        """Before the next request, s: doubles up to BACKOFF_MAX_S, with jitter."""
-        return min(BACKOFF_MAX_S, self.config.backoff_s * 2 ** max(0, attempts - 1)) * random.uniform(0.5, 1.5)
 
     async def _request(self, call: JudgeCall, lease: Lease, left_s: float) -> JudgeResult:
         """One request. Raises Retry or Rejected, and TimeoutError where the call has no time left."""
@@ -309,21 +305,21 @@ class JudgeClient:
         return answer.content
 
     def _not_as_asked(self, call: JudgeCall, where: str, error: Exception, text: str) -> Retry:
-        """Logs what came instead of a reply."""
+        """Logs the text that came instead of a reply."""
         reason, shown = self._line(str(error)), self.config.redact(text)[:LOGGED_CHARACTERS]
         log.warning("judge %s: %s: not as asked for (%s): %r", call.role, where, reason, shown)
         return Retry(f"{where}: {reason}")
 
     def _line(self, text: str) -> str:
-        """What a server says, as part of one line of a log: no key, no line ends, no odd characters."""
+        """A server's words as part of one line of a log: no key, no line ends, no odd characters."""
         told = " ".join(self.config.redact(text).split())[:REASON_CHARACTERS]
         return "".join(each if each.isprintable() else "?" for each in told)
 
     def _failure(
         self, lease: Lease, reason: str, *, blames_call: bool = False, at_once: bool = False, pause_s: float = 0.0
     ) -> Retry:
-        """The endpoint's failure. A call that only probed a broken one loses no attempt, unless the fault may be its
-        own: a server may well be there and fail at this call alone."""
+        """Notes the endpoint's failure. A call that only probed a broken endpoint loses no attempt, unless the fault
+        may be the call's: a server may well be there and fail at this call alone."""
         endpoint = lease.endpoint
         before = endpoint.broken
         self._dispatcher.failed(lease, at_once)
@@ -332,7 +328,7 @@ class JudgeClient:
         return Retry(f"{endpoint.config.shown}: {reason}", blames_call or not (before or at_once), pause_s)
 
     def _refused(self, error: Any, lease: Lease) -> Exception:
-        """What an HTTP error (openai.APIStatusError) means for the call."""
+        """Retry or Rejected: the consequence of an HTTP error (openai.APIStatusError) for the call."""
         status, where = error.status_code, lease.endpoint.config.shown
         told = self._line(f"HTTP {status}: {error.message}")
         pause = retry_after_s(error.response.headers.get("retry-after", ""))
@@ -350,7 +346,7 @@ class JudgeClient:
 
 
 def retry_after_s(header: str, now: float | None = None) -> float:
-    """Seconds that a Retry-After header asks for, 0 if it says nothing usable; at most RETRY_AFTER_MAX_S.
+    """Seconds that a Retry-After header asks for, at most RETRY_AFTER_MAX_S; 0 if it cannot be read.
 
     header: a number of seconds or an HTTP date; now: Unix time, for tests.
     """
@@ -366,7 +362,7 @@ def retry_after_s(header: str, now: float | None = None) -> float:
 
 
 def _sendable(text: str) -> str:
-    """Lone surrogates, which a plan may hold, have no UTF-8."""
+    """The text without lone surrogates, which a plan may hold and UTF-8 has not."""
     return text.encode("utf-8", "replace").decode()
 
 

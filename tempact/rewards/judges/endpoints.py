@@ -1,7 +1,7 @@
-"""Which server a call goes to and when: slots, rate limits, circuit breakers and whose turn it is.
+"""Choice of the server and the time of a judge's call: slots, rate limits, circuit breakers, queue.
 
 For one asyncio loop. Every wait has an end: a slot is free after `attempt_s` at the latest, a breaker tries again
-after COOLDOWN_MAX_S, a server's Retry-After is believed up to RETRY_AFTER_MAX_S.
+after COOLDOWN_MAX_S, a server's Retry-After counts up to RETRY_AFTER_MAX_S.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import heapq
 import itertools
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tempact.rewards.judges.config import EndpointConfig
@@ -22,7 +23,7 @@ RETRY_AFTER_MAX_S = 60.0
 
 
 class Endpoint:
-    """One server. Broken after BREAKS_AFTER failures in a row; then one request at a time probes it."""
+    """State of one server: broken after BREAKS_AFTER failures in a row, then probed by one request at a time."""
 
     def __init__(self, config: EndpointConfig, now: float):
         self.config = config
@@ -33,13 +34,13 @@ class Endpoint:
         self._not_before = now  # of a cooldown, a Retry-After or the rate limit
 
     def ready_at(self) -> float:
-        """When a request may go; infinity while that depends on another request."""
+        """Time at which the next request may go; infinity while that depends on another request."""
         full = self.probing if self.broken else self.in_flight >= self.config.concurrency
         return math.inf if full else self._not_before
 
     @property
     def load(self) -> float:
-        """In [0, 1]; broken endpoints count as the busiest."""
+        """Share of the slots in use; 1 for a broken endpoint."""
         return 1.0 if self.broken else self.in_flight / self.config.concurrency
 
     def take(self, now: float) -> Lease:
@@ -51,21 +52,21 @@ class Endpoint:
         return lease
 
     def hold(self, until: float) -> None:
-        """No further request before that."""
+        """Lets no further request go before `until`."""
         self._not_before = max(self._not_before, until)
 
     def alive(self) -> None:
-        """It can be reached: the breaker closes."""
+        """Closes the breaker: the server can be reached."""
         self.failures, self.broken, self.probing, self._cooldown = 0, False, False, COOLDOWN_S
 
     def limit(self, until: float) -> None:
-        """It asks for patience. Once that may be meant for one call; twice without an answer between, for all."""
+        """Notes a Retry-After. One may be meant for its call alone; a second without an answer between holds all."""
         self.limited += 1
         if self.limited > 1:
             self.hold(until)
 
     def failed(self, now: float, probe: bool, at_once: bool) -> None:
-        """A request had no answer. at_once: no other will have one either (a wrong key, an unknown model)."""
+        """Notes a request without an answer. at_once: it breaks the endpoint (a wrong key, an unknown model)."""
         self.failures += 1
         if not self.broken and (at_once or self.failures >= BREAKS_AFTER):
             self.broken, self.probing = True, False
@@ -100,53 +101,54 @@ class Pool:
         self._down_s = 0.0
 
     def clock(self) -> float:
-        """Seconds, standing still while every endpoint is broken."""
+        """Seconds of a clock that stands still while every endpoint is broken."""
         now = time.monotonic()
         return now - self._down_s - (now - self._down_since if self._down_since is not None else 0.0)
 
-    @property
-    def down(self) -> bool:
-        return all(endpoint.broken for endpoint in self.endpoints)
-
     def note_down(self, now: float) -> None:
-        if self.down and self._down_since is None:
+        """Stops or starts the clock, after an endpoint broke or came back."""
+        down = all(endpoint.broken for endpoint in self.endpoints)
+        if down and self._down_since is None:
             self._down_since = now
-        elif not self.down and self._down_since is not None:
+        elif not down and self._down_since is not None:
             self._down_s += now - self._down_since
             self._down_since = None
 
-    def enter(self) -> None:
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Counts a call as pending from its start to its result."""
         if not self.pending:
             self._busy_since = time.monotonic()
         self.pending += 1
-
-    def leave(self) -> None:
-        self.pending -= 1
-        if not self.pending:
-            self._silent_s += time.monotonic() - self._busy_since
+        try:
+            yield
+        finally:
+            self.pending -= 1
+            if not self.pending:
+                self._silent_s += time.monotonic() - self._busy_since
 
     def heard(self, now: float) -> None:
-        """An endpoint has answered a call."""
+        """Notes that an endpoint has answered a call."""
         self._silent_s, self._busy_since = 0.0, now
 
     def silent_s(self) -> float:
-        """How long calls have waited since any of them had an answer; time without calls does not count."""
+        """Seconds that calls have waited since any of them had an answer; time without calls does not count."""
         return self._silent_s + (time.monotonic() - self._busy_since if self.pending else 0.0)
 
     def next_ready(self) -> float:
+        """Time at which the next request may go to some endpoint."""
         return min(endpoint.ready_at() for endpoint in self.endpoints)
 
     def choose(self, now: float, avoid: Endpoint | None) -> Endpoint:
-        """The least busy of the ready endpoints, another than `avoid` (which has just failed the call) if there is
-        one."""
+        """The least busy of the ready endpoints, if possible not `avoid`, which has just failed the call."""
         ready = [endpoint for endpoint in self.endpoints if endpoint.ready_at() <= now]
         return min(ready, key=lambda endpoint: (endpoint is avoid, endpoint.load))
 
     def pop_next(self, now: float) -> tuple[asyncio.Future[Lease], Endpoint]:
-        """Takes the first waiting call and where it goes; some endpoint must be ready.
+        """Removes the first waiting call and chooses its endpoint; some endpoint must be ready.
 
-        A call that has just failed at a broken endpoint does not probe it again while others wait: it may be this
-        very call that breaks the server. It keeps its place in the queue.
+        A call that has just failed at a broken endpoint does not probe it again while others wait: this very call may
+        break the server. It keeps its place in the queue.
         """
         entry, endpoint = self.waiting[0], self.choose(now, self.waiting[0][3])
         if endpoint.broken and endpoint is entry[3]:
@@ -163,7 +165,7 @@ class Pool:
 
 
 class Dispatcher:
-    """Gives free slots to the calls that were submitted first, over all pools."""
+    """Gives free slots to the calls that were submitted first, over the pools of all roles."""
 
     def __init__(self, roles: Iterable[tuple[str, Sequence[EndpointConfig]]]):
         now = time.monotonic()
@@ -201,7 +203,7 @@ class Dispatcher:
         self.dispatch()
 
     def answered(self, lease: Lease) -> None:
-        """A call was answered."""
+        """Notes that a call was answered."""
         now = time.monotonic()
         lease.endpoint.proven, lease.endpoint.limited = True, 0
         for pool in self._unique:
@@ -210,7 +212,7 @@ class Dispatcher:
         self.alive(lease)
 
     def alive(self, lease: Lease) -> None:
-        """The server is there, but has not answered the call: too many requests, say."""
+        """Notes that the server is there, but has not answered the call (too many requests, for example)."""
         lease.endpoint.alive()
         self._changed()
 
@@ -224,7 +226,7 @@ class Dispatcher:
             pool.note_down(now)
 
     def dispatch(self) -> None:
-        """Serves every waiting call that can be served, and comes back when a clock lets the next one go."""
+        """Serves every waiting call that can be served, and wakes up when the next one may go."""
         now = time.monotonic()
         while True:
             for pool in self._unique:

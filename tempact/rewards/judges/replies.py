@@ -1,7 +1,7 @@
-"""Reads what a judge sends back, strictly: a reply is either exactly what was asked for or no reply.
+"""Strict reading of judges' replies: a reply is exactly as asked for, or no reply.
 
-Nothing is guessed or repaired: of a reply with two objects, or with one quoted inside a sentence, nobody knows
-whether the judge or the plan it quotes has written the numbers.
+Nothing is guessed or repaired: where a reply holds two objects, or one inside a sentence, its numbers may come from the
+judge or from the plan that it quotes.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _FENCED = re.compile(r"```(?:json|JSON)?[ \t]*\r?\n(.*?)\r?\n?[ \t]*```", re.DOT
 
 
 class BadReply(ValueError):
-    """The judge has answered, but not in the form that was asked for."""
+    """The judge has answered in another form than asked for."""
 
 
 class BadBody(ValueError):
-    """The server has sent something that is no chat completion: its fault, not the judge's."""
+    """The server has sent no chat completion: the server's fault, not the judge's."""
 
 
 def read_body(body: bytes) -> str:
-    """The text of the first choice of a chat completion.
+    """The text of a chat completion's first choice.
 
-    Raises BadBody for what is no chat completion, BadReply if the judge refused or said nothing.
+    Raises BadBody if the body is no chat completion, BadReply if the judge refused or said nothing.
     """
     try:
         completion = json.loads(body)

@@ -144,10 +144,8 @@ class JudgeCourse(Course):
         pairs = told_stories(self.seed, VALIDATION_STORIES * len(CORRUPTIONS), "validation")
         shows = [corrupt(story, CORRUPTIONS[i % len(CORRUPTIONS)], rng) for i, (story, _) in enumerate(pairs)]
         judge = ShapeWorldJudge.load(folder, self.device)
-        scores, targets = (
-            judge.score(draw_corrupted(shows), [text for _, text in pairs]),
-            torch.tensor([s.target for s in shows]),
-        )
+        scores = judge.score(draw_corrupted(shows), [text for _, text in pairs])
+        targets = torch.tensor([show.target for show in shows])
         metrics = {"correlation": float(torch.corrcoef(torch.stack([scores, targets]))[0, 1])}
         metrics["error"] = float((scores - targets).abs().mean())
         for kind in CORRUPTIONS:

@@ -151,12 +151,6 @@ def _locate(ink: Tensor) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def _parabola(left: Tensor, middle: Tensor, right: Tensor) -> Tensor:
-    """Top of the parabola through three equidistant values, in [-0.5, 0.5] steps from the middle one."""
-    bend = (2 * middle - left - right).clamp_min(1e-9)
-    return (0.5 * (right - left) / bend).clamp(-0.5, 0.5)
-
-
 def _track_pass(frames: Tensor, shapes: Tensor) -> Tracked:
     """frames [V, F, 3, SIZE, SIZE], shapes [V, R]. Below, n is a frame or a band of one."""
     videos, count = frames.shape[:2]
@@ -214,7 +208,10 @@ def _track_pass(frames: Tensor, shapes: Tensor) -> Tracked:
 
 
 def _refine(scores: Tensor, own: Tensor, spot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Radius in steps, offsets y and x in pixels, between the drawings of the bank. scores [n, S, B*R*O*O]."""
+    """Radius in steps, offsets y and x in pixels, between the drawings of the bank. scores [n, S, B*R*O*O].
+
+    Each is at the top of the parabola through the scores of the best drawing and its two neighbours.
+    """
     sides = len(OFFSETS)
     index = torch.arange(len(own), device=own.device)
     places = (spot // sides**2 % RADIUS_COUNT, spot // sides % sides, spot % sides)
@@ -223,8 +220,9 @@ def _refine(scores: Tensor, own: Tensor, spot: Tensor) -> tuple[Tensor, Tensor, 
     fine = []
     for place, stride, count in zip(places, strides, counts, strict=True):
         inner = (place > 0) & (place < count - 1)
-        step = stride * inner
-        fine.append(place + _parabola(scores[index, own, spot - step], middle, scores[index, own, spot + step]) * inner)
+        left, right = (scores[index, own, spot + side * stride * inner] for side in (-1, 1))
+        bend = (2 * middle - left - right).clamp_min(1e-9)
+        fine.append(place + (0.5 * (right - left) / bend).clamp(-0.5, 0.5) * inner)
     return fine[0], OFFSETS[0] + STEP * fine[1], OFFSETS[0] + STEP * fine[2]
 
 
