@@ -31,7 +31,7 @@ from csrc_triton import (
 from tempact.models.wan.text_padding import padding_mask
 
 TIMESTEP_SCALE = 1000.0  # the time embedding sees 1000 * sigma
-ROPE_THETA = 10_000.0
+TIMESTEP_PERIOD = ROPE_THETA = 10_000.0
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, fp32 [L, head_dim / 2]
 
@@ -351,14 +351,10 @@ class WanTransformer(nn.Module):
 
     def _embed(self, x: Tensor, sigma: Tensor, positions: Tensor) -> tuple[Stream, Tensor, Tensor, Rope]:
         patches = self.patch_embedding(x)
-        half = self.config.freq_dim // 2
-        powers = torch.arange(half, device=x.device, dtype=torch.float64)
-        rates = torch.exp(powers * -(torch.log(torch.tensor(1e4)) / half))
-        angles = (sigma.double() * TIMESTEP_SCALE)[..., None] * rates
         dtype = next(self.time_embedding.parameters()).dtype
         # as precise as its weights, also where the rest is autocast: gates multiply everything that follows
         with _without_autocast(x.device):
-            e = self.time_embedding(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
+            e = self.time_embedding(timestep_waves(sigma, self.config.freq_dim).to(dtype))
             e0 = self.time_projection(e).unflatten(-1, (6, -1))
         rope = self.rope(positions, patches.shape[3], patches.shape[4])
         # under autocast the stream stays as precise as the weights
@@ -375,6 +371,14 @@ class WanTransformer(nn.Module):
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     known = torch.amp.is_autocast_available(device.type)  # the meta device knows no autocast
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
+def timestep_waves(sigma: Tensor, count: int) -> Tensor:
+    """cos, then sin, of t * 10000^(-2i / count), t = 1000 sigma: fp64 [*sigma.shape, count]."""
+    half = count // 2
+    rates = TIMESTEP_PERIOD ** -(torch.arange(half, device=sigma.device, dtype=torch.float64) / half)
+    angles = (sigma.double() * TIMESTEP_SCALE)[..., None] * rates
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def rope_tables(head_dim: int, positions: Tensor, rows: int, columns: int) -> Rope:
