@@ -221,6 +221,8 @@ class Run:
         """(continuation, transition) pairs of the largest micro-batch."""
         steps = self.settings.schedule.transitions
         each, most = self.config.executor.continuations * steps, self.config.executor.micro_batch
+        if not steps:  # a model of one denoising call, which cannot be trained
+            return 0
         if most >= each:
             return min(most // each, self.plans) * each
         return min(most // steps, each // steps) * steps if most >= steps else min(most, steps)

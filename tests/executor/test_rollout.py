@@ -15,6 +15,7 @@ from tempact.executor.executor import Executor
 from tempact.executor.kv_history import KVHistory
 from tempact.executor.rollout import PromptKV, chunk_prompts, rebuild_context
 from tempact.executor.sampler import NoiseSource, gaussian_noise
+from tempact.executor.stream import stream_latents
 from tempact.executor.window import WINDOWS, WindowPolicy
 from tempact.types import Plan, Step
 
@@ -277,6 +278,54 @@ def test_chunk_prompts_follow_spans_and_smoothing(make_executor: Make) -> None:
     )
     assert chunk_prompts(PLANS[0], settings)[0] == "a step 0 Next: a step 3"
     assert chunk_prompts(PLANS[0], settings)[-1] == "a step 9"
+
+
+def test_the_separator_is_the_configurations(make_executor: Make) -> None:
+    """TempAct's published adapters saw steps joined without one."""
+    assert chunk_prompts(PLANS[0], make_executor(prompt_separator="").settings)[0] == "a step 0a step 3"
+    assert chunk_prompts(PLANS[0], make_executor(smooth_prompts=False).settings)[0] == "a step 0"
+
+
+@pytest.mark.parametrize(("later", "expected"), [((1000, 500), [2, 2]), ((1000,), [1, 1])])
+def test_the_first_chunk_has_its_own_timesteps(
+    make_executor: Make, monkeypatch: pytest.MonkeyPatch, later: tuple[int, ...], expected: list[int]
+) -> None:
+    """Causal-Forcing++: the four-step list for the first frame, one or two steps for the others."""
+    first = (1000, 750, 500, 250)
+    executor = make_executor(
+        window="self-forcing", chunk_frames=1, frames=3, timesteps=later, first_timesteps=first, train=False
+    )
+    assert executor.noise_shape(1, 2) == (1, 2, 4, 3, 1, 8, 8)
+    noise, called, velocity = gaussian_noise(1, executor.noise_shape(1, 1), CPU), [], executor.runner.velocity
+
+    def noted(x, sigma, text, positions, context):
+        called.append((positions.item(), round(1000 * sigma[0, 0].item(), 2)))
+        return velocity(x, sigma, text, positions, context)
+
+    monkeypatch.setattr(executor.runner, "velocity", noted)
+    latents, transition = executor.roll_out([plan(0, 3)], [0], noise)
+    assert transition is None  # the first chunk is not trained
+    levels = [[level for frame, level in called if frame == chunk] for chunk in range(3)]
+    assert levels[0] == [1000.0, 937.5, 833.33, 625.0] and [len(own) for own in levels[1:]] == expected
+    assert levels[1] == levels[2] == [1000.0, 833.33][: len(later)]
+    monkeypatch.undo()
+    streamed = torch.cat(list(stream_latents(executor, plan(0, 3), noise)), dim=1)
+    assert torch.equal(streamed, latents[0, 0])
+    # all in four steps: the first frame is the same, the others are not
+    whole = make_executor(window="self-forcing", chunk_frames=1, frames=3).roll_out([plan(0, 3)], [0], noise)[0]
+    assert torch.equal(whole[0, 0, :, :1], latents[0, 0, :, :1]) and not close(whole[0, 0, :, 1:], latents[0, 0, :, 1:])
+
+
+def test_transitions_have_as_many_steps_as_later_chunks(make_executor: Make) -> None:
+    """Whatever the first chunk's timesteps; v on the training path reproduces the recorded states."""
+    executor = make_executor(timesteps=(1000, 500), first_timesteps=(1000, 750, 500, 250))
+    noise = gaussian_noise(1, executor.noise_shape(2, 2), CPU)
+    _, transition = executor.roll_out(PLANS, [3, 12], noise)
+    assert transition.states.shape[:3] == (2, 2, 2) and transition.noises.shape[:3] == (2, 2, 1)
+    velocity, (sigma, after, _) = executor.velocities(transition, [0, 1]), executor.settings.schedule.sigmas
+    x0 = transition.states[:, :, 0] - sigma * velocity[:, :, 0]
+    assert close((1 - after) * x0 + after * transition.noises[:, :, 0], transition.states[:, :, 1])
+    assert torch.equal(transition.noises[1, 1, 0], noise(4)[1, 1, 1])
 
 
 def test_window_names_cover_the_backbones() -> None:

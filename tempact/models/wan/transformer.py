@@ -147,10 +147,6 @@ class SelfAttention(nn.Module):
         q, k, v = self.norm_rope(self.q(x), x, rope, attend, layer)
         return self.o(attend(layer, q, k, v).flatten(2))
 
-    def store(self, x: Tensor, rope: Rope, attend: ChunkAttention, layer: int) -> None:
-        """Only what `attend` keeps of this layer."""
-        self.norm_rope(None, x, rope, attend, layer)
-
     def norm_rope(
         self, q: Tensor | None, x: Tensor, rope: Rope, attend: ChunkAttention, layer: int
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,16 +177,11 @@ class CrossAttention(SelfAttention):
         groups = k.shape[0] // x.shape[0]  # texts a video: consecutive equal parts of its tokens
         q = self.norm(self.q(x), self.norm_q).unflatten(1, (groups, -1)).flatten(0, 1)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.padding(k))
-        return self.o(out.transpose(1, 2).reshape(x.shape))
-
-    def padding(self, k: Tensor) -> Tensor | None:
-        """What stands for the text rows cut off; k [n, heads, rows, head_dim]."""
-        if k.shape[2] == self.text_len:
-            return None
-        kind = k.device.type
+        rows, kind = k.shape[2], k.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else k.dtype
-        return padding_mask(k.shape[2], self.text_len, dtype, k.device)
+        mask = None if rows == self.text_len else padding_mask(rows, self.text_len, dtype, k.device)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.o(out.transpose(1, 2).reshape(x.shape))
 
 
 def up_gelu(up: nn.Module, x: Tensor) -> Tensor:
@@ -251,7 +242,7 @@ class Block(nn.Module):
     def store(self, stream: Stream, e0: Tensor, rope: Rope, attend: ChunkAttention, layer: int) -> None:
         """What `attend` keeps of this block's self-attention, and nothing after it."""
         m = (self.modulation + e0).unbind(2)
-        self.self_attn.store(stream.adaln(m[0], m[1], self.eps)[1], rope, attend, layer)
+        self.self_attn.norm_rope(None, stream.adaln(m[0], m[1], self.eps)[1], rope, attend, layer)
 
 
 class Head(nn.Module):
@@ -311,12 +302,7 @@ class WanTransformer(nn.Module):
         return TextKV([block.cross_attn.keys(hidden) for block in self.blocks])
 
     def forward(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        text: TextKV,
-        positions: Tensor,
-        attend: ChunkAttention = OWN_CHUNK,
+        self, x: Tensor, sigma: Tensor, text: TextKV, positions: Tensor, attend: ChunkAttention = OWN_CHUNK
     ) -> Tensor:
         """Velocity of the given frames.
 
@@ -345,10 +331,6 @@ class WanTransformer(nn.Module):
             stream = block(stream, e0, rope, text.layers[layer], attend, layer)
         self.blocks[last].store(stream, e0, rope, attend, last)
 
-    def rope(self, positions: Tensor, rows: int, columns: int) -> Rope:
-        """cos and sin [F * rows * columns, head_dim / 2] for frames at temporal `positions` [F]."""
-        return rope_tables(self.config.head_dim, positions, rows, columns)
-
     def _embed(self, x: Tensor, sigma: Tensor, positions: Tensor) -> tuple[Stream, Tensor, Tensor, Rope]:
         patches = self.patch_embedding(x)
         dtype = next(self.time_embedding.parameters()).dtype
@@ -356,7 +338,7 @@ class WanTransformer(nn.Module):
         with _without_autocast(x.device):
             e = self.time_embedding(timestep_waves(sigma, self.config.freq_dim).to(dtype))
             e0 = self.time_projection(e).unflatten(-1, (6, -1))
-        rope = self.rope(positions, patches.shape[3], patches.shape[4])
+        rope = rope_tables(self.config.head_dim, positions, patches.shape[3], patches.shape[4])
         # under autocast the stream stays as precise as the weights
         tokens = patches.flatten(2).transpose(1, 2).to(self.dtype).contiguous()
         return Stream(tokens), e, e0, rope
