@@ -1,10 +1,9 @@
-"""PEFT's LoRA linear in as few passes as it takes, where the executor runs on kernels.
+"""PEFT's LoRA linear in fewer passes over memory, where the executor runs on kernels.
 
-PEFT computes W x + b, then casts x to the adapter's fp32, scales and adds in passes of their own, and autograd keeps
-the cast copy. Here the adapter is cast to the precision of the weights and its product is accumulated onto the output;
-what is kept for the backward is the input alone. Of a feed-forward part its input alone is kept, too: the hidden rows,
-six times as wide in Wan, are computed again. Same parameters, same formula: W x + b + (alpha / r) B A x (Hu et al.,
-LoRA, arXiv 2106.09685).
+PEFT computes W x + b, then casts x to the adapter's fp32, scales and adds in separate passes, and autograd keeps the
+cast copy. Here the adapter is cast to the precision of the weights and its product is accumulated onto the output; the
+backward keeps the input alone. A feed-forward part also keeps its input alone: the hidden rows, six times as wide in
+Wan, are computed again. Same parameters, same formula: W x + b + (alpha / r) B A x (Hu et al., LoRA, arXiv 2106.09685).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from tempact.models.wan.transformer import has_epilogue, up_gelu
 
 
 class LoraLinear(Linear):
-    """PEFT's layer; on the torch path, and for all but one plain adapter, it computes as PEFT does."""
+    """PEFT's layer; on the torch path, and with anything but one plain adapter active, it computes as PEFT does."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         served = self._served(x)

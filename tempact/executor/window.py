@@ -1,11 +1,11 @@
-"""Window policies as data: which earlier frames a chunk attends to, and at which RoPE positions.
+"""Window policies: the earlier frames that a chunk attends to, and their RoPE positions.
 
-The tables of BACKBONES.md section 2 follow from three numbers. While all history and the own chunk fit
-into the window, everything is attended at absolute positions; beyond it, the sink frames and the most
-recent ones are.
+The tables of docs/backbones.md section 2 follow from three numbers. While all history and the own chunk fit into the
+window, a chunk attends to everything, at absolute positions; beyond it, to the sink frames and the most recent ones.
 
-RoPE makes scores of differences of positions alone. Where a window renumbers its frames from 0, positions here are
-those numbers plus what lets the newest frames keep their absolute ones: only the sink moves, and it alone is turned.
+With RoPE, attention scores depend on differences of positions alone. Where a window renumbers its frames from 0, the
+positions here are shifted by a constant so that the newest frames keep their absolute ones: only the sink moves, and
+only its keys are rotated.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The executor's update (ALGORITHM.md 6, items 5, 16, 20, 26)."""
+"""The executor's update (docs/algorithm.md 6, items 5, 16, 20, 26)."""
 
 from __future__ import annotations
 

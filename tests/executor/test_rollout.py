@@ -1,4 +1,4 @@
-"""Rollouts: forks, windows, text switches and the rebuilt context (ALGORITHM.md 6, items 16 - 19)."""
+"""Rollouts: forks, windows, text switches and the rebuilt context (docs/algorithm.md 6, items 16 - 19)."""
 
 from __future__ import annotations
 

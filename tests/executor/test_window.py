@@ -1,4 +1,4 @@
-"""The attended frames and positions of BACKBONES.md section 2."""
+"""The attended frames and positions of docs/backbones.md section 2."""
 
 from __future__ import annotations
 

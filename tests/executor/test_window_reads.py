@@ -1,5 +1,5 @@
 """What the executor really reads: source frame and RoPE position of every key, told from the keys in the cache
-(BACKBONES.md section 2, first the tables, then "LL re-cache")."""
+(docs/backbones.md section 2, first the tables, then "LL re-cache")."""
 
 from __future__ import annotations
 

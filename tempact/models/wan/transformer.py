@@ -1,10 +1,9 @@
-"""The causal Wan2.1 diffusion transformer.
+"""The causal Wan2.1 diffusion transformer (docs/backbones.md section 1).
 
-Module and parameter names, shapes and arithmetic are those of the published checkpoints (825 tensors
-at full size). One class serves every backbone: what a chunk attends to is the caller's `ChunkAttention`.
-Arithmetic: the residual stream, norms and gates stay in the dtype of the weights; where some are kept in
-fp32 (`checkpoint_loading.PRECISIONS`), the time MLP and the gates are computed in it. RoPE angles are
-computed in fp64 and rounded once.
+Module and parameter names, shapes and arithmetic are those of the published checkpoints (825 tensors at full size). One
+class serves every backbone: the caller's `ChunkAttention` says what a chunk attends to. The residual stream, norms and
+gates stay in the dtype of the weights; weights kept in fp32 (`config.EXECUTOR_PRECISIONS`) compute the time MLP and the
+gates in fp32. Angles of RoPE and of timesteps are computed in fp64 and rounded once.
 """
 
 from __future__ import annotations
@@ -40,9 +39,9 @@ Rope = tuple[Tensor, Tensor]  # cos and sin, fp32 [L, head_dim / 2]
 class WanConfig:
     """Sizes; the defaults are Wan2.1-T2V-1.3B.
 
-    prediction: what the head's output means. "velocity" for published checkpoints; "x0" for small
-    models trained from nothing, where v = (x - x0) / sigma is formed after the head.
-    text_multiple: texts may come cut to a multiple of that many rows, see `text_padding`; 0: they come whole.
+    prediction: meaning of the head's output. "velocity" for published checkpoints; "x0" for small models trained from
+    nothing, where v = (x - x0) / sigma is formed after the head. text_multiple: texts may come cut to a multiple of so
+    many rows (`text_padding`); 0: whole.
     """
 
     dim: int = 1536
@@ -85,14 +84,14 @@ class TextKV:
 
 
 class ChunkAttention:
-    """Whom the tokens of a chunk attend to, and what they leave behind: here the own frames, and nothing."""
+    """Attention of one chunk over its own tokens; subclasses attend to more, and store the chunk's K and V."""
 
     def rows(self, layer: int) -> CacheRows | None:
-        """Where K and V of this layer are stored; None: nowhere."""
+        """The cache rows that this layer's K and V are written to; None: they are not stored."""
         return None
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The attention's output; all [B, L, heads, head_dim], q and k with RoPE."""
+        """The output; it, q, k and v are [B, L, heads, head_dim], q and k with RoPE."""
         return fork_attention(q, k, v)
 
 
@@ -100,7 +99,7 @@ OWN_CHUNK = ChunkAttention()
 
 
 class Stream(NamedTuple):
-    """The residual stream x + update * gate, whose last addition is left to the norm that follows.
+    """The residual stream x + update * gate, whose addition is fused with the norm that follows.
 
     x, update [B, L, dim]; gate [B, F, dim], None for a plain addition; update None: nothing to add.
     """
@@ -131,7 +130,7 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Projections and norms; who attends to whom is decided by `ChunkAttention`."""
+    """Projections and norms of self-attention, which itself is the caller's `ChunkAttention`."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -150,7 +149,7 @@ class SelfAttention(nn.Module):
     def norm_rope(
         self, q: Tensor | None, x: Tensor, rope: Rope, attend: ChunkAttention, layer: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k with RoPE and v by heads, both k and v stored where `attend` says; without q, k stands in for it."""
+        """q and k with RoPE, and v, by heads; k and v are stored in the rows of `attend`. Without q, k replaces it."""
         k, v, rows = self.k(x), self.v(x), attend.rows(layer)
         q_weight, q = (self.norm_k.weight, k) if q is None else (self.norm_q.weight, q)
         kept = {"v": v, "write": rows} if rows is not None else {}
@@ -159,7 +158,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(SelfAttention):
-    """Attention to text; every padded text row is attended too, as in Wan, be it there or cut off."""
+    """Attention to text, padded text rows included, as in Wan, also where they are cut off."""
 
     def __init__(self, config: WanConfig):
         super().__init__(config)
@@ -198,7 +197,7 @@ def up_gelu(up: nn.Module, x: Tensor) -> Tensor:
 
 
 def has_epilogue(weight: Tensor) -> bool:
-    """Whether a product with `weight` can end in the GELU: no gradient has to pass it here, and the kernels serve."""
+    """Whether a product with `weight` can end in the GELU: no gradients, half precision, and the kernels serve."""
     low = weight.dtype in (torch.bfloat16, torch.float16)
     if not weight.is_cuda or not low or torch.is_grad_enabled():
         return False
@@ -213,7 +212,7 @@ class FeedForward(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         up, _, down = self
-        # adapters may take all of it over, so that the hidden rows need not be kept for the backward
+        # an adapter may compute both linears, so that the hidden rows need not be kept for the backward
         fused = getattr(down, "feed_forward", None)
         return down(up_gelu(up, x)) if fused is None else fused(up, x)
 
@@ -240,7 +239,7 @@ class Block(nn.Module):
         return Stream(x, self.ffn(normed), m[5])
 
     def store(self, stream: Stream, e0: Tensor, rope: Rope, attend: ChunkAttention, layer: int) -> None:
-        """What `attend` keeps of this block's self-attention, and nothing after it."""
+        """Stores this block's K and V where `attend` says, and computes nothing after them."""
         m = (self.modulation + e0).unbind(2)
         self.self_attn.norm_rope(None, stream.adaln(m[0], m[1], self.eps)[1], rope, attend, layer)
 
@@ -324,7 +323,7 @@ class WanTransformer(nn.Module):
         return (x - out) / sigma[:, None, :, None, None].clamp_min(1.0 / TIMESTEP_SCALE)
 
     def write_context(self, x: Tensor, sigma: Tensor, text: TextKV, positions: Tensor, attend: ChunkAttention) -> None:
-        """The context pass: as `forward`, but stops at the last layer's K and V, which nothing follows."""
+        """The context pass: as `forward`, up to the last layer's K and V."""
         stream, _, e0, rope = self._embed(x, sigma, positions)
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks[:last]):
