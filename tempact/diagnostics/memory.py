@@ -221,6 +221,8 @@ class Run:
         """(continuation, transition) pairs of the largest micro-batch."""
         steps = self.settings.schedule.transitions
         each, most = self.config.executor.continuations * steps, self.config.executor.micro_batch
+        if not steps:  # a model of one denoising call, which cannot be trained
+            return 0
         if most >= each:
             return min(most // each, self.plans) * each
         return min(most // steps, each // steps) * steps if most >= steps else min(most, steps)
@@ -323,17 +325,15 @@ def _rollout_activations(run: Run) -> int:
 def _rollout(run: Run) -> list[Item]:
     """Data of a rollout beside the cache and the activations."""
     sizes, settings = run.sizes, run.settings
-    steps = len(settings.schedule.sigmas) - 1
+    steps = max(settings.schedule.calls, settings.first.calls)
     plans = run.together // run.config.executor.continuations
     prompts = plans * run.texts
     # a graph reads copies of its own; there are two of each batch, for denoiser calls and for context passes
     copies = run.together + (2 * (run.together + plans) if run.graphs else 0)
     noise = run.together * 2 * steps * sizes.latent_bytes(settings.chunk)
-    if run.together < run.branches:  # it is drawn for all plans, whose share is then given up
-        noise += _transitions(run, steps)
     return [
         Item("K/V of the prompts, and copies a branch", (prompts + copies) * sizes.text_bytes, ESTIMATED),
-        Item("noise of the first and of this chunk", noise, EXACT),
+        Item("noise of a chunk, and its rows in a batch", noise, EXACT),
         Item("states of this chunk, and the record's copy", _transitions(run, steps + 2 * steps), ESTIMATED),
     ]
 
@@ -385,6 +385,7 @@ def work_of(run: Run) -> Work:
     calls = len(s.schedule.sigmas)  # one for each noise level, and the context pass
     chunks = [(run.branches if start >= run.fork else run.plans) * adapted(a) for start, a in run.attended.items()]
     phases = {"rollout": calls * sum(chunks) - chunks[-1]}  # the last chunk leaves no context
+    phases["rollout"] += (s.first.calls - s.schedule.calls) * chunks[0]
     if s.text_switch == "recache":
         passes = {start: footprint.denoise(sizes, 1, *run.recached(start)).flops for start in run.switches}
         phases["rollout"] += sum((run.branches if start > run.fork else run.plans) * passes[start] for start in passes)

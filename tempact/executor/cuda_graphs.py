@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -115,8 +115,6 @@ class CudaGraphRunner:
         self._grads: dict[nn.Parameter, Tensor] = {}
         self._pools: tuple[int, ...] = ()
         self._memory: Any = None
-        self._stream: torch.cuda.Stream | None = None
-        self._adapted: nn.Module | None = None
         self._anchor = torch.zeros((), requires_grad=True)
 
     def velocity(self, x: Tensor, sigma: Tensor, text: TextKV, positions: Tensor, context: Context) -> Tensor:
@@ -128,15 +126,9 @@ class CudaGraphRunner:
         return self._run("velocity", call, [x, sigma, positions, *_flat(text)], context)
 
     def write_context(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        text: TextKV,
-        positions: Tensor,
-        context: LayerViews | None,
-        cache: ForkableKVCache,
-        reservation: Reservation,
-    ) -> None:
+        self, x: Tensor, sigma: Tensor, text: TextKV, positions: Tensor, context: LayerViews | None,
+        cache: ForkableKVCache, reservation: Reservation,
+    ) -> None:  # fmt: skip
         """`WanTransformer.write_context` into the reserved rows of the cache, which the caller commits."""
 
         def call(
@@ -166,13 +158,9 @@ class CudaGraphRunner:
         return self._run("policy", call, [x, sigma, words, index, positions], context)
 
     def _run(
-        self,
-        name: Hashable,
-        call: Callable[..., Tensor],
-        inputs: list[Tensor],
-        context: Context,
+        self, name: Hashable, call: Callable[..., Tensor], inputs: list[Tensor], context: Context,
         pools: tuple[int, ...] = (),
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """`call(context, *inputs)`; pools: addresses of those that it writes to."""
         views = context if isinstance(context, LayerViews) else None
         usable = self.graphs and inputs[0].is_cuda and runtime.get_backend() != "torch"
@@ -184,7 +172,9 @@ class CudaGraphRunner:
             inputs = [*inputs, F.pad(views.table, (0, 0, 0, -views.table.shape[1] % SLOTS))]
         self._forget_moved_pools(pools)
         shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
-        key = name, torch.is_grad_enabled(), self._adapter(), views is None, shapes, runtime.get_backend()
+        layer = self._adapted
+        adapter = () if layer is None or layer.disable_adapters else tuple(layer.active_adapters)
+        key = name, torch.is_grad_enabled(), adapter, views is None, shapes, runtime.get_backend()
         graph = self._graphs.setdefault(key, _Graph())
         graph.calls += 1
         if graph.forward is None and (graph.calls <= self.warm_calls or self._recorded() >= MOST_GRAPHS):
@@ -208,17 +198,16 @@ class CudaGraphRunner:
         parameter's gradient on the stream where the parameter was first used, and that one must take part in them."""
         if not torch.is_grad_enabled():
             return call(*inputs)
-        stream, current = self._side_stream(), torch.cuda.current_stream()
+        stream, current = self._side_stream, torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             out = call(*inputs)
         current.wait_stream(stream)
         return out
 
+    @cached_property
     def _side_stream(self) -> torch.cuda.Stream:
-        if self._stream is None:
-            self._stream = torch.cuda.Stream()
-        return self._stream
+        return torch.cuda.Stream()
 
     def _record(self, graph: _Graph, call: Callable[..., Tensor], inputs: list[Tensor]) -> None:
         graph.inputs = [tensor.detach().clone() for tensor in inputs]
@@ -244,7 +233,7 @@ class CudaGraphRunner:
         gigabytes, and takes over a second to pin again."""
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        with torch.cuda.stream(self._side_stream()):
+        with torch.cuda.stream(self._side_stream):
             graph.capture_begin(pool=self._memory)
             try:
                 yield
@@ -281,13 +270,10 @@ class CudaGraphRunner:
         self._graphs.clear()
         self._memory = None  # freed with the last of them
 
-    def _adapter(self) -> tuple[str, ...]:
-        """The active adapter, by one layer that has one: they are switched together."""
-        if self._adapted is None:
-            layers = (module for module in self.model.modules() if isinstance(module, BaseTunerLayer))
-            self._adapted = next(layers, self.model)
-        layer = self._adapted
-        return () if not isinstance(layer, BaseTunerLayer) or layer.disable_adapters else tuple(layer.active_adapters)
+    @cached_property
+    def _adapted(self) -> BaseTunerLayer | None:
+        """A layer with adapters: they are switched together."""
+        return next((module for module in self.model.modules() if isinstance(module, BaseTunerLayer)), None)
 
 
 def _flat(text: TextKV) -> list[Tensor]:

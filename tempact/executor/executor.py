@@ -62,13 +62,9 @@ class Executor:
     """
 
     def __init__(
-        self,
-        model: WanTransformer,
-        text_encoder: PromptEncoder,
-        codec: Codec,
-        config: ExecutorConfig,
+        self, model: WanTransformer, text_encoder: PromptEncoder, codec: Codec, config: ExecutorConfig,
         size: tuple[int, int],
-    ):
+    ):  # fmt: skip
         self.settings = RolloutSettings.of(config)
         self.config, self.codec, self.text_encoder = config, codec, text_encoder.requires_grad_(False)
         self.latent_size = codec.latent_size(*size)
@@ -199,12 +195,10 @@ class Executor:
     def velocities(self, transition: Transition, plans: list[int]) -> Tensor:
         """Velocities of recorded transitions of the plans with these indices [plans, N, T, C, c, H, W], no gradient."""
         out = torch.zeros_like(transition.noises[plans])
-        for group in groups_by_switch(transition, plans):
-            for entries, velocity in self._forward(transition, group, grad=False):
-                rows = [plans.index(plan) for plan in entries.plans]
-                for row, value in zip(rows, velocity.unflatten(0, (len(rows), -1)), strict=True):
-                    target = out[row, entries.continuations, entries.transitions]
-                    target.copy_(value.view_as(target))
+        for entries, velocity in self._forward(transition, plans, grad=False):
+            for plan, value in zip(entries.plans, velocity.unflatten(0, (len(entries.plans), -1)), strict=True):
+                target = out[plans.index(plan), entries.continuations, entries.transitions]
+                target.copy_(value.view_as(target))
         return out
 
     def update(self, batch: Batch, plans: list[int], v_old: Tensor | None = None) -> dict[str, float]:
@@ -232,26 +226,24 @@ class Executor:
             for values in (batch.execution_advantage, batch.execution_mask)
         )
         totals: dict[str, Tensor] = {}  # on the device: a micro-batch is prepared while the one before is computed
-        for group in groups_by_switch(transition, plans):
-            for entries, velocity in self._forward(transition, group, grad=True):
-                rows = [plans.index(plan) for plan in entries.plans]
-
-                gradient, metrics = flow_grpo_gradient(
-                    velocity,
-                    velocity.detach() if v_old is None else entries.of(v_old, rows),
-                    entries.of(v_ref, rows),
-                    entries.of(transition.noises),
-                    entries.of(advantage),
-                    entries.of(mask),
-                    clip=clip,
-                    kl_weight=self.config.kl_weight,
-                    terms=terms,
-                )
-                velocity.backward(gradient)
-                if v_old is None:
-                    metrics |= self._gaps(velocity.detach(), transition, entries, mask, terms // steps, clip)
-                for name, value in metrics.items():
-                    totals[name] = totals[name] + value if name in totals else value
+        for entries, velocity in self._forward(transition, plans, grad=True):
+            rows = [plans.index(plan) for plan in entries.plans]
+            gradient, metrics = flow_grpo_gradient(
+                velocity,
+                velocity.detach() if v_old is None else entries.of(v_old, rows),
+                entries.of(v_ref, rows),
+                entries.of(transition.noises),
+                entries.of(advantage),
+                entries.of(mask),
+                clip=clip,
+                kl_weight=self.config.kl_weight,
+                terms=terms,
+            )
+            velocity.backward(gradient)
+            if v_old is None:
+                metrics |= self._gaps(velocity.detach(), transition, entries, mask, terms // steps, clip)
+            for name, value in metrics.items():
+                totals[name] = totals[name] + value if name in totals else value
         return dict(zip(totals, torch.stack([*totals.values()]).tolist(), strict=True))
 
     def _gaps(
@@ -269,9 +261,15 @@ class Executor:
             found[f"rollout_gap/{sigma:.3f}"] = torch.where(kept[i], gap.double(), 0.0).sum() / (videos * clip)
         return found
 
-    def _forward(self, transition: Transition, group: list[int], *, grad: bool) -> Iterator[tuple[_Entries, Tensor]]:
-        """Micro-batches of plans that share the switch frame, with their velocities."""
-        start = int(transition.start[group[0]])
+    def _forward(self, transition: Transition, plans: list[int], *, grad: bool) -> Iterator[tuple[_Entries, Tensor]]:
+        """Micro-batches of the plans with their velocities, by switch frame: plans that share it share a batch."""
+        for start in dict.fromkeys(transition.start[plans].tolist()):
+            group = [plan for plan in plans if transition.start[plan] == start]
+            yield from self._forward_group(transition, group, start, grad)
+
+    def _forward_group(
+        self, transition: Transition, group: list[int], start: int, grad: bool
+    ) -> Iterator[tuple[_Entries, Tensor]]:
         prompts = [transition.prompts[plan] for plan in group]
         with self.history() as history:
             with torch.no_grad(), self.precision():
@@ -293,14 +291,6 @@ class Executor:
                         states.to(self.device), sigma, self.encode(texts), index, history.positions(start), context
                     )
                 yield entries, velocity.float()
-
-
-def groups_by_switch(transition: Transition, plans: list[int]) -> list[list[int]]:
-    """The plans split by switch frame: the contexts of a group have one length."""
-    groups: dict[int, list[int]] = {}
-    for plan in plans:
-        groups.setdefault(int(transition.start[plan]), []).append(plan)
-    return list(groups.values())
 
 
 def micro_batches(group: list[int], continuations: int, transitions: int, size: int) -> Iterator[_Entries]:

@@ -19,7 +19,7 @@ from csrc_triton.kv_cache import Reservation, Run
 from csrc_triton.qk_norm_rope import rotate
 from tempact.executor.cuda_graphs import CudaGraphRunner
 from tempact.executor.sampler import RolloutSettings
-from tempact.models.wan.transformer import TextKV
+from tempact.models.wan.transformer import TextKV, rope_tables
 
 FIRST_FRAMES = 12  # latent frames that a cache holds before it grows
 
@@ -100,7 +100,7 @@ class KVHistory(AbstractContextManager["KVHistory"]):
 
     def _turn(self, reservation: Reservation, views: LayerViews, shift: int) -> None:
         # row and column 0: their channels are not rotated
-        rope = self.runner.model.rope(self._range([shift]), 1, 1)
+        rope = rope_tables(self.runner.model.config.head_dim, self._range([shift]), 1, 1)
         for layer, view in enumerate(views):
             k, v = view.gather()
             self.cache.write(reservation, layer, rotate(k, *rope), v)

@@ -105,13 +105,21 @@ class NoiseSource:
 
 
 def gaussian_noise(seed: int, shape: tuple[int, ...], device: torch.device) -> NoiseSource:
-    """Noise that depends on the seed and the chunk; shape as `Executor.noise_shape` gives it."""
+    """Noise that depends on the seed and the chunk; shape as `Executor.noise_shape` gives it.
+
+    The noise of all plans is one draw. In parts, each plan has a draw of its own, which does not depend on the parts:
+    the others' noise is not drawn, and the numbers are others than those of all plans together.
+    """
+
+    def normal(size: tuple[int, ...], chunk: int, plan: int) -> Tensor:
+        # splitmix-like spread, so that neighbouring seeds, chunks and plans start far apart
+        mixed = seed * 0x9E3779B97F4A7C15 + chunk * 0xBF58476D1CE4E5B9 + plan * 0x94D049BB133111EB
+        return torch.randn(size, generator=torch.Generator(device).manual_seed(mixed % 2**63), device=device)
 
     def draw(chunk: int, plans: range) -> Tensor:
-        # splitmix-like spread, so that neighbouring seeds and chunks start far apart
-        mixed = (seed * 0x9E3779B97F4A7C15 + (chunk + 1) * 0xBF58476D1CE4E5B9) % 2**63
-        generator = torch.Generator(device).manual_seed(mixed)
-        return torch.randn(shape, generator=generator, device=device)[plans.start : plans.stop]
+        if len(plans) == shape[0]:
+            return normal(shape, chunk + 1, 0)
+        return torch.stack([normal(shape[1:], chunk + 1, plan + 1) for plan in plans])
 
     return NoiseSource(shape, draw)
 

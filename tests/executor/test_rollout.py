@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -14,6 +15,7 @@ from tempact.executor.executor import Executor
 from tempact.executor.kv_history import KVHistory
 from tempact.executor.rollout import PromptKV, chunk_prompts, rebuild_context
 from tempact.executor.sampler import NoiseSource, gaussian_noise
+from tempact.executor.stream import stream_latents
 from tempact.executor.window import WINDOWS, WindowPolicy
 from tempact.types import Plan, Step
 
@@ -65,8 +67,7 @@ def test_plans_in_turn_give_what_they_give_together(make_executor: Make, limit: 
     """Also where their recorded chunks start at other frames; the cache holds one plan's branches at a time."""
     changes = {"window": "longlive", "frames": 18}
     one, two = make_executor(**changes), make_executor(**changes, rollout_videos=limit)
-    shape = one.noise_shape(2, 3)
-    noise, made = gaussian_noise(1, shape, CPU), []
+    noise, made = plan_by_plan(gaussian_noise(1, one.noise_shape(2, 3), CPU)), []
     together, turns = one.rollout(PLANS, [3, 12], noise), two.rollout(PLANS, [3, 12], noise, made.append)
     assert torch.equal(torch.cat([part.frames for part in made]), turns.frames)
     assert [len(part.frames) for part in made] == ([2] if limit >= 6 else [1, 1])
@@ -76,6 +77,65 @@ def test_plans_in_turn_give_what_they_give_together(make_executor: Make, limit: 
     assert close(a.states, b.states) and close(a.prefix, b.prefix) and a.prefix.shape == b.prefix.shape
     held = [each.cache.nbytes for each in (one, two)]
     assert held[1] == held[0] if limit >= 6 else held[1] < held[0]
+
+
+def plan_by_plan(noise: NoiseSource) -> NoiseSource:
+    """The draws that each plan has of its own, also where all plans go together."""
+    return replace(noise, draw=lambda chunk, plans: torch.cat([noise.draw(chunk, range(p, p + 1)) for p in plans]))
+
+
+def test_noise_in_parts_is_each_plans_own_whatever_the_parts() -> None:
+    noise = gaussian_noise(1, (4, 2, 3, 1, 3, 2, 2), CPU)
+    parts = [noise.part(slice(a, b)) for a, b in pairwise((0, 1, 3, 4))]
+    assert [part.shape[0] for part in parts] == [1, 2, 1] and parts[1].part(slice(1, 2)).first == 2
+    for chunk in (0, 1):
+        found = torch.cat([part(chunk) for part in parts])
+        assert torch.equal(found, plan_by_plan(noise)(chunk)) and torch.equal(found[2:], noise.part(slice(2, 4))(chunk))
+        assert len(found.unique()) == found.numel()
+        # all together: one draw, which evaluations and runs that make all videos at once have always had
+        generator = torch.Generator().manual_seed((0x9E3779B97F4A7C15 + (chunk + 1) * 0xBF58476D1CE4E5B9) % 2**63)
+        whole = noise.part(slice(None))(chunk)
+        assert torch.equal(noise(chunk), torch.randn(noise.shape, generator=generator)) and torch.equal(
+            noise(chunk), whole
+        )
+    assert not torch.equal(parts[0](0), parts[0](1))
+
+
+@pytest.mark.parametrize("limit", [0, 3])
+def test_no_noise_is_drawn_that_no_video_uses(make_executor: Make, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """Random numbers of an iteration: P x N x K x a chunk's, for every chunk."""
+    executor, drawn = make_executor(rollout_videos=limit), []
+    randn = torch.randn
+
+    def counted(*size, **given):
+        made = randn(*size, **given)
+        if "generator" in given:
+            drawn.append(made.numel())
+        return made
+
+    noise = gaussian_noise(1, executor.noise_shape(2, 3), CPU)
+    executor.encode([prompt for own in PLANS for prompt in chunk_prompts(own, executor.settings)])
+    monkeypatch.setattr(torch, "randn", counted)
+    executor.rollout(PLANS, [3, 12], noise)
+    assert sum(drawn) == 2 * 3 * 4 * (3 * 3 * 2 * 2 * 16) * 6
+    assert len(drawn) == (12 if limit else 6)
+
+
+def test_latents_of_one_part_are_gone_while_the_next_is_made(
+    make_executor: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor, made, alive = make_executor(rollout_videos=3), [], []
+    roll_out = executor.roll_out
+
+    def watched(*given):
+        alive.append([ref() is not None for ref in made])
+        latents, transition = roll_out(*given)
+        made.append(weakref.ref(latents))
+        return latents, transition
+
+    monkeypatch.setattr(executor, "roll_out", watched)
+    executor.rollout([*PLANS, PLANS[0]], [3, 12, 3], gaussian_noise(1, executor.noise_shape(3, 3), CPU))
+    assert alive == [[], [False], [False, False]] and made[-1]() is None
 
 
 def test_the_text_encoder_is_asked_once(make_executor: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +278,54 @@ def test_chunk_prompts_follow_spans_and_smoothing(make_executor: Make) -> None:
     )
     assert chunk_prompts(PLANS[0], settings)[0] == "a step 0 Next: a step 3"
     assert chunk_prompts(PLANS[0], settings)[-1] == "a step 9"
+
+
+def test_the_separator_is_the_configurations(make_executor: Make) -> None:
+    """TempAct's published adapters saw steps joined without one."""
+    assert chunk_prompts(PLANS[0], make_executor(prompt_separator="").settings)[0] == "a step 0a step 3"
+    assert chunk_prompts(PLANS[0], make_executor(smooth_prompts=False).settings)[0] == "a step 0"
+
+
+@pytest.mark.parametrize(("later", "expected"), [((1000, 500), [2, 2]), ((1000,), [1, 1])])
+def test_the_first_chunk_has_its_own_timesteps(
+    make_executor: Make, monkeypatch: pytest.MonkeyPatch, later: tuple[int, ...], expected: list[int]
+) -> None:
+    """Causal-Forcing++: the four-step list for the first frame, one or two steps for the others."""
+    first = (1000, 750, 500, 250)
+    executor = make_executor(
+        window="self-forcing", chunk_frames=1, frames=3, timesteps=later, first_timesteps=first, train=False
+    )
+    assert executor.noise_shape(1, 2) == (1, 2, 4, 3, 1, 8, 8)
+    noise, called, velocity = gaussian_noise(1, executor.noise_shape(1, 1), CPU), [], executor.runner.velocity
+
+    def noted(x, sigma, text, positions, context):
+        called.append((positions.item(), round(1000 * sigma[0, 0].item(), 2)))
+        return velocity(x, sigma, text, positions, context)
+
+    monkeypatch.setattr(executor.runner, "velocity", noted)
+    latents, transition = executor.roll_out([plan(0, 3)], [0], noise)
+    assert transition is None  # the first chunk is not trained
+    levels = [[level for frame, level in called if frame == chunk] for chunk in range(3)]
+    assert levels[0] == [1000.0, 937.5, 833.33, 625.0] and [len(own) for own in levels[1:]] == expected
+    assert levels[1] == levels[2] == [1000.0, 833.33][: len(later)]
+    monkeypatch.undo()
+    streamed = torch.cat(list(stream_latents(executor, plan(0, 3), noise)), dim=1)
+    assert torch.equal(streamed, latents[0, 0])
+    # all in four steps: the first frame is the same, the others are not
+    whole = make_executor(window="self-forcing", chunk_frames=1, frames=3).roll_out([plan(0, 3)], [0], noise)[0]
+    assert torch.equal(whole[0, 0, :, :1], latents[0, 0, :, :1]) and not close(whole[0, 0, :, 1:], latents[0, 0, :, 1:])
+
+
+def test_transitions_have_as_many_steps_as_later_chunks(make_executor: Make) -> None:
+    """Whatever the first chunk's timesteps; v on the training path reproduces the recorded states."""
+    executor = make_executor(timesteps=(1000, 500), first_timesteps=(1000, 750, 500, 250))
+    noise = gaussian_noise(1, executor.noise_shape(2, 2), CPU)
+    _, transition = executor.roll_out(PLANS, [3, 12], noise)
+    assert transition.states.shape[:3] == (2, 2, 2) and transition.noises.shape[:3] == (2, 2, 1)
+    velocity, (sigma, after, _) = executor.velocities(transition, [0, 1]), executor.settings.schedule.sigmas
+    x0 = transition.states[:, :, 0] - sigma * velocity[:, :, 0]
+    assert close((1 - after) * x0 + after * transition.noises[:, :, 0], transition.states[:, :, 1])
+    assert torch.equal(transition.noises[1, 1, 0], noise(4)[1, 1, 1])
 
 
 def test_window_names_cover_the_backbones() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from csrc_triton.qk_norm_rope import rotate
 from tempact.models.wan.codec import PixelCodec
 from tempact.models.wan.text_padding import cut_length
-from tempact.models.wan.transformer import ChunkAttention, WanConfig, WanTransformer, rope_tables
+from tempact.models.wan.transformer import ChunkAttention, WanConfig, WanTransformer, rope_tables, timestep_waves
 
 SMALL = WanConfig(
     dim=48, ffn_dim=96, freq_dim=32, text_dim=16, text_len=6, heads=2, layers=2, in_dim=3, out_dim=3, patch=(1, 4, 4)
@@ -93,6 +95,19 @@ def test_x0_prediction_is_the_same_network_read_otherwise() -> None:
     text = velocity.project_text(torch.randn(1, 6, 16).double())
     raw = velocity(x, sigma, text, torch.arange(1))
     assert torch.allclose(x0(x, sigma, text, torch.arange(1)), (x - raw) / 0.5)
+
+
+def test_the_timestep_embedding_is_that_of_the_published_code_in_fp64() -> None:
+    """10000^(-j / 128) with a constant in fp64: rounding its logarithm to fp32 moves the embedding by 5e-6."""
+    sigmas = [1.0, 0.9375, 2.5 / 3, 0.625, 0.0]
+    waves = timestep_waves(torch.tensor(sigmas, dtype=torch.float64)[None], 256)
+    assert waves.shape == (1, 5, 256) and waves.dtype == torch.float64
+    angles = [[1000.0 * sigma / 10_000 ** (j / 128) for j in range(128)] for sigma in sigmas]
+    expected = [[*map(math.cos, row), *map(math.sin, row)] for row in angles]
+    torch.testing.assert_close(waves[0], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+    # pinned: what a rounded constant gives differs from the sixth digit on
+    pinned = [0.5623790762907029, 0.7896147286335048, -0.8390715290764524, 0.9942316442775075]
+    torch.testing.assert_close(waves[0, 0, [0, 1, 64, 127]], torch.tensor(pinned, dtype=torch.float64))
 
 
 def test_timesteps_are_per_frame() -> None:

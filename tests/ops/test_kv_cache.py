@@ -205,6 +205,20 @@ def test_committed_rows_are_not_written_again() -> None:
         cache().commit(own.reserve([branch], 1))
 
 
+def test_views_of_all_layers_share_one_table() -> None:
+    own = cache()
+    branch = own.new_branch()
+    fill(own, [branch], 4, 1.0)
+    views = own.views([branch, branch], [(1, 3)])
+    assert len(views) == own.layers == len(list(views)) and views.addresses == own.addresses
+    assert all(view.table is views.table for view in views)
+    with pytest.raises(IndexError):
+        views[own.layers]
+    wider = views.with_table(torch.nn.functional.pad(views.table, (0, 0, 0, 3)))
+    for view, other in zip(views, wider, strict=True):
+        assert all(torch.equal(one, two) for one, two in zip(view.gather(), other.gather(), strict=True))
+
+
 def test_rows_of_says_where_a_kernel_writes() -> None:
     own = cache()
     one, two = own.new_branch(), own.new_branch()

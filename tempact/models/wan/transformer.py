@@ -31,7 +31,7 @@ from csrc_triton import (
 from tempact.models.wan.text_padding import padding_mask
 
 TIMESTEP_SCALE = 1000.0  # the time embedding sees 1000 * sigma
-ROPE_THETA = 10_000.0
+TIMESTEP_PERIOD = ROPE_THETA = 10_000.0
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, fp32 [L, head_dim / 2]
 
@@ -147,10 +147,6 @@ class SelfAttention(nn.Module):
         q, k, v = self.norm_rope(self.q(x), x, rope, attend, layer)
         return self.o(attend(layer, q, k, v).flatten(2))
 
-    def store(self, x: Tensor, rope: Rope, attend: ChunkAttention, layer: int) -> None:
-        """Only what `attend` keeps of this layer."""
-        self.norm_rope(None, x, rope, attend, layer)
-
     def norm_rope(
         self, q: Tensor | None, x: Tensor, rope: Rope, attend: ChunkAttention, layer: int
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,16 +177,11 @@ class CrossAttention(SelfAttention):
         groups = k.shape[0] // x.shape[0]  # texts a video: consecutive equal parts of its tokens
         q = self.norm(self.q(x), self.norm_q).unflatten(1, (groups, -1)).flatten(0, 1)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.padding(k))
-        return self.o(out.transpose(1, 2).reshape(x.shape))
-
-    def padding(self, k: Tensor) -> Tensor | None:
-        """What stands for the text rows cut off; k [n, heads, rows, head_dim]."""
-        if k.shape[2] == self.text_len:
-            return None
-        kind = k.device.type
+        rows, kind = k.shape[2], k.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else k.dtype
-        return padding_mask(k.shape[2], self.text_len, dtype, k.device)
+        mask = None if rows == self.text_len else padding_mask(rows, self.text_len, dtype, k.device)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.o(out.transpose(1, 2).reshape(x.shape))
 
 
 def up_gelu(up: nn.Module, x: Tensor) -> Tensor:
@@ -251,7 +242,7 @@ class Block(nn.Module):
     def store(self, stream: Stream, e0: Tensor, rope: Rope, attend: ChunkAttention, layer: int) -> None:
         """What `attend` keeps of this block's self-attention, and nothing after it."""
         m = (self.modulation + e0).unbind(2)
-        self.self_attn.store(stream.adaln(m[0], m[1], self.eps)[1], rope, attend, layer)
+        self.self_attn.norm_rope(None, stream.adaln(m[0], m[1], self.eps)[1], rope, attend, layer)
 
 
 class Head(nn.Module):
@@ -311,12 +302,7 @@ class WanTransformer(nn.Module):
         return TextKV([block.cross_attn.keys(hidden) for block in self.blocks])
 
     def forward(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        text: TextKV,
-        positions: Tensor,
-        attend: ChunkAttention = OWN_CHUNK,
+        self, x: Tensor, sigma: Tensor, text: TextKV, positions: Tensor, attend: ChunkAttention = OWN_CHUNK
     ) -> Tensor:
         """Velocity of the given frames.
 
@@ -345,22 +331,14 @@ class WanTransformer(nn.Module):
             stream = block(stream, e0, rope, text.layers[layer], attend, layer)
         self.blocks[last].store(stream, e0, rope, attend, last)
 
-    def rope(self, positions: Tensor, rows: int, columns: int) -> Rope:
-        """cos and sin [F * rows * columns, head_dim / 2] for frames at temporal `positions` [F]."""
-        return rope_tables(self.config.head_dim, positions, rows, columns)
-
     def _embed(self, x: Tensor, sigma: Tensor, positions: Tensor) -> tuple[Stream, Tensor, Tensor, Rope]:
         patches = self.patch_embedding(x)
-        half = self.config.freq_dim // 2
-        powers = torch.arange(half, device=x.device, dtype=torch.float64)
-        rates = torch.exp(powers * -(torch.log(torch.tensor(1e4)) / half))
-        angles = (sigma.double() * TIMESTEP_SCALE)[..., None] * rates
         dtype = next(self.time_embedding.parameters()).dtype
         # as precise as its weights, also where the rest is autocast: gates multiply everything that follows
         with _without_autocast(x.device):
-            e = self.time_embedding(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
+            e = self.time_embedding(timestep_waves(sigma, self.config.freq_dim).to(dtype))
             e0 = self.time_projection(e).unflatten(-1, (6, -1))
-        rope = self.rope(positions, patches.shape[3], patches.shape[4])
+        rope = rope_tables(self.config.head_dim, positions, patches.shape[3], patches.shape[4])
         # under autocast the stream stays as precise as the weights
         tokens = patches.flatten(2).transpose(1, 2).to(self.dtype).contiguous()
         return Stream(tokens), e, e0, rope
@@ -375,6 +353,14 @@ class WanTransformer(nn.Module):
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     known = torch.amp.is_autocast_available(device.type)  # the meta device knows no autocast
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
+def timestep_waves(sigma: Tensor, count: int) -> Tensor:
+    """cos, then sin, of t * 10000^(-2i / count), t = 1000 sigma: fp64 [*sigma.shape, count]."""
+    half = count // 2
+    rates = TIMESTEP_PERIOD ** -(torch.arange(half, device=sigma.device, dtype=torch.float64) / half)
+    angles = (sigma.double() * TIMESTEP_SCALE)[..., None] * rates
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def rope_tables(head_dim: int, positions: Tensor, rows: int, columns: int) -> Rope:
