@@ -64,7 +64,7 @@ class RowCounts:
                 del self._starts[i], self._counts[i]
 
     def find(self, length: int, near: int | None) -> int | None:
-        """First of `length` free rows in sequence: `near` if a free run starts there, else in the first run that fits."""
+        """First of `length` adjacent free rows: `near` if a free run starts there, else in the first that fits."""
         rows = [row for row, free in self.free() if free >= length]
         if near in rows:
             return near

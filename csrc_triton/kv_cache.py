@@ -261,7 +261,7 @@ class ForkableKVCache:
             raise ValueError(f"branch {branch}: {error}") from None
 
     def views(self, branches: Sequence[int], ranges: Sequence[tuple[int, int]]) -> list[CacheView]:
-        """Views of the same token ranges [start, stop) of several branches, one branch a batch row, one view a layer."""
+        """Views of the same token ranges [start, stop) of several branches, a branch a batch row, a view a layer."""
         return self.joined_views([[(branch, ranges)] for branch in branches])
 
     def joined_views(self, batch: Sequence[Sequence[tuple[int, Sequence[tuple[int, int]]]]]) -> list[CacheView]:

@@ -20,7 +20,7 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tupl
 
 
 def written_out(x: Tensor, v: Tensor, s: float, n: float, kind: str, eta: float) -> tuple[Tensor, float]:
-    """Mean and std as the formulas of docs/algorithm.md 2.1 are written, in terms of predicted data, noise and score."""
+    """Mean and std as docs/algorithm.md 2.1 writes them, in terms of predicted data, noise and score."""
     x0, x1, delta = x - s * v, x + (1 - s) * v, s - n
     if kind == "renoise":
         return (1 - n) * x0, n
