@@ -1,4 +1,4 @@
-"""What fork attention is compared with. Keys here are [B, L, heads, head_dim], as everywhere in csrc_triton."""
+"""Peers of fork attention. Keys and values are [B, L, heads, head_dim], as everywhere in csrc_triton."""
 
 from __future__ import annotations
 

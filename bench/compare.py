@@ -1,4 +1,4 @@
-"""`python -m bench.compare OLD NEW`: what got slower, larger or lost between two results files.
+"""`python -m bench.compare OLD NEW`: rows that got slower or larger, or are missing, between two results files.
 
 Ours is compared by its ratios to the other implementations of its case, which a slower machine does not change;
 where the files share none, by ms or MiB. The exit code is 1 if anything is worse than the threshold, else 0.

@@ -1,4 +1,4 @@
-"""What every bench shares: contenders, their error check, and how a case is measured and reported."""
+"""Shared by the benches: contenders, their error check, timing of a case, and its report."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ ROUNDING = 1e-6  # of an output's largest value: what any fp32 arithmetic may be
 class Contender:
     """One implementation of a case.
 
-    run(*setup()) is timed without `setup`. outputs(what run returned) names the tensors that are checked, by the
-    names of the reference; None for what computes something else. flops, nbytes: the least it has to do.
-    compiled: its first run takes seconds, so it is left out where only correctness is checked.
+    run            timed as run(*setup())
+    outputs        tensors to check, by the reference's names, from the result of `run`; None: nothing is checked
+    setup          makes the arguments of `run`; not timed
+    flops, nbytes  the least operations and bytes moved that the case needs
+    compiled       the first run compiles for seconds: left out where only errors are checked
     """
 
     name: str
@@ -39,9 +41,9 @@ class Contender:
 
 @dataclass
 class Bench:
-    """One run of the bench: where, whether anything is timed, and the rows so far.
+    """One run of the bench: its device and options, and the rows so far.
 
-    timed: take times; else only errors are checked. folder: where JSON and chart go, None for nowhere.
+    timed: measure times; else check errors only. folder: folder of the JSON file and the chart; None: not written.
     """
 
     device: torch.device

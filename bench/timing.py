@@ -1,9 +1,8 @@
-"""Times of several implementations of one thing, taken so that they can be compared.
+"""Comparable times of several implementations of one case.
 
-All of a group run in one process, in rounds: every implementation once a round, in an order that rotates.
-On a GPU the clock is a pair of device events around each run, and the L2 cache is overwritten before it; on a
-CPU it is the host's. pytest-benchmark times one function after another on the host's clock, so it serves only
-what happens on the host.
+All implementations run in one process, in rounds: each once a round, in an order that rotates. On a GPU a pair of
+device events around each run measures it, and the L2 cache is overwritten before; on a CPU the host's clock does.
+pytest-benchmark times one function after the other on the host's clock, so it serves for host code only.
 """
 
 from __future__ import annotations
@@ -111,7 +110,7 @@ def memory_of(run: Callable[[], Any], device: torch.device) -> tuple[int, int]:
 
 
 def yardsticks(device: torch.device) -> dict[str, tuple[Spread, float]]:
-    """What this machine reaches now: "copy" in GB/s, read and written, and "matmul" (bf16) in TFLOP/s."""
+    """Speeds of this machine at this time: "copy" in GB/s (read plus written) and "matmul" (bf16) in TFLOP/s."""
     source = torch.randint(-99, 99, (COPY_BYTES,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=torch.bfloat16) for _ in range(2))

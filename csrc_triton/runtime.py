@@ -97,6 +97,11 @@ def why_unfit(x: torch.Tensor, *vectors: torch.Tensor | None) -> str | None:
     return None if x.numel() else "x has no elements"
 
 
+def describe(tensor: torch.Tensor) -> str:
+    """Shape, dtype and device, for messages."""
+    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+
+
 def choose(op: str, device: torch.device, dtype: torch.dtype, *, unfit: str | None = None) -> str:
     """Returns the implementation, "torch" or "triton", that serves one call of `op`.
 

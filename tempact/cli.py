@@ -272,7 +272,7 @@ def from_yaml(path: Path, base: RunConfig | None = None) -> RunConfig:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     keys, sections = keys_of(RunConfig), sections_of(RunConfig)
-    for name, raw in _flat(data, sections):
+    for name, raw in dotted(data, sections):
         if name not in keys:
             fault = f"found {raw!r}; accepted: a mapping" if name in sections else None
             raise UserError(f"{path}: {name}: {fault or f'unknown key; nearest: {nearest(name, keys)}'}")
@@ -280,11 +280,11 @@ def from_yaml(path: Path, base: RunConfig | None = None) -> RunConfig:
     return config
 
 
-def _flat(data: dict, sections: Iterable[str], prefix: str = "") -> Iterable[tuple[str, object]]:
+def dotted(data: dict, sections: Iterable[str], prefix: str = "") -> Iterable[tuple[str, object]]:
     """Dotted keys and values of nested mappings; only sections are opened."""
     for name, value in data.items():
         if isinstance(value, dict) and f"{prefix}{name}" in sections:
-            yield from _flat(value, sections, f"{prefix}{name}.")
+            yield from dotted(value, sections, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 

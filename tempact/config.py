@@ -92,8 +92,9 @@ SIZE = Rule(
     lambda size: all(side > 0 and side % TOKEN_PIXELS == 0 for side in size),
     lambda size: "x".join(map(str, size)),
 )
+NAME = r"[^\W\d]\w*"
 FUNCTIONS = Rule(
-    "each module:function", lambda names: all(re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name) for name in names)
+    "each module:function", lambda names: all(re.fullmatch(rf"({NAME}\.)*{NAME}:{NAME}", name) for name in names)
 )
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from csrc_triton import runtime
 from csrc_triton.adaln import naive, ops
+from csrc_triton.runtime import describe
 
 MOST_FRAMES = 65_535  # of a batch row, and batch rows: the kernels' grid
 
@@ -97,7 +98,7 @@ def gated_residual_norm(
         _check_vectors(x, gate=gate)
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector.shape != x.shape[-1:] or vector.device != x.device or not vector.is_floating_point():
-            found, accepted = _describe(vector), f"floating point {tuple(x.shape[-1:])} on {x.device}"
+            found, accepted = describe(vector), f"floating point {tuple(x.shape[-1:])} on {x.device}"
             raise ValueError(f"{name}: found {found}; accepted: {accepted}")
         _check_contiguous(name, vector)
     _check_eps(eps)
@@ -124,9 +125,9 @@ def _check_eps(eps: float) -> None:
 
 def _check_tokens(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.ndim != 3 or not tensor.is_floating_point():
-        raise ValueError(f"{name}: found {_describe(tensor)}; accepted: floating point [B, F * T, dim]")
+        raise ValueError(f"{name}: found {describe(tensor)}; accepted: floating point [B, F * T, dim]")
     if tensor.shape != x.shape or tensor.dtype != x.dtype or tensor.device != x.device:
-        raise ValueError(f"{name}: found {_describe(tensor)}; accepted: {_describe(x)}, as x")
+        raise ValueError(f"{name}: found {describe(tensor)}; accepted: {describe(x)}, as x")
     _check_contiguous(name, tensor)
 
 
@@ -137,7 +138,7 @@ def _check_vectors(x: Tensor, **vectors: Tensor) -> None:
         fits = vector.ndim == 3 and vector.shape[0] == batch and vector.shape[2] == dim and vector.shape[1] > 0
         if not fits or vector.device != x.device or not vector.is_floating_point():
             accepted = f"floating point [{batch}, F, {dim}] on {x.device}"
-            raise ValueError(f"{name}: found {_describe(vector)}; accepted: {accepted}")
+            raise ValueError(f"{name}: found {describe(vector)}; accepted: {accepted}")
         frames = frames or vector.shape[1]
         if vector.shape[1] != frames or length % frames:
             accepted = f"one number of frames for all, that divides the {length} tokens of x"
@@ -148,7 +149,3 @@ def _check_vectors(x: Tensor, **vectors: Tensor) -> None:
 def _check_contiguous(name: str, tensor: Tensor) -> None:
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise ValueError(f"{name}: found strides {tensor.stride()}; accepted: a contiguous last dimension")
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from csrc_triton import runtime
 from csrc_triton.feature_maps import naive, ops
+from csrc_triton.runtime import describe
 
 MOST_CHANNELS = 4096
 MOST_BATCH = 65_535  # the kernels' grid
@@ -43,11 +44,11 @@ def norm_silu(
         ValueError: naming the argument.
     """
     if x.ndim != 3 or not x.is_floating_point():
-        raise ValueError(f"x: found {_describe(x)}; accepted: floating point [b, positions, C]")
+        raise ValueError(f"x: found {describe(x)}; accepted: floating point [b, positions, C]")
     for name, tensor in (("x", x), ("update", update), ("total", total)):
         _check_map(name, tensor, x, x.shape)
     if out.ndim != 3 or out.shape[-1] < x.shape[-1]:
-        raise ValueError(f"out: found {_describe(out)}; accepted: [b, positions, at least {x.shape[-1]}]")
+        raise ValueError(f"out: found {describe(out)}; accepted: [b, positions, at least {x.shape[-1]}]")
     _check_map("out", out, x, (*x.shape[:2], out.shape[-1]))
     _check_vectors(x, x.shape[-1], gamma=gamma, bias=bias)
     if _choose("norm_silu", x, out.shape[-1], gamma, bias) == "triton":
@@ -76,11 +77,11 @@ def enlarge(x: Tensor, *, update: Tensor | None = None, bias: Tensor | None = No
         ValueError: naming the argument.
     """
     if x.ndim != 4 or not x.is_floating_point() or not x.is_contiguous():
-        raise ValueError(f"x: found {_describe(x)}; accepted: contiguous floating point [n, H, W, parts * C]")
+        raise ValueError(f"x: found {describe(x)}; accepted: contiguous floating point [n, H, W, parts * C]")
     if parts < 1 or x.shape[-1] % parts:
         raise ValueError(f"parts: found {parts}; accepted: a divisor of the {x.shape[-1]} channels")
-    if update is not None and (_describe(update) != _describe(x) or not update.is_contiguous()):
-        raise ValueError(f"update: found {_describe(update)}; accepted: contiguous {_describe(x)}, as x")
+    if update is not None and (describe(update) != describe(x) or not update.is_contiguous()):
+        raise ValueError(f"update: found {describe(update)}; accepted: contiguous {describe(x)}, as x")
     _check_vectors(x, x.shape[-1], bias=bias)
     if _choose("enlarge", x, x.shape[-1] // parts, bias) == "triton":
         return ops.enlarge_op(x, update, bias, parts)
@@ -98,7 +99,7 @@ def _check_map(name: str, tensor: Tensor | None, x: Tensor, shape: tuple[int, ..
     if tensor is None:
         return
     if tensor.shape != shape or tensor.dtype != x.dtype or tensor.device != x.device:
-        raise ValueError(f"{name}: found {_describe(tensor)}; accepted: {tuple(shape)} {x.dtype} on {x.device}")
+        raise ValueError(f"{name}: found {describe(tensor)}; accepted: {tuple(shape)} {x.dtype} on {x.device}")
     if tensor.numel() and not tensor[0].is_contiguous():
         raise ValueError(f"{name}: found strides {tensor.stride()}; accepted: contiguous batch rows")
 
@@ -108,8 +109,4 @@ def _check_vectors(x: Tensor, channels: int, **vectors: Tensor | None) -> None:
         if vector is None:
             continue
         if vector.shape != (channels,) or vector.device != x.device or not vector.is_contiguous():
-            raise ValueError(f"{name}: found {_describe(vector)}; accepted: contiguous ({channels},) on {x.device}")
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{name}: found {describe(vector)}; accepted: contiguous ({channels},) on {x.device}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton import runtime
+from csrc_triton._samples import why_unfit
 from csrc_triton.flow_policy_loss import naive
 
 
@@ -130,11 +131,4 @@ def _check(v: Tensor, v_old: Tensor, v_ref: Tensor | None, noise: Tensor, advant
 
 
 def _unfit(v: Tensor, v_old: Tensor, v_ref: Tensor | None, noise: Tensor) -> str | None:
-    """Why the fused loss cannot serve."""
-    for name, tensor in {"v_old": v_old, "v_ref": v_ref, "noise": noise}.items():
-        if tensor is not None and tensor.dtype not in runtime.DTYPES:
-            return f"{name} is {tensor.dtype}"
-    if v.numel() == 0:
-        return "v has no elements"
-    # positions inside a transition are 32-bit, also those past its end in the last block
-    return "a transition of v has more than 2**30 elements" if v.numel() > 2**30 * v.shape[0] else None
+    return why_unfit("v", "transition", v, v_old=v_old, v_ref=v_ref, noise=noise)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton import runtime
+from csrc_triton._samples import why_unfit
 from csrc_triton.flow_sde import naive
 from csrc_triton.flow_sde.coefficients import KINDS, Coefficients, cps, dance_grpo, flow_grpo, renoise
 
@@ -78,7 +79,8 @@ def flow_sde_step(
         raise ValueError(f"sigma_next: found {sigma_next}; accepted: a level below sigma ({sigma})")
     stream = _check_seed(seed, offset, x, drawn=noise is None)
     draw = None if noise is None else noise.detach()
-    if runtime.choose("flow_sde_step", x.device, x.dtype, unfit=_unfit(x, v, noise)) == "triton":
+    unfit = why_unfit("x", "sample", x, v=v, noise=noise)
+    if runtime.choose("flow_sde_step", x.device, x.dtype, unfit=unfit) == "triton":
         from csrc_triton.flow_sde import fused
 
         return FlowStep(
@@ -118,17 +120,6 @@ def _check_seed(seed: int | None, offset: int, x: Tensor, *, drawn: bool) -> int
     if not (isinstance(offset, int) and 0 <= offset <= 2**63 - 1 - x.numel()):
         raise ValueError(f"offset: found {offset}; accepted: an integer in [0, 2**63 - {x.numel() + 1}]")
     return seed or 0
-
-
-def _unfit(x: Tensor, v: Tensor, noise: Tensor | None) -> str | None:
-    """Why the fused step cannot serve."""
-    for name, tensor in {"v": v, "noise": noise}.items():
-        if tensor is not None and tensor.dtype not in runtime.DTYPES:
-            return f"{name} is {tensor.dtype}"
-    if x.numel() == 0:
-        return "x has no elements"
-    # positions inside a sample are 32-bit, also those past its end in the last block
-    return "a sample of x has more than 2**30 elements" if x.numel() > 2**30 * x.shape[0] else None
 
 
 def _check_kind(kind: str, eta: float) -> None:

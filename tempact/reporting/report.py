@@ -16,6 +16,8 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
+from tempact.cli import dotted
+from tempact.config import RunConfig, sections_of
 from tempact.errors import UserError
 from tempact.evaluation.harness import Evaluation
 from tempact.evaluation.judges import COMBINED
@@ -175,18 +177,8 @@ def _config(run: Path) -> dict[str, object]:
     """Dotted keys of config.yaml."""
     if not (run / CONFIG).is_file():
         return {}
-    flat: dict[str, object] = {}
-
-    def walk(prefix: str, value: object) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else str(key), inner)
-        else:
-            flat[prefix] = value
-
     with reading(run / CONFIG):
-        walk("", yaml.safe_load((run / CONFIG).read_text()) or {})
-    return flat
+        return dict(dotted(yaml.safe_load((run / CONFIG).read_text()) or {}, sections_of(RunConfig)))
 
 
 def _tiles(rows: Sequence[Row], comparisons: Sequence[Comparison], metrics: Sequence[dict]) -> list[Tile]:

@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from tempact.errors import UserError
 from tempact.shapeworld.story import (
@@ -166,6 +167,12 @@ def describe_event(entities: Sequence[Entity], event: Event, rng: random.Random 
     return _sentence(_event_words(entities, event, rng, named=True))
 
 
+def describe_story(story: Story, rng: random.Random | None = None) -> list[str]:
+    """The step prompts of a story: its opening scene, then each of its events. Canonical without `rng`."""
+    scenes = zip(states(story), story.events, strict=False)
+    return [describe_scene(story.entities, rng), *(describe_event(scene, event, rng) for scene, event in scenes)]
+
+
 def _event_words(entities: Sequence[Entity], event: Event, rng: random.Random | None, named: bool) -> str:
     entity = entities[event.entity]
     phrase = PHRASES[event.kind][0] if rng is None else rng.choice(PHRASES[event.kind])
@@ -260,13 +267,9 @@ def read_step(text: str, entities: Sequence[Entity]) -> StepReading | None:
 def reference_plan(instruction: str) -> Plan:
     """The plan that gives the opening one chunk and each event its nominal frames; slack goes to the last step."""
     story = parse_instruction(instruction)
-    prompts = [describe_scene(story.entities)]
-    prompts += [describe_event(scene, event) for scene, event in zip(states(story), story.events, strict=False)]
-    bounds = [0, CHUNK]
-    for event in story.events[:-1]:
-        bounds.append(bounds[-1] + event.frames)
-    bounds.append(FRAMES)
-    return Plan(instruction, tuple(Step(*each) for each in zip(bounds, bounds[1:], prompts, strict=False)))
+    bounds = [0, *accumulate((event.frames for event in story.events[:-1]), initial=CHUNK), FRAMES]
+    steps = zip(bounds, bounds[1:], describe_story(story), strict=False)
+    return Plan(instruction, tuple(Step(*each) for each in steps))
 
 
 def _pieces(text: str) -> list[str]:

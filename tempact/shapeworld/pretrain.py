@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tempact.cli import LineParser, guarded
@@ -110,7 +111,7 @@ def train_stage(arguments: argparse.Namespace) -> None:
     from transformers.utils import logging as transformers_logging
 
     from csrc_triton import runtime
-    from tempact.shapeworld.pretraining import train
+    from tempact.shapeworld.pretraining import Course, train
     from tempact.shapeworld.pretraining.executor import ExecutorCourse
     from tempact.shapeworld.pretraining.matcher import JudgeCourse
     from tempact.shapeworld.pretraining.planner import PlannerCourse
@@ -118,7 +119,9 @@ def train_stage(arguments: argparse.Namespace) -> None:
     transformers_logging.disable_progress_bar()
     torch.set_float32_matmul_precision("high")
     runtime.set_backend("torch")  # the courses compile their blocks, which fuses the same
-    courses = {"executor": ExecutorCourse, "planner": PlannerCourse, "judge": JudgeCourse}
+    courses: dict[str, Callable[[int, str, int], Course]] = {
+        "executor": ExecutorCourse, "planner": PlannerCourse, "judge": JudgeCourse,
+    }  # fmt: skip
     folder, steps = arguments.out / arguments.stage, steps_of(arguments, arguments.stage)
     workers = max(1, (os.cpu_count() or 1) // len(STEPS))
     course = courses[arguments.stage](arguments.seed, arguments.device, workers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tempact.shapeworld.story import COLOURS, COLUMN_X, RADII, ROW_Y, SIZE, Entity
+from tempact.shapeworld.story import COLOURS, COLUMN_X, RADII, ROW_Y, SIZE, Entity, Event, apply_event
 
 # columns of a track: centre x, centre y (pixels), radius (pixels), opacity [0, 1], red, green, blue
 X, Y, RADIUS, OPACITY, COLOUR = range(5)
@@ -24,8 +24,9 @@ CROSS_ARM = 0.36  # half a cross arm's width over its radius
 TRIANGLE_TOP = 1.1  # height of a triangle's tip above its centre over its radius
 
 
-def entity_track(entity: Entity) -> tuple[float, ...]:
-    """Track values of a settled entity."""
+def entity_track(entity: Entity, event: Event | None = None) -> tuple[float, ...]:
+    """Track values of a settled entity, after `event` where one is given."""
+    entity = entity if event is None else apply_event(entity, event)
     red, green, blue = COLOURS[entity.colour]
     return (COLUMN_X[entity.column], ROW_Y[entity.row], RADII[entity.size], float(entity.visible), red, green, blue)
 

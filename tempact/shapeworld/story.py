@@ -8,6 +8,7 @@ own shape, so that "the circle" names one entity. Events happen one after anothe
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 FRAMES = 24
 CHUNK = 3
@@ -81,7 +82,7 @@ class Story:
         return 1 + sum(event.frames for event in self.events) // CHUNK
 
 
-_SETTLED = {
+_SETTLED: dict[str, dict[str, Any]] = {
     "grow": {"size": "large"}, "shrink": {"size": "small"}, "vanish": {"visible": False}, "appear": {"visible": True},
 }  # fmt: skip
 

@@ -291,7 +291,7 @@ def test_the_makers_do_not_run_away_from_slow_judges(bench: Bench, monkeypatch: 
     most = 0
 
     class Slow(FakeJudge):
-        """Needs 10 ms for a video, one after another."""
+        """Needs 50 ms for a video, one after another."""
 
         worker = ThreadPoolExecutor(1)
 
@@ -301,7 +301,7 @@ def test_the_makers_do_not_run_away_from_slow_judges(bench: Bench, monkeypatch: 
             return [self.worker.submit(self.answer, video) for video in videos]
 
         def answer(self, video: JudgedVideo) -> Verdict:
-            time.sleep(0.01)
+            time.sleep(0.05)
             return self.verdict(video)
 
     bench.judges = [Slow()]

@@ -17,7 +17,6 @@ from PIL import Image
 from rewards.reward_cases import data_of
 from rewards.test_rubrics import PLANTED
 from rewards.tiny_clip import tiny_clip
-from tempact.shapeworld.verifier.verify import verify
 from torch import Tensor
 
 from tempact.config import JudgeSettings
@@ -45,6 +44,7 @@ from tempact.rewards.pickscore import PickScorer
 from tempact.shapeworld.grammar import parse_instruction
 from tempact.shapeworld.pretraining.clips import relaxed_cues, shape_indices, tell
 from tempact.shapeworld.renderer import draw
+from tempact.shapeworld.verifier import verify
 from tempact.shapeworld.world import held_out_prompts
 from tempact.types import Missing
 
@@ -210,9 +210,9 @@ def test_shapeworlds_judges_score_renderings_high_and_noise_low() -> None:
     prompts = [OrderPrompt(p.prompt_id, "hard", p.category, p.text) for p in held_out_prompts("hard", 3, 5)]
     stories = [parse_instruction(prompt.text) for prompt in prompts]
     rng = random.Random(6)
-    tracks = torch.as_tensor(np.stack([tell(s.entities, relaxed_cues(s, rng)) for s in stories]))
-    shapes = torch.as_tensor(np.stack([shape_indices(s.entities) for s in stories]))
-    told = [(255 * frames).round().to(torch.uint8) for frames in draw(tracks, shapes[:, None].expand(tracks.shape[:3]))]
+    scenes = [(story.entities, relaxed_cues(story, rng)) for story in stories]
+    tracks, shapes = tell(scenes), shape_indices(scenes)
+    told = [(255 * one).round().to(torch.uint8) for one in draw(tracks, shapes[:, None].expand(tracks.shape[:3]))]
     noise = torch.randint(256, (24, 3, 24, 24), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     videos = [JudgedVideo(prompt, frames) for prompt, frames in zip(prompts, told, strict=True)]
     judges = shapeworld_judges(torch.device("cpu"))

@@ -17,21 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tempact.executor.rollout import smooth_prompts
-from tempact.shapeworld.grammar import describe_event, describe_scene, sample_story, write_instruction
+from tempact.shapeworld.grammar import describe_story, sample_story, write_instruction
 from tempact.shapeworld.renderer import COLOUR, COLUMN_OF, OPACITY, TRACK, Y, entity_track
-from tempact.shapeworld.story import (
-    CHUNK,
-    CHUNKS,
-    FRAMES,
-    JUMP_HEIGHT,
-    KINDS,
-    SHAPES,
-    Entity,
-    Event,
-    Story,
-    apply_event,
-    states,
-)
+from tempact.shapeworld.story import CHUNK, CHUNKS, FRAMES, JUMP_HEIGHT, KINDS, SHAPES, Entity, Event, Story
 
 ENTITIES = 2  # tracks of a clip, absent entities have opacity 0
 WHOLE_SHARE = 0.35  # of pretraining clips, captioned as a whole
@@ -145,15 +133,15 @@ def tell(scenes: Sequence[Scene]) -> Tensor:
     most = max(1, *(len(cues) for _, cues in scenes))
     rows = []
     for entities, cues in scenes:
-        acts = []
+        own: list[tuple] = []
         for cue in sorted(cues, key=lambda cue: cue.start):
             event, frames = cue.event, cue.event.frames
             length = min(frames, cue.stop - cue.start)
-            value = entity_track(apply_event(entities[event.entity], event))
+            value = entity_track(entities[event.entity], event)
             kind = tuple(KINDS).index(event.kind)
-            acts.append((kind, event.entity, value, event.slow, length > 0, frames, length / frames, cue.start, 0))
-        acts += [(NONE, 0, blank, False, False, 1, 1.0, 0, 0)] * (most - len(acts))
-        rows.append(list(zip(*acts, strict=True)))
+            own.append((kind, event.entity, value, event.slow, length > 0, frames, length / frames, cue.start, 0))
+        own += [(NONE, 0, blank, False, False, 1, 1.0, 0, 0)] * (most - len(own))
+        rows.append(list(zip(*own, strict=True)))
     acts = Acts(*(torch.tensor(column) for column in zip(*rows, strict=True)))
     return play(torch.tensor(openings), acts, all_show=True)[0]
 
@@ -202,8 +190,7 @@ def _switching(story: Story, rng: random.Random) -> tuple[list[Cue], list[str]]:
         shares = (0.1, 0.25, 0.4, 0.25) if event.slow else (0.35, 0.3, 0.2, 0.15)
         bounds.append(min(bounds[-1] + rng.choices((1, 2, 3, 4), shares)[0], CHUNKS - 1))
     bounds.append(CHUNKS)
-    told = [describe_scene(story.entities, rng)]
-    told += [describe_event(scene, event, rng) for scene, event in zip(states(story), story.events, strict=False)]
+    told = describe_story(story, rng)
     cues = []
     for event, first, last in zip(story.events, bounds[1:], bounds[2:], strict=False):
         lag = rng.choices(LAGS, LAG_SHARES)[0]

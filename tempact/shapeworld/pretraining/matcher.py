@@ -22,20 +22,7 @@ from tempact.shapeworld.pretraining import Course, draw_parts
 from tempact.shapeworld.pretraining.clips import NONE, Scene, constant, relaxed_cues, shape_indices, tell
 from tempact.shapeworld.pretraining.matcher_clips import ARGUMENTS, EVENTS, Performance, StoryTable, perform
 from tempact.shapeworld.renderer import OPACITY, TRACK, draw, entity_track
-from tempact.shapeworld.story import (
-    CHUNK,
-    CHUNKS,
-    COLOURS,
-    COLUMNS,
-    FRAMES,
-    QUICK_FRAMES,
-    ROWS,
-    SHAPES,
-    SIZE,
-    SLOW_FRAMES,
-    Entity,
-    Story,
-)
+from tempact.shapeworld.story import CHUNK, CHUNKS, COLOURS, COLUMNS, FRAMES, ROWS, SHAPES, SIZE, Entity, Story
 
 STORIES = 80_000
 EVENT_SHARES = (0.25, 0.3, 0.25, 0.2)  # of stories with 1, 2, 3, 4 events
@@ -186,10 +173,11 @@ def corrupt(story: Story, kind: str, rng: random.Random) -> Corruption:
         changed = replace(cues[one], start=cues[one - 1].start)
     elif kind == "cut" and any(event.slow for event in story.events):
         one = rng.choice([i for i, event in enumerate(story.events) if event.slow])
-        changed = replace(cues[one], stop=cues[one].start + rng.choice((QUICK_FRAMES, 2 * QUICK_FRAMES)))
+        changed = replace(cues[one], stop=cues[one].start + rng.choice((CHUNK, 2 * CHUNK)))
     elif kind == "pace" and event.kind not in ("jump", "blink"):
-        if event.slow or cues[one].start + SLOW_FRAMES <= FRAMES:
-            changed = replace(cues[one], event=replace(event, slow=not event.slow))
+        other_pace = replace(event, slow=not event.slow)
+        if cues[one].start + other_pace.frames <= FRAMES:
+            changed = replace(cues[one], event=other_pace)
     elif kind == "argument" and event.kind in ("move", "turn"):
         names = COLUMNS if event.kind == "move" else tuple(COLOURS)
         other = rng.choice([name for name in names if name != event.argument])

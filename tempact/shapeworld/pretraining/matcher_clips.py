@@ -16,19 +16,7 @@ from torch import Tensor
 
 from tempact.shapeworld.pretraining.clips import APPEAR, BLINK, JUMP, NONE, Acts, changed_columns, constant, play
 from tempact.shapeworld.renderer import COLOUR, OPACITY, RADIUS, TRACK, X, Y, draw, entity_track
-from tempact.shapeworld.story import (
-    COLOURS,
-    COLUMN_X,
-    COLUMNS,
-    FRAMES,
-    KINDS,
-    RADII,
-    ROW_Y,
-    SHAPES,
-    SIZE,
-    Story,
-    states,
-)
+from tempact.shapeworld.story import COLOURS, COLUMN_X, COLUMNS, FRAMES, KINDS, RADII, ROW_Y, SHAPES, Story, states
 
 EVENTS = 4  # at most that many a story
 ARGUMENTS = ("", *COLUMNS, *COLOURS)
@@ -75,7 +63,8 @@ class StoryTable(NamedTuple):
 
     @classmethod
     def build(cls, stories: list[Story], tokens: Tensor) -> StoryTable:
-        return cls(*map(torch.tensor, zip(*map(_row, stories), strict=True)), tokens)
+        columns = zip(*map(_row, stories), strict=True)
+        return cls(*(*map(torch.tensor, columns), tokens))
 
     def to(self, device: str | torch.device) -> StoryTable:
         return StoryTable(*(values.to(device) for values in self))
@@ -284,7 +273,7 @@ def _spoil_picture(dice: Dice, tracks: Tensor, shapes: Tensor, flawed: Tensor) -
     away = (window & (how == 3))[..., None] & F.one_hot(source, 2).bool()[:, None]
     across = (dice.chance(0.5) | (tracks[:, 0, :, X] != COLUMN_X[1]).any(1))[:, None, None]
     tracks = tracks.clone()
-    inward = torch.where(tracks[:, :1, :, Y] > SIZE / 2, -offset.abs()[..., None], offset.abs()[..., None])
+    inward = torch.where(tracks[:, :1, :, Y] > sum(ROW_Y) / 2, -offset.abs()[..., None], offset.abs()[..., None])
     tracks[..., Y] += away * across * inward
     tracks[..., X] += away * ~across * offset[..., None]
     wrong = shown | (away & (tracks[..., OPACITY] > 0.5)).any(-1)
@@ -354,7 +343,7 @@ def perform(story: StoryTable, generator: torch.Generator) -> Performance:
     own = torch.arange(len(story.tracks), device=last.device)
     text = torch.where(strange, own.roll(1), own)
     asked = story.take(text)
-    lower = (opening[:, 0, Y] > SIZE / 2)[:, None, None]
+    lower = (opening[:, 0, Y] > sum(ROW_Y) / 2)[:, None, None]
     return Performance(
         frames=frames,
         tokens=asked.tokens,

@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from tempact.config import LoraConfig, OptimConfig, PlannerConfig
 from tempact.planner.planner import Planner
 from tempact.planner.plans import UNUSABLE, plan_json, plan_messages
-from tempact.shapeworld.grammar import describe_event, describe_scene, reference_plan, sample_story, write_instruction
+from tempact.shapeworld.grammar import describe_story, reference_plan, sample_story, write_instruction
 from tempact.shapeworld.pretraining import Course, draw_parts, fit_bpe
-from tempact.shapeworld.story import CHUNK, CHUNKS, FRAMES, Story, states
+from tempact.shapeworld.story import CHUNK, CHUNKS, FRAMES, Story
 from tempact.types import Prompt, Step
 
 EXAMPLES = 120_000
@@ -74,18 +74,17 @@ def split_chunks(rng: random.Random, chunks: int, parts: int) -> list[int]:
 
 def imperfect_plan(story: Story, rng: random.Random) -> list[Step]:
     """A well-formed plan whose timing, and sometimes order or division, is wrong."""
-    prompts = [describe_event(scene, event) for scene, event in zip(states(story)[:-1], story.events, strict=True)]
+    opening, *prompts = describe_story(story)
     draw = rng.random()
     if len(prompts) > 1 and draw < MERGED_SHARE + SWAPPED_SHARE:
         i = rng.randrange(len(prompts) - 1)
         first, second = prompts[i : i + 2]
         merged = [f"{first[:-1]} and {second[0].lower()}{second[1:]}"]
         prompts[i : i + 2] = merged if draw < MERGED_SHARE else [second, first]
-    opening = 2 if len(prompts) <= CHUNKS - 2 and rng.random() < LONG_OPENING_SHARE else 1
-    lengths = [opening, *split_chunks(rng, CHUNKS - opening, len(prompts))]
+    head = 2 if len(prompts) <= CHUNKS - 2 and rng.random() < LONG_OPENING_SHARE else 1
+    lengths = [head, *split_chunks(rng, CHUNKS - head, len(prompts))]
     bounds = [CHUNK * chunks for chunks in accumulate(lengths, initial=0)]
-    prompts = [describe_scene(story.entities), *prompts]
-    return [Step(a, b, prompt) for (a, b), prompt in zip(pairwise(bounds), prompts, strict=True)]
+    return [Step(a, b, prompt) for (a, b), prompt in zip(pairwise(bounds), [opening, *prompts], strict=True)]
 
 
 def draw_examples(seed: int, count: int, split: str = "train") -> list[Example]:

@@ -17,17 +17,7 @@ from torch import Tensor
 
 from tempact.errors import UserError
 from tempact.shapeworld.renderer import COLOUR, COLUMN_OF, OPACITY, TRACK, entity_track
-from tempact.shapeworld.story import (
-    JUMP_HEIGHT,
-    QUICK_FRAMES,
-    ROWS,
-    SHAPES,
-    SLOW_FRAMES,
-    Entity,
-    Event,
-    Story,
-    apply_event,
-)
+from tempact.shapeworld.story import JUMP_HEIGHT, QUICK_FRAMES, ROWS, SHAPES, SLOW_FRAMES, Entity, Event, Story
 from tempact.shapeworld.verifier.tracking import ANY_SHAPE, Tracked
 
 CHANNELS = 5  # x, y, radius, opacity, colour: the columns of a track, its three colours as one
@@ -118,7 +108,7 @@ def _expect(state: State, entities: tuple[Entity, ...], events: tuple[Event, ...
         if pulse:
             peak = [chain[-1][0] - JUMP_HEIGHT if event.kind == "jump" else 0.0, 0.0, 0.0]
         else:
-            peak = _value(entity_track(apply_event(actor, event)), channel)
+            peak = _value(entity_track(actor, event), channel)
         places.append((row, channel, len(chain) - 1))
         nominal.append(event.frames)
         changes[row][channel].append((peak, pulse))
@@ -133,8 +123,8 @@ def _expect(state: State, entities: tuple[Entity, ...], events: tuple[Event, ...
     counts = [[len(own) for own in row] for row in changes]
     mixes = [list(pairwise(fill(row[COLOUR], slots + 2, row[COLOUR][-1]))) for row in chains]
     exists = [i < len(events) for i in range(slots)]
-    places = zip(*fill(places, slots, (0, 0, 0)), strict=True)
-    return held, peaks, pulses, counts, mixes, *places, fill(nominal, slots, QUICK_FRAMES), exists
+    rows, channels, numbers = zip(*fill(places, slots, (0, 0, 0)), strict=True)
+    return held, peaks, pulses, counts, mixes, rows, channels, numbers, fill(nominal, slots, QUICK_FRAMES), exists
 
 
 def write_script(
