@@ -96,8 +96,7 @@ class WarmChunk:
             clean, _ = denoise_chunk(self.runner, self.noise, text, positions, context, SCHEDULE)
             rows = CHUNK_FRAMES * history.frame_tokens
             with history.cache.reserve(ids, rows) as reservation:  # given back uncommitted
-                own = self.settings.window.temporal_positions(self.start, CHUNK_FRAMES)[1]
-                history._write(reservation, clean, text, own, context)
+                history._write(reservation, clean, text, self.start, context)
         return clean
 
     def reference(self, context: list[tuple[Tensor, Tensor]], model: WanTransformer, branch: int = 0) -> Tensor:

@@ -170,7 +170,10 @@ class CudaGraphRunner:
         if views is not None:
             pools = views.addresses
             inputs = [*inputs, F.pad(views.table, (0, 0, 0, -views.table.shape[1] % SLOTS))]
-        self._forget_moved_pools(pools)
+        if pools and pools != self._pools:  # recordings read and write the cache's pools where they lay
+            if self._pools:
+                self.forget()
+            self._pools = pools
         shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
         layer = self._adapted
         adapter = () if layer is None or layer.disable_adapters else tuple(layer.active_adapters)
@@ -257,13 +260,6 @@ class CudaGraphRunner:
             parameter.grad = own
         if missing:
             torch._foreach_zero_(missing)
-
-    def _forget_moved_pools(self, pools: tuple[int, ...]) -> None:
-        """Gives up all recordings where the cache's pools have moved: recordings read and write them in place."""
-        if pools and pools != self._pools:
-            if self._pools:
-                self.forget()
-            self._pools = pools
 
     def forget(self) -> None:
         """Gives up all recordings and their memory."""

@@ -68,6 +68,7 @@ class Executor:
         self.settings = RolloutSettings.of(config)
         self.config, self.codec, self.text_encoder = config, codec, text_encoder.requires_grad_(False)
         self.latent_size = codec.latent_size(*size)
+        self.frame_tokens = model.config.frame_tokens(*self.latent_size)  # of a latent frame
         lora = PeftLoraConfig(
             r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=list(config.lora.targets),
             init_lora_weights="gaussian",
@@ -83,11 +84,6 @@ class Executor:
     @property
     def device(self) -> torch.device:
         return self.model.device
-
-    @property
-    def frame_tokens(self) -> int:
-        """Tokens of a latent frame."""
-        return self.model.config.frame_tokens(*self.latent_size)
 
     @cached_property
     def cache(self) -> ForkableKVCache:

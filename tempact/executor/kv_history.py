@@ -61,12 +61,12 @@ class KVHistory(AbstractContextManager["KVHistory"]):
 
     def positions(self, start: int) -> Tensor:
         """Temporal RoPE positions of the frames of the chunk at `start`, int64 [c]."""
-        return self._range(self.window.temporal_positions(start, self.chunk)[1])
+        return self._positions(start, self.chunk)
 
     def context(self, branches: Sequence[int], start: int) -> LayerViews | None:
         """The K/V that the chunk at frame `start` of each branch attends to; None for the first chunk."""
         frames = self.window.attended(start, self.chunk)
-        return self._context(branches, frames, self.window.temporal_positions(start, self.chunk)[0])
+        return self._context(branches, frames, self.window.positions_of(frames, start, start + self.chunk))
 
     def _context(self, branches: Sequence[int], frames: list[int], positions: list[int]) -> LayerViews | None:
         if not frames:
@@ -82,8 +82,8 @@ class KVHistory(AbstractContextManager["KVHistory"]):
         whole = [(0, self.cache.length(turned[0]))]
         return self.cache.joined_views([[(own, whole), (b, rest)] for own, b in zip(turned, branches, strict=True)])
 
-    def _range(self, frames: list[int]) -> Tensor:
-        return torch.arange(frames[0], frames[-1] + 1, device=self.runner.model.device)
+    def _positions(self, start: int, frames: int) -> Tensor:
+        return torch.arange(start, start + frames, device=self.runner.model.device)
 
     def _tokens(self, frames: list[int]) -> list[tuple[int, int]]:
         return [(first * self.frame_tokens, last * self.frame_tokens) for first, last in frame_ranges(frames)]
@@ -100,7 +100,7 @@ class KVHistory(AbstractContextManager["KVHistory"]):
 
     def _turn(self, reservation: Reservation, views: LayerViews, shift: int) -> None:
         # row and column 0: their channels are not rotated
-        rope = rope_tables(self.runner.model.config.head_dim, self._range([shift]), 1, 1)
+        rope = rope_tables(self.runner.model.config.head_dim, self._positions(shift, 1), 1, 1)
         for layer, view in enumerate(views):
             k, v = view.gather()
             self.cache.write(reservation, layer, rotate(k, *rope), v)
@@ -109,9 +109,8 @@ class KVHistory(AbstractContextManager["KVHistory"]):
     def commit(self, branches: Sequence[int], latents: Tensor, text: TextKV) -> None:
         """The context pass: appends the K/V of a chunk's clean latents [B, C, c, H, W], at sigma 0."""
         start = self.frames(branches[0])
-        own = self.window.temporal_positions(start, self.chunk)[1]
         with self.cache.reserve(branches, self.chunk * self.frame_tokens) as reservation:
-            self._write(reservation, latents, text, own, self.context(branches, start))
+            self._write(reservation, latents, text, start, self.context(branches, start))
             self.cache.commit(reservation)
         self._forget(branches, start + self.chunk)
 
@@ -130,21 +129,20 @@ class KVHistory(AbstractContextManager["KVHistory"]):
         frames = self.window.recached(total)
         for branch in branches:
             self.cache.drop(branch, frames[0] * self.frame_tokens, total * self.frame_tokens)
-        kept_positions, own_positions = self.window.recache_positions(total)
-        kept = list(range(len(kept_positions)))
+        sink = list(range(min(self.window.sink, frames[0])))  # of those that stay
+        positions = self.window.positions_of(sink, frames[0], total)
         for row, branch in enumerate(branches):
             with self.cache.reserve([branch], len(frames) * self.frame_tokens) as reservation:
                 own = latents[row : row + 1, :, -len(frames) :]
-                context = self._context([branch], kept, kept_positions)
-                self._write(reservation, own, text.row(row), own_positions, context)
+                self._write(reservation, own, text.row(row), frames[0], self._context([branch], sink, positions))
                 self.cache.replace(reservation, frames[0] * self.frame_tokens)
             self._forget([branch], total)
 
     def _write(
-        self, reservation: Reservation, latents: Tensor, text: TextKV, own: list[int], context: LayerViews | None
+        self, reservation: Reservation, latents: Tensor, text: TextKV, start: int, context: LayerViews | None
     ) -> None:
-        """The context pass of frames at positions `own`, into reserved rows."""
-        positions = self._range(own)
+        """The context pass of the frames from `start` on, into reserved rows."""
+        positions = self._positions(start, latents.shape[2])
         sigma = torch.zeros(latents.shape[0], latents.shape[2], device=positions.device)
         self.runner.write_context(latents, sigma, text, positions, context, self.cache, reservation)
 

@@ -27,11 +27,6 @@ class WindowPolicy(Window):
         recent = self.window - chunk - self.sink
         return [*range(self.sink), *range(start - recent, start)]
 
-    def temporal_positions(self, start: int, chunk: int) -> tuple[list[int], list[int]]:
-        """RoPE positions of `attended(start, chunk)` and of the chunk's own frames."""
-        history = self.attended(start, chunk)
-        return self._numbered(history, [*range(start, start + chunk)], beyond=not self._fits(start + chunk))
-
     def recached(self, start: int) -> list[int]:
         """Frames whose K/V a text switch at frame `start` recomputes under the "recache" policy.
 
@@ -41,18 +36,15 @@ class WindowPolicy(Window):
             return list(range(start))
         return list(range(start - self.window + self.sink, start))
 
-    def recache_positions(self, start: int) -> tuple[list[int], list[int]]:
-        """RoPE positions, during that pass, of the sink frames that stay and of `recached(start)`."""
-        frames = self.recached(start)
-        return self._numbered(list(range(min(self.sink, frames[0]))), frames, beyond=not self._fits(start))
+    def positions_of(self, history: list[int], start: int, end: int) -> list[int]:
+        """RoPE positions of the attended frames `history` in a pass over the frames [start, end), whose positions are
+        absolute."""
+        if self.positions == "absolute" or self._fits(end):
+            return history
+        return list(range(start - len(history), start))
 
     def _fits(self, frames: int) -> bool:
         return self.window is None or frames <= self.window
-
-    def _numbered(self, history: list[int], own: list[int], *, beyond: bool) -> tuple[list[int], list[int]]:
-        if self.positions == "absolute" or not beyond:
-            return history, own
-        return list(range(own[0] - len(history), own[0])), own
 
 
 WINDOWS = {name: WindowPolicy(**vars(numbers)) for name, numbers in config.WINDOWS.items()}

@@ -6,7 +6,7 @@ import pytest
 
 from tempact.config import ROPE_POSITIONS
 from tempact.errors import UserError
-from tempact.executor.window import WINDOWS
+from tempact.executor.window import WINDOWS, WindowPolicy
 
 C = 3
 INFINITY_ROPE = WINDOWS["infinity-rope"]
@@ -35,14 +35,24 @@ def renumbered(history: list[int], own: list[int]) -> tuple[list[int], list[int]
     return [position - history[0] for position in history], [position - history[0] for position in own]
 
 
+def positions(window: WindowPolicy, start: int) -> tuple[list[int], list[int]]:
+    """Of the attended frames and of the chunk's own."""
+    return window.positions_of(window.attended(start, C), start, start + C), [start, start + 1, start + 2]
+
+
+def recache_positions(window: WindowPolicy, start: int) -> tuple[list[int], list[int]]:
+    """Of the sink frames that stay and of the rewritten ones."""
+    frames = window.recached(start)
+    return window.positions_of(list(range(min(window.sink, frames[0]))), frames[0], start), frames
+
+
 def test_positions_absolute_and_relative() -> None:
-    assert WINDOWS["longlive"].temporal_positions(21, C) == ([0, 1, 2, *range(15, 21)], [21, 22, 23])
+    assert positions(WINDOWS["longlive"], 21) == ([0, 1, 2, *range(15, 21)], [21, 22, 23])
     relative = WINDOWS["tempact-self-forcing"]
-    assert relative.temporal_positions(9, C) == (list(range(9)), [9, 10, 11])  # as long as all fits: absolute
+    assert positions(relative, 9) == (list(range(9)), [9, 10, 11])  # as long as all fits: absolute
     for start in (12, 15, 27):
-        assert renumbered(*relative.temporal_positions(start, C)) == (list(range(9)), [9, 10, 11])
-        assert relative.temporal_positions(start, C)[1] == [start, start + 1, start + 2]
-    assert renumbered(*INFINITY_ROPE.temporal_positions(6, C)) == ([0, 1, 2], [3, 4, 5])
+        assert renumbered(*positions(relative, start)) == (list(range(9)), [9, 10, 11])
+    assert renumbered(*positions(INFINITY_ROPE, 6)) == ([0, 1, 2], [3, 4, 5])
 
 
 def test_recached_frames_keep_the_sink_only_beyond_the_window() -> None:
@@ -51,11 +61,11 @@ def test_recached_frames_keep_the_sink_only_beyond_the_window() -> None:
     assert longlive.recached(12) == list(range(12))
     assert longlive.recached(15) == list(range(6, 15))
     for start in (3, 12, 15, 60):  # absolute: every frame keeps its own
-        assert longlive.recache_positions(start) == ([0, 1, 2] if start > 12 else [], longlive.recached(start))
+        assert recache_positions(longlive, start) == ([0, 1, 2] if start > 12 else [], longlive.recached(start))
     infinite = WINDOWS["longlive-infinite"]
     assert infinite.recached(60) == list(range(51, 60)) and infinite.recached(12) == list(range(12))
-    assert renumbered(*infinite.recache_positions(60)) == ([0, 1, 2], list(range(3, 12)))
-    assert infinite.recache_positions(12) == ([], list(range(12)))
+    assert renumbered(*recache_positions(infinite, 60)) == ([0, 1, 2], list(range(3, 12)))
+    assert recache_positions(infinite, 12) == ([], list(range(12)))
 
 
 def test_lengths_that_cannot_be_made_are_refused() -> None:
@@ -72,7 +82,7 @@ def test_absolute_positions_end_and_relative_ones_do_not(name: str) -> None:
     last = ROPE_POSITIONS // C * C
     if window.positions == "relative":
         window.check(100 * last, C)
-        history, own = window.temporal_positions(99 * last, C)
+        history, own = positions(window, 99 * last)
         assert own[-1] - history[0] == window.window - 1
     elif window.max_frames is None:
         window.check(last, C)
