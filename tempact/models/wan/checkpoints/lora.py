@@ -92,6 +92,8 @@ def open_adapter(path: Path, config: WanConfig) -> Adapter:
     file = next((path / name for name in names if (path / name).is_file()), None) if path.is_dir() else path
     if file is None:
         raise UserError(f"{path}: found no adapter; accepted: a folder with {CONFIG} and {PEFT_FILES[0]}")
+    if not file.is_file():
+        raise UserError(f"{file}: found no file; accepted: an adapter's file or folder")
     content, settings = read_tensors([file], ENTRIES)[1], _settings_of(file)
     state = _wan_names(content, file)
     peft = _from_settings(settings, path) if settings is not None else None
