@@ -167,7 +167,7 @@ def _die_at(call: int) -> None:
 
         return inner
 
-    module._sync = counted(module._sync)
+    module.sync = counted(module.sync)
     torch.save = counted(torch.save)
     Path.rename = counted(Path.rename)
 
@@ -196,8 +196,8 @@ def test_reading_a_run_that_is_saving_changes_nothing_on_disk(tmp_path: Path) ->
 def test_a_checkpoint_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store(tmp_path, 20)
     hashed: list[str] = []
-    plain = module._sha256
-    monkeypatch.setattr(module, "_sha256", lambda path: hashed.append(path.name) or plain(path))
+    plain = module.file_hash
+    monkeypatch.setattr(module, "file_hash", lambda path: hashed.append(path.name) or plain(path))
     found = resolve_resume("auto", tmp_path)
     assert found.state["done"] == 20 and found.rng and found.config
     assert len(hashed) == len(set(hashed)) + 2  # two policies' files have the same two names
