@@ -158,7 +158,7 @@ def _die_at(call: int) -> None:
 
         return inner
 
-    module._sync = counted(module._sync)
+    module.sync = counted(module.sync)
     torch.save = counted(torch.save)
     Path.rename = counted(Path.rename)
 
