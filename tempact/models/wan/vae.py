@@ -21,10 +21,7 @@ DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def load_codec(path: Path, dtype: torch.dtype, device: torch.device, decoder: Path | None = None) -> WanCodec:
-    """The decoder of the VAE at `path`; or the tiny one in the file `decoder`, and `path` is not read.
-
-    See `load_vae` and `load_tiny_decoder`.
-    """
+    """The decoder of the VAE at `path`, or the tiny decoder in the file `decoder`, for which no VAE is read."""
     if decoder is not None:
         return load_tiny_decoder(decoder, dtype, device)
     return WanDecoder(load_vae(path, dtype, device))

@@ -72,8 +72,8 @@ def convert(
     if checkpoint.entry != entry != "":
         raise UserError(f"{source}: found one model without entries; accepted: no entry")
     opened = [open_adapter(path, checkpoint.config) for path in adapters]
-    manifest |= {"entry": checkpoint.entry, "tensors": len(checkpoint.tensors)}
-    manifest |= {"parameters": sum(tensor.numel() for tensor in checkpoint.tensors.values())}
+    parameters = sum(tensor.numel() for tensor in checkpoint.tensors.values())
+    manifest |= {"entry": checkpoint.entry, "tensors": len(checkpoint.tensors), "parameters": parameters}
     manifest["sources"] = _hashes(checkpoint.files)
     _compare(checkpoint.files, read_manifest(checkpoint.files).get("files", {}), manifest["sources"])
     manifest["adapters"] = [_hashes(adapter.files) for adapter in opened]

@@ -103,8 +103,8 @@ def load_transformer(
     for name, tensor in checkpoint.merged(opened, device):
         state[name].copy_(tensor)
     model.load_state_dict(state, assign=True)
-    merged = "".join(f" + {adapter.source}" for adapter in opened)
-    log.info("%s: %d tensors, %s%s, %s", path, len(state), checkpoint.layout, merged, precision)
+    sources = " + ".join(map(str, [path, *adapters]))
+    log.info("%s: %d tensors, %s, %s", sources, len(state), checkpoint.layout, precision)
     return model
 
 
