@@ -26,7 +26,7 @@ setup(
     package_data={
         "tempact": ["py.typed", "reporting/*.j2", "rewards/rubrics/*.md", "shapeworld/weights/**/*.json",
                     "shapeworld/weights/**/*.safetensors", "shapeworld/weights/**/*.jinja",
-                    "evaluation/temporal_order/*.jsonl"],
+                    "evaluation/*.jsonl"],
     },
     install_requires=[
         "triton>=3.5; platform_system == 'Linux'" if EDITABLE else f"csrc-triton @ {KERNELS.as_uri()}",

@@ -29,13 +29,12 @@ from tempact.executor.cuda_graphs import Context, CudaGraphRunner
 from tempact.executor.executor import Executor
 from tempact.executor.kv_history import FIRST_FRAMES, KVHistory
 from tempact.executor.rollout import PromptKV, chunk_prompts
-from tempact.executor.sampler import RolloutSettings, Schedule, denoise_chunk, gaussian_noise
-from tempact.executor.window import WINDOWS, WindowPolicy
+from tempact.executor.sampler import WINDOWS, RolloutSettings, Schedule, WindowPolicy, denoise_chunk, gaussian_noise
 from tempact.models.wan.checkpoints.load import set_precision
 from tempact.models.wan.codec import DecoderState, HostFrames, WanCodec
 from tempact.models.wan.random_weights import RandomText
-from tempact.models.wan.tiny_decoder import TinyDecoder, TinyNetwork
 from tempact.models.wan.transformer import TextKV, WanConfig, WanTransformer
+from tempact.models.wan.vae import TinyDecoder, TinyNetwork
 from tempact.models.wan.vae_decoder import DecodeOptions, WanDecoder
 from tempact.presets import get_preset
 from tempact.types import Batch, Plan, Step, Transition

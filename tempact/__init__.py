@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tempact.config import RunConfig
     from tempact.errors import UserError
     from tempact.presets import get_preset
-    from tempact.rewards.base import Reward
+    from tempact.rewards import Reward
     from tempact.runs.run import RunResult, load_policies
     from tempact.trainer import Iteration
     from tempact.types import Plan, Prompt, Step

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from tempact.cli import LineParser, callable_command, guarded, parse_run
 from tempact.config import RunConfig
 from tempact.errors import UserError
-from tempact.evaluation.methods import (
+from tempact.evaluation import (
     BOTH,
     CONDITIONS,
     PAPER_FRAMES,
@@ -29,7 +29,7 @@ from tempact.evaluation.methods import (
     BenchmarkOptions,
     Method,
 )
-from tempact.evaluation.temporal_order.prompts import choose_prompts
+from tempact.evaluation.prompts import choose_prompts
 from tempact.presets import PRESETS
 from tempact.worlds import world_of
 

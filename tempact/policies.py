@@ -18,7 +18,7 @@ from tempact.config import RunConfig
 from tempact.errors import UserError
 from tempact.executor.executor import Executor
 from tempact.planner.planner import Planner
-from tempact.rewards.base import RewardSet
+from tempact.rewards import RewardSet
 from tempact.trainer import PromptSource, Trainer
 from tempact.worlds import HUB_NAME, RANDOM_PLANNER, SHAPEWORLD, local_folder, no_weights, shipped, world_of
 

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from tempact.config import RunConfig
 from tempact.executor.executor import Executor
-from tempact.executor.sampler import gaussian_noise
+from tempact.executor.sampler import derive_seed, gaussian_noise
 from tempact.planner.planner import Planner
-from tempact.rewards.base import RewardSet
+from tempact.rewards import RewardSet
+from tempact.rl import EMA, PolicyOptimizer
 from tempact.rl.advantages import (
     EXECUTION_EPS,
     PLAN_EPS,
@@ -31,8 +32,6 @@ from tempact.rl.advantages import (
     plan_rewards,
     shuffled,
 )
-from tempact.rl.optim import EMA, PolicyOptimizer
-from tempact.seeds import derive_seed
 from tempact.types import Batch, PlanBatch, Prompt, Rollout, Scored
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tempact.models.wan.codec import Codec
     from tempact.models.wan.text import PromptEncoder
     from tempact.models.wan.transformer import WanConfig, WanTransformer
-    from tempact.rewards.base import RewardSet
+    from tempact.rewards import RewardSet
     from tempact.trainer import PromptSource
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class World:
         UserError for own rewards that cannot be imported, judges that the environment does not name and PickScore's
         weights.
         """
-        from tempact.rewards.base import load_rewards
+        from tempact.rewards import load_rewards
         from tempact.rewards.judges.client import JudgeClient
         from tempact.rewards.judges.config import JudgeConfig
         from tempact.rewards.pickscore import PickScorer, real_rewards
@@ -169,7 +169,7 @@ class World:
 
         Judges are looked up in the environment, not asked; `python -m tempact.doctor judges` asks them.
         """
-        from tempact.rewards.base import load_rewards
+        from tempact.rewards import load_rewards
         from tempact.rewards.judges.config import ROLES, JudgeConfig
 
         yield from self.missing_weights()
@@ -259,7 +259,7 @@ class ShapeWorld(World):
 
     def rewards(self, device: torch.device) -> RewardSet:
         """ShapeWorld's four and the user's own; `judges.shapeworld`: served judges score all but picture quality."""
-        from tempact.rewards.base import load_rewards
+        from tempact.rewards import load_rewards
         from tempact.shapeworld.world import shapeworld_rewards
 
         rewards, settings, custom = shapeworld_rewards(), self.config.judges, load_rewards(self.config.rewards.custom)

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from tempact.shapeworld.pretraining import clips
 from tempact.shapeworld.pretraining.clips import Cue
-from tempact.shapeworld.renderer import draw
-from tempact.shapeworld.story import CHUNK, Entity, Story
+from tempact.shapeworld.story import CHUNK, Entity, Story, draw
 
 
 def reference_cues(story: Story) -> list[Cue]:

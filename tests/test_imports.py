@@ -18,7 +18,7 @@ PROJECT = ("csrc_triton", "tempact")
 
 # each layer may import those before it; parts of one layer do not know of each other
 LAYERS = (
-    ("types", "errors", "seeds"),
+    ("types", "errors"),
     ("config", "files"),
     ("presets", "prompt_file", "video"),
     ("cli", "models", "rl"),
@@ -140,7 +140,7 @@ def test_every_folder_with_code_is_a_package_and_data_is_shipped() -> None:
     shipped = {
         "csrc_triton": ("py.typed",),
         "tempact/reporting": (".j2",),
-        "tempact/evaluation/temporal_order": (".jsonl",),
+        "tempact/evaluation": (".jsonl",),
         "tempact/rewards/rubrics": (".md",),
         "tempact/shapeworld/weights": (".json", ".safetensors", ".jinja"),
     }

@@ -22,9 +22,8 @@ from tempact.cli import EXIT_USER_ERROR, from_yaml
 from tempact.models.wan.checkpoints.convert import convert
 from tempact.models.wan.transformer import WanConfig
 from tempact.presets import get_preset
-from tempact.reporting.records import read_metrics
-from tempact.rewards.base import RewardSet
-from tempact.rewards.frame_picks import Span
+from tempact.reporting import read_metrics
+from tempact.rewards import RewardSet, Span
 from tempact.runs import run as run_module
 from tempact.shapeworld.pretraining.planner import fit_tokenizer
 from tempact.types import Plan, Step

@@ -15,8 +15,7 @@ from rewards.tiny_clip import tiny_clip
 
 from tempact.config import flatten
 from tempact.errors import UserError
-from tempact.executor.sampler import gaussian_noise
-from tempact.executor.window import WINDOWS
+from tempact.executor.sampler import WINDOWS, gaussian_noise
 from tempact.models.wan.random_weights import RANDOM, RandomText
 from tempact.policies import build_policies, build_trainer
 from tempact.presets import PRESETS, backbone_inference, get_preset

@@ -9,7 +9,7 @@ from write_references import DOCS, PAGES
 
 from tempact.config import RunConfig, flatten, keys_of
 from tempact.presets import PRESETS
-from tempact.reporting.records import MEANINGS
+from tempact.reporting import MEANINGS
 
 PLACES = {
     "POLICY": "(planner|executor)", "SIGMA": r"\d\.\d{3}", "REWARD": r"[\w.]+", "ROLE": r"\w+", "PHASE": r"\w+"

@@ -12,7 +12,7 @@ from tempact import train
 from tempact.executor.executor import Executor
 from tempact.policies import build_policies, build_trainer
 from tempact.presets import get_preset
-from tempact.reporting.records import read_metrics
+from tempact.reporting import read_metrics
 from tempact.runs import run as run_module
 from tempact.runs.checkpoint import verify
 from tempact.runs.run import EXIT_ABORTED

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from tempact.config import RunConfig, TrainerConfig
+from tempact.evaluation import BOTH, EXECUTOR_ONLY, PLANNER_ONLY, SINGLE, STEP
 from tempact.evaluation.harness import LOSSLESS, Evaluation
-from tempact.evaluation.methods import BOTH, EXECUTOR_ONLY, PLANNER_ONLY, SINGLE, STEP
 from tempact.evaluation.statistics import MethodScores
-from tempact.executor.sampler import gaussian_noise
+from tempact.executor.sampler import derive_seed, gaussian_noise
 from tempact.policies import build_policies, build_trainer
 from tempact.presets import get_preset
 from tempact.runs.evaluation import shapeworld_suite
-from tempact.seeds import derive_seed
 from tempact.trainer import Iteration, TooManySkippedUpdates, Trainer, split, switch_frames
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Scored, Step
 

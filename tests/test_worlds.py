@@ -20,7 +20,7 @@ from tempact.models.wan.checkpoints.load import load_transformer
 from tempact.models.wan.transformer import WanConfig
 from tempact.policies import build_policies
 from tempact.presets import get_preset
-from tempact.rewards.base import RewardSet
+from tempact.rewards import RewardSet
 from tempact.types import Batch, Plan, Step
 from tempact.worlds import RandomWan, ShapeWorld, Wan, World, shipped, world_of
 

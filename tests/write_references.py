@@ -9,7 +9,7 @@ from pathlib import Path
 from tempact.cli import kind_word, word
 from tempact.config import RUN, SPEED, TRAINING, VIDEO, RunConfig, keys_of, sections_of
 from tempact.presets import PRESETS, get_preset
-from tempact.reporting.records import MEANINGS
+from tempact.reporting import MEANINGS
 
 DOCS = Path(__file__).parents[1] / "docs"
 SHOWN = ("window", "frames", "chunk_frames", "timesteps", "first_timesteps", "precision", "entry", "text_switch")

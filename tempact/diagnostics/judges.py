@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tempact.diagnostics import FAULT, NOTE, OK
 from tempact.errors import UserError
-from tempact.rewards.frame_picks import Span, pixel_window
+from tempact.rewards import Span, pixel_window
 from tempact.rewards.judged import HELD_OUT, PLAN, STEP, VIDEO, JudgedReward
 from tempact.rewards.judges import JudgeOutage
 from tempact.rewards.judges.client import JudgeClient

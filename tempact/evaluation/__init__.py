@@ -1,0 +1,57 @@
+"""What the tables compare: methods, and what is registered for the Temporal Order Benchmark. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tempact.evaluation.prompts import OrderPrompt
+
+SINGLE, STEP, BOTH = "single-prompt", "step-prompt", "+ TempAct"  # STEP is the baseline that changes are against
+PLANNER_ONLY, EXECUTOR_ONLY = "planner only", "executor only"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: which planner and which executor make its videos.
+
+    planner: "start" (before training), "trained", or None, which gives the whole instruction as one prompt.
+    executor: "start" or "trained".
+    """
+
+    name: str
+    planner: str | None
+    executor: str
+
+    @property
+    def trained(self) -> bool:
+        return "trained" in (self.planner, self.executor)
+
+
+METHODS = (
+    Method(SINGLE, None, "start"),
+    Method(STEP, "start", "start"),
+    Method(PLANNER_ONLY, "trained", "start"),
+    Method(EXECUTOR_ONLY, "start", "trained"),
+    Method(BOTH, "trained", "trained"),
+)
+NAMES = ("single-prompt", "step-prompt", "planner-only", "executor-only", "trained")  # on the command line
+CONDITIONS = dict(zip(NAMES, METHODS, strict=True))
+
+# names of the benchmark's judges and their roles at the judge client; training is rewarded by the in-domain judge
+ROLES = {"in-domain": "temporal_following", "held-out": "held_out"}
+PAPER_FRAMES = {"simple": 36, "hard": 60}  # latent frames (docs/algorithm.md section 7)
+SEEDS = 2  # videos of a prompt and method
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """What to evaluate on the Temporal Order Benchmark; prompts and latent frames by set."""
+
+    prompts: dict[str, list[OrderPrompt]]
+    frames: dict[str, int]
+    methods: list[Method]
+    seeds: int
+    judges: tuple[str, ...]  # names of ROLES
+    pickscore: bool
+    export: bool  # copies of the videos for VBench
+    retry_missing: bool  # asks again for missing scores

@@ -25,13 +25,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tempact.evaluation import Method
 from tempact.evaluation.judges import PICKSCORE_FRAMES, JudgedVideo, Verdict, VideoJudge, file_hash, judged_frames
 from tempact.evaluation.ledger import Ledger, Row, register
-from tempact.evaluation.methods import Method
+from tempact.evaluation.prompts import OrderPrompt
 from tempact.evaluation.statistics import MethodScores
-from tempact.evaluation.temporal_order.prompts import OrderPrompt
+from tempact.executor.sampler import derive_seed
 from tempact.files import safe_name, writing
-from tempact.seeds import derive_seed
 from tempact.types import Plan, Prompt, Step
 from tempact.video import read_mp4, save_mp4
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from tempact.config import JudgeSettings
 from tempact.errors import UserError
-from tempact.evaluation.methods import ROLES
+from tempact.evaluation import ROLES
+from tempact.evaluation.prompts import OrderPrompt
 from tempact.evaluation.statistics import DUPLICATES, PICKSCORE, PICTURE_QUALITY
-from tempact.evaluation.temporal_order.prompts import OrderPrompt
-from tempact.rewards.frame_picks import spread
+from tempact.rewards import spread
 from tempact.rewards.judged import TOP_MARK, VideoVerdict, rubric_version, video_call
 from tempact.rewards.judges import JudgeResult, Judges
 from tempact.rewards.judges.config import ROLES as FALLBACKS

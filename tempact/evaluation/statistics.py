@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from tempact.evaluation.methods import STEP
+from tempact.evaluation import STEP
 from tempact.files import reading, write_atomic
 
 AVERAGE = "average"  # the set, and the judge, of the mean over all cells

@@ -1,7 +1,18 @@
-"""The sampler of a few-step distilled model: settings of a roll-out, noise levels, noise, and a chunk's denoising."""
+"""Window policies: the earlier frames that a chunk attends to, and their RoPE positions.
+
+The tables of docs/backbones.md section 2 follow from three numbers. While all history and the own chunk fit into the
+window, a chunk attends to everything, at absolute positions; beyond it, to the sink frames and the most recent ones.
+
+With RoPE, attention scores depend on differences of positions alone. Where a window renumbers its frames from 0, the
+positions here are shifted by a constant so that the newest frames keep their absolute ones: only the sink moves, and
+only its keys are rotated.
+
+The sampler of a few-step distilled model: settings of a roll-out, noise levels, noise, and a chunk's denoising.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -10,10 +21,44 @@ import torch
 from torch import Tensor
 
 from csrc_triton.flow_sde import flow_sde_step
-from tempact.config import TRAIN_TIMESTEPS, ExecutorConfig
+from tempact import config
+from tempact.config import TRAIN_TIMESTEPS, ExecutorConfig, Window
 from tempact.executor.cuda_graphs import Context, CudaGraphRunner
-from tempact.executor.window import WINDOWS, WindowPolicy
 from tempact.models.wan.transformer import TextKV
+
+
+@dataclass(frozen=True)
+class WindowPolicy(Window):
+    """A window's numbers, and the frames and positions that follow from them."""
+
+    def attended(self, start: int, chunk: int) -> list[int]:
+        """History frames (before `start`) that the chunk [start, start + chunk) attends to, in order."""
+        if self.window is None or self._fits(start + chunk):
+            return list(range(start))
+        recent = self.window - chunk - self.sink
+        return [*range(self.sink), *range(start - recent, start)]
+
+    def recached(self, start: int) -> list[int]:
+        """Frames whose K/V a text switch at frame `start` recomputes under the "recache" policy.
+
+        The newest ones of a window, all of them if there are no more; else the sink keeps the old text.
+        """
+        if self.window is None or self._fits(start):
+            return list(range(start))
+        return list(range(start - self.window + self.sink, start))
+
+    def positions_of(self, history: list[int], start: int, end: int) -> list[int]:
+        """RoPE positions of the attended frames `history` in a pass over the frames [start, end), whose positions are
+        absolute."""
+        if self.positions == "absolute" or self._fits(end):
+            return history
+        return list(range(start - len(history), start))
+
+    def _fits(self, frames: int) -> bool:
+        return self.window is None or frames <= self.window
+
+
+WINDOWS = {name: WindowPolicy(**vars(numbers)) for name, numbers in config.WINDOWS.items()}
 
 
 @dataclass(frozen=True)
@@ -102,6 +147,12 @@ class NoiseSource:
         """The source of consecutive plans among these."""
         own = range(self.shape[0])[plans]
         return replace(self, shape=(len(own), *self.shape[1:]), first=self.first + own.start)
+
+
+def derive_seed(seed: int, number: int, purpose: str) -> int:
+    """A 31-bit seed; different for every (seed, number, purpose)."""
+    digest = hashlib.blake2b(f"{seed}/{number}/{purpose}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest) >> 1
 
 
 def gaussian_noise(seed: int, shape: tuple[int, ...], device: torch.device) -> NoiseSource:

@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tempact.config import PlannerConfig
 from tempact.errors import UserError
 from tempact.models.adapters import adapted, load_adapter, reference_active, save_adapter
-from tempact.planner import liger
+from tempact.planner import language_model as liger
 from tempact.planner.language_model import check_head, chosen_log_probs, load_chat_model, opens_thought, thought_length
 from tempact.planner.plans import THINK_START, parse_plan, plan_messages
 from tempact.rl.gspo import gspo_loss

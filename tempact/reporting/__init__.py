@@ -1,0 +1,197 @@
+"""What a run went on: versions, hardware and command, noted each time it starts or resumes.
+
+What a run records while it goes: metrics.jsonl and the sample tables.
+
+The local file is the record. Weights & Biases, if asked for, is fed by a process of its own that reads that
+file (`wandb_tracker.py`), so that no tracker can slow, hang or fail a run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tempact.files import reading, write_atomic
+from tempact.types import Batch, PlanBatch, Scored
+
+log = logging.getLogger(__name__)
+
+ENVIRONMENT = "environment.json"
+PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Session:
+    """One start of a run. `started` is UTC, `versions` maps packages to versions, memory is in GiB."""
+
+    started: str
+    from_step: int
+    command: str
+    versions: dict[str, str]
+    cpu: str
+    cores: int
+    memory_gib: float
+    gpus: list[str]
+
+
+def record_environment(run_folder: Path, from_step: int) -> None:
+    """Adds this process to `run_folder`/environment.json."""
+    sessions = [*read_environment(run_folder), _this_session(from_step)] if from_step else [_this_session(0)]
+    path = Path(run_folder) / ENVIRONMENT
+    write_atomic(path, json.dumps([asdict(session) for session in sessions], indent=1) + "\n")
+
+
+def read_environment(run_folder: Path) -> list[Session]:
+    """Sessions of a run in order, none if nothing was noted."""
+    path = Path(run_folder) / ENVIRONMENT
+    with reading(path):
+        return [Session(**session) for session in json.loads(path.read_text())] if path.is_file() else []
+
+
+def _this_session(from_step: int) -> Session:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return Session(
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        from_step=from_step,
+        command=shlex.join(["python", *sys.orig_argv[1:]]),
+        versions=versions,
+        cpu=_cpu_name(),
+        cores=len(os.sched_getaffinity(0)),
+        memory_gib=round(memory, 1),
+        gpus=gpus,
+    )
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+METRICS, SAMPLES = "metrics.jsonl", "samples"
+
+
+def read_metrics(run_folder: Path) -> list[dict]:
+    """Rows of metrics.jsonl in order; a last line cut by a kill and a tracker's end mark are left out."""
+    path = Path(run_folder) / METRICS
+    if not path.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            log.warning("%s: row %d is not whole and is left out", path, number)
+            continue
+        if isinstance(row, dict) and "step" in row and "time_s" in row:
+            rows.append(row)
+    return rows
+
+
+def write_samples(run_folder: Path, step: int, plans: PlanBatch, scored: Scored, batch: Batch) -> Path:
+    """samples/step-000040.jsonl: one row a continuation with its prompt, plan, rewards and advantages.
+
+    Missing rewards and masked advantages are null. A run with rewards of its own has them under "custom".
+    """
+    rows = []
+    for p, plan in enumerate(plans.plans):
+        prompt = plans.prompt_of(p)
+        for n in range(scored.temporal_following.shape[1]):
+            custom = {own.name: _at(own.scores, *(p, n)[: own.scores.ndim]) for own in scored.custom}
+            rows.append(
+                {
+                    "step": step,
+                    "prompt_id": prompt.prompt_id,
+                    "category": prompt.category,
+                    "prompt": prompt.text,
+                    "plan_index": p,
+                    "continuation": n,
+                    "plan": [{"start": s.start, "end": s.end, "prompt": s.prompt} for s in plan.steps],
+                    "repairs": list(plan.repairs),
+                    "format_score": _at(scored.format_score, p),
+                    "plan_quality": _at(scored.plan_quality, p),
+                    "temporal_following": _at(scored.temporal_following, p, n),
+                    "step_following": _at(scored.step_following, p, n),
+                    "aesthetics": _at(scored.aesthetics, p, n),
+                    "plan_advantage": _at(batch.plan_advantage, p) if batch.plan_mask[p] else None,
+                    "execution_advantage": _at(batch.execution_advantage, p, n) if batch.execution_mask[p, n] else None,
+                    **({"custom": custom} if custom else {}),
+                }
+            )
+    path = Path(run_folder) / SAMPLES / f"step-{step:06d}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    return path
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no NaN: null says that there is no value."""
+    return value if math.isfinite(value) else None
+
+
+def _at(values: Tensor, *index: int) -> float | None:
+    return finite_or_none(round(values[index].item(), 6))
+
+
+def duration(seconds: float) -> str:
+    """ "42 s", "3:07 min" or "2:05 h"."""
+    if seconds != seconds:
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
+
+
+# keys of metrics.jsonl and their meanings; docs/metrics.md is written from them (tests/write_references.py)
+MEANINGS = {
+    "step": "iteration, from 1",
+    "time_s": "seconds that the run has taken, over all its resumed parts",
+    "POLICY/reward": "mean combined reward, of plans for the planner and of continuations for the executor",
+    "POLICY/reward_std": "deviation of rewards from their group's mean, over all groups; it divides advantages",
+    "POLICY/frac_reward_zero_std": "share of groups whose rewards are all equal, which teach nothing",
+    "POLICY/missing": "share of combined rewards that are missing",
+    "POLICY/loss": "policy loss plus weighted divergence, of the iteration's last update",
+    "POLICY/kl": "divergence from the frozen reference, of that update",
+    "POLICY/ratio": "mean ratio of the new to the old probability",
+    "POLICY/ratio_deviation": "mean distance of that ratio from 1; 0 where there is one update an iteration",
+    "POLICY/clip_ratio/low": "share of terms whose ratio the lower clip stops, at negative advantages",
+    "POLICY/clip_ratio/high": "share of terms whose ratio the upper clip stops, at positive advantages",
+    "POLICY/grad_norm": "global norm of the gradient before its clip; null where it is not finite",
+    "POLICY/skipped_updates": "updates in a row that were left out for gradients that are not finite",
+    "executor/rollout_gap/SIGMA": "difference of log-probs between roll-out and training at that noise level, in clips",
+    "rewards/REWARD/mean": "mean of a raw reward, from 0 to 1",
+    "rewards/REWARD/std": "deviation of a raw reward",
+    "rewards/REWARD/missing": "share of a raw reward's scores that are missing",
+    "rewards/aesthetics/truncated": "share of prompts longer than PickScore reads",
+    "judge/ROLE/calls": "calls of a judge that ended",
+    "judge/ROLE/missing": "share of them without a valid reply",
+    "judge/ROLE/cache_hits": "share of them that the cache answered",
+    "judge/ROLE/retries": "requests beyond the first of each call",
+    "judge/ROLE/latency_mean_s": "mean seconds of calls that reached a server; _p95_s and _max_s likewise",
+    "judge/ROLE/latency_p95_s": "95th percentile of these",
+    "judge/ROLE/latency_max_s": "longest of these",
+    "timing_s/PHASE": "seconds of a phase: plan, rollout, rewards (beyond what overlaps with it), update",
+    "memory/peak_gib": "most GPU memory that tensors have taken since the process began, GiB",
+}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tempact.evaluation.harness import Sample
 from tempact.files import safe_name, write_atomic, writing
-from tempact.reporting.records import SAMPLES
+from tempact.reporting import SAMPLES
 from tempact.types import PlanBatch, Rollout, Scored, Step
 from tempact.video import cut, font, save_gif, save_mp4
 

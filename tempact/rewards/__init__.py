@@ -1,0 +1,282 @@
+"""Frames of a video for a judge: their choice, the span of the switched step, JPEG files (docs/algorithm.md 2.6).
+
+Rewards: functions that score plans or their videos, and the set of them that a run trains on.
+
+The method has four (docs/algorithm.md 2.6), a user may add more (docs/rewards.md). A score that could not be had is
+missing (NaN), never a number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple, TypeAlias, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tempact.errors import UserError
+from tempact.types import CustomScores, Plan, PlanBatch, RewardLevel, Rollout, Scored, Step
+
+log = logging.getLogger(__name__)
+
+JPEG_QUALITY = 85
+ENCODERS = 8  # threads at most; Pillow compresses without the interpreter's lock
+
+
+class Span(NamedTuple):
+    """The step that begins at a plan's switch frame, and its pixel frames: `first` to `last`, both included."""
+
+    first: int
+    last: int
+    step: Step
+
+
+def switch_spans(plans: PlanBatch, rollout: Rollout) -> list[Span | None]:
+    """The span of every plan's switched step. None where no step begins at the switch frame (a plan of one step), and
+    for a rollout without a trained chunk."""
+    if rollout.transition is None:
+        return [None] * len(plans.plans)
+    spans: list[Span | None] = []
+    for plan, start in zip(plans.plans, rollout.transition.start.tolist(), strict=True):
+        step = next((step for step in plan.steps if step.start == start), None)
+        pixels = rollout.frames.shape[2]
+        spans.append(Span(*pixel_window(step.start, step.end, plan.frames, pixels), step) if step else None)
+    return spans
+
+
+def spread(first: int, last: int, count: int) -> list[int]:
+    """At most `count` (at least 2) frames, evenly spaced in whole numbers from `first` to `last`, both included.
+
+    Ascending, without repeats: a window of fewer than `count` frames is taken whole.
+    """
+    assert 0 <= first <= last and count >= 2, (first, last, count)
+    gaps = min(count - 1, last - first)
+    # halves round up, the same on every machine
+    return [first + (2 * i * (last - first) + gaps) // (2 * gaps) for i in range(gaps + 1)] if gaps else [first]
+
+
+def pixel_window(start: int, end: int, frames: int, pixel_frames: int) -> tuple[int, int]:
+    """First and last pixel frame of latent frames [start, end).
+
+    frames        F, latent frames of the video
+    pixel_frames  r(F - 1) + 1, pixel frames of the video; r = 4 for Wan's VAE, 1 for ShapeWorld. Latent frame 0 is
+                  pixel frame 0, latent frame i > 0 is pixel frames r(i - 1) + 1 to ri
+    """
+    assert 0 <= start < end <= frames, (start, end, frames)
+    rate, rest = divmod(pixel_frames - 1, max(1, frames - 1))
+    assert not rest, f"{pixel_frames} pixel frames of {frames} latent ones"
+    return max(0, rate * (start - 1) + 1) if start else 0, rate * (end - 1)
+
+
+def jpegs(frames: Tensor) -> tuple[bytes, ...]:
+    """One JPEG file for each of uint8 [k, 3, height, width], in order."""
+    assert frames.dtype == torch.uint8 and frames.ndim == 4 and frames.shape[1] == 3, (frames.dtype, frames.shape)
+    pictures = frames.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    with ThreadPoolExecutor(min(ENCODERS, len(pictures), os.cpu_count() or 1)) as pool:
+        return tuple(pool.map(_jpeg, pictures))
+
+
+def _jpeg(picture: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", quality=JPEG_QUALITY)
+    return file.getvalue()
+
+
+def media_hash(images: Sequence[bytes]) -> str:
+    """SHA-256 of the files in their order, part of a reply's key in the cache."""
+    total = hashlib.sha256()
+    for image in images:
+        total.update(hashlib.sha256(image).digest())
+    return total.hexdigest()
+
+
+# (prompts, plans, frames, spans) -> scores, of the P plans of a rollout or of a part of it:
+#   prompts  the user's instruction of each plan
+#   plans    steps as the planner wrote them, not smoothed
+#   frames   uint8 [P, N, T, 3, height, width], T pixel frames, N continuations of each plan
+#   spans    the switched step of each plan and its pixel frames; None where no step begins at the switch frame
+#   scores   [P] or [P, N], NaN where missing: a tensor, a sequence, or an object whose `result()` waits for them
+RewardFunction: TypeAlias = Callable[[list[str], list[Plan], Tensor, list[Span | None]], Any]
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward of one's own, added to the method's (docs/rewards.md).
+
+    name    a Python identifier, as in the metrics `rewards/<name>/mean`, `std` and `missing`
+    score   the function; it runs on the training thread, on the frames' device
+    weight  factor of the scores in the reward of their level, any finite number
+    level   "execution": [P, N] scores, added to each continuation's reward; "plan": [P] scores, or [P, N] of which the
+            mean is taken, added to each plan's reward
+
+    Raises UserError for another name, weight or level.
+    """
+
+    name: str
+    score: RewardFunction
+    weight: float = 1.0
+    level: RewardLevel = "execution"
+
+    def __post_init__(self) -> None:
+        good = self.name.isidentifier() and callable(self.score) and math.isfinite(self.weight)
+        if not good or self.level not in get_args(RewardLevel):
+            accepted = "an identifier, a function, a finite weight, and the level execution or plan"
+            raise UserError(f"rewards.custom: found {self}; accepted: {accepted}")
+
+
+def load_rewards(entries: Iterable[str]) -> tuple[Reward, ...]:
+    """The rewards that `rewards.custom` names: "module:name" of a Reward, or of a function, which is a reward of that
+    name, of weight 1, at the execution level.
+
+    Modules are found as `import` finds them, and in the current folder. Raises UserError for an entry that is none.
+    """
+    return tuple(_loaded(entry) for entry in entries)
+
+
+def _loaded(entry: str) -> Reward:
+    module, _, name = entry.partition(":")
+    if not (name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        raise UserError(f"rewards.custom: found {entry!r}; accepted: module:function")
+    if os.getcwd() not in sys.path:  # `python -m` has it there, the console script has not
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise UserError(f"rewards.custom: {entry}: {error}; accepted: a module that can be imported") from error
+    if found is None:
+        raise UserError(f"rewards.custom: {entry}: found nothing of that name; accepted: a function or a Reward")
+    return found if isinstance(found, Reward) else Reward(name, found)
+
+
+@dataclass(frozen=True)
+class RewardSet:
+    """The rewards of a run. The weights of the method's four are `rewards.<name>` in the configuration.
+
+    plan_quality        J [P]; called before there are videos, with no frames ([P, 0, 0, 3, 0, 0]) and no spans
+    temporal_following  V [P, N] of whole videos
+    step_following      L [P, N] of the switched step
+    aesthetics          P [P, N] of the pictures after the switch
+    custom              the user's own
+    metrics             gives metrics of the scoring itself since its last call, named as in `metrics.jsonl`
+    close               ends what the rewards have started; they score nothing afterwards
+
+    Raises UserError where two rewards have one name.
+    """
+
+    plan_quality: RewardFunction
+    temporal_following: RewardFunction
+    step_following: RewardFunction
+    aesthetics: RewardFunction
+    custom: tuple[Reward, ...] = ()
+    metrics: Callable[[], dict[str, float]] = dict
+    close: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
+        taken = {each.name for each in fields(Scored)}
+        for reward in self.custom:
+            if reward.name in taken:
+                accepted = f"a name of its own, beside {', '.join(sorted(taken))}"
+                raise UserError(f"rewards.custom: found {reward.name!r} a second time; accepted: {accepted}")
+            taken.add(reward.name)
+
+    def extended(self, rewards: Iterable[Reward]) -> RewardSet:
+        """The set with more of the user's rewards. Raises UserError where two have one name."""
+        return replace(self, custom=(*self.custom, *rewards))
+
+    def begin(self, plans: PlanBatch) -> Scoring:
+        """Starts to score plans whose videos are still to be made."""
+        none = torch.empty(len(plans.plans), 0, 0, 3, 0, 0, dtype=torch.uint8)
+        spans: list[Span | None] = [None] * len(plans.plans)
+        return Scoring(self, plans, self.plan_quality(_prompts(plans), plans.plans, none, spans))
+
+
+VIDEO_REWARDS = ("temporal_following", "step_following", "aesthetics")
+
+
+@dataclass
+class Scoring:
+    """Raw rewards on their way: of a batch of plans whose videos come a few plans at a time.
+
+    Judges work while the next videos are made.
+    """
+
+    rewards: RewardSet
+    plans: PlanBatch
+    quality: Any  # what the function of plan quality has returned
+    parts: list[dict[str, Any]] = field(default_factory=list)  # what the others have returned, by name
+    shapes: list[list[int]] = field(default_factory=list)  # of the parts: plans, continuations
+
+    def add(self, rollout: Rollout) -> None:
+        """Starts to score the videos of the next plans."""
+        first, shape = sum(plans for plans, _ in self.shapes), list(rollout.frames.shape[:2])
+        own = range(first, first + shape[0])
+        part = PlanBatch([self.plans.prompt_of(p) for p in own], [self.plans.plans[p] for p in own], 1)
+        given = _prompts(part), part.plans, rollout.frames, switch_spans(part, rollout)
+        functions = {name: getattr(self.rewards, name) for name in VIDEO_REWARDS}
+        functions |= {reward.name: reward.score for reward in self.rewards.custom}
+        self.parts.append({name: function(*given) for name, function in functions.items()})
+        self.shapes.append(shape)
+
+    def result(self) -> Scored:
+        """Waits for all scores. Every tensor has its whole shape, NaN where missing.
+
+        A number outside [0, 1] of the method's rewards is logged and counts as missing. Raises UserError for own
+        scores of a wrong shape and for infinite ones.
+        """
+        count, seen = len(self.plans.plans), sum(plans for plans, _ in self.shapes)
+        assert seen == count, f"videos of {seen} of {count} plans"
+        custom = [CustomScores(r.name, r.level, r.weight, self._whole(r.name, r.level)) for r in self.rewards.custom]
+        for own in custom:
+            if torch.isinf(own.scores).any():
+                accepted = "finite ones, NaN for missing"
+                raise UserError(f"rewards.custom: {own.name}: found infinite scores; accepted: {accepted}")
+        return Scored(
+            plan_quality=_valid("plan_quality", _tensor("plan_quality", self.quality, [[count]])),
+            format_score=torch.tensor([plan.format_score for plan in self.plans.plans]),
+            **{name: _valid(name, self._whole(name)) for name in VIDEO_REWARDS},
+            custom=tuple(custom),
+        )
+
+    def _whole(self, name: str, level: RewardLevel = "execution") -> Tensor:
+        parts = zip(self.parts, self.shapes, strict=True)
+        return torch.cat(
+            [_tensor(name, part[name], [shape] + [shape[:1]] * (level == "plan")) for part, shape in parts]
+        )
+
+
+def _prompts(plans: PlanBatch) -> list[str]:
+    return [plans.prompt_of(p).text for p in range(len(plans.plans))]
+
+
+def _tensor(name: str, returned: Any, shapes: list[list[int]]) -> Tensor:
+    """What a reward has returned, fp32 on the CPU, of one of the shapes."""
+    scores = returned.result() if hasattr(returned, "result") else returned
+    try:
+        found = torch.as_tensor(scores).detach().float().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"rewards.custom: {name}: found {type(scores).__name__} ({error}); accepted: numbers"
+        ) from error
+    if list(found.shape) not in shapes:
+        accepted = f"{' or '.join(map(str, shapes))} (plans, continuations)"
+        raise UserError(f"rewards.custom: {name}: found scores of shape {list(found.shape)}; accepted: {accepted}")
+    return found
+
+
+def _valid(name: str, scores: Tensor) -> Tensor:
+    """Scores of the method's own, of which a number outside [0, 1] is none."""
+    outside = ~torch.isnan(scores) & ~((scores >= 0) & (scores <= 1))
+    if outside.any():
+        log.warning("%s: %d scores outside [0, 1] count as missing", name, int(outside.sum()))
+    return scores.masked_fill(outside, float("nan"))

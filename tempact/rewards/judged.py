@@ -22,8 +22,7 @@ from pydantic import BaseModel, Field, create_model
 from torch import Tensor
 
 from tempact.config import JudgeSettings
-from tempact.rewards.base import RewardFunction, RewardSet
-from tempact.rewards.frame_picks import Span, jpegs, media_hash, spread
+from tempact.rewards import RewardFunction, RewardSet, Span, jpegs, media_hash, spread
 from tempact.rewards.judges import JudgeCall, Judges, Rubric
 from tempact.types import Missing, Plan
 

@@ -17,8 +17,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from tempact.config import JudgeSettings
 from tempact.errors import UserError
-from tempact.rewards.base import RewardSet
-from tempact.rewards.frame_picks import Span, spread
+from tempact.rewards import RewardSet, Span, spread
 from tempact.rewards.judged import judged_rewards
 from tempact.rewards.judges import Judges
 from tempact.types import Plan

@@ -16,19 +16,20 @@ import hashlib
 import io
 import json
 import logging
+import random
 import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 
 from tempact.config import RESUME_MAY_CHANGE, RunConfig, flatten, keys_of
 from tempact.errors import UserError
 from tempact.files import disk_full, file_hash, sync
-from tempact.seeds import capture_rng
 
 log = logging.getLogger(__name__)
 
@@ -290,3 +291,33 @@ def _name(step: int) -> str:
 
 def _step(name: str) -> int | None:
     return int(name.removeprefix("step-")) if re.fullmatch(r"step-\d{6,}", name) else None
+
+
+def capture_rng() -> dict:
+    """State of every global generator; of CUDA ones only where CUDA is in use."""
+    version, words, gauss = random.getstate()
+    legacy = np.random.get_state()
+    assert isinstance(legacy, tuple)
+    name, keys, position, has_gauss, cached = legacy
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def restore_rng(state: dict) -> None:
+    """Sets every global generator to a state of `capture_rng`. CUDA states of another GPU count are left out."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    gpus = torch.cuda.device_count()
+    if len(state["cuda"]) == gpus:
+        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+    elif state["cuda"]:
+        log.warning(
+            "the checkpoint has CUDA generators of %d GPUs, here are %d: not restored", len(state["cuda"]), gpus
+        )

@@ -12,13 +12,12 @@ from pathlib import Path
 
 from tempact.cli import EXIT_ABORTED, to_yaml
 from tempact.config import VIDEO, RunConfig, flatten, keys_of
+from tempact.evaluation import BOTH, METHODS, SINGLE, STEP, BenchmarkOptions, Method
 from tempact.evaluation.harness import LOSSLESS, Evaluation, Suite, mp4_format
 from tempact.evaluation.judges import load_pickscore, served_judges, shapeworld_judges
-from tempact.evaluation.methods import BOTH, METHODS, SINGLE, STEP, BenchmarkOptions, Method
+from tempact.evaluation.prompts import SETS, OrderPrompt
 from tempact.evaluation.statistics import Bootstrap, write_evaluation
-from tempact.evaluation.tables import gather, markdown, markdown_table
-from tempact.evaluation.temporal_order.prompts import SETS, OrderPrompt
-from tempact.evaluation.temporal_order.vbench import export_vbench
+from tempact.evaluation.tables import export_vbench, gather, markdown, markdown_table
 from tempact.executor.sampler import gaussian_noise
 from tempact.files import claim_run_folder, write_atomic
 from tempact.policies import PolicyPair, device_of

@@ -19,7 +19,7 @@ from rich.progress import Progress as Bar
 
 from tempact.errors import UserError
 from tempact.files import disk_full, write_atomic
-from tempact.reporting.records import METRICS, duration, finite_or_none, read_metrics, record_environment
+from tempact.reporting import METRICS, duration, finite_or_none, read_metrics, record_environment
 
 log = logging.getLogger(__name__)
 

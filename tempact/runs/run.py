@@ -16,15 +16,14 @@ from tempact.config import RunConfig, validate
 from tempact.errors import UserError
 from tempact.files import claim_run_folder, write_atomic
 from tempact.policies import PolicyPair, build_policies, build_trainer, device_of
-from tempact.reporting.records import write_samples
+from tempact.reporting import write_samples
 from tempact.reporting.report import write_report
 from tempact.reporting.strips import write_extremes
-from tempact.rewards.base import Reward
+from tempact.rewards import Reward
 from tempact.rewards.judges import JudgeOutage
-from tempact.runs.checkpoint import Checkpoint, check_config, latest, recover, resolve_resume, save
+from tempact.runs.checkpoint import Checkpoint, check_config, latest, recover, resolve_resume, restore_rng, save
 from tempact.runs.evaluation import evaluate
 from tempact.runs.logs import MetricsLogger, Progress
-from tempact.seeds import restore_rng
 from tempact.trainer import Aborted, Iteration, Trainer
 from tempact.worlds import world_of
 

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tempact.rewards.base import RewardSet
-from tempact.rewards.frame_picks import Span
+from tempact.rewards import RewardSet, Span
 from tempact.rewards.judged import PlanVerdict
 from tempact.shapeworld.grammar import parse_instruction, read_step, sample_story, write_instruction
 from tempact.shapeworld.story import CHUNK, Event, Story, apply_event, states

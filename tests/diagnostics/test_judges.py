@@ -14,7 +14,7 @@ from rewards.judge_server import GOOD, Server
 
 from tempact import doctor
 from tempact.diagnostics.judges import canned, canned_video, findings, why_unreachable
-from tempact.rewards.frame_picks import Span
+from tempact.rewards import Span
 from tempact.rewards.judges.config import ROLES
 
 KEY = "sk-canary-0d9a"

@@ -18,21 +18,18 @@ import torch
 from torch import Tensor
 
 from tempact.errors import UserError
-from tempact.evaluation import harness
+from tempact.evaluation import METHODS, Method, harness
+from tempact.evaluation import tables as vbench
 from tempact.evaluation.harness import LOSSLESS, Evaluation, Suite, VideoFormat
 from tempact.evaluation.judges import JudgedVideo, Verdict
 from tempact.evaluation.ledger import Ledger
-from tempact.evaluation.methods import METHODS, Method
+from tempact.evaluation.prompts import OrderPrompt
 from tempact.evaluation.statistics import PICKSCORE
-from tempact.evaluation.tables import gather
-from tempact.evaluation.temporal_order import vbench
-from tempact.evaluation.temporal_order.prompts import OrderPrompt
-from tempact.evaluation.temporal_order.vbench import export_vbench
-from tempact.executor.window import WINDOWS
+from tempact.evaluation.tables import export_vbench, gather
+from tempact.executor.sampler import WINDOWS, derive_seed
 from tempact.reporting import report
 from tempact.reporting.report import write_results
 from tempact.rewards.judges import JudgeOutage
-from tempact.seeds import derive_seed
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Step
 
 SINGLE, STEP, PLANNER_ONLY, EXECUTOR_ONLY, BOTH = METHODS

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tempact.config import JudgeSettings
 from tempact.errors import UserError
+from tempact.evaluation import ROLES
 from tempact.evaluation.judges import (
     PICKSCORE_FRAMES,
     JudgedVideo,
@@ -33,17 +34,16 @@ from tempact.evaluation.judges import (
     served_judges,
     shapeworld_judges,
 )
-from tempact.evaluation.methods import ROLES
+from tempact.evaluation.prompts import OrderPrompt
 from tempact.evaluation.statistics import DUPLICATES, PICKSCORE, PICTURE_QUALITY
-from tempact.evaluation.temporal_order.prompts import OrderPrompt
-from tempact.rewards.frame_picks import media_hash
+from tempact.rewards import media_hash
 from tempact.rewards.judged import HELD_OUT, VideoVerdict, rubric_version, video_fields
 from tempact.rewards.judges import JudgeCall, JudgeOutage, JudgeResult
 from tempact.rewards.judges.replies import read_reply
 from tempact.rewards.pickscore import PickScorer
 from tempact.shapeworld.grammar import parse_instruction
 from tempact.shapeworld.pretraining.clips import relaxed_cues, shape_indices, tell
-from tempact.shapeworld.renderer import draw
+from tempact.shapeworld.story import draw
 from tempact.shapeworld.verifier import verify
 from tempact.shapeworld.world import held_out_prompts
 from tempact.types import Missing

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tempact.errors import UserError
-from tempact.evaluation.temporal_order import prompts as prompts_module
-from tempact.evaluation.temporal_order.prompts import (
+from tempact.evaluation import prompts as prompts_module
+from tempact.evaluation.prompts import (
     CATEGORIES,
     SETS,
     OrderPrompt,

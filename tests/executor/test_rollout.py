@@ -14,9 +14,8 @@ from executor.window_policies import POLICIES
 from tempact.executor.executor import Executor
 from tempact.executor.kv_history import KVHistory
 from tempact.executor.rollout import PromptKV, chunk_prompts, rebuild_context
-from tempact.executor.sampler import NoiseSource, gaussian_noise
+from tempact.executor.sampler import WINDOWS, NoiseSource, WindowPolicy, gaussian_noise
 from tempact.executor.stream import stream_latents
-from tempact.executor.window import WINDOWS, WindowPolicy
 from tempact.types import Plan, Step
 
 Make = Callable[..., Executor]

@@ -6,7 +6,7 @@ import pytest
 
 from tempact.config import ROPE_POSITIONS
 from tempact.errors import UserError
-from tempact.executor.window import WINDOWS, WindowPolicy
+from tempact.executor.sampler import WINDOWS, WindowPolicy
 
 C = 3
 INFINITY_ROPE = WINDOWS["infinity-rope"]

@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 
 from tempact.errors import UserError
 from tempact.models.wan.codec import DecoderState, to_bytes
-from tempact.models.wan.tiny_decoder import TinyDecoder, TinyNetwork, load_tiny_decoder
-from tempact.models.wan.vae import load_codec
+from tempact.models.wan.vae import TinyDecoder, TinyNetwork, load_codec, load_tiny_decoder
 
 CPU = torch.device("cpu")
 MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508]

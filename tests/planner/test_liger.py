@@ -10,7 +10,7 @@ from torch import nn
 
 from tempact.config import LoraConfig
 from tempact.errors import UserError
-from tempact.planner import liger
+from tempact.planner import language_model as liger
 from tempact.planner.language_model import chosen_log_probs
 from tempact.rl.gspo import gspo_loss
 from tempact.types import Batch, Prompt

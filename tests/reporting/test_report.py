@@ -13,12 +13,12 @@ import torch
 import yaml
 
 from tempact.errors import UserError
+from tempact.evaluation import METHODS
 from tempact.evaluation.harness import Sample
-from tempact.evaluation.methods import METHODS
+from tempact.evaluation.prompts import OrderPrompt
 from tempact.evaluation.statistics import Bootstrap, MethodScores, write_evaluation
-from tempact.evaluation.temporal_order.prompts import OrderPrompt
 from tempact.report import main
-from tempact.reporting.records import write_samples
+from tempact.reporting import write_samples
 from tempact.reporting.report import write_report
 from tempact.reporting.strips import write_extremes, write_showcase
 from tempact.runs.logs import MetricsLogger

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from test_video import clip
 
+from tempact.evaluation import CONDITIONS
 from tempact.evaluation.harness import Sample
-from tempact.evaluation.methods import CONDITIONS
-from tempact.evaluation.temporal_order.prompts import OrderPrompt
+from tempact.evaluation.prompts import OrderPrompt
 from tempact.reporting.strips import (
     BORDER,
     CELL,

@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tempact.rewards.base import RewardFunction, RewardSet
-from tempact.rewards.frame_picks import switch_spans
+from tempact.rewards import RewardFunction, RewardSet, switch_spans
 from tempact.rewards.judges import JudgeCall, JudgeResult
 from tempact.rewards.judges.replies import BadReply, read_reply
 from tempact.types import Missing, Plan, PlanBatch, Prompt, Rollout, Scored, Step, Transition

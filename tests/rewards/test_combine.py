@@ -9,7 +9,7 @@ import torch
 from rewards.reward_cases import score
 from torch import Tensor
 
-from tempact.rewards.base import RewardSet
+from tempact.rewards import RewardSet
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Step
 
 

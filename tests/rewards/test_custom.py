@@ -15,9 +15,8 @@ from torch import Tensor
 from tempact import train
 from tempact.config import RewardConfig
 from tempact.errors import UserError
-from tempact.reporting.records import read_metrics
-from tempact.rewards.base import Reward, RewardSet, load_rewards
-from tempact.rewards.frame_picks import Span
+from tempact.reporting import read_metrics
+from tempact.rewards import Reward, RewardSet, Span, load_rewards
 from tempact.rl.advantages import execution_rewards, plan_rewards
 from tempact.runs import run as run_module
 from tempact.types import CustomScores, Plan, Scored, Step
@@ -28,7 +27,7 @@ MODULE = '''
 
 import torch
 
-from tempact.rewards.base import Reward
+from tempact.rewards import Reward
 
 
 def brightness(prompts, plans, frames, spans):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rewards.reward_cases import picture_of
 
-from tempact.rewards.frame_picks import jpegs, media_hash, pixel_window, spread
+from tempact.rewards import jpegs, media_hash, pixel_window, spread
 
 
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(2, 40))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tempact.config import JudgeSettings, RewardConfig
 from tempact.planner.plans import parse_plan
-from tempact.rewards.frame_picks import Span
+from tempact.rewards import Span
 from tempact.rewards.judged import judged_rewards
 from tempact.rewards.judges.client import JudgeClient
 from tempact.rewards.judges.config import ROLES, EndpointConfig, JudgeConfig

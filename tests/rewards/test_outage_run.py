@@ -18,7 +18,7 @@ from rewards.judge_cases import KEY
 
 from tempact import train
 from tempact.cli import EXIT_USER_ERROR
-from tempact.reporting.records import read_metrics
+from tempact.reporting import read_metrics
 from tempact.rewards.judges import client as judge_client
 from tempact.runs import run as run_module
 from tempact.runs.checkpoint import defect, latest

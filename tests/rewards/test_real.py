@@ -13,7 +13,7 @@ from rewards.tiny_clip import tiny_clip
 
 from tempact.config import JudgeSettings, RewardConfig
 from tempact.errors import UserError
-from tempact.rewards.base import RewardSet
+from tempact.rewards import RewardSet
 from tempact.rewards.judges import JudgeCall, JudgeOutage
 from tempact.rewards.judges.client import JudgeClient
 from tempact.rewards.judges.config import JudgeConfig

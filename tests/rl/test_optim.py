@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tempact.errors import UserError
-from tempact.rl.optim import EMA
+from tempact.rl import EMA
 
 
 def parameters(*values: float, dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:

@@ -19,15 +19,16 @@ from tempact.errors import UserError
 from tempact.runs import checkpoint as module
 from tempact.runs.checkpoint import (
     CorruptCheckpoint,
+    capture_rng,
     check_config,
     defect,
     latest,
     recover,
     resolve_resume,
+    restore_rng,
     save,
     verify,
 )
-from tempact.seeds import capture_rng, restore_rng
 
 LORA, OPTIM = LoraConfig(2, 4, ("q",)), OptimConfig(1e-3)
 CONFIG = RunConfig("tiny", PlannerConfig("shapeworld", LORA, OPTIM), ExecutorConfig("shapeworld", LORA, OPTIM))

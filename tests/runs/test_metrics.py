@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tempact.errors import UserError
-from tempact.reporting.records import read_environment, read_metrics
+from tempact.reporting import read_environment, read_metrics
 from tempact.runs.logs import MetricsLogger
 
 

@@ -20,11 +20,11 @@ from test_references import undocumented
 
 from tempact import evaluate, generate, report, train
 from tempact.cli import EXIT_STOPPED, EXIT_USER_ERROR, from_yaml
-from tempact.evaluation.methods import METHODS
+from tempact.evaluation import METHODS
 from tempact.evaluation.statistics import Row, read_evaluation
-from tempact.reporting.records import read_metrics
+from tempact.reporting import read_metrics
 from tempact.reporting.report import write_report
-from tempact.rewards.base import Scoring
+from tempact.rewards import Scoring
 from tempact.rewards.judges import JudgeOutage
 from tempact.runs import run as run_module
 from tempact.runs.checkpoint import defect, verify

@@ -14,8 +14,25 @@ from tempact.shapeworld.grammar import parse_instruction, sample_story, split_of
 from tempact.shapeworld.pretraining import clips as timelines
 from tempact.shapeworld.pretraining.clips import Cue, relaxed_cues, sample_clip
 from tempact.shapeworld.pretraining.matcher import CORRUPTIONS, corrupt, draw_corrupted
-from tempact.shapeworld.renderer import COLOUR, OPACITY, RADIUS, X, Y, coverage, draw, entity_track
-from tempact.shapeworld.story import CHUNK, CHUNKS, COLOURS, FRAMES, JUMP_HEIGHT, RADII, Entity, Event, states
+from tempact.shapeworld.story import (
+    CHUNK,
+    CHUNKS,
+    COLOUR,
+    COLOURS,
+    FRAMES,
+    JUMP_HEIGHT,
+    OPACITY,
+    RADII,
+    RADIUS,
+    Entity,
+    Event,
+    X,
+    Y,
+    coverage,
+    draw,
+    entity_track,
+    states,
+)
 
 ENTITY = Entity("circle", "red", 0, 0)
 

@@ -24,8 +24,7 @@ from tempact.shapeworld.pretraining.matcher import (
     told_stories,
 )
 from tempact.shapeworld.pretraining.matcher_clips import Performance, StoryTable, perform
-from tempact.shapeworld.renderer import entity_track
-from tempact.shapeworld.story import FRAMES, Story, states
+from tempact.shapeworld.story import FRAMES, Story, entity_track, states
 
 VIDEOS = 64  # a kind of corruption
 TRUTH = 0.95  # least mean score of ground truth

@@ -12,8 +12,7 @@ from shapeworld_films import reference_cues, shape_indices, tell
 
 from tempact.shapeworld.grammar import parse_instruction, reference_plan
 from tempact.shapeworld.pretraining.clips import Cue
-from tempact.shapeworld.renderer import draw
-from tempact.shapeworld.story import CHUNK, FRAMES
+from tempact.shapeworld.story import CHUNK, FRAMES, draw
 from tempact.shapeworld.world import judge_plan, shapeworld_rewards
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Step, Transition
 

@@ -18,16 +18,20 @@ from tempact.errors import UserError
 from tempact.shapeworld.grammar import sample_story
 from tempact.shapeworld.pretraining.clips import Cue, relaxed_cues
 from tempact.shapeworld.pretraining.matcher import corrupt, draw_corrupted
-from tempact.shapeworld.renderer import OPACITY, RADIUS, TRACK, X, Y
 from tempact.shapeworld.story import (
     COLUMN_X,
     FRAMES,
     KINDS,
+    OPACITY,
+    RADIUS,
     ROW_Y,
     SHAPES,
+    TRACK,
     Entity,
     Event,
     Story,
+    X,
+    Y,
 )
 from tempact.shapeworld.verifier import Verdict, verify, verify_steps
 from tempact.shapeworld.verifier.tracking import track

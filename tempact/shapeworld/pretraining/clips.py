@@ -18,8 +18,23 @@ from torch import Tensor
 
 from tempact.executor.rollout import smooth_prompts
 from tempact.shapeworld.grammar import describe_story, sample_story, write_instruction
-from tempact.shapeworld.renderer import COLOUR, COLUMN_OF, OPACITY, TRACK, Y, entity_track
-from tempact.shapeworld.story import CHUNK, CHUNKS, FRAMES, JUMP_HEIGHT, KINDS, SHAPES, Entity, Event, Story
+from tempact.shapeworld.story import (
+    CHUNK,
+    CHUNKS,
+    COLOUR,
+    COLUMN_OF,
+    FRAMES,
+    JUMP_HEIGHT,
+    KINDS,
+    OPACITY,
+    SHAPES,
+    TRACK,
+    Entity,
+    Event,
+    Story,
+    Y,
+    entity_track,
+)
 
 ENTITIES = 2  # tracks of a clip, absent entities have opacity 0
 WHOLE_SHARE = 0.35  # of pretraining clips, captioned as a whole

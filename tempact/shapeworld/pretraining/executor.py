@@ -27,8 +27,7 @@ from tempact.models.wan.text import TextEncoder
 from tempact.models.wan.transformer import ChunkAttention, TextKV, WanConfig, WanTransformer
 from tempact.shapeworld.pretraining import Course, draw_parts, fit_bpe
 from tempact.shapeworld.pretraining.clips import Clip, sample_clip, shape_indices, tell
-from tempact.shapeworld.renderer import draw
-from tempact.shapeworld.story import CHUNK, CHUNKS, FRAMES
+from tempact.shapeworld.story import CHUNK, CHUNKS, FRAMES, draw
 
 WAN = WanConfig(
     dim=128, ffn_dim=512, freq_dim=64, text_dim=96, text_len=64, heads=4, layers=4, in_dim=3, out_dim=3,

@@ -21,8 +21,22 @@ from tempact.shapeworld.matcher import PAD, JudgeConfig, JudgeModel, ShapeWorldJ
 from tempact.shapeworld.pretraining import Course, draw_parts
 from tempact.shapeworld.pretraining.clips import NONE, Scene, constant, relaxed_cues, shape_indices, tell
 from tempact.shapeworld.pretraining.matcher_clips import ARGUMENTS, EVENTS, Performance, StoryTable, perform
-from tempact.shapeworld.renderer import OPACITY, TRACK, draw, entity_track
-from tempact.shapeworld.story import CHUNK, CHUNKS, COLOURS, COLUMNS, FRAMES, ROWS, SHAPES, SIZE, Entity, Story
+from tempact.shapeworld.story import (
+    CHUNK,
+    CHUNKS,
+    COLOURS,
+    COLUMNS,
+    FRAMES,
+    OPACITY,
+    ROWS,
+    SHAPES,
+    SIZE,
+    TRACK,
+    Entity,
+    Story,
+    draw,
+    entity_track,
+)
 
 STORIES = 80_000
 EVENT_SHARES = (0.25, 0.3, 0.25, 0.2)  # of stories with 1, 2, 3, 4 events

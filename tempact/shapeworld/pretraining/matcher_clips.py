@@ -15,8 +15,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tempact.shapeworld.pretraining.clips import APPEAR, BLINK, JUMP, NONE, Acts, changed_columns, constant, play
-from tempact.shapeworld.renderer import COLOUR, OPACITY, RADIUS, TRACK, X, Y, draw, entity_track
-from tempact.shapeworld.story import COLOURS, COLUMN_X, COLUMNS, FRAMES, KINDS, RADII, ROW_Y, SHAPES, Story, states
+from tempact.shapeworld.story import (
+    COLOUR,
+    COLOURS,
+    COLUMN_X,
+    COLUMNS,
+    FRAMES,
+    KINDS,
+    OPACITY,
+    RADII,
+    RADIUS,
+    ROW_Y,
+    SHAPES,
+    TRACK,
+    Story,
+    X,
+    Y,
+    draw,
+    entity_track,
+    states,
+)
 
 EVENTS = 4  # at most that many a story
 ARGUMENTS = ("", *COLUMNS, *COLOURS)

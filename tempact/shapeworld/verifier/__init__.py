@@ -30,8 +30,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tempact.shapeworld.renderer import COLOUR, OPACITY, RADIUS, TRACK, X, Y, draw
-from tempact.shapeworld.story import CHUNK, COLOURS, COLUMN_X, JUMP_HEIGHT, RADII, ROW_Y, Event, Story, states
+from tempact.shapeworld.story import (
+    CHUNK,
+    COLOUR,
+    COLOURS,
+    COLUMN_X,
+    JUMP_HEIGHT,
+    OPACITY,
+    RADII,
+    RADIUS,
+    ROW_Y,
+    TRACK,
+    Event,
+    Story,
+    X,
+    Y,
+    draw,
+    states,
+)
 from tempact.shapeworld.verifier import timeline
 from tempact.shapeworld.verifier.timeline import TOLERANCE, Alignment, Script, State, Times
 from tempact.shapeworld.verifier.tracking import Tracked, track

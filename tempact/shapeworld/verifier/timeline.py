@@ -16,8 +16,21 @@ import torch
 from torch import Tensor
 
 from tempact.errors import UserError
-from tempact.shapeworld.renderer import COLOUR, COLUMN_OF, OPACITY, TRACK, entity_track
-from tempact.shapeworld.story import JUMP_HEIGHT, QUICK_FRAMES, ROWS, SHAPES, SLOW_FRAMES, Entity, Event, Story
+from tempact.shapeworld.story import (
+    COLOUR,
+    COLUMN_OF,
+    JUMP_HEIGHT,
+    OPACITY,
+    QUICK_FRAMES,
+    ROWS,
+    SHAPES,
+    SLOW_FRAMES,
+    TRACK,
+    Entity,
+    Event,
+    Story,
+    entity_track,
+)
 from tempact.shapeworld.verifier.tracking import ANY_SHAPE, Tracked
 
 CHANNELS = 5  # x, y, radius, opacity, colour: the columns of a track, its three colours as one

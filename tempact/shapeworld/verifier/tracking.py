@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tempact.shapeworld.renderer import OPACITY, RADIUS, TRACK, X, Y, coverage
-from tempact.shapeworld.story import ROWS, SHAPES, SIZE
+from tempact.shapeworld.story import OPACITY, RADIUS, ROWS, SHAPES, SIZE, TRACK, X, Y, coverage
 
 ANY_SHAPE = -1
 BAND_EDGE = 11  # first pixel line of the bottom band: shapes that jump in the bottom row stay below it

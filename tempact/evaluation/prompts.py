@@ -4,7 +4,7 @@ Own prompts: 100 simple ones (1-2 steps) and 100 hard ones (3-4 steps that depen
 person, an animal, an object and a scene, with their steps in order. The categories take turns, so that the first n of a
 set are balanced too.
 
-`python -m tempact.evaluation.temporal_order.prompts FILE...` compares the own prompts with files of others: for every
+`python -m tempact.evaluation.prompts FILE...` compares the own prompts with files of others: for every
 n the share of the own prompts' word n-grams that the file has too, and the longest run of words in common.
 """
 
@@ -149,7 +149,7 @@ def overlap(own: Sequence[OrderPrompt], others: Sequence[str]) -> Overlap:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 for a file that cannot be read."""
-    parser = LineParser("python -m tempact.evaluation.temporal_order.prompts", description="Overlap of prompts.")
+    parser = LineParser("python -m tempact.evaluation.prompts", description="Overlap of prompts.")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="prompts of others: .csv, .jsonl or .txt")
     return guarded(lambda: _report(parser.parse_args(argv).files))
 
