@@ -1,6 +1,6 @@
 """What the stages hand on to each other.
 
-Shapes use the letters of ALGORITHM.md section 1: B prompts, M plans a prompt, P = B*M plans,
+Shapes use the letters of docs/algorithm.md section 1: B prompts, M plans a prompt, P = B*M plans,
 N continuations a plan, F latent frames, c frames a chunk, K denoising steps, T = K-1 stochastic
 transitions, C latent channels, H x W latent size.
 """
@@ -64,7 +64,7 @@ class PlanTokens:
 
     input_ids      [P, L] int64, prompt then response
     attention_mask [P, L] bool, False on padding
-    response_mask  [P, L] bool, True on the tokens whose log-probs count (ALGORITHM.md 2.4)
+    response_mask  [P, L] bool, True on the tokens whose log-probs count (docs/algorithm.md 2.4)
     """
 
     input_ids: Tensor

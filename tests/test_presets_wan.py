@@ -37,7 +37,7 @@ def small(name: str, **changes: object):
 
 
 def test_values_of_the_method() -> None:
-    """ALGORITHM.md section 3."""
+    """docs/algorithm.md section 3."""
     for name in WAN:
         config = get_preset(name)
         executor, planner = config.executor, config.planner

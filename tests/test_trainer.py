@@ -1,5 +1,5 @@
 """One iteration after another: exact first ratios, seeds, switch frames, refused updates, missing rewards
-(ALGORITHM.md 6, items 5, 20, 21, 27, 30)."""
+(docs/algorithm.md 6, items 5, 20, 21, 27, 30)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GSPO: clipped policy gradient with one length-normalised ratio a sequence (ALGORITHM.md 2.4)."""
+"""GSPO: clipped policy gradient with one length-normalised ratio a sequence (docs/algorithm.md 2.4)."""
 
 from __future__ import annotations
 

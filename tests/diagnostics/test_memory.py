@@ -59,7 +59,7 @@ def few_branches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "MOST_BRANCHES", 64)
 
 
-# against BACKBONES.md and what was measured
+# against docs/backbones.md and what was measured
 
 
 def test_denoiser_calls_take_the_operations_of_backbones_section_7() -> None:

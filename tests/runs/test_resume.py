@@ -1,5 +1,5 @@
 """A stopped run that is resumed ends with the bits of an unbroken one; two runs of one seed are equal
-(ALGORITHM.md 6, item 29)."""
+(docs/algorithm.md 6, item 29)."""
 
 from __future__ import annotations
 

@@ -62,7 +62,6 @@ class Adapter:
     config: PEFT's, with Wan names. factors: by Wan name of the linear.
     """
 
-    source: Path
     files: tuple[Path, ...]
     config: LoraConfig
     factors: dict[str, Factor] = field(repr=False)
@@ -102,7 +101,7 @@ def open_adapter(path: Path, config: WanConfig) -> Adapter:
     factors = _factors(state, peft, config, file)
     files = (file, file.with_name(CONFIG)) if file.name in PEFT_FILES else (file,)
     log.info("%s: adapter of rank %d on %d linears", path, peft.r, len(factors))
-    return Adapter(path, files, peft, factors)
+    return Adapter(files, peft, factors)
 
 
 def _settings_of(file: Path) -> dict[str, Any] | None:
