@@ -102,9 +102,7 @@ class TinyDecoder(WanCodec):
     def pixels(self, states: Sequence[DecoderState], latents: Tensor) -> Tensor:
         first = states[0].latents == 0
         assert not first or latents.shape[2] == 1, "the first latent frame comes alone"
-        x = latents.float()
-        if self.scaled:
-            x = x * self.std + self.mean
+        x = latents.float() * self.std + self.mean if self.scaled else latents.float()
         b = len(states)
         x = x.to(self.dtype).transpose(1, 2).flatten(0, 1)
         kept: list[Tensor] = []
