@@ -303,7 +303,7 @@ def test_a_gradient_that_is_not_finite_is_refused(learning: Trainer, who: str) -
     for count in (1, 2):
         metrics = next(steps).metrics
         assert metrics[f"{who}/skipped_updates"] == count and np.isnan(metrics[f"{who}/grad_norm"])
-        assert equal(weights(learning), start, who) and not policy.optimiser.state
+        assert equal(weights(learning), start, who) and not policy.optimizer.state
         assert all(p.grad is None for p in policy.parameters.values())
     assert other.skipped == 0 and not equal(weights(learning), start, "executor" if who == "planner" else "planner")
     assert learning.ema.updates == (0 if who == "executor" else 2)
@@ -440,5 +440,5 @@ def test_learning_rate_falls_linearly_to_its_end(who: str) -> None:
     rates = []
     for _ in range(3):
         iterate(trainer)
-        rates += [group["lr"] for group in getattr(trainer, f"{who}_policy").optimiser.param_groups]
+        rates += [group["lr"] for group in getattr(trainer, f"{who}_policy").optimizer.param_groups]
     assert rates == pytest.approx([4e-4, 2.5e-4, 1e-4])
