@@ -32,7 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "Iteration": "trainer", "Plan": "types", "Prompt": "types", "Reward": "rewards.base", "RunConfig": "config",
+    "Iteration": "trainer", "Plan": "types", "Prompt": "types", "Reward": "rewards", "RunConfig": "config",
     "RunResult": "runs.run", "Step": "types", "UserError": "errors", "get_preset": "presets",
     "load_policies": "runs.run",
 }  # fmt: skip
