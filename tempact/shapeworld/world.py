@@ -1,7 +1,7 @@
 """ShapeWorld's prompts and rewards.
 
 Prompts are an endless training split and fixed validation and test sets. Rewards are a rule-based judge of plans and
-the exact verifier of videos, with the interface of `rewards.base`.
+the exact verifier of videos, with the interface of `tempact.rewards`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, Self
 
-import ftfy
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -95,6 +94,8 @@ class TextEncoder(nn.Module):
 
 def clean_prompt(text: str) -> str:
     """The prompt as Wan's authors clean it: mis-decoded characters mended, HTML unescaped twice, white space joined."""
+    import ftfy  # late: of the extra "wan", and ShapeWorld's text encoder stands in this module too
+
     unescaped = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", unescaped).strip()
 
