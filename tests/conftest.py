@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def log_handlers() -> Iterator[None]:
     """The commands put their own handlers on the root logger."""
     root = logging.getLogger()

@@ -107,7 +107,8 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> None:
 def weights_of(preset: str, folder: Path) -> list[str]:
     """A published file of that backbone, converted because such files tell no sizes, and what goes with it."""
     state = synthesise.random_state(SMALL)
-    layout = synthesise.self_forcing if preset == "self-forcing" else synthesise.causal_forcing
+    averaged = preset in ("self-forcing", "causal-forcing-framewise")  # these releases hold generator_ema
+    layout = synthesise.self_forcing if averaged else synthesise.causal_forcing
     convert(layout(folder / "published.pt", state), folder / "weights", config=SMALL)
     given = ["--executor.weights", str(folder / "weights"), "--executor.text_cache", str(folder / "text")]
     if preset == "longlive":

@@ -182,7 +182,7 @@ def test_commands_take_a_copied_folder_for_the_same_world(
     assert evaluate.main(["shapeworld-smoke", *options, "--judge", "in-domain", "--simple", "999"]) == 2
     assert ("--judge: is not for --suite shapeworld" if own else "--simple: found 999") in capsys.readouterr().err
 
-    def loads(*given: object) -> None:
+    def loads(*given: object, **more: object) -> None:
         raise UserError("weights are loaded")
 
     monkeypatch.setattr("tempact.runs.generation.build_executor", loads)

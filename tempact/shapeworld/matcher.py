@@ -155,7 +155,8 @@ class ShapeWorldJudge:
         for file in files:
             if not file.is_file():
                 raise UserError(f"{file}: not found; accepted: a folder that ShapeWorld's pretraining wrote")
-        model = JudgeModel(JudgeConfig(**json.loads(files[1].read_text())))
+        with torch.random.fork_rng(devices=[]):  # initial weights draw from the run's generator, and are overwritten
+            model = JudgeModel(JudgeConfig(**json.loads(files[1].read_text())))
         model.load_state_dict({name: value.float() for name, value in load_file(files[0]).items()})
         return cls(model.to(device), Tokenizer.from_file(str(files[2])))
 

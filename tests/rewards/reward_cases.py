@@ -84,7 +84,7 @@ def rollout_of(plans: PlanBatch, starts: Sequence[int], continuations: int = 2, 
 
 def scores_of(reward: RewardFunction, plans: PlanBatch, rollout: Rollout | None = None) -> Any:
     """What the function returns, as a reward set calls it: before there are videos, or with them."""
-    given = rollout or Rollout(torch.empty(0), torch.empty(len(plans.plans), 0, 0, 3, 0, 0, dtype=torch.uint8))
+    given = rollout or Rollout(torch.empty(len(plans.plans), 0, 0, 3, 0, 0, dtype=torch.uint8))
     prompts = [plans.prompt_of(p).text for p in range(len(plans.plans))]
     return reward(prompts, plans.plans, given.frames, switch_spans(plans, given))
 

@@ -139,7 +139,7 @@ def test_an_outage_past_the_limit_saves_and_stops(tmp_path: Path, monkeypatch, c
         thread.join()
         done = len(rows(tmp_path))
         saved = latest(tmp_path / "run")
-        assert 1 <= done < ITERATIONS and saved is not None and defect(saved) is None
+        assert 1 <= done < ITERATIONS and saved is not None and defect(saved.path) is None
         assert saved.state["done"] == done
         shown = capfd.readouterr().err
         assert "no answer from 127.0.0.1" in shown and f"saved after iteration {done}" in shown

@@ -28,6 +28,7 @@ from tempact.rewards import Scoring
 from tempact.rewards.judges import JudgeOutage
 from tempact.runs import run as run_module
 from tempact.runs.checkpoint import defect, verify
+from tempact.runs.evaluation import SHOWN
 from tempact.runs.run import EXIT_ABORTED
 from tempact.trainer import Iteration, Trainer
 from tempact.types import PlanBatch, Scored
@@ -132,7 +133,7 @@ def test_videos_play_and_strips_compare_the_methods(finished: Path) -> None:
     index = json.loads((videos / "index.json").read_text())
     assert [entry["category"] for entry in index] == ["simple", "hard"]
     for entry in index:
-        assert [video["title"] for video in entry["videos"]] == list(run_module.SHOWN.values())
+        assert [video["title"] for video in entry["videos"]] == list(SHOWN.values())
         for video in entry["videos"]:
             reader = imageio_ffmpeg.read_frames(str(videos / video["mp4"]))
             assert next(reader)["codec"] == "h264" and sum(1 for _ in reader) == 24
@@ -286,7 +287,9 @@ def test_a_run_whose_judges_are_gone_saves_and_stops(
         def gone() -> Scored:
             raise JudgeOutage("judge plan_quality: no answer from host for 300 s")
 
-        return SimpleNamespace(begin=begin, metrics=whole.metrics, close=lambda: closed.append(1))
+        found = SimpleNamespace(begin=begin, metrics=whole.metrics, close=lambda: closed.append(1))
+        found.extended = lambda rewards: found
+        return found
 
     monkeypatch.setattr(ShapeWorld, "rewards", judged)
     assert train.main(arguments) == EXIT_ABORTED and unevaluated == [] and closed == [1]
