@@ -176,9 +176,10 @@ class CrossAttention(SelfAttention):
         groups = k.shape[0] // x.shape[0]  # texts a video: consecutive equal parts of its tokens
         q = self.norm(self.q(x), self.norm_q).unflatten(1, (groups, -1)).flatten(0, 1)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        rows, kind = k.shape[2], k.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else k.dtype
-        mask = None if rows == self.text_len else padding_mask(rows, self.text_len, dtype, k.device)
+        rows, kind, mask = k.shape[2], k.device.type, None
+        if rows < self.text_len:
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else k.dtype
+            mask = padding_mask(rows, self.text_len, dtype, k.device)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o(out.transpose(1, 2).reshape(x.shape))
 
@@ -279,7 +280,7 @@ class WanTransformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights; the time MLP and the gates may be kept in fp32 (`checkpoints.load.PRECISIONS`)."""
+        """Of the weights; the time MLP and the gates may be kept in fp32 (`config.EXECUTOR_PRECISIONS`)."""
         return self.patch_embedding.weight.dtype
 
     def initialise(self) -> None:
