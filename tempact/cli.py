@@ -26,7 +26,7 @@ from typing import Any, NoReturn, get_args, get_origin
 import yaml
 
 from tempact.config import RUN, RunConfig, at_least, check_keys, flatten, key, keys_of, sections_of, validate
-from tempact.errors import UserError
+from tempact.errors import Stopped, StopRequest, UserError
 from tempact.presets import DEFAULT, PRESETS, get_preset
 
 VERBS = ("train", "generate", "evaluate", "report", "doctor")
@@ -68,15 +68,17 @@ def _verb(name: str) -> Callable[[list[str]], int]:
 
 
 def guarded(action: Callable[[], int]) -> int:
-    """Runs `action`; a user's mistake is one line on stderr and exit code 2, without a traceback."""
+    """Runs `action`; a user's mistake is one line on stderr and exit code 2, without a traceback, a signal that asks to
+    stop is exit code 130."""
     try:
-        return action()
+        with StopRequest().listening():
+            return action()
     except UserError as error:
         logging.getLogger(__name__).debug("user error", exc_info=True)
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped\n")
+    except (Stopped, KeyboardInterrupt) as error:
+        sys.stderr.write(f"stopped{f' by {error}' if str(error) else ''}\n")
         return EXIT_STOPPED
 
 

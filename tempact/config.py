@@ -291,6 +291,9 @@ class TrainerConfig:
     keep_checkpoints: int = key(2, RUN, "newest checkpoints that are kept", COUNT)
     samples_every: int = key(10, RUN, "iterations between sample tables and film strips", COUNT)
     max_skipped_updates: int = key(5, RUN, "updates in a row refused for non-finite gradients, then stop", NOT_NEGATIVE)
+    max_idle_iterations: int = key(
+        5, RUN, "iterations in a row in which a trained policy has no group of unequal rewards, then stop", COUNT
+    )
 
 
 @dataclass(frozen=True)

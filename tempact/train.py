@@ -8,7 +8,10 @@ from tempact.cli import callable_command, guarded, parse_run, to_yaml
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad input, 3 the run could not go on (saved), 130 stopped early (saved)."""
+    """Exit codes: 0 done, 1 an unexpected exception, 2 bad input, 3 the run could not go on, 130 stopped by a signal.
+
+    What is done is saved in each case.
+    """
     return guarded(lambda: _train(argv))
 
 
@@ -22,10 +25,14 @@ def _train(argv: list[str] | None) -> int:
         sys.stdout.write("".join([to_yaml(config), *(f"# {line}".rstrip() + "\n" for line in lines)]))
         return 0
     from tempact.runs.logs import setup_logging
-    from tempact.runs.run import train
+    from tempact.runs.run import RunFailed, train
 
     setup_logging()
-    return train(config, options.resume).exit_code
+    try:
+        return train(config, options.resume).exit_code
+    except RunFailed as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
 
 
 callable_command(__name__, "tempact.runs.run")

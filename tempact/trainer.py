@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class PromptSource(Protocol):
 
 
 class Aborted(RuntimeError):
-    """The run cannot go on; raised between iterations, so that what is saved then is whole."""
+    """The run cannot go on."""
 
 
 class TooManySkippedUpdates(Aborted):
@@ -53,6 +54,14 @@ class TooManySkippedUpdates(Aborted):
 
 class RolloutGapTooWide(Aborted):
     """Roll-out and training do not compute the same log-probs (`executor.max_rollout_gap`)."""
+
+
+class NothingLearned(Aborted):
+    """A policy had nothing to learn from for `trainer.max_idle_iterations` iterations in a row."""
+
+
+class WeightsNotFinite(Aborted):
+    """A step gave a policy weights that are NaN or infinite."""
 
 
 def switch_frames(batch: PlanBatch, chunk: int, rng: random.Random) -> list[int]:
@@ -86,7 +95,10 @@ class Iteration:
 
 
 class Trainer:
-    """Trains a planner and an executor; `iterations()` yields after each one."""
+    """Trains a planner and an executor; `iterations()` yields after each one.
+
+    An iteration that ends by an exception may have changed a policy; `rollback` takes that back.
+    """
 
     def __init__(
         self, config: RunConfig, planner: Planner, executor: Executor, rewards: RewardSet, prompts: PromptSource
@@ -94,7 +106,9 @@ class Trainer:
         self.config, self.rewards, self.prompts = config, rewards, prompts
         self.planner, self.executor = planner, executor
         self.done = 0
+        self.idle = {"planner": 0, "executor": 0}  # iterations in a row without anything to learn from
         self.wide_gap = ""  # why the last executor update was refused, if it was for that
+        self._before: dict | None = None  # state before the first optimiser step of the latest iteration
         self.planner_policy = PolicyOptimizer(dict(planner.parameters()), config.planner.optim)
         self.executor_policy = PolicyOptimizer(executor.parameters(), config.executor.optim)
         self.ema = EMA(executor.parameters(), config.executor.ema_decay)
@@ -102,17 +116,19 @@ class Trainer:
     def iterations(self, phase: Callable[[str], None]) -> Iterator[Iteration]:
         """Runs the iterations that are left; `phase` is told the name of each phase as it begins.
 
-        Raises Aborted after an iteration, never inside one: what is saved then is whole.
+        The phase "step" begins with the first optimiser step: until then the policies are those before the iteration.
+        Raises Aborted, with the policies of the last whole iteration.
         """
         while self.done < self.config.trainer.iterations:
             yield self.iterate(phase)
-            self._check_skipped()
+            self._check_progress()
             if self.wide_gap:
                 raise RolloutGapTooWide(self.wide_gap)
 
     def iterate(self, phase: Callable[[str], None]) -> Iteration:
         """One iteration of the method."""
         timing: dict[str, float] = {}
+        self._before = None
 
         @contextmanager
         def timed(name: str) -> Iterator[None]:
@@ -138,10 +154,16 @@ class Trainer:
             rollout = self.executor.rollout(plans.plans, forks, noise, score)
         timing["timing_s/rollout"] -= timing["timing_s/rewards"]  # what was scored in the meantime
         with timed("rewards"):
+            broken = 0 if rollout.broken is None else int(rollout.broken.sum())
+            if broken:
+                log.warning("iteration %d: %d videos have latents that are not finite", self.done + 1, broken)
             scored = scoring.result()
             batch, metrics = self._advantages(plans, rollout, scored)
         with timed("update"):
-            metrics |= self._update(batch)
+            metrics |= self._update(batch, partial(phase, "step"))
+        if self._before is None:
+            phase("step")  # there was none, but from here on the iteration counts
+        self._note_idle(batch)
         self.done += 1
         metrics |= self.rewards.metrics()
         if torch.cuda.is_available():
@@ -158,10 +180,11 @@ class Trainer:
             "executor_optimiser": self.executor_policy.optimizer.state_dict(),
             "ema": self.ema.state_dict(),
             "skipped": [self.planner_policy.skipped, self.executor_policy.skipped],
+            "idle": dict(self.idle),
         }
 
     def load_state(self, state: dict) -> None:
-        self.done = state["done"]
+        self.done, self.idle = state["done"], dict(state.get("idle", self.idle))  # checkpoints before 0.3 have no idle
         with torch.no_grad():
             for name, value in state["executor"].items():
                 self.executor_policy.parameters[name].copy_(value)
@@ -169,6 +192,21 @@ class Trainer:
         self.executor_policy.optimizer.load_state_dict(state["executor_optimiser"])
         self.ema.load_state_dict(state["ema"])
         self.planner_policy.skipped, self.executor_policy.skipped = state["skipped"]
+
+    def confirm(self) -> None:
+        """The latest iteration is recorded: `rollback` no longer takes it back."""
+        self._before = None
+
+    def rollback(self) -> None:
+        """Takes back the optimiser steps of the latest iteration, finished or not, unless it is confirmed."""
+        if self._before is None:
+            return
+        state, planner = self._before["state"], self._before["planner"]
+        with torch.no_grad():
+            for name, value in planner.items():
+                self.planner_policy.parameters[name].copy_(value)
+        self.load_state(state)
+        self._before = None
 
     def _seed(self, purpose: str) -> int:
         return derive_seed(self.config.seed, self.done, purpose)
@@ -188,8 +226,11 @@ class Trainer:
         metrics = prefixed("planner", plan_metrics) | prefixed("executor", execution_metrics)
         return batch, metrics | reward_metrics(scored)
 
-    def _update(self, batch: Batch) -> dict[str, float]:
-        """`updates_per_iteration` optimiser steps of both policies on consecutive parts of the plans."""
+    def _update(self, batch: Batch, stepping: Callable[[], None]) -> dict[str, float]:
+        """`updates_per_iteration` optimiser steps of both policies on consecutive parts of the plans.
+
+        `stepping` is called before the first optimiser step. Names of the metrics of later updates end in @2, @3, ...
+        """
         parts = split(len(batch.plan_advantage), self.config.trainer.updates_per_iteration)
         later = [plan for part in parts[1:] for plan in part]
         old_velocities = old_log_probs = torch.empty(0)
@@ -201,45 +242,72 @@ class Trainer:
         metrics: dict[str, float] = {}
         self.wide_gap = ""
         for i, part in enumerate(parts):
+            found: dict[str, dict[str, float]] = {}
             if self.config.planner.train:
-                old = old_log_probs[part] if i else None
-                metrics |= prefixed("planner", self._update_planner(batch, part, old))
+                found["planner"] = self.planner.update(batch, part, old_log_probs[part] if i else None)
             if self.config.executor.train:
                 rows = [later.index(plan) for plan in part] if i else []
-                metrics |= prefixed("executor", self._update_executor(batch, part, old_velocities[rows] if i else None))
+                found["executor"] = self.executor.update(batch, part, old_velocities[rows] if i else None)
+            for name, values in found.items():  # both gradients first: until here the iteration can be dropped
+                values |= self._step(name, values, stepping) if values else {}
+                metrics |= {f"{name}/{key}{f'@{i + 1}' if i else ''}": value for key, value in values.items()}
         return metrics
 
-    def _update_planner(self, batch: Batch, plans: list[int], old: Tensor | None) -> dict[str, float]:
-        metrics = self.planner.update(batch, plans, old)
-        if not metrics:
-            log.warning("iteration %d: no plan could be scored; planner update left out", self.done + 1)
-            return {}
-        return metrics | self._step(self.planner_policy, "planner")
+    def _trained_policies(self) -> dict[str, PolicyOptimizer]:
+        both = {"planner": self.planner_policy, "executor": self.executor_policy}
+        return {name: policy for name, policy in both.items() if getattr(self.config, name).train}
 
-    def _update_executor(self, batch: Batch, plans: list[int], old: Tensor | None) -> dict[str, float]:
-        metrics = self.executor.update(batch, plans, old)
-        if not metrics:
-            log.warning("iteration %d: no transition could be scored; executor update left out", self.done + 1)
-            return {}
-        self.wide_gap = self.wide_gap or too_wide(metrics, self.config.executor.max_rollout_gap)
-        if self.wide_gap:  # the videos are those of another policy than the one that would be trained on them
-            self.executor_policy.clear()
-            return metrics
-        metrics |= self._step(self.executor_policy, "executor")
-        if not self.executor_policy.skipped:
-            self.ema.update(self.executor.parameters())
-        return metrics
-
-    def _step(self, policy: PolicyOptimizer, name: str) -> dict[str, float]:
+    def _step(self, name: str, found: dict[str, float], stepping: Callable[[], None]) -> dict[str, float]:
+        """An optimiser step of the policy `name`, unless the metrics `found` say that its videos are not its own."""
+        policy = self._trained_policies()[name]
+        if name == "executor":
+            self.wide_gap = self.wide_gap or too_wide(found, self.config.executor.max_rollout_gap)
+            if self.wide_gap:  # the videos are those of another policy than the one that would be trained on them
+                policy.clear()
+                return {}
+        if self._before is None:
+            self._before = {"state": copied(self.state()), "planner": copied(dict(self.planner_policy.parameters))}
+            stepping()
         metrics = policy.step(self.done / max(1, self.config.trainer.iterations - 1))
         if policy.skipped:
             log.warning("iteration %d: %s gradient is not finite; update left out", self.done + 1, name)
+        elif not policy.finite():
+            lr = getattr(self.config, name).optim.lr
+            self.rollback()
+            raise WeightsNotFinite(
+                f"iteration {self.done + 1}: found {name} weights that are not finite; accepted: a step of less than "
+                f"{name}.optim.lr {lr:g}"
+            )
+        elif name == "executor":
+            self.ema.update(self.executor.parameters())
         return metrics
 
-    def _check_skipped(self) -> None:
-        for name, policy in (("planner", self.planner_policy), ("executor", self.executor_policy)):
-            if policy.skipped > self.config.trainer.max_skipped_updates:
+    def _note_idle(self, batch: Batch) -> None:
+        advantages = {"planner": batch.plan_advantage, "executor": batch.execution_advantage}  # 0 where masked
+        for name in self._trained_policies():
+            self.idle[name] = 0 if bool(advantages[name].any()) else self.idle[name] + 1
+            if self.idle[name]:
+                log.warning("iteration %d: no group of the %s has rewards to compare", self.done + 1, name)
+
+    def _check_progress(self) -> None:
+        settings = self.config.trainer
+        for name, policy in self._trained_policies().items():
+            if policy.skipped > settings.max_skipped_updates:
                 raise TooManySkippedUpdates(f"{name}: {policy.skipped} updates in a row had non-finite gradients")
+            if self.idle[name] >= settings.max_idle_iterations:
+                raise NothingLearned(
+                    f"{name}: {self.idle[name]} iterations in a row without a group whose rewards can be compared "
+                    f"(all missing or all equal; trainer.max_idle_iterations)"
+                )
+
+
+def copied(value: Any) -> Any:
+    """A copy of nested dictionaries and lists whose tensors are on the host."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: copied(inner) for key, inner in value.items()}
+    return [copied(inner) for inner in value] if isinstance(value, list) else value
 
 
 def too_wide(metrics: dict[str, float], limit: float) -> str:

@@ -117,10 +117,12 @@ class Rollout:
 
     frames      [P, N, T_pixel, 3, height, width] uint8
     transition  the recorded chunk, None when nothing is trained (evaluation)
+    broken      [P, N] bool, videos whose latents were NaN or infinite, which have no score; None for none
     """
 
     frames: Tensor
     transition: Transition | None = None
+    broken: Tensor | None = None
 
 
 @dataclass(frozen=True)

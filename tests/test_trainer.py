@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from test_references import undocumented
 from torch import Tensor
 
 from tempact.config import RunConfig, TrainerConfig
@@ -21,7 +22,16 @@ from tempact.executor.sampler import derive_seed, gaussian_noise
 from tempact.policies import build_policies, build_trainer
 from tempact.presets import get_preset
 from tempact.runs.evaluation import shapeworld_suite
-from tempact.trainer import Iteration, TooManySkippedUpdates, Trainer, split, switch_frames
+from tempact.trainer import (
+    Iteration,
+    NothingLearned,
+    TooManySkippedUpdates,
+    Trainer,
+    WeightsNotFinite,
+    copied,
+    split,
+    switch_frames,
+)
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Scored, Step
 
 NAN = float("nan")
@@ -244,8 +254,8 @@ def two_updates() -> tuple[Trainer, Iteration, list[dict]]:
 
         return run
 
-    trainer._update_planner = watched("planner", trainer._update_planner)  # type: ignore[method-assign]
-    trainer._update_executor = watched("executor", trainer._update_executor)  # type: ignore[method-assign]
+    trainer.planner.update = watched("planner", trainer.planner.update)  # type: ignore[method-assign]
+    trainer.executor.update = watched("executor", trainer.executor.update)  # type: ignore[method-assign]
     return trainer, iterate(trainer), seen
 
 
@@ -257,7 +267,11 @@ def test_two_updates_take_halves_and_only_the_second_is_off_policy(two_updates: 
     first, later = seen[:2], seen[2:]
     assert all(each["old"] is None and each["metrics"]["ratio_deviation"] == 0.0 for each in first)
     assert all(each["metrics"]["ratio_deviation"] > 0 and each["metrics"]["kl"] > 0 for each in later)
-    assert iteration.metrics["planner/ratio_deviation"] == later[0]["metrics"]["ratio_deviation"]
+    for each, end in zip(seen, ("", "", "@2", "@2"), strict=True):  # no update's metrics hide those of another
+        for name, value in each["metrics"].items():
+            assert iteration.metrics[f"{each['who']}/{name}{end}"] == value
+    assert iteration.metrics["planner/grad_norm"] > 0 and iteration.metrics["executor/grad_norm@2"] > 0
+    assert undocumented(iteration.metrics) == ["judge/told"]
 
 
 def test_old_values_are_those_from_before_the_first_step(two_updates: tuple) -> None:
@@ -323,6 +337,104 @@ def test_too_many_refused_updates_end_the_run_after_a_whole_iteration(learning: 
     assert rows == [1, 2, 3] and learning.done == 3  # the third is recorded, too
 
 
+@pytest.mark.parametrize(
+    ("scored", "who"),
+    [
+        (rewards([[NAN] * 2] * 2, [[NAN] * 2] * 2), "planner"),  # judges that refuse everything
+        (rewards([[0.5] * 2] * 2, [[0.5] * 2] * 2), "planner"),  # a judge that gives one score to all
+        (rewards([[0.9] * 2, [0.1] * 2], [[NAN, 0.4]] * 2), "executor"),  # one policy goes on, the other has nothing
+        (rewards([[0.5] * 2] * 2, [[0.2, 0.8]] * 2), "planner"),
+    ],
+    ids=["missing", "equal", "executor only", "planner only"],
+)
+def test_iterations_from_which_nothing_can_be_learned_end_the_run(scored: Scored, who: str) -> None:
+    trainer = make(smoke(max_idle_iterations=2), scored)
+    done: list[int] = []
+    with pytest.raises(NothingLearned, match=f"{who}: 2 iterations in a row .*trainer.max_idle_iterations"):
+        done.extend(iteration.number for iteration in trainer.iterations(lambda phase: None))
+    assert done == [1, 2] and trainer.state()["idle"][who] == 2
+
+
+def test_one_scored_group_starts_the_count_of_idle_iterations_anew(learning: Trainer) -> None:
+    known, nothing = learning.rewards, FixedRewards(rewards([[NAN] * 2] * 2, [[NAN] * 2] * 2))
+    for scored, idle in ((nothing, 1), (nothing, 2), (known, 0), (nothing, 1)):
+        learning.rewards = scored
+        iterate(learning)
+        assert learning.idle == {"planner": idle, "executor": idle}
+    frozen = make(replace(smoke(max_idle_iterations=1), planner=replace(smoke().planner, train=False)), known.scored)
+    assert next(frozen.iterations(lambda phase: None)).number == 1 and frozen.idle == {"planner": 0, "executor": 0}
+
+
+def state_of(trainer: Trainer) -> dict:
+    return copied(trainer.state() | {"planner": dict(trainer.planner_policy.parameters)})
+
+
+@pytest.mark.parametrize("who", ["planner", "executor"])
+def test_weights_that_a_step_made_infinite_are_taken_back(learning: Trainer, who: str) -> None:
+    iterate(learning)
+    learning.confirm()
+    before = state_of(learning)
+    policy = learning.planner_policy if who == "planner" else learning.executor_policy
+    step = policy.optimizer.step
+
+    def overflowing() -> None:
+        step()
+        with torch.no_grad():
+            next(reversed(policy.parameters.values())).view(-1)[-1] = float("inf")
+
+    policy.optimizer.step = overflowing  # type: ignore[method-assign]
+    with pytest.raises(WeightsNotFinite, match=f"iteration 2: found {who} weights that are not finite"):
+        iterate(learning)
+    for name, value in state_of(learning)["executor"].items():
+        assert torch.equal(value, before["executor"][name])
+    assert torch.equal(learning.ema.average[name], before["ema"]["average"][name]) and learning.done == 1
+    assert all(torch.equal(value, before["planner"][name]) for name, value in state_of(learning)["planner"].items())
+
+
+def test_a_rollback_takes_back_what_is_not_confirmed_to_the_bit(learning: Trainer) -> None:
+    phases: list[str] = []
+    learning.iterate(phases.append)
+    assert phases[0] == "plan" and phases[-1] == "step" and phases.index("update") < phases.index("step")
+    learning.confirm()
+    learning.rollback()
+    assert learning.done == 1
+    before, first = weights(learning), untimed(iterate(learning).metrics)
+    moments = [copied(policy.optimizer.state_dict()) for policy in (learning.planner_policy, learning.executor_policy)]
+    end = weights(learning)
+    learning.rollback()
+    assert learning.done == 1 and equal(weights(learning), before) and not equal(end, before)
+    again = untimed(iterate(learning).metrics)
+    assert {name for name in first if again[name] != first[name]} == {"judge/told"} and equal(weights(learning), end)
+    again = [copied(policy.optimizer.state_dict()) for policy in (learning.planner_policy, learning.executor_policy)]
+    for one, other in zip(moments, again, strict=True):
+        assert one["state"].keys() == other["state"].keys()
+        assert all(torch.equal(one["state"][i]["exp_avg"], other["state"][i]["exp_avg"]) for i in one["state"])
+
+
+def test_videos_that_are_not_numbers_have_no_score_and_harm_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make(smoke(plans=4))
+    rolled_out = trainer.executor.roll_out
+
+    def roll_out(plans: list[Plan], *more: object):
+        latents, transition = rolled_out(plans, *more)
+        latents[1] = NAN  # a plan from its shared context on
+        latents[2, 0, 0, 20, 0, 0] = float("inf")
+        transition.states[1], transition.prefix[1], transition.states[2, 0] = NAN, NAN, float("inf")
+        return latents, transition
+
+    trainer.executor.roll_out = roll_out
+    start, iteration = weights(trainer), iterate(trainer)
+    expected = [[False, False], [True, True], [True, False], [False, False]]
+    assert iteration.rollout.broken.tolist() == expected
+    for name in ("temporal_following", "aesthetics", "step_following"):
+        assert bool(getattr(iteration.scored, name)[iteration.rollout.broken].isnan().all())
+    assert not iteration.scored.temporal_following[~iteration.rollout.broken].isnan().any()
+    assert iteration.batch.execution_mask.tolist() == [[True, True], [False, False], [False, False], [True, True]]
+    assert "3 videos have latents that are not finite" in caplog.text
+    assert iteration.metrics["executor/skipped_updates"] == iteration.metrics["planner/skipped_updates"] == 0.0
+    assert not equal(weights(trainer), start, "executor")
+
+
 def test_a_missing_group_does_not_change_the_advantages_of_others() -> None:
     following = [[0.9, 0.5], [0.4, 0.2], [0.8, 0.1], [0.3, 0.6]]
     steps = [[0.2, 0.8], [0.9, 0.2], [0.5, 0.1], [0.4, 0.4]]
@@ -359,7 +471,7 @@ def test_an_iteration_without_any_reward_changes_nothing(learning: Trainer, capl
     metrics = iterate(learning).metrics
     assert equal(weights(learning), start) and learning.done == 2 and learning.ema.updates == 1
     assert metrics["rewards/step_following/missing"] == metrics["planner/missing"] == 1.0
-    assert "executor update left out" in caplog.text and "planner update left out" in caplog.text
+    assert all(f"iteration 2: no group of the {who} has rewards" in caplog.text for who in ("planner", "executor"))
     learning.rewards = known
     iterate(learning)
     assert not equal(weights(learning), start, "planner") and not equal(weights(learning), start, "executor")

@@ -145,7 +145,7 @@ class Executor:
         """Videos of P plans x N continuations, N being the noise's; plan p forks at switch_frames[p].
 
         `made` is given the videos of a few plans as soon as they are decoded, before the next ones are begun. The
-        transition is None where a switch frame is 0 (`roll_out`).
+        transition is None where a switch frame is 0 (`roll_out`). States and context of a broken video are 0.
         """
         count = len(plans)
         if self.config.rollout_videos:
@@ -153,11 +153,12 @@ class Executor:
         if count < len(plans):  # the text encoder is asked once, also where its weights must come first
             with self.precision():
                 self.encode([prompt for plan in plans for prompt in chunk_prompts(plan, self.settings)])
-        frames, transitions = torch.empty(0), list[Transition | None]()
+        frames, transitions, broken = torch.empty(0), list[Transition | None](), list[Tensor]()
         for first in range(0, len(plans), count):
             own = slice(first, min(first + count, len(plans)))
             latents, transition = self.roll_out(plans[own], switch_frames[own], noise.part(own))
-            part = Rollout(self.codec.decode_forked(latents, switch_frames[own]), transition)
+            broken.append(not_finite(latents))
+            part = Rollout(self.codec.decode_forked(latents, switch_frames[own]), transition, broken[-1])
             del latents  # nothing of these videos but frames and transition stays while the next ones are made
             made(part)
             if len(part.frames) == len(plans):
@@ -167,14 +168,18 @@ class Executor:
             frames[own] = part.frames
             transitions.append(transition)
             del part
-        return Rollout(frames, joined(transitions))
+        return Rollout(frames, joined(transitions), torch.cat(broken))
 
     def roll_out(
         self, plans: list[Plan], switch_frames: list[int], noise: NoiseSource
     ) -> tuple[Tensor, Transition | None]:
         """Latents [P, N, C, F, H, W] of the videos of all plans together, and their transitions, as `rollout`."""
         with self.precision(), self.history() as history:
-            return roll_out(history, self.encode, plans, switch_frames, noise)
+            latents, transition = roll_out(history, self.encode, plans, switch_frames, noise)
+        if transition is not None:  # zeros, because a gradient of 0 through NaN is NaN
+            for values in (transition.states, transition.prefix):
+                values.nan_to_num_(0.0, 0.0, 0.0)
+        return latents, transition
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -287,6 +292,12 @@ class Executor:
                         states.to(self.device), sigma, self.encode(texts), index, history.positions(start), context
                     )
                 yield entries, velocity.float()
+
+
+def not_finite(latents: Tensor) -> Tensor:
+    """Which videos [P, N] of latents [P, N, ...] hold a NaN or an infinity."""
+    low, high = torch.aminmax(latents.flatten(2), dim=-1)
+    return ~(low.isfinite() & high.isfinite())
 
 
 def micro_batches(group: list[int], continuations: int, transitions: int, size: int) -> Iterator[_Entries]:

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tempact.executor.executor import Executor
+from tempact.errors import UserError
+from tempact.executor.executor import Executor, not_finite
 from tempact.executor.rollout import Branch, PromptKV, chunk_prompts, denoised, walk_chunks
 from tempact.executor.sampler import NoiseSource
 from tempact.models.wan.codec import HostFrames
@@ -55,16 +56,24 @@ def stream_latents(executor: Executor, plan: Plan, noise: NoiseSource) -> Iterat
 def stream_frames(executor: Executor, plan: Plan, noise: NoiseSource) -> Iterator[Tensor]:
     """The frames of a plan's video on the host, uint8 [T, 3, height, width] a chunk.
 
-    A chunk's frames come when the next chunk has been queued, so a GPU goes on while they are written.
+    A chunk's frames come when the next chunk has been queued, so a GPU goes on while they are written. Raises UserError
+    for latents that are NaN or infinite.
     """
     states = [executor.codec.start()]
-    leaving: HostFrames | None = None
+    leaving: tuple[HostFrames, Tensor] | None = None
     for latents in stream_latents(executor, plan, noise):
         frames = executor.codec.decode_chunk(states, latents[None])[0]
-        arriving = HostFrames(frames.shape, frames.device)
-        arriving.put((slice(None),), frames)
+        arriving = HostFrames(frames.shape, frames.device), not_finite(latents[None, None])
+        arriving[0].put((slice(None),), frames)
         if leaving is not None:
-            yield leaving.wait()
+            yield _arrived(*leaving)
         leaving = arriving
     if leaving is not None:
-        yield leaving.wait()
+        yield _arrived(*leaving)
+
+
+def _arrived(frames: HostFrames, broken: Tensor) -> Tensor:
+    arrived = frames.wait()
+    if broken.any():
+        raise UserError("executor: found latents that are not finite; accepted: weights that give pictures")
+    return arrived

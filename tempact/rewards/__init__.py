@@ -216,6 +216,7 @@ class Scoring:
     quality: Any  # what the function of plan quality has returned
     parts: list[dict[str, Any]] = field(default_factory=list)  # what the others have returned, by name
     shapes: list[list[int]] = field(default_factory=list)  # of the parts: plans, continuations
+    broken: list[Tensor] = field(default_factory=list)  # of the parts: videos that have no score
 
     def add(self, rollout: Rollout) -> None:
         """Starts to score the videos of the next plans."""
@@ -227,9 +228,10 @@ class Scoring:
         functions |= {reward.name: reward.score for reward in self.rewards.custom}
         self.parts.append({name: function(*given) for name, function in functions.items()})
         self.shapes.append(shape)
+        self.broken.append(torch.zeros(shape, dtype=torch.bool) if rollout.broken is None else rollout.broken.cpu())
 
     def result(self) -> Scored:
-        """Waits for all scores. Every tensor has its whole shape, NaN where missing.
+        """Waits for all scores. Every tensor has its whole shape, NaN where missing, as for a broken video.
 
         A number outside [0, 1] of the method's rewards is logged and counts as missing. Raises UserError for own
         scores of a wrong shape and for infinite ones.
@@ -249,10 +251,11 @@ class Scoring:
         )
 
     def _whole(self, name: str, level: RewardLevel = "execution") -> Tensor:
-        parts = zip(self.parts, self.shapes, strict=True)
-        return torch.cat(
-            [_tensor(name, part[name], [shape] + [shape[:1]] * (level == "plan")) for part, shape in parts]
-        )
+        found = []
+        for part, shape, broken in zip(self.parts, self.shapes, self.broken, strict=True):
+            scores = _tensor(name, part[name], [shape] + [shape[:1]] * (level == "plan"))
+            found.append(scores.masked_fill(broken if scores.ndim == 2 else broken.all(1), float("nan")))
+        return torch.cat(found)
 
 
 def _prompts(plans: PlanBatch) -> list[str]:

@@ -47,6 +47,10 @@ class PolicyOptimizer:
         self.clear()
         return {"grad_norm": norm.item() if finite else float("nan"), "skipped_updates": float(self.skipped)}
 
+    def finite(self) -> bool:
+        """Are all weights numbers?"""
+        return all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters.values())
+
     def clear(self) -> None:
         """Drops the gradients."""
         self.optimizer.zero_grad(set_to_none=True)

@@ -4,6 +4,10 @@
                             executor/  the same
                             state/     state.pt (optimisers, averages, iteration), rng.pt, config.json
                             COMPLETE   sizes and SHA-256 hashes of all files, written last
+                aside/      checkpoints of another course, and the metrics that were theirs
+
+A course is one way through the iterations: a run that goes on from one of its earlier checkpoints takes another way,
+and the later checkpoints are set aside.
 
 A save fills a folder under another name in the same place, syncs it and renames it: a save that is killed leaves the
 earlier checkpoints valid. A file that COMPLETE does not confirm is never loaded. Reading changes nothing on disk, so a
@@ -12,15 +16,16 @@ run that trains can be read; the remains of a killed save are cleared by the pro
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
+import pickle
 import random
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -33,8 +38,17 @@ from tempact.files import disk_full, file_hash, sync
 
 log = logging.getLogger(__name__)
 
-FOLDER, COMPLETE = "checkpoints", "COMPLETE"
-SAVING, REPLACED = ".saving", ".replaced"  # suffixes of folders that a killed save may leave
+FOLDER, COMPLETE, ASIDE = "checkpoints", "COMPLETE", "aside"
+FORMAT = 2  # of the folder: 1 had no course
+PLANNER, EXECUTOR = "planner", "executor"
+TENSOR_FILES = ("state/state.pt", "state/rng.pt")
+NEEDED = {*TENSOR_FILES, "state/config.json"} | {
+    f"{policy}/{file}"
+    for policy in (PLANNER, EXECUTOR)
+    for file in ("adapter_config.json", "adapter_model.safetensors")
+}
+SAVING, REPLACED, REMOVED = ".saving", ".replaced", ".removed"  # suffixes of folders that a killed save may leave
+READINGS = 10  # of a folder whose checkpoints change while they are read
 
 
 class CorruptCheckpoint(UserError):
@@ -45,26 +59,33 @@ class CorruptCheckpoint(UserError):
 class Checkpoint:
     """A checkpoint folder whose files were verified when this object was made (`verify`, `latest`).
 
-    digest: the first 12 hex digits of the SHA-256 of COMPLETE, which lists the hashes of all files. state, rng and
-    config are read from disk at each access: `state` as given to `save`, `rng` for `restore_rng`, `config` flattened.
+    digest: the first 12 hex digits of the SHA-256 of COMPLETE, which lists the hashes of all files. course: its name,
+    "" in format 1. state, rng and config are read from disk at each access: `state` as given to `save`, `rng` for
+    `restore_rng`, `config` flattened.
     """
 
     path: Path
     step: int
     digest: str
+    course: str
 
     @property
     def planner_dir(self) -> Path:
-        return self.path / "planner"
+        return self.path / PLANNER
 
     @property
     def executor_dir(self) -> Path:
-        return self.path / "executor"
+        return self.path / EXECUTOR
 
     @property
     def name(self) -> str:
         """Step and content, for results: "step-000040 (0123456789ab)"."""
         return f"{_name(self.step)} ({self.digest})"
+
+    def within(self, run_folder: Path) -> bool:
+        """Is this one of the run's own checkpoints?"""
+        parent = Path(run_folder) / FOLDER
+        return parent.is_dir() and self.path.parent.samefile(parent)
 
     @property
     def state(self) -> dict:
@@ -76,10 +97,14 @@ class Checkpoint:
 
     @property
     def config(self) -> dict[str, object]:
-        return json.loads((self.path / "state" / "config.json").read_text())
+        return json.loads((self.path / "state" / "config.json").read_text(encoding="utf-8"))
 
     def _tensors(self, file: str) -> dict:
         return torch.load(self.path / "state" / file, map_location="cpu", weights_only=True)
+
+
+def new_course() -> str:
+    return secrets.token_hex(6)
 
 
 def save(
@@ -89,10 +114,12 @@ def save(
     state: dict,
     config: RunConfig,
     keep: int,
+    course: str = "",
 ) -> Path:
-    """Writes checkpoint `step`, keeps the newest `keep` checkpoints and returns the new folder.
+    """Writes checkpoint `step` of a course, keeps its newest `keep` checkpoints and returns the new folder.
 
-    The caller holds the run's lock (`claim_run_folder`). `writers` map a sub-folder ("planner", "executor") to the
+    Later checkpoints and those of other courses are set aside. The caller holds the run's lock (`claim_run_folder`).
+    `writers` map a sub-folder ("planner", "executor") to the
     function that fills it; `state` holds tensors and plain data only. Raises UserError when the disk is full; earlier
     checkpoints are then untouched.
     """
@@ -103,7 +130,8 @@ def save(
     try:
         parent.mkdir(parents=True, exist_ok=True)
         recover(run_folder)
-        _fill(saving, step, writers, state, config)
+        _fill(saving, step, writers, state, config, course)
+        set_aside(run_folder, step, course)
         _swap_in(saving, final)
     except (OSError, RuntimeError, SafetensorError) as error:
         if not disk_full(error):
@@ -116,8 +144,37 @@ def save(
     finally:
         shutil.rmtree(saving, ignore_errors=True)
     for _, old in _list(parent)[keep:]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(old.with_name(old.name + REMOVED)))
     return final
+
+
+def set_aside(run_folder: Path, step: int, course: str) -> list[str]:
+    """Moves checkpoints after `step` and those of other courses to `checkpoints/aside`; returns their names.
+
+    Only for the process that holds the run's lock.
+    """
+    parent, moved = Path(run_folder) / FOLDER, []
+    for later, path in reversed(_list(parent)):
+        manifest = path / COMPLETE
+        if later <= step and _course(manifest) == course:
+            continue
+        target = parent / ASIDE / f"{_stem(path)}-{file_hash(manifest)[:12] if manifest.is_file() else new_course()}"
+        if target.exists():  # the very same files
+            shutil.rmtree(path)
+        else:
+            target.parent.mkdir(exist_ok=True)
+            path.rename(target)
+        moved.append(path.name)
+    if moved:
+        log.warning("%s: set aside in %s: %s", run_folder, parent / ASIDE, ", ".join(moved))
+    return moved
+
+
+def _course(manifest: Path) -> str:
+    try:
+        return str(json.loads(manifest.read_bytes()).get("course", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 def verify(path: Path) -> Checkpoint:
@@ -126,27 +183,39 @@ def verify(path: Path) -> Checkpoint:
     reason = defect(path)
     if reason:
         raise CorruptCheckpoint(f"{path}: {reason}; accepted: a checkpoint as it was saved")
-    digest = hashlib.sha256((path / COMPLETE).read_bytes()).hexdigest()[:12]
-    return Checkpoint(path, int(_stem(path).removeprefix("step-")), digest)
+    digest = file_hash(path / COMPLETE)[:12]
+    return Checkpoint(path, int(_stem(path).removeprefix("step-")), digest, _course(path / COMPLETE))
 
 
 def latest(run_folder: Path) -> Checkpoint | None:
     """The newest checkpoint that verifies; others are passed over with a warning that says why. Read-only."""
-    for _, path in _list(Path(run_folder) / FOLDER):
-        try:
-            return verify(path)
-        except CorruptCheckpoint as error:
-            log.warning("passed over: %s", error)
-        except FileNotFoundError:  # the run that trains has removed it meanwhile
-            continue
+    parent = Path(run_folder) / FOLDER
+    for _ in range(READINGS):
+        listed = _list(parent)
+        before = _identities(listed)
+        for _, path in listed:
+            try:
+                return verify(path)
+            except (CorruptCheckpoint, FileNotFoundError) as error:
+                if _identities(_list(parent)) != before:
+                    break  # the run that trains has saved meanwhile
+                log.warning("passed over: %s", error)
+        else:
+            return None
     return None
+
+
+def _identities(listed: list[tuple[int, Path]]) -> list[tuple[str, int]]:
+    """Names and inodes of checkpoints; a folder that is gone has none."""
+    return [(path.name, path.stat().st_ino) for _, path in listed if path.exists()]
 
 
 def resolve_resume(value: str, run_folder: Path) -> Checkpoint | None:
     """The checkpoint that `--resume` names, None for a run from the start.
 
     "auto": the newest intact checkpoint of `run_folder`, if there is one. "none": a new run, refused where the folder
-    already holds checkpoints. Any other value is the path of a checkpoint or of a run folder.
+    already holds checkpoints. Any other value is the path of a checkpoint or of a run folder; a checkpoint of another
+    folder is refused where `run_folder` holds some of its own.
     """
     present = [path for _, path in _list(Path(run_folder) / FOLDER)]
     if value == "none":
@@ -170,45 +239,75 @@ def resolve_resume(value: str, run_folder: Path) -> Checkpoint | None:
             raise UserError(
                 f"resume: {path} holds no intact checkpoint; accepted: auto, none, a checkpoint or run folder"
             )
-        return found
-    if not path.is_dir() or _step(path.name) is None:
+    elif not path.is_dir() or _step(path.name) is None:
         raise UserError(f"resume: {value} is no checkpoint; accepted: auto, none, .../step-000040 or a run folder")
-    return verify(path)
+    else:
+        found = verify(path)
+    if present and not found.within(run_folder):
+        raise UserError(
+            f"resume: found {found.path}, but {run_folder} holds {present[0].name} of its own; accepted: auto to go on "
+            f"with that, or another --output"
+        )
+    return found
 
 
 def check_config(checkpoint: Checkpoint, config: RunConfig) -> None:
-    """UserError that lists the keys in which `config` differs from the checkpoint's and a resumed run may not."""
-    now, then = json.loads(json.dumps(flatten(config))), checkpoint.config
-    free = {name for name, key in keys_of(RunConfig).items() if key.sets in RESUME_MAY_CHANGE}
-    changed = [
-        f"{key} ({json.dumps(then.get(key))} -> {json.dumps(now.get(key))})"
-        for key in sorted(now.keys() | then.keys())
-        if key not in free and (key in now, now.get(key)) != (key in then, then.get(key))
-    ]
-    if changed:
+    """UserError that lists the keys in which `config` differs from the checkpoint's and a resumed run may not.
+
+    Keys that the checkpoint's version had not have their defaults there. Keys that this version has no more are named
+    in a warning, and so are changes that are accepted.
+    """
+    keys, then = keys_of(RunConfig), checkpoint.config
+    now, before = (
+        json.loads(json.dumps(values))
+        for values in (flatten(config), {name: own.default for name, own in keys.items() if own.default is not MISSING})
+    )
+    gone = sorted(then.keys() - now.keys())
+    if gone:
+        log.warning("%s: passed over, as this version has no such keys: %s", checkpoint.path, ", ".join(gone))
+    before |= then
+    changed = {
+        name: f"{name} ({json.dumps(before.get(name))} -> {json.dumps(value)})"
+        for name, value in sorted(now.items())
+        if value != before.get(name)
+    }
+    refused = [words for name, words in changed.items() if keys[name].sets not in RESUME_MAY_CHANGE]
+    if refused:
         raise UserError(
-            f"{checkpoint.path}: saved with another configuration: {', '.join(changed)}; accepted: the same values"
+            f"{checkpoint.path}: saved with another configuration: {', '.join(refused)}; accepted: the same values"
+        )
+    if changed:
+        log.info("changed since %s: %s", checkpoint.path.name, ", ".join(changed.values()))
+    if "trainer.iterations" in changed and {config.planner.optim.lr_end, config.executor.optim.lr_end} != {1.0}:
+        log.warning(
+            "trainer.iterations: learning rates fall over all iterations, so the change moves them from here on"
         )
 
 
 def defect(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, None if every file has the size and hash of its saving."""
+    """What is wrong with a checkpoint folder, None if it holds the files of its saving and nothing else, each with the
+    size and hash it had."""
     try:
         manifest = json.loads((path / COMPLETE).read_bytes())
         files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-        step = manifest["step"]
+        step, version = manifest["step"], manifest.get("format", 1)
     except FileNotFoundError:
         return f"{COMPLETE} is missing (the save did not finish)"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{COMPLETE} is damaged"
+    if version not in range(1, FORMAT + 1):
+        return f"{COMPLETE} is of format {version}, which is later than this version's {FORMAT}"
     if step != _step(_stem(path)):
         return f"{COMPLETE} is for step {step}"
-    needed = {"state/state.pt", "state/rng.pt", "state/config.json"}
-    if not needed <= files.keys():
-        return f"{COMPLETE} does not list {', '.join(sorted(needed - files.keys()))}"
+    if NEEDED - files.keys():
+        return f"{COMPLETE} does not list {', '.join(sorted(NEEDED - files.keys()))}"
+    for file in (path, *sorted(path.rglob("*"))):
+        name = file.relative_to(path).as_posix()
+        if file.is_symlink() or not (file.is_dir() or name in files or name == COMPLETE):
+            return f"{'the folder' if file == path else name} is not a file of the checkpoint"
     for name, (size, digest) in files.items():
         file = path / name
-        if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute() or file.is_symlink():
+        if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
             return f"{name} is not a file of the checkpoint"
         if not file.is_file():
             return f"{name} is missing"
@@ -216,11 +315,20 @@ def defect(path: Path) -> str | None:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
         if file_hash(file) != digest:
             return f"{name} does not have the hash it was saved with"
-    return None
+    return next((f"{name} holds more than tensors" for name in TENSOR_FILES if not _only_tensors(path / name)), None)
+
+
+def _only_tensors(file: Path) -> bool:
+    """Can torch read a file without running code of the file? Tensors themselves are not read."""
+    try:
+        torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError):
+        return False
+    return True
 
 
 def _fill(
-    folder: Path, step: int, writers: Mapping[str, Callable[[Path], None]], state: dict, config: RunConfig
+    folder: Path, step: int, writers: Mapping[str, Callable[[Path], None]], state: dict, config: RunConfig, course: str
 ) -> None:
     for name, write in writers.items():
         (folder / name).mkdir(parents=True)
@@ -228,12 +336,15 @@ def _fill(
     (folder / "state").mkdir(parents=True)
     _save_tensors(state, folder / "state" / "state.pt")
     _save_tensors(capture_rng(), folder / "state" / "rng.pt")
-    (folder / "state" / "config.json").write_text(json.dumps(flatten(config), indent=1, sort_keys=True))
+    (folder / "state" / "config.json").write_text(
+        json.dumps(flatten(config), indent=1, sort_keys=True), encoding="utf-8"
+    )
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for file in files:
         sync(file)
     listed = {f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": file_hash(f)} for f in files}
-    (folder / COMPLETE).write_text(json.dumps({"step": step, "files": listed}, indent=1))
+    manifest = {"format": FORMAT, "step": step, "course": course, "files": listed}
+    (folder / COMPLETE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in (folder / COMPLETE, *(p for p in folder.rglob("*") if p.is_dir()), folder):
         sync(path)
 
@@ -261,7 +372,7 @@ def recover(run_folder: Path) -> None:
     Only for the process that holds the run's lock.
     """
     parent = Path(run_folder) / FOLDER
-    for folder in parent.glob(f"step-*{SAVING}"):
+    for folder in (*parent.glob(f"step-*{SAVING}"), *parent.glob(f"step-*{REMOVED}")):
         shutil.rmtree(folder)
     for folder in parent.glob(f"step-*{REPLACED}"):
         final = folder.with_name(folder.name.removesuffix(REPLACED))

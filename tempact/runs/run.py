@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import os
+import shutil
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 
 from tempact.cli import EXIT_ABORTED, EXIT_STOPPED, fingerprint, from_yaml, to_yaml
 from tempact.config import RunConfig, validate
-from tempact.errors import UserError
+from tempact.errors import Stopped, StopRequest, UserError
 from tempact.files import claim_run_folder, write_atomic
 from tempact.policies import PolicyPair, build_policies, build_trainer, device_of
-from tempact.reporting import write_samples
+from tempact.reporting import METRICS, write_samples
 from tempact.reporting.report import write_report
 from tempact.reporting.strips import write_extremes
 from tempact.rewards import Reward
 from tempact.rewards.judges import JudgeOutage
-from tempact.runs.checkpoint import Checkpoint, check_config, latest, recover, resolve_resume, restore_rng, save
+from tempact.runs.checkpoint import (
+    ASIDE,
+    Checkpoint,
+    check_config,
+    latest,
+    new_course,
+    recover,
+    resolve_resume,
+    restore_rng,
+    save,
+    set_aside,
+)
+from tempact.runs.checkpoint import FOLDER as CHECKPOINTS
 from tempact.runs.evaluation import evaluate
 from tempact.runs.logs import MetricsLogger, Progress
 from tempact.trainer import Aborted, Iteration, Trainer
@@ -29,45 +42,25 @@ from tempact.worlds import world_of
 
 log = logging.getLogger(__name__)
 
+TRACEBACKS = "tracebacks.txt"
+LONGEST_ERROR = 300  # characters of an unexpected exception in its line
 LOAD_ATTEMPTS = 5  # a run that trains may remove a checkpoint while it is read; the newest is then read in its place
 
 Callback = Callable[[Iteration], None]
 
 
+class RunFailed(RuntimeError):
+    """An unexpected exception ended a run. The message is one line: the exception, what is saved, where the traceback
+    is. Entry points print it and exit with code 1."""
+
+
 @dataclass(frozen=True)
 class RunResult:
-    """folder: of the run. exit_code: 0 finished, 130 stopped early, 3 the run could not go on; the state is saved."""
+    """folder: of the run. exit_code: 0 finished, 130 stopped by a signal, 3 the run could not go on; what is done is
+    saved."""
 
     folder: Path
     exit_code: int
-
-
-class StopRequest:
-    """Set by SIGINT or SIGTERM; the loop ends after the iteration in hand. A second signal ends at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def __bool__(self) -> bool:
-        return self.signal is not None
-
-    @contextmanager
-    def listening(self) -> Iterator[StopRequest]:
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        before = {each: signal.signal(each, self._note) for each in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for each, handler in before.items():
-                signal.signal(each, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self:
-            raise KeyboardInterrupt
-        self.signal = number
-        log.warning("%s: finishing this iteration, then saving; once more to stop at once", signal.Signals(number).name)
 
 
 def train(
@@ -83,10 +76,41 @@ def train(
         callbacks: called with each finished `Iteration` (plans, videos, rewards, metrics), before it is recorded.
             A callback that keeps videos keeps their memory.
 
-    Raises UserError for a configuration or a file that cannot work.
+    Raises UserError for a configuration or a file that cannot work, and RunFailed for an unexpected exception.
     """
     validate(config)
-    with claim_run_folder(config.output) as folder, ExitStack() as opened:
+    refuse_ranks()
+    with StopRequest().listening() as stop, claim_run_folder(config.output) as folder, ExitStack() as opened:
+        try:
+            run = Run.begin(config, folder, resume, rewards, opened)
+        except Stopped as stopped:
+            log.warning("%s: stopped before the first iteration; nothing is lost", stopped)
+            return RunResult(folder, EXIT_STOPPED)
+        return run.go(stop, callbacks)
+
+
+def refuse_ranks() -> None:
+    """UserError under torchrun, as long as a run has one process."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks != "1":
+        found = f"WORLD_SIZE: found {ranks} processes, as torchrun starts them"
+        raise UserError(f"{found}; accepted: one, python -m tempact.train (a run has one process and one GPU)")
+
+
+@dataclass
+class Run:
+    """A run in its folder, ready to go on. course: of its checkpoints. saved: iterations done in the newest of them."""
+
+    config: RunConfig
+    folder: Path
+    policies: PolicyPair
+    trainer: Trainer
+    course: str
+    saved: int
+
+    @staticmethod
+    def begin(config: RunConfig, folder: Path, resume: str, rewards: Sequence[Reward], opened: ExitStack) -> Run:
+        """Loads everything, at the state of the checkpoint that `resume` names. `opened` closes what scores."""
         recover(folder)
         checkpoint = resolve_resume(resume, folder)
         world = world_of(config)
@@ -99,71 +123,125 @@ def train(
             restore(checkpoint, config, policies, trainer)
         log.info("run folder %s, seed %d, configuration %s", folder, config.seed, fingerprint(config))
         write_atomic(folder / "config.yaml", to_yaml(config))
+        if checkpoint is None or not checkpoint.within(folder):
+            return Run(config, folder, policies, trainer, new_course(), 0)
+        if set_aside(folder, checkpoint.step, checkpoint.course):
+            shutil.copy(folder / METRICS, folder / CHECKPOINTS / ASIDE / f"{checkpoint.course}-{METRICS}")
+        return Run(config, folder, policies, trainer, checkpoint.course, checkpoint.step)
+
+    def go(self, stop: StopRequest, callbacks: Sequence[Callback]) -> RunResult:
+        """The iterations that are left, the evaluation and the report.
+
+        Whatever ends the iterations, the state of the last whole one is saved. Raises RunFailed for an exception that
+        is no UserError.
+        """
         try:
-            with StopRequest().listening() as stop:
-                finished = loop(config, folder, policies, trainer, stop, callbacks)
+            self.iterate(stop, callbacks)
+            if not stop:
+                return self.finish(stop)
+            log.warning("stopped after iteration %d; `--resume auto` goes on from there", self.trainer.done)
+            return self.ended(EXIT_STOPPED)
+        except Stopped as stopped:
+            log.warning("%s: %s", stopped, self.kept(stop))
+            return self.ended(EXIT_STOPPED)
         except (Aborted, JudgeOutage) as error:
-            store(config, folder, policies, trainer)
-            log.error("%s; saved after iteration %d", error, trainer.done)
-            return RunResult(folder, EXIT_ABORTED)
-        if not finished:
-            log.warning("stopped after iteration %d; `--resume auto` goes on from there", trainer.done)
-            return RunResult(folder, EXIT_STOPPED)
-        if world.real_video:
-            log.info("%s\nno held-out evaluation: ShapeWorld's is for its own executor", write_report(folder))
-            return RunResult(folder, 0)
-        with trainer.ema.applied(policies.executor.parameters()):
-            evaluate(config, folder, policies)
-    return RunResult(folder, 0)
+            log.error("%s; %s", error, self.kept(stop))
+            return self.ended(EXIT_ABORTED)
+        except UserError:
+            log.error("%s", self.kept(stop))
+            raise
+        except Exception as error:
+            kept = self.kept(stop)
+            with (self.folder / TRACEBACKS).open("a", encoding="utf-8") as file:
+                file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')}\n{traceback.format_exc()}\n")
+            found = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_ERROR]
+            raise RunFailed(f"{found}; {kept}; traceback in {self.folder / TRACEBACKS}") from error
 
+    def kept(self, stop: StopRequest) -> str:
+        """Saves the state of the last whole iteration; says what is saved, or what is lost."""
+        trainer = self.trainer
+        trainer.rollback()
+        if not trainer.done:
+            return "no iteration was finished"
+        stop.close(f"saving after iteration {trainer.done}")
+        try:
+            if trainer.done != self.saved:
+                self.save()
+        except (Stopped, OSError, RuntimeError, ValueError) as error:
+            return f"not saved ({error}), iterations {self.saved + 1} to {trainer.done} are lost"
+        again = "goes on from there" if trainer.done < self.config.trainer.iterations else "goes on with the evaluation"
+        return f"saved after iteration {trainer.done}; the same command {again}"
 
-def loop(
-    config: RunConfig,
-    folder: Path,
-    policies: PolicyPair,
-    trainer: Trainer,
-    stop: StopRequest,
-    callbacks: Sequence[Callback] = (),
-) -> bool:
-    """Runs and records the iterations that are left; False if a stop was requested."""
-    settings = config.trainer
-    metrics = MetricsLogger(folder, trainer.done, config.wandb_project or None)
-    try:
-        with Progress("training", settings.iterations, trainer.done) as progress:
-            for iteration in trainer.iterations(progress.phase):
-                last = iteration.number == settings.iterations
-                for callback in callbacks:
-                    callback(iteration)
-                metrics.log(iteration.number, iteration.metrics)
-                progress.step(shown(iteration))
-                if iteration.number % settings.samples_every == 0 or iteration.number == 1 or last:
-                    write_samples(folder, iteration.number, iteration.plans, iteration.scored, iteration.batch)
-                    write_extremes(folder, iteration.number, iteration.plans, iteration.rollout, iteration.scored)
-                if iteration.number % settings.checkpoint_every == 0 or last or stop:
-                    store(config, folder, policies, trainer)
-                if stop:
-                    return False
-                del iteration  # its videos and recorded states must not live through the next one: tens of GiB at size
-    finally:
-        metrics.close()
-    return True
+    def ended(self, exit_code: int) -> RunResult:
+        """The result of a run that is not finished, with a report all the same."""
+        try:
+            log.info("%s", write_report(self.folder))
+        except (Stopped, OSError, ValueError, LookupError, TypeError) as error:
+            log.warning("no report: %s", error)
+        return RunResult(self.folder, exit_code)
+
+    def finish(self, stop: StopRequest) -> RunResult:
+        """The held-out evaluation of a trained ShapeWorld run, and the report."""
+        stop.open()
+        if world_of(self.config).real_video:
+            log.info("%s\nno held-out evaluation: ShapeWorld's is for its own executor", write_report(self.folder))
+        else:
+            with self.trainer.ema.applied(self.policies.executor.parameters()):
+                evaluate(self.config, self.folder, self.policies)
+        return RunResult(self.folder, 0)
+
+    def iterate(self, stop: StopRequest, callbacks: Sequence[Callback]) -> None:
+        """Runs and records the iterations that are left, or those until a stop is requested."""
+        settings, trainer, folder = self.config.trainer, self.trainer, self.folder
+        metrics = MetricsLogger(folder, trainer.done, self.config.wandb_project or None)
+
+        def phase(name: str) -> None:
+            progress.phase(name)
+            if name == "step":
+                stop.close(f"finishing iteration {trainer.done + 1}, then saving")
+            elif not stop.opened:
+                stop.open()
+
+        try:
+            with Progress("training", settings.iterations, trainer.done) as progress:
+                for iteration in trainer.iterations(phase):
+                    last = iteration.number == settings.iterations
+                    stop.close(f"recording iteration {iteration.number}")  # nothing may have been learned from
+                    for callback in callbacks:
+                        callback(iteration)
+                    metrics.log(iteration.number, iteration.metrics)
+                    trainer.confirm()
+                    progress.step(shown(iteration))
+                    if iteration.number % settings.samples_every == 0 or iteration.number == 1 or last:
+                        write_samples(folder, iteration.number, iteration.plans, iteration.scored, iteration.batch)
+                        write_extremes(folder, iteration.number, iteration.plans, iteration.rollout, iteration.scored)
+                    if iteration.number % settings.checkpoint_every == 0 or last or stop:
+                        self.save()
+                    if stop:
+                        return
+                    del iteration  # its videos and recorded states must not live through the next one: tens of GiB
+            stop.close("ending")
+        finally:
+            metrics.close()
+
+    def save(self) -> None:
+        """Saves both adapters (the executor's averaged, ready for use) and the training state."""
+        trainer, executor = self.trainer, self.policies.executor
+
+        def save_executor(path: Path) -> None:
+            with trainer.ema.applied(executor.parameters()):
+                executor.save_adapter(path)
+
+        writers = {"planner": self.policies.planner.save_adapter, "executor": save_executor}
+        keep = self.config.trainer.keep_checkpoints
+        save(self.folder, trainer.done, writers, trainer.state(), self.config, keep, self.course)
+        self.saved = trainer.done
 
 
 def shown(iteration: Iteration) -> dict[str, float]:
     """The few metrics that the progress line shows."""
     names = {"executor/reward": "executor", "planner/reward": "planner", "rewards/temporal_following/mean": "order"}
     return {label: iteration.metrics[name] for name, label in names.items() if name in iteration.metrics}
-
-
-def store(config: RunConfig, folder: Path, policies: PolicyPair, trainer: Trainer) -> None:
-    """Saves both adapters (the executor's averaged, ready for use) and the training state."""
-
-    def save_executor(path: Path) -> None:
-        with trainer.ema.applied(policies.executor.parameters()):
-            policies.executor.save_adapter(path)
-
-    writers = {"planner": policies.planner.save_adapter, "executor": save_executor}
-    save(folder, trainer.done, writers, trainer.state(), config, config.trainer.keep_checkpoints)
 
 
 def restore(checkpoint: Checkpoint, config: RunConfig, policies: PolicyPair, trainer: Trainer) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
+import pickle
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +45,13 @@ def adapter(value: float):
     return write
 
 
-def store(run: Path, step: int, keep: int = 5, **writers) -> Path:
+WRITERS = {"planner": adapter(0), "executor": adapter(0)}
+
+
+def store(run: Path, step: int, keep: int = 5, course: str = "", **writers) -> Path:
     state = {"done": step, "moment": torch.full((3,), step / 7)}
-    return save(run, step, {"planner": adapter(step), "executor": adapter(-step)} | writers, state, CONFIG, keep)
+    given = {"planner": adapter(step), "executor": adapter(-step)} | writers
+    return save(run, step, given, state, CONFIG, keep, course)
 
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
@@ -245,10 +252,188 @@ def test_a_changed_configuration_is_refused_with_its_keys(tmp_path: Path) -> Non
     with pytest.raises(UserError) as caught:
         check_config(loaded, changed)
     assert "executor.continuations (8 -> 6), seed (0 -> 4);" in str(caught.value) and "\n" not in str(caught.value)
-    older = {k: v for k, v in loaded.config.items() if k != "executor.eta"} | {"x": None}
+
+
+def test_keys_of_other_versions_are_named_and_take_their_defaults(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = verify(store(tmp_path, 20))
+    older = {k: v for k, v in loaded.config.items() if k != "executor.eta"} | {"planner.gone": None, "x": 3}
     (loaded.path / "state" / "config.json").write_text(json.dumps(older))
-    with pytest.raises(UserError, match=r"executor.eta \(null -> 1.0\), x \(null -> null\)"):
-        check_config(loaded, CONFIG)
+    check_config(loaded, CONFIG)
+    assert "passed over, as this version has no such keys: planner.gone, x" in caplog.text
+    with pytest.raises(UserError, match=r"executor.eta \(1.0 -> 0.5\);"):
+        check_config(loaded, dataclasses.replace(CONFIG, executor=dataclasses.replace(CONFIG.executor, eta=0.5)))
+    for removed in ("executor.lora.rank", "planner.weights"):  # keys without a default
+        without = {name: value for name, value in older.items() if name != removed}
+        (loaded.path / "state" / "config.json").write_text(json.dumps(without))
+        with pytest.raises(UserError, match=rf"{removed} \(null -> "):
+            check_config(loaded, CONFIG)
+
+
+@pytest.mark.parametrize("key", ["planner", "executor"])
+def test_a_learning_rate_is_not_changed_by_a_resume(tmp_path: Path, key: str) -> None:
+    loaded = verify(store(tmp_path, 20))
+    for name, value in {"lr": 2e-3, "lr_end": 0.5}.items():
+        own = getattr(CONFIG, key)
+        changed = dataclasses.replace(
+            CONFIG, **{key: dataclasses.replace(own, optim=dataclasses.replace(own.optim, **{name: value}))}
+        )
+        with pytest.raises(UserError, match=rf"{key}.optim.{name} \("):
+            check_config(loaded, changed)
+
+
+def test_a_changed_length_that_moves_the_learning_rates_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    falling = dataclasses.replace(CONFIG.planner, optim=dataclasses.replace(OPTIM, lr_end=0.1))
+    longer = dataclasses.replace(CONFIG.trainer, iterations=999)
+    for planner, said in ((CONFIG.planner, False), (falling, True)):
+        config = dataclasses.replace(CONFIG, planner=planner)
+        loaded = verify(save(tmp_path / str(said), 3, WRITERS, {"done": 3}, config, 1))
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            check_config(loaded, dataclasses.replace(config, trainer=longer))
+        assert "trainer.iterations (100 -> 999)" in caplog.text
+        assert ("learning rates fall over all iterations" in caplog.text) == said
+
+
+def names(run: Path, inner: str = "") -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints" / inner).iterdir() if path.name.startswith("step-"))
+
+
+def test_what_belongs_to_another_course_is_set_aside_and_the_newest_save_stays(tmp_path: Path) -> None:
+    for step in (20, 40):
+        store(tmp_path, step, course="first")
+    old = (tmp_path / "checkpoints/step-000040/COMPLETE").read_bytes()
+    path = store(tmp_path, 30, keep=1, course="first")  # went on from 20
+    assert names(tmp_path) == ["step-000030"] and latest(tmp_path).path == path
+    (aside,) = (tmp_path / "checkpoints" / "aside").iterdir()
+    assert aside.name.startswith("step-000040-") and (aside / "COMPLETE").read_bytes() == old
+    other = store(tmp_path, 2, keep=1, course="second")
+    assert names(tmp_path) == ["step-000002"] and latest(tmp_path).path == other and latest(tmp_path).course == "second"
+    assert len(names(tmp_path, "aside")) == 2
+    store(tmp_path, 30, keep=1, course="first"), store(tmp_path, 2, keep=1, course="first")
+    assert len(names(tmp_path, "aside")) == 3  # the second step 30 is the first one to the bit
+
+
+def test_a_resume_from_elsewhere_does_not_mix_two_runs(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    elsewhere = store(other, 2, course="other")
+    assert resolve_resume(str(elsewhere), run).path == elsewhere
+    store(run, 4, course="own"), store(run, 5, course="own")
+    for value in (elsewhere, other):
+        with pytest.raises(UserError, match=r"found .*other.*step-000002, but .*run holds step-000005 of its own; acc"):
+            resolve_resume(str(value), run)
+    assert resolve_resume("auto", run).step == 5 and resolve_resume(str(run / "checkpoints/step-000004"), run).step == 4
+    (tmp_path / "link").symlink_to(run)
+    assert resolve_resume(str(tmp_path / "link"), run).step == 5
+
+
+@pytest.mark.parametrize("where", ["executor", "executor/adapter_model.safetensors", "state/state.pt", ""])
+def test_a_link_is_no_part_of_a_checkpoint(tmp_path: Path, where: str) -> None:
+    good, bad = store(tmp_path, 20), store(tmp_path, 40)
+    part = bad / where
+    part.rename(tmp_path / "elsewhere")
+    part.symlink_to(tmp_path / "elsewhere")
+    assert "is not a file of the checkpoint" in defect(bad) and latest(tmp_path).path == good
+
+
+def test_a_run_folder_behind_a_link_is_as_good_as_any(tmp_path: Path) -> None:
+    store(tmp_path / "scratch", 20)
+    (tmp_path / "run").symlink_to(tmp_path / "scratch")
+    assert latest(tmp_path / "run").step == 20
+
+
+def test_the_manifest_lists_exactly_the_files_that_are_there(tmp_path: Path) -> None:
+    path = store(tmp_path, 20)
+    manifest = json.loads((path / "COMPLETE").read_text())
+    for gone in manifest["files"]:
+        files = {name: entry for name, entry in manifest["files"].items() if name != gone}
+        (path / "COMPLETE").write_text(json.dumps(manifest | {"files": files}))
+        assert f"does not list {gone}" in defect(path)
+        (path / gone).rename(tmp_path / "kept")
+        assert f"does not list {gone}" in defect(path)
+        (tmp_path / "kept").rename(path / gone)
+    (path / "COMPLETE").write_text(json.dumps(manifest | {"files": {}}))
+    assert "does not list" in defect(path)
+    (path / "COMPLETE").write_text(json.dumps(manifest))
+    for extra in ("planner/adapter_model.bin", "executor/more/x.safetensors", "notes.txt"):
+        (path / extra).parent.mkdir(exist_ok=True)
+        (path / extra).write_bytes(b"x")
+        assert defect(path) == f"{extra} is not a file of the checkpoint"
+        (path / extra).unlink()
+    assert defect(path) is None
+    (path / "COMPLETE").write_text(json.dumps(manifest | {"format": 99}))
+    assert "format 99, which is later than this version's" in defect(path)
+
+
+def test_a_renamed_checkpoint_is_not_taken_for_another_step(tmp_path: Path) -> None:
+    store(tmp_path, 20).rename(tmp_path / "checkpoints" / "step-000090")
+    assert latest(tmp_path) is None
+    with pytest.raises(CorruptCheckpoint, match="COMPLETE is for step 20"):
+        verify(tmp_path / "checkpoints" / "step-000090")
+
+
+class Attack:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (os.environ["ATTACKED"],)
+
+
+@pytest.mark.parametrize("file", ["state.pt", "rng.pt"])
+def test_a_pickle_with_the_right_hashes_is_passed_over_and_never_executed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, file: str
+) -> None:
+    monkeypatch.setenv("ATTACKED", str(tmp_path / "attacked"))
+    good, bad = store(tmp_path, 20), store(tmp_path, 40)
+    torch.save({"done": 40, "attack": Attack()}, bad / "state" / file)
+    manifest = json.loads((bad / "COMPLETE").read_text())
+    raw = (bad / "state" / file).read_bytes()
+    manifest["files"][f"state/{file}"] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    (bad / "COMPLETE").write_text(json.dumps(manifest))
+    assert resolve_resume("auto", tmp_path).path == good and not (tmp_path / "attacked").exists()
+    assert f"step-000040: state/{file} holds more than tensors" in caplog.text
+    loaded = dataclasses.replace(verify(good), path=bad)  # a reader that did not verify
+    with pytest.raises(pickle.UnpicklingError):
+        loaded.state if file == "state.pt" else loaded.rng  # noqa: B018
+    assert not (tmp_path / "attacked").exists()
+
+
+def test_a_reader_beside_a_trainer_harms_no_save(tmp_path: Path) -> None:
+    """200 saves of one process while another reads the newest checkpoint over and over, as generate and evaluate do."""
+    store(tmp_path, 1)
+    reader = os.fork()
+    if reader == 0:
+        seen = 0
+        while True:
+            found = latest(tmp_path)
+            if found is None or found.step < seen:
+                os._exit(1)
+            seen = found.step
+    try:
+        for step in range(2, 202):
+            store(tmp_path, step if step % 3 else step - 1, keep=1 + step % 2)
+            assert os.waitpid(reader, os.WNOHANG) == (0, 0)
+        assert verify(tmp_path / "checkpoints" / "step-000200").state["done"] == 200
+        assert names(tmp_path)[-1] == "step-000200"
+    finally:
+        os.kill(reader, signal.SIGKILL)
+        os.waitpid(reader, 0)
+
+
+def test_a_save_recovers_first_and_syncs_all_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store(tmp_path, 20)
+    parent = tmp_path / "checkpoints"
+    (parent / "step-000020").rename(parent / "step-000020.replaced")
+    (parent / "step-000030.saving").mkdir()
+    synced: list[str] = []
+    plain = module.sync
+    monkeypatch.setattr(module, "sync", lambda path: synced.append(path.name) or plain(path))
+    path = store(tmp_path, 40)
+    assert names(tmp_path) == ["step-000020", "step-000040"] and latest(tmp_path).path == path
+    files = {file.name for file in path.rglob("*") if file.is_file()}
+    assert files <= set(synced) and {"planner", "executor", "state", "step-000040.saving", "checkpoints"} <= set(synced)
+    assert synced.index("COMPLETE") > synced.index("state.pt") and synced[-1] == "checkpoints"
 
 
 def test_what_resume_means(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_references import undocumented
 
 from tempact import evaluate, generate, report, train
-from tempact.cli import EXIT_STOPPED, EXIT_USER_ERROR, from_yaml
+from tempact.cli import EXIT_USER_ERROR, from_yaml
 from tempact.evaluation import METHODS
 from tempact.evaluation.statistics import Row, read_evaluation
 from tempact.reporting import read_metrics
@@ -30,7 +29,7 @@ from tempact.runs import run as run_module
 from tempact.runs.checkpoint import defect, verify
 from tempact.runs.evaluation import SHOWN
 from tempact.runs.run import EXIT_ABORTED
-from tempact.trainer import Iteration, Trainer
+from tempact.trainer import Trainer
 from tempact.types import PlanBatch, Scored
 from tempact.worlds import WEIGHTS, ShapeWorld
 
@@ -208,36 +207,6 @@ def test_generate_writes_a_video_and_its_plan(
         picture.load()
     told = json.loads(paths[2].read_text())
     assert told["instruction"] == PROMPT and told["steps"][0]["start"] == 0 and told["steps"][-1]["end"] == 24
-
-
-def test_a_stop_in_the_last_iteration_leaves_the_evaluation_to_the_next_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unevaluated: list[int]
-) -> None:
-    iterate, folder = Trainer.iterate, tmp_path / "run"
-
-    def interrupted(self: Trainer, phase) -> Iteration:
-        if self.done == 1:
-            signal.raise_signal(signal.SIGINT)
-        return iterate(self, phase)
-
-    monkeypatch.setattr(Trainer, "iterate", interrupted)
-    before = signal.getsignal(signal.SIGINT)
-    assert train.main([*SMOKE, "--output", str(folder)]) == EXIT_STOPPED
-    assert signal.getsignal(signal.SIGINT) is before and unevaluated == []
-    assert [row["step"] for row in read_metrics(folder)] == [1, 2]
-    assert train.main([*SMOKE, "--output", str(folder)]) == 0
-    assert unevaluated == [1] and [row["step"] for row in read_metrics(folder)] == [1, 2]
-
-
-def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(self: Trainer, phase) -> Iteration:
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGINT)
-        raise AssertionError
-
-    monkeypatch.setattr(Trainer, "iterate", interrupted)
-    assert train.main([*SMOKE, "--output", str(tmp_path / "run")]) == EXIT_STOPPED
-    assert not (tmp_path / "run" / "checkpoints").exists() and read_metrics(tmp_path / "run") == []
 
 
 def test_a_run_whose_updates_keep_failing_is_saved_whole(

@@ -1,0 +1,258 @@
+"""How a run ends before its end: signals, exceptions, nothing to learn; what is saved, said and gone on with."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from runs.same_run import ARGUMENTS, assert_same_run, metrics, start
+
+from tempact.cli import EXIT_ABORTED, EXIT_STOPPED, EXIT_USER_ERROR
+from tempact.errors import StopRequest
+from tempact.executor.executor import Executor
+from tempact.planner.planner import Planner
+from tempact.reporting import read_metrics
+from tempact.rewards import Scoring
+from tempact.rl import PolicyOptimizer
+from tempact.runs import run as run_module
+from tempact.runs.checkpoint import verify
+
+pytestmark = pytest.mark.usefixtures("log_handlers")
+
+
+@pytest.fixture
+def unevaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "evaluate", lambda *given: None)
+
+
+def once(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int, act: Callable[[], None]) -> None:
+    """`act` happens in the `call`-th call of a function, before what the function does."""
+    plain, calls = getattr(owner, name), [0]
+
+    def counted(*given, **more):
+        calls[0] += 1
+        if calls[0] == call:
+            act()
+        return plain(*given, **more)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+def steps(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir() if path.name.startswith("step-"))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "number"),
+    [
+        (Planner, "sample", signal.SIGTERM),
+        (Executor, "rollout", signal.SIGINT),
+        (Scoring, "result", signal.SIGHUP),
+        (Planner, "update", signal.SIGUSR1),
+    ],
+    ids=["plan", "rollout", "rewards", "update"],
+)
+def test_a_signal_before_the_first_step_saves_the_state_before_the_iteration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], unevaluated: None,
+    owner: type, name: str, number: signal.Signals,
+) -> None:  # fmt: skip
+    before = signal.getsignal(number)
+    once(monkeypatch, owner, name, 2, lambda: signal.raise_signal(number))
+    assert start(tmp_path) == EXIT_STOPPED and signal.getsignal(number) is before
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1] and steps(tmp_path) == ["step-000001"]
+    told = capsys.readouterr().err
+    assert f"{number.name}: saved after iteration 1; the same command goes on from there" in told
+    assert "report.html" in told and (tmp_path / "report.html").is_file()
+
+
+def test_a_run_stopped_in_an_update_goes_on_with_the_same_bits(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        once(patch, Executor, "velocities", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert start(tmp_path) == EXIT_STOPPED  # the planner's gradient is made, its step is not
+    assert verify(tmp_path / "checkpoints" / "step-000001").state["done"] == 1
+    assert start(tmp_path) == 0
+    assert_same_run(unbroken, tmp_path)
+
+
+def test_a_signal_after_the_first_step_finishes_the_iteration(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        once(patch, PolicyOptimizer, "step", 3, lambda: signal.raise_signal(signal.SIGTERM))
+        assert start(tmp_path) == EXIT_STOPPED
+    assert "finishing iteration 2, then saving first; once more to give that up" in capsys.readouterr().err
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2] and steps(tmp_path) == ["step-000002"]
+    assert start(tmp_path) == 0
+    assert_same_run(unbroken, tmp_path)
+
+
+def test_a_second_signal_gives_the_iteration_up_and_loses_nothing_before_it(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        once(patch, PolicyOptimizer, "step", 4, twice)  # the planner has made its step of the second iteration
+        assert start(tmp_path) == EXIT_STOPPED
+    assert steps(tmp_path) == ["step-000001"] and [row["step"] for row in metrics(tmp_path)] == [1]
+    assert start(tmp_path) == 0
+    assert_same_run(unbroken, tmp_path)
+
+
+def test_a_signal_while_the_state_is_saved_says_what_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], unevaluated: None
+) -> None:
+    once(monkeypatch, Executor, "rollout", 3, lambda: signal.raise_signal(signal.SIGTERM))
+    once(monkeypatch, Planner, "save_adapter", 1, lambda: signal.raise_signal(signal.SIGTERM))
+    assert start(tmp_path) == EXIT_STOPPED
+    assert "SIGTERM: not saved (SIGTERM), iterations 1 to 2 are lost" in capsys.readouterr().err
+    assert steps(tmp_path) == []
+
+
+def test_a_signal_before_the_first_iteration_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    once(monkeypatch, run_module, "build_policies", 1, lambda: signal.raise_signal(signal.SIGTERM))
+    assert start(tmp_path / "run") == EXIT_STOPPED
+    assert "SIGTERM: stopped before the first iteration; nothing is lost" in capsys.readouterr().err
+    once(monkeypatch, Executor, "rollout", 1, lambda: signal.raise_signal(signal.SIGTERM))
+    assert start(tmp_path / "other") == EXIT_STOPPED
+    assert "SIGTERM: no iteration was finished" in capsys.readouterr().err
+    assert not (tmp_path / "other" / "checkpoints").exists()
+
+
+def test_a_run_stopped_in_its_evaluation_goes_on_with_it(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        once(patch, Executor, "rollout", 6, lambda: signal.raise_signal(signal.SIGTERM))
+        assert start(tmp_path) == EXIT_STOPPED
+    assert "SIGTERM: saved after iteration 3; the same command goes on with the evaluation" in capsys.readouterr().err
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "evaluation").rglob("videos/*/*")}
+    assert made and not (tmp_path / "evaluation.json").exists()
+    assert start(tmp_path) == 0
+    assert {path: path.stat().st_mtime_ns for path in made} == made  # not made a second time
+    assert_same_run(unbroken, tmp_path)
+
+
+def test_signals_that_a_process_ignores_stay_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        with StopRequest().listening() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    "command", [["train", *ARGUMENTS], ["generate", "--prompt", "A red circle is at the top left."]]
+)
+def test_a_command_that_is_terminated_ends_with_130_and_without_a_traceback(tmp_path: Path, command: list[str]) -> None:
+    """A process of its own, at a moment that nobody has chosen."""
+    started = [sys.executable, "-m", "tempact.cli", *command, "--output", str(tmp_path / "out")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(started, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+    time.sleep(3)
+    process.terminate()
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == EXIT_STOPPED and "Traceback" not in told, told
+
+
+@pytest.mark.parametrize("call", [3, 4], ids=["before the first step", "between two steps"])
+def test_an_unexpected_exception_saves_the_last_whole_iteration(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: int
+) -> None:
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    with monkeypatch.context() as patch:
+        once(patch, PolicyOptimizer, "step", call, fail)
+        assert start(tmp_path) == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    file = tmp_path / "tracebacks.txt"
+    expected = "error: OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB; saved after iteration 1; "
+    assert told == [f"{expected}the same command goes on from there; traceback in {file}"]
+    assert "in fail" in file.read_text() and steps(tmp_path) == ["step-000001"]
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+    assert start(tmp_path) == 0
+    assert_same_run(unbroken, tmp_path)
+
+
+def test_a_mistake_of_the_user_in_mid_run_is_one_line_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], unevaluated: None
+) -> None:
+    (tmp_path / "mine_in_mid_run.py").write_text(
+        "calls = []\ndef broken(prompts, plans, frames, spans):\n    calls.append(1)\n"
+        "    return frames.float().mean((2, 3, 4, 5)) / 255 if len(calls) < 3 else 'none'\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert start(tmp_path / "run", "--rewards.custom", "mine_in_mid_run:broken") == EXIT_USER_ERROR
+    told = capsys.readouterr().err
+    assert "saved after iteration 2" in told and "error: rewards.custom: broken: found str" in told
+    assert "Traceback" not in told and steps(tmp_path / "run") == ["step-000002"]
+
+
+def test_rewards_that_are_no_use_end_the_run_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], unevaluated: None
+) -> None:
+    plain = Scoring.result
+
+    def refused(scoring: Scoring):
+        scored = plain(scoring)
+        scored.temporal_following[:] = scored.step_following[:] = float("nan")  # a judge that answers prose
+        return scored
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scoring, "result", refused)
+        assert start(tmp_path, "--trainer.max_idle_iterations", "2") == EXIT_ABORTED
+    told = capsys.readouterr().err
+    assert "planner: 2 iterations in a row without a group whose rewards can be compared" in told
+    assert "saved after iteration 2" in told and steps(tmp_path) == ["step-000002"]
+    assert start(tmp_path, "--trainer.max_idle_iterations", "2") == 0  # judges that answer again
+
+
+def test_several_processes_of_torchrun_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert start(tmp_path / "run") == EXIT_USER_ERROR and not (tmp_path / "run").exists()
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "WORLD_SIZE: found 2 processes" in told and "accepted: one" in told
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(run_module, "evaluate", lambda *given: None)
+    assert start(tmp_path / "run", "--trainer.iterations", "1") == 0
+
+
+def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], unevaluated: None
+) -> None:
+    more = ["--trainer.checkpoint_every", "1", "--trainer.keep_checkpoints", "1"]
+    assert start(tmp_path / "run", *more[:2], "--trainer.keep_checkpoints", "3") == 0
+    old = read_metrics(tmp_path / "run")
+    first = tmp_path / "run" / "checkpoints" / "step-000001"
+    assert start(tmp_path / "run", *more, "--resume", str(first), "--trainer.iterations", "2") == 0
+    assert steps(tmp_path / "run") == ["step-000002"]
+    aside = tmp_path / "run" / "checkpoints" / "aside"
+    kept = sorted(path.name[:11] for path in aside.iterdir() if path.is_dir())
+    assert kept == ["step-000002", "step-000003"]
+    (rows,) = aside.glob("*-metrics.jsonl")
+    assert rows.read_text().count("\n") == len(old) == 3
+    assert "set aside" in capsys.readouterr().err
+    assert start(tmp_path / "run", *more) == 0  # auto goes on from the new step 2, not from the abandoned 3
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
+    assert start(tmp_path / "other", *more, "--trainer.iterations", "2") == 0
+    code = start(tmp_path / "run", *more, "--resume", str(tmp_path / "other" / "checkpoints" / "step-000002"))
+    assert code == EXIT_USER_ERROR and "holds step-000003 of its own" in capsys.readouterr().err
