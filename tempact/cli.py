@@ -29,6 +29,9 @@ from tempact.config import RUN, RunConfig, at_least, check_keys, flatten, key, k
 from tempact.errors import Stopped, StopRequest, UserError
 from tempact.presets import DEFAULT, PRESETS, get_preset
 
+log = logging.getLogger(__name__)
+
+RECORDED = "config.yaml"  # in a run's folder
 VERBS = ("train", "generate", "evaluate", "report", "doctor")
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 130
@@ -189,16 +192,16 @@ def word(value: object) -> str:
 
 def _put(config: Any, name: str, raw: object, found: str, before: str) -> Any:
     """`config` with one more value, read from `raw`; `found`, and `before` ahead of the key, are for the UserError."""
-
-    def put(section: Any, name: str) -> Any:
-        head, _, rest = name.partition(".")
-        return dataclasses.replace(section, **{head: put(getattr(section, head), rest) if rest else value})
-
     try:
         value = _read(keys_of(type(config))[name].kind, raw)
     except ValueError as error:
         raise UserError(f"{before}{name}: found {found[:SHOWN_CHARACTERS]}; accepted: {error}") from error
-    return put(config, name)
+    return _replaced(config, name, value)
+
+
+def _replaced(section: Any, name: str, value: object) -> Any:
+    head, _, rest = name.partition(".")
+    return dataclasses.replace(section, **{head: _replaced(getattr(section, head), rest, value) if rest else value})
 
 
 def _read(kind: Any, raw: object) -> Any:
@@ -256,8 +259,9 @@ def to_yaml(config: RunConfig) -> str:
 def from_yaml(path: Path, base: RunConfig | None = None) -> RunConfig:
     """A configuration from a file; missing keys come from `base`, else from the preset that the file names.
 
-    Raises UserError for a file that cannot be read, unknown keys (with the nearest valid one), wrong values,
-    and a preset other than that of `base`.
+    The config.yaml of a run may be that of another version: its missing keys have their own defaults, and unknown ones
+    are passed over with a warning. Raises UserError for a file that cannot be read, unknown keys (with the nearest
+    valid one), wrong values, and a preset other than that of `base`.
     """
     try:
         data = yaml.load(path.read_text(encoding="utf-8-sig"), _UniqueKeys)  # a SafeLoader
@@ -274,11 +278,27 @@ def from_yaml(path: Path, base: RunConfig | None = None) -> RunConfig:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     keys, sections = keys_of(RunConfig), sections_of(RunConfig)
-    for name, raw in dotted(data, sections):
+    given = dict(dotted(data, sections))
+    if path.name == RECORDED and (path.parent / "checkpoints").is_dir():
+        gone = sorted(given.keys() - keys.keys() - sections.keys())
+        if gone:
+            log.warning("%s: passed over, as this version has no such keys: %s", path, ", ".join(gone))
+        given = {name: raw for name, raw in given.items() if name not in gone}
+        config = _with_defaults(config, [name for name in keys if name not in given and name != "preset"])
+    for name, raw in given.items():
         if name not in keys:
             fault = f"found {raw!r}; accepted: a mapping" if name in sections else None
             raise UserError(f"{path}: {name}: {fault or f'unknown key; nearest: {nearest(name, keys)}'}")
         config = _put(config, name, raw, repr(raw), f"{path}: ")
+    return config
+
+
+def _with_defaults(config: RunConfig, names: Iterable[str]) -> RunConfig:
+    """`config` with the defaults of these keys, where they have one."""
+    for name in names:
+        default = keys_of(RunConfig)[name].default
+        if default is not dataclasses.MISSING:
+            config = _replaced(config, name, default)
     return config
 
 
