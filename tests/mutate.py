@@ -83,8 +83,9 @@ def main(words: list[str]) -> int:
         for number, mutation in enumerate(chosen, 1):
             told = survives(mutation, folder)
             alive += bool(told)
-            print(f"{number}/{len(chosen)} {'SURVIVES' if told else 'seen'} {mutation}", told, flush=True)
-    print(f"{len(chosen)} faults, {alive} survive")
+            sys.stdout.write(f"{number}/{len(chosen)} {'SURVIVES' if told else 'seen'} {mutation} {told}\n")
+            sys.stdout.flush()
+    sys.stdout.write(f"{len(chosen)} faults, {alive} survive\n")
     return 1 if alive else 0
 
 
