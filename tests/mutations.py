@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutate import Mutation
 
 CHECKPOINT, RUN, TRAINER = "tempact/runs/checkpoint.py", "tempact/runs/run.py", "tempact/trainer.py"
+RESUME = "tempact/runs/resume.py"
 CHECKPOINTS, ENDINGS, TRAINING = "tests/runs/test_checkpoint.py", "tests/runs/test_endings.py", "tests/test_trainer.py"
 
 
@@ -33,7 +34,7 @@ MUTATIONS = [
             "or name in files or name ==",
             "or files or name ==",
         ),
-        ("test_a_renamed_checkpoint_is_not_taken_for_another_step", "if step != _step(_stem(path)):", "if not step:"),
+        ("test_a_renamed_checkpoint_is_not_taken_for_another_step", "if step != step_of(_stem(path)):", "if not step:"),
         ("test_a_link_is_no_part_of_a_checkpoint", "if file.is_symlink() or", "if"),
         ("test_a_save_recovers_first_and_syncs_all_it_writes", "        recover(run_folder)\n", ""),
         ("test_a_save_recovers_first_and_syncs_all_it_writes", "    for file in files:\n        sync(file)\n", ""),
@@ -48,6 +49,10 @@ MUTATIONS = [
             "if later <= step and _course(manifest) == course:",
             "if later <= step:",
         ),
+    ),
+    *faults(
+        RESUME,
+        CHECKPOINTS,
         (
             "test_a_resume_from_elsewhere_does_not_mix_two_runs",
             "if present and not found.within",

@@ -25,14 +25,15 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from tempact.config import RESUME_MAY_CHANGE, RunConfig, flatten, keys_of
+from tempact.config import RunConfig, flatten
 from tempact.errors import UserError
 from tempact.files import disk_full, file_hash, sync
 
@@ -143,7 +144,7 @@ def save(
         ) from error
     finally:
         shutil.rmtree(saving, ignore_errors=True)
-    for _, old in _list(parent)[keep:]:
+    for _, old in listed(parent)[keep:]:
         shutil.rmtree(old.rename(old.with_name(old.name + REMOVED)))
     return final
 
@@ -154,7 +155,7 @@ def set_aside(run_folder: Path, step: int, course: str) -> list[str]:
     Only for the process that holds the run's lock.
     """
     parent, moved = Path(run_folder) / FOLDER, []
-    for later, path in reversed(_list(parent)):
+    for later, path in reversed(listed(parent)):
         manifest = path / COMPLETE
         if later <= step and _course(manifest) == course:
             continue
@@ -191,13 +192,13 @@ def latest(run_folder: Path) -> Checkpoint | None:
     """The newest checkpoint that verifies; others are passed over with a warning that says why. Read-only."""
     parent = Path(run_folder) / FOLDER
     for _ in range(READINGS):
-        listed = _list(parent)
-        before = _identities(listed)
-        for _, path in listed:
+        found = listed(parent)
+        before = _identities(found)
+        for _, path in found:
             try:
                 return verify(path)
             except (CorruptCheckpoint, FileNotFoundError) as error:
-                if _identities(_list(parent)) != before:
+                if _identities(listed(parent)) != before:
                     break  # the run that trains has saved meanwhile
                 log.warning("passed over: %s", error)
         else:
@@ -205,83 +206,13 @@ def latest(run_folder: Path) -> Checkpoint | None:
     return None
 
 
-def _identities(listed: list[tuple[int, Path]]) -> list[tuple[str, int]]:
+def _identities(found: list[tuple[int, Path]]) -> list[tuple[str, int]]:
     """Names and inodes of checkpoints; a folder that is gone has none."""
-    return [(path.name, path.stat().st_ino) for _, path in listed if path.exists()]
-
-
-def resolve_resume(value: str, run_folder: Path) -> Checkpoint | None:
-    """The checkpoint that `--resume` names, None for a run from the start.
-
-    "auto": the newest intact checkpoint of `run_folder`, if there is one. "none": a new run, refused where the folder
-    already holds checkpoints. Any other value is the path of a checkpoint or of a run folder; a checkpoint of another
-    folder is refused where `run_folder` holds some of its own.
-    """
-    present = [path for _, path in _list(Path(run_folder) / FOLDER)]
-    if value == "none":
-        if present:
-            raise UserError(
-                f"output: {run_folder} already holds {present[0].name} of another run; accepted: --resume auto to go "
-                f"on with it, or another --output"
-            )
-        return None
-    if value == "auto":
-        found = latest(run_folder)
-        if found is None and present:
-            raise UserError(
-                f"resume: none of the {len(present)} checkpoints in {run_folder} is intact; accepted: another --output"
-            )
-        return found
-    path = Path(value)
-    if (path / FOLDER).is_dir():
-        found = latest(path)
-        if found is None:
-            raise UserError(
-                f"resume: {path} holds no intact checkpoint; accepted: auto, none, a checkpoint or run folder"
-            )
-    elif not path.is_dir() or _step(path.name) is None:
-        raise UserError(f"resume: {value} is no checkpoint; accepted: auto, none, .../step-000040 or a run folder")
-    else:
-        found = verify(path)
-    if present and not found.within(run_folder):
-        raise UserError(
-            f"resume: found {found.path}, but {run_folder} holds {present[0].name} of its own; accepted: auto to go on "
-            f"with that, or another --output"
-        )
-    return found
-
-
-def check_config(checkpoint: Checkpoint, config: RunConfig) -> None:
-    """UserError that lists the keys in which `config` differs from the checkpoint's and a resumed run may not.
-
-    Keys that the checkpoint's version had not have their defaults there. Keys that this version has no more are named
-    in a warning, and so are changes that are accepted.
-    """
-    keys, then = keys_of(RunConfig), checkpoint.config
-    now, before = (
-        json.loads(json.dumps(values))
-        for values in (flatten(config), {name: own.default for name, own in keys.items() if own.default is not MISSING})
-    )
-    gone = sorted(then.keys() - now.keys())
-    if gone:
-        log.warning("%s: passed over, as this version has no such keys: %s", checkpoint.path, ", ".join(gone))
-    before |= then
-    changed = {
-        name: f"{name} ({json.dumps(before.get(name))} -> {json.dumps(value)})"
-        for name, value in sorted(now.items())
-        if value != before.get(name)
-    }
-    refused = [words for name, words in changed.items() if keys[name].sets not in RESUME_MAY_CHANGE]
-    if refused:
-        raise UserError(
-            f"{checkpoint.path}: saved with another configuration: {', '.join(refused)}; accepted: the same values"
-        )
-    if changed:
-        log.info("changed since %s: %s", checkpoint.path.name, ", ".join(changed.values()))
-    if "trainer.iterations" in changed and {config.planner.optim.lr_end, config.executor.optim.lr_end} != {1.0}:
-        log.warning(
-            "trainer.iterations: learning rates fall over all iterations, so the change moves them from here on"
-        )
+    known = []
+    for _, path in found:
+        with suppress(FileNotFoundError):
+            known.append((path.name, path.stat().st_ino))
+    return known
 
 
 def defect(path: Path) -> str | None:
@@ -297,7 +228,7 @@ def defect(path: Path) -> str | None:
         return f"{COMPLETE} is damaged"
     if version not in range(1, FORMAT + 1):
         return f"{COMPLETE} is of format {version}, which is later than this version's {FORMAT}"
-    if step != _step(_stem(path)):
+    if step != step_of(_stem(path)):
         return f"{COMPLETE} is for step {step}"
     if NEEDED - files.keys():
         return f"{COMPLETE} does not list {', '.join(sorted(NEEDED - files.keys()))}"
@@ -382,14 +313,14 @@ def recover(run_folder: Path) -> None:
             folder.rename(final)
 
 
-def _list(parent: Path) -> list[tuple[int, Path]]:
+def listed(parent: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every checkpoint, the newest first; one that is being replaced stands in for its successor."""
     if not parent.is_dir():
         return []
-    found = {path.name: path for path in parent.iterdir() if _step(path.name) is not None}
+    found = {path.name: path for path in parent.iterdir() if step_of(path.name) is not None}
     for path in parent.glob(f"step-*{REPLACED}"):
         found.setdefault(_stem(path), path)
-    return sorted(((step, path) for name, path in found.items() if (step := _step(name)) is not None), reverse=True)
+    return sorted(((step, path) for name, path in found.items() if (step := step_of(name)) is not None), reverse=True)
 
 
 def _stem(path: Path) -> str:
@@ -400,7 +331,7 @@ def _name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def _step(name: str) -> int | None:
+def step_of(name: str) -> int | None:
     return int(name.removeprefix("step-")) if re.fullmatch(r"step-\d{6,}", name) else None
 
 

@@ -25,11 +25,9 @@ from tempact.rewards.judges import JudgeOutage
 from tempact.runs.checkpoint import (
     ASIDE,
     Checkpoint,
-    check_config,
     latest,
     new_course,
     recover,
-    resolve_resume,
     restore_rng,
     save,
     set_aside,
@@ -37,6 +35,7 @@ from tempact.runs.checkpoint import (
 from tempact.runs.checkpoint import FOLDER as CHECKPOINTS
 from tempact.runs.evaluation import evaluate
 from tempact.runs.logs import MetricsLogger, Progress
+from tempact.runs.resume import check_config, resolve_resume
 from tempact.trainer import Aborted, Iteration, Trainer
 from tempact.worlds import world_of
 
