@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 log = logging.getLogger(__name__)
+
+REMIND_S = 0.5
 
 
 class UserError(ValueError):
@@ -28,7 +31,8 @@ class StopRequest:
 
     opened: what is being done can be dropped, so the first signal raises `Stopped` there and then. Otherwise the first
     signal is noted, which makes the object true, and `finishing` is told. The second signal raises `Stopped` in any
-    case; a third one is left to the system.
+    case; a third one is left to the system. Python ignores what is raised in a destructor, and libraries may swallow
+    it: `Stopped` is raised again until somebody handles it.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -58,13 +62,12 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {each: signal.getsignal(each) for each in self.SIGNALS}
-        for each, handler in before.items():
-            if handler is not signal.SIG_IGN:
-                signal.signal(each, self._note)
+        taken = {each: self._note for each in self.SIGNALS if signal.getsignal(each) is not signal.SIG_IGN}
+        before = {each: signal.signal(each, act) for each, act in {**taken, signal.SIGALRM: self._remind}.items()}
         try:
             yield self
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             for each, handler in before.items():
                 signal.signal(each, handler)
 
@@ -75,5 +78,12 @@ class StopRequest:
                 if signal.getsignal(each) == self._note:
                     signal.signal(each, signal.SIG_DFL)
         if again or self.opened:
+            signal.setitimer(signal.ITIMER_REAL, REMIND_S, REMIND_S)
             raise Stopped(self.name)
         log.warning("%s: %s first; once more to give that up", self.name, self.finishing)
+
+    def _remind(self, number: int, frame: FrameType | None) -> None:
+        if isinstance(sys.exception(), Stopped):
+            signal.setitimer(signal.ITIMER_REAL, 0)  # handled, or on its way there
+        else:
+            raise Stopped(self.name)

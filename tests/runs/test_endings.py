@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs.same_run import ARGUMENTS, assert_same_run, metrics, start
+from runs.same_run import ARGUMENTS, SHORT_EVALUATION, assert_same_run, metrics, start
 
 from tempact.cli import EXIT_ABORTED, EXIT_STOPPED, EXIT_USER_ERROR
-from tempact.errors import StopRequest
+from tempact.errors import REMIND_S, Stopped, StopRequest
 from tempact.executor.executor import Executor
 from tempact.planner.planner import Planner
 from tempact.reporting import read_metrics
@@ -157,6 +158,24 @@ def test_signals_that_a_process_ignores_stay_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+class Swallowing:
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_comes_in_a_destructor_is_not_lost() -> None:
+    unwound: list[str] = []
+    with pytest.raises(Stopped, match="SIGTERM"), StopRequest().listening():
+        Swallowing()  # Python ignores what its destructor raises
+        try:
+            time.sleep(20)
+        finally:
+            time.sleep(3 * REMIND_S)  # on its way out it is not raised again
+            unwound.append("whole")
+    assert unwound == ["whole"] and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
 @pytest.mark.parametrize(
     "command", [["train", *ARGUMENTS], ["generate", "--prompt", "A red circle is at the top left."]]
 )
@@ -169,6 +188,33 @@ def test_a_command_that_is_terminated_ends_with_130_and_without_a_traceback(tmp_
     process.terminate()
     _, told = process.communicate(timeout=60)
     assert process.returncode == EXIT_STOPPED and "Traceback" not in told, told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "SIGTERM"])
+def test_a_run_that_is_ended_at_random_moments_reaches_the_bits_of_an_unbroken_one(
+    unbroken: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    command = [sys.executable, "-m", "tempact.train", *ARGUMENTS, *SHORT_EVALUATION, "--output", str(tmp_path)]
+    moments, ended = random.Random(int(number)), 0
+    for _ in range(40):
+        more = ["--threads", "1", "--trainer.checkpoint_every", "1"]
+        process = subprocess.Popen([*command, *more], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        try:
+            _, told = process.communicate(timeout=moments.uniform(5, 25))
+            assert process.returncode == 0, told
+            break
+        except subprocess.TimeoutExpired:
+            sent = time.monotonic()
+            process.send_signal(number)
+            _, told = process.communicate()
+            ended += 1
+            assert time.monotonic() - sent < 20 and "Traceback" not in told, told
+            assert number is signal.SIGKILL or process.returncode in (0, EXIT_STOPPED), told
+    else:
+        raise AssertionError("the run never ended")
+    assert ended >= 3
+    assert_same_run(unbroken, tmp_path)
 
 
 @pytest.mark.parametrize("call", [3, 4], ids=["before the first step", "between two steps"])
