@@ -24,7 +24,10 @@ TRAIN_TIMESTEPS = 1000  # of the noise schedule that Wan's models were trained w
 ROPE_POSITIONS = 1024  # temporal positions of Wan's models; a reference implementation's table ends there
 TOKEN_PIXELS = 16  # of a token's side: 8 by the VAE, 2 by the transformer's patches
 EXECUTOR_PRECISIONS = ("fp32", "bf16", "bf16-fp32-gates")  # docs/backbones.md section 1
-ENTRIES = ("generator_ema", "generator", "model", "state_dict")  # models of a published .pt file
+ENTRIES = ("generator_ema", "ema", "generator", "model", "module", "state_dict")  # models of a .pt file, best first
+# what trainers put before module names, and the parts that FSDP, activation checkpointing and torch.compile put between
+NAME_PREFIXES = ("module.", "model.", "diffusion_model.")
+NAME_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 # what a key sets; a video's identity is in the keys of the first kind alone
 VIDEO = "video"  # videos of given weights, and the training
@@ -206,7 +209,7 @@ class ExecutorConfig:
     adapters: tuple[str, ...] = key(
         (), VIDEO, "LoRA files and PEFT folders merged into a Wan checkpoint, in this order"
     )
-    entry: str = key("", VIDEO, "model of a .pt file of several; nothing: the first of these", choice("", *ENTRIES))
+    entry: str = key("", VIDEO, f"model of a .pt file of several; nothing: the first of {', '.join(ENTRIES)}")
     decoder: str = key("", VIDEO, "tiny decoder (a TAEHV file) of generated videos and previews; nothing: the VAE")
     precision: str = key("fp32", VIDEO, "precision of a Wan checkpoint", choice(*EXECUTOR_PRECISIONS))
     wan_folder: str = key("", VIDEO, "Wan2.1-T2V-1.3B(-Diffusers) for text encoder and VAE; nothing: that of weights")

@@ -1,20 +1,64 @@
-"""PEFT adapters of a policy: "default" is trained, "ref" is a frozen copy of its start."""
+"""Adapters as PEFT keeps them: those of a policy, and the reading of what other tools have written.
+
+A policy has two: "default" is trained, "ref" is a frozen copy of its start. A key of an adapter's file is the name of
+a module and an ending. Names are looked up in a table made of the model's own, endings in ENDING, so that all files come
+to the same tensors; PEFT's settings are matched as PEFT matches them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
 
+from tempact.config import NAME_PREFIXES, NAME_WRAPPERS
 from tempact.errors import UserError
-from tempact.models.wan.checkpoints.files import read_json, read_tensors, require_fit
+from tempact.models.wan.checkpoints.files import listed, read_json, read_tensors, require_finite, require_fit
+from tempact.models.wan.checkpoints.names import LAYOUTS, WAN, in_layout
+
+log = logging.getLogger(__name__)
 
 TRAINED, REFERENCE = "default", "ref"
+CONFIG = "adapter_config.json"
+PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+PEFT_PREFIX, DIFFUSERS_PREFIX = "base_model.model.", "transformer."  # of tensor names
+PREFIXES = (*NAME_PREFIXES, PEFT_PREFIX, DIFFUSERS_PREFIX, "unet.", "lora_unet__", "lora_unet_", "lora_transformer_")
+
+# what a key's tensor is, by its end; PEFT may put the adapter's name before `.weight`
+ENDING = re.compile(
+    r"\.(?:(?P<down>lora_A|lora_down|lora\.down)|(?P<up>lora_B|lora_up|lora\.up))(?:(?:\.[^.]+)?\.weight)?$"
+    r"|\.(?P<alpha>alpha)$|\.(?P<diff>diff|diff_m)$|\.(?P<diff_b>diff_b)$"
+)
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+PLAIN = {"down": DOWN, "up": UP, "alpha": ".alpha", "diff": ".diff", "diff_b": ".diff_b"}
+
+# settings that may differ from PEFT's defaults: they are followed, or they do not concern the weights
+FOLLOWED = {
+    "r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora",
+    "layers_to_transform", "layers_pattern",
+}  # fmt: skip
+IDLE = {
+    "lora_dropout", "init_lora_weights", "eva_config", "inference_mode", "task_type", "auto_mapping",
+    "base_model_name_or_path", "revision", "peft_version", "ensure_weight_tying",
+}  # fmt: skip
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the weights below the adapter
+
+
+class Effect(NamedTuple):
+    """The rank of a module's adapter and what its product is multiplied by."""
+
+    rank: int
+    scale: float
 
 
 def adapted(model: nn.Module, lora: LoraConfig, policy: str, adapter: Path | None = None) -> PeftModel:
@@ -66,18 +110,162 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Loads a PEFT folder into the trained adapter; UserError if files, names, shapes or the scale do not fit."""
-    file, config = Path(folder) / "adapter_model.safetensors", Path(folder) / "adapter_config.json"
-    if not file.is_file():
-        raise UserError(f"{file}: not found; accepted: a PEFT folder with adapter_config.json and this file")
-    state = read_tensors([file])[1]
-    own = get_peft_model_state_dict(model, adapter_name=TRAINED)
+    """Loads a PEFT folder into the trained adapter, whose effect is then PEFT's; its rank and alpha stay as configured.
+
+    Another scale of a module (alpha_pattern, use_rslora) is multiplied into its second matrix. A lower rank of
+    rank_pattern is filled up with rows that have no effect yet, and so is a module that the settings leave out. Raises
+    UserError for files, names, shapes and settings that do not fit, and for values that are not finite.
+    """
+    files = [Path(folder) / name for name in PEFT_FILES]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise UserError(f"{files[0]}: not found; accepted: a PEFT folder with {CONFIG} and this file")
+    content = read_tensors([file])[1]
+    config, configured = file.with_name(CONFIG), model.peft_config[TRAINED]
+    settings = read_settings(read_json(config), config, configured)
+    if settings.lora_alpha != configured.lora_alpha:
+        accepted = f"{configured.lora_alpha}, as configured"
+        raise UserError(f"{config}: lora_alpha: found {settings.lora_alpha}; accepted: {accepted}")
+    saved = get_peft_model_state_dict(model, adapter_name=TRAINED)
+    own = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in saved.items()}
+    layers = {n: layer for n, layer in model.base_model.model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    state, told = plain_state(content, layers, file)
+    effects = effects_of(settings, told, layers, file)
+    for name, layer in layers.items():
+        down, up = name + DOWN, name + UP
+        if down not in own:  # an embedding's
+            continue
+        if name not in effects:
+            state = {down: own[down], up: torch.zeros_like(own[up])} | state
+        elif state.keys() >= {down, up}:
+            ratio, spare = effects[name].scale / layer.scaling[TRAINED], len(own[down]) - len(state[down])
+            if ratio != 1.0:
+                state[up] = state[up].double() * ratio
+            if settings.rank_pattern and spare > 0:
+                state[down] = torch.cat([state[down].to(own[down]), own[down][-spare:]])
+                state[up] = nn.functional.pad(state[up], (0, spare))
     require_fit(own, state, file, f"the {len(own)} tensors of this model's adapter")
-    theirs = read_json(config)
-    for key in ("lora_alpha", "use_rslora", "use_dora"):  # they change an adapter's effect, but no tensor's shape
-        expected = getattr(model.peft_config[TRAINED], key)
-        found = theirs.get(key, expected)
-        if found != expected:
-            raise UserError(f"{config}: {key}: found {found}; accepted: {expected}, as configured")
+    require_finite(state, file)
     with torch.no_grad():
-        set_peft_model_state_dict(model, state, adapter_name=TRAINED)
+        set_peft_model_state_dict(model, {PEFT_PREFIX + n: t for n, t in state.items()}, adapter_name=TRAINED)
+
+
+def plain_state(
+    content: Mapping[str, Tensor], modules: Iterable[str], file: Path
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by the module's own name and the ending of PLAIN, and the name that the file has for each module.
+
+    modules: own names, of tables too. A key that is unknown stays, without PEFT's prefix and wrappers' parts.
+    Raises UserError for two keys that come to the same.
+    """
+    table: dict[str, str] = {}
+    for name in modules:
+        block = [name.removesuffix(".modulation")] if name.endswith(".modulation") else []  # ends in diff_m there
+        for alias in (name, *(in_layout(name, layout) for layout in LAYOUTS), *block):
+            table |= {alias: name, alias.replace(".", "_"): name}
+    state, keys, told = dict[str, Tensor](), dict[str, str](), dict[str, str]()
+    for key, tensor in content.items():
+        plain = ".".join(part for part in key.split(".") if part not in NAME_WRAPPERS)
+        end = ENDING.search(plain)
+        module = _located(plain[: end.start()], table) if end else None
+        if end and module:
+            told[module] = plain[: end.start()].rpartition(PEFT_PREFIX)[2]
+            name = module + PLAIN[str(end.lastgroup)]
+        else:
+            name = plain.removeprefix(PEFT_PREFIX)
+        if keys.setdefault(name, key) != key:
+            raise UserError(f"{file}: found {keys[name]} and {key}; accepted: one tensor for {name}")
+        state[name] = tensor
+    return state, told
+
+
+def _located(name: str, table: Mapping[str, str]) -> str | None:
+    while name not in table:
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+        if prefix is None:
+            return None
+        name = name.removeprefix(prefix)
+    return table[name]
+
+
+def effects_of(settings: LoraConfig, told: Mapping[str, str], modules: Iterable[str], file: Path) -> dict[str, Effect]:
+    """The modules that PEFT adapts under these settings, matched by the names that they had when they were trained.
+
+    told: names in the file by module. What they begin with, the other names begin with too; where that does not give
+    the file's modules, the settings may name them with or without what a wrapper adds. UserError where none is adapted.
+    """
+    layout = next((own for own in LAYOUTS if all(name.endswith(in_layout(o, own)) for o, name in told.items())), WAN)
+    outer = next((name.removesuffix(in_layout(module, layout)) for module, name in told.items()), "")
+    tried: list[tuple[dict[str, str], dict[str, Effect]]] = []
+    try:
+        for prefix in dict.fromkeys((outer, "", *NAME_PREFIXES)):
+            names = {module: prefix + in_layout(module, layout) for module in modules}
+            hit = {module: name for module, name in names.items() if check_target_module_exists(settings, name)}
+            tried.append((names, {module: effect_of(settings, name) for module, name in hit.items()}))
+        names, effects = next((one for one in tried if one[1].keys() == told.keys()), tried[0])
+        patterns = [*settings.rank_pattern, *settings.alpha_pattern]
+        idle = [key for key in patterns if all(get_pattern_key([key], name) != key for name in names.values())]
+    except re.error as error:
+        raise UserError(f"{file}: found settings with a broken expression ({error}); accepted: names") from error
+    if idle:
+        log.warning("%s: rank_pattern, alpha_pattern: no adapted module is named %s", file, listed(idle))
+    if not effects:
+        found = settings.target_modules
+        shown = found if isinstance(found, str) else listed(found or ())
+        raise UserError(f"{file}: target_modules: found {shown}; accepted: names of linears of the model")
+    return effects
+
+
+def effect_of(settings: LoraConfig, name: str) -> Effect:
+    """Of the module that had this name when it was trained."""
+    rank = settings.rank_pattern.get(get_pattern_key(settings.rank_pattern, name), settings.r)
+    alpha = settings.alpha_pattern.get(get_pattern_key(settings.alpha_pattern, name), settings.lora_alpha)
+    return Effect(rank, alpha / (math.sqrt(rank) if settings.use_rslora else rank))
+
+
+def read_settings(found: Mapping[str, Any], file: Path, own: LoraConfig | None = None) -> LoraConfig:
+    """PEFT's configuration from its JSON, without wrappers' parts in names.
+
+    own: configuration of the model that the adapter is for, whose values are accepted; None: PEFT's defaults. Raises
+    UserError for settings that are more than products added to linears.
+    """
+    defaults = (own or LoraConfig()).to_dict() | {"peft_type": "LORA"}
+    for key, value in {"peft_type": None, **found}.items():
+        plain = defaults.get(key)
+        if key not in FOLLOWED | IDLE and value != plain and (value or plain):
+            raise UserError(f"{file}: {key}: found {value!r}; accepted: {plain!r}")
+    start = found.get("init_lora_weights", True)
+    if start not in PLAIN_STARTS:
+        accepted = f"{', '.join(map(str, PLAIN_STARTS))}, as after PEFT's conversion of such an adapter"
+        raise UserError(f"{file}: init_lora_weights: found {start!r}, which changes the base too; accepted: {accepted}")
+    rank, alpha, targets = (found.get(key) for key in ("r", "lora_alpha", "target_modules"))
+    if not _is_rank(rank) or not _is_alpha(alpha):
+        raise UserError(f"{file}: r, lora_alpha: found {rank!r}, {alpha!r}; accepted: a rank and a number above 0")
+    for key, good in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
+        pattern = found.get(key) or {}
+        if not isinstance(pattern, dict) or not all(map(good, pattern.values())):
+            raise UserError(f"{file}: {key}: found {pattern!r}; accepted: names, each with a number above 0")
+    if not isinstance(targets, str | list | tuple):
+        raise UserError(f"{file}: target_modules: found {targets!r}; accepted: names of linears")
+    followed = {key: _unwrapped(value) for key, value in found.items() if key in FOLLOWED and value is not None}
+    try:
+        return LoraConfig(**followed)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: found settings that PEFT refuses ({error}); accepted: those of a LoRA") from error
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _unwrapped(value: Any) -> Any:
+    """A setting's names and expressions without the parts that wrappers add to names."""
+    if isinstance(value, str):
+        return re.sub(rf"\b({'|'.join(NAME_WRAPPERS)})\\?\.", "", value)
+    if isinstance(value, list | tuple):
+        return [_unwrapped(one) for one in value]
+    return {_unwrapped(key): one for key, one in value.items()} if isinstance(value, dict) else value

@@ -23,7 +23,15 @@ from torch import Tensor
 
 from tempact.errors import UserError
 from tempact.files import file_hash, sync
-from tempact.models.wan.checkpoints.files import MANIFEST, SAFETENSORS, WEIGHTS, listed, read_json, read_manifest
+from tempact.models.wan.checkpoints.files import (
+    MANIFEST,
+    SAFETENSORS,
+    WEIGHTS,
+    listed,
+    read_json,
+    read_manifest,
+    require_finite,
+)
 from tempact.models.wan.checkpoints.load import Checkpoint, open_checkpoint
 from tempact.models.wan.checkpoints.lora import Adapter, is_adapter, open_adapter, write_adapter
 from tempact.models.wan.checkpoints.names import LAYOUTS, config_json, in_layout, read_config
@@ -64,7 +72,7 @@ def convert(
         if adapters or entry:
             raise UserError(f"{source}: found an adapter, and an entry or adapters to merge; accepted: it alone")
         adapter = open_adapter(source, config or WanConfig())
-        manifest |= {"rank": adapter.config.r, "sources": _hashes(adapter.files)}
+        manifest |= {"rank": adapter.rank, "sources": _hashes(adapter.files)}
         with _new_folder(folder.absolute(), manifest) as partial:
             write_adapter(adapter, partial, layout, DTYPES[dtype])
         return manifest
@@ -112,9 +120,7 @@ def _save_weights(
     tensors: dict[str, Tensor] = {}
     for name, tensor in checkpoint.merged(adapters, torch.device("cpu")):
         tensors[in_layout(name, layout)] = tensor.to(dtype or tensor.dtype).contiguous()
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise UserError(f"{checkpoint.source}: found values that are not finite in {listed(broken)}; accepted: numbers")
+    require_finite(tensors, checkpoint.source)
     save_file(tensors, folder / f"{WEIGHTS}{SAFETENSORS}", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config_json(checkpoint.config, layout), indent=1) + "\n")
 

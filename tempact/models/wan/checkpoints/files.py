@@ -45,11 +45,10 @@ def read_file(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             start = file.read(len(LFS_POINTER))
-        if start == LFS_POINTER:
-            raise UserError(f"{path}: found Git LFS's note of where the file is; accepted: the file (git lfs pull)")
-        if path.suffix == SAFETENSORS:
+        if start != LFS_POINTER and path.suffix == SAFETENSORS:
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=start[:2] == b"PK")
+        if start != LFS_POINTER:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=start[:2] == b"PK")
     except pickle.UnpicklingError as error:
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         found = f"a pickle that is not plain tensors (it would run {unsafe[1]})" if unsafe else "no pickle of tensors"
@@ -57,6 +56,7 @@ def read_file(path: Path) -> Any:
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: found a damaged or cut-off file ({reason}); accepted: a whole one") from error
+    raise UserError(f"{path}: found Git LFS's note of where the file is; accepted: the file (git lfs pull)")
 
 
 def read_tensors(files: Sequence[Path], entries: Sequence[str] = (), entry: str = "") -> tuple[str, dict[str, Tensor]]:
@@ -64,7 +64,8 @@ def read_tensors(files: Sequence[Path], entries: Sequence[str] = (), entry: str 
 
     Args:
         files: one file, or the shards of one model.
-        entries: names under which a file may hold one of several models; the first that is there is taken.
+        entries: names under which a file may hold one of several models; the first that is there is taken, else the
+            only entry that is tensors.
         entry: the name to take instead; a model that lies in its file without a name is taken nevertheless.
 
     Raises UserError for an entry that is not there, content that is not tensors, and a tensor in two shards.
@@ -88,15 +89,18 @@ def read_tensors(files: Sequence[Path], entries: Sequence[str] = (), entry: str 
 
 def _pick(content: Mapping[str, Any], entries: Sequence[str], entry: str, file: Path) -> str:
     """Name of the entry to take, "" for a file that is the tensors of one model."""
-    models = [str(name) for name, value in content.items() if isinstance(value, Mapping)]
-    taken = next((name for name in ((entry,) if entry else entries) if name in models), "")
+    inner = {str(name): value for name, value in content.items() if isinstance(value, Mapping)}
+    models = [name for name, own in inner.items() if own and all(isinstance(value, Tensor) for value in own.values())]
+    known = (entry,) if entry else (*entries, *(models if len(models) == 1 else ()))
+    taken = next((name for name in known if name in inner), "")
     if taken:
         others = listed(str(name) for name in content if name != taken)
         log.info("%s: entry %s is taken; the file also holds %s", file, taken, others or "nothing else")
-    elif entry and models:
+    elif entry and inner:
         raise UserError(f"{file}: found no entry {entry!r}; accepted: {listed(models)}")
     elif not isinstance(next(iter(content.values())), Tensor):
-        accepted = f"one of {', '.join(entries)}" if entries else "tensors by name"
+        named = f", or one that is named: {listed(models)}" if entries and models else ""
+        accepted = f"one of {', '.join(entries)}{named}" if entries else "tensors by name"
         raise UserError(f"{file}: found entries {listed(map(str, content))}; accepted: {accepted}")
     return taken
 
@@ -214,6 +218,13 @@ def require_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], sou
     words = "; ".join(f"{len(names)} tensors {what} ({listed(names)})" for what, names in parts.items() if names)
     if words:
         raise UserError(f"{source}: found {words}; accepted: {accepted}")
+
+
+def require_finite(tensors: Mapping[str, Tensor], source: Path) -> None:
+    """UserError that lists tensors with a value that is NaN or infinite."""
+    broken = [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]  # fp8 knows no isfinite
+    if broken:
+        raise UserError(f"{source}: found values that are not finite in {listed(broken)}; accepted: numbers")
 
 
 def assign_weights(

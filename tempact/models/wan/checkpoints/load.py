@@ -25,15 +25,26 @@ from torch import Tensor
 from tempact.config import ENTRIES
 from tempact.config import EXECUTOR_PRECISIONS as PRECISIONS
 from tempact.errors import UserError
-from tempact.models.wan.checkpoints.files import PICKLES, find_weights, listed, read_manifest, read_tensors, require_fit
+from tempact.models.adapters import ENDING
+from tempact.models.wan.checkpoints.files import (
+    PICKLES,
+    find_weights,
+    listed,
+    read_manifest,
+    read_tensors,
+    require_finite,
+    require_fit,
+)
 from tempact.models.wan.checkpoints.lora import Adapter, open_adapter
-from tempact.models.wan.checkpoints.names import expected_tensors, in_layout, layout_of, read_config, unwrapped
+from tempact.models.wan.checkpoints.names import expected_tensors, in_layout, layout_of, read_config, to_wan, unwrapped
 from tempact.models.wan.transformer import WanConfig, WanTransformer
 
 log = logging.getLogger(__name__)
 
 FP32_MODULES = ("time_embedding", "time_projection", "norm3", "norm_q", "norm_k")
 FP32_TABLE = "modulation"
+FP8_SCALES = (".scale_weight", ".weight_scale")  # of a linear's weight in fp8
+FP8_NOTES = ("scaled_fp8", "comfy_quant", "scale_input", "input_scale")  # beside them: of fp8 products, not of weights
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,8 @@ class Checkpoint:
     """A checkpoint whose tensors are exactly those of a transformer of the sizes `config`.
 
     entry: name of the model in its file, or in the file that a conversion has read, "" if it has none. tensors: by Wan
-    name, on the CPU, mapped from the files where possible; they must not be written to.
+    name, on the CPU, mapped from the files where possible; they must not be written to. scales: what a tensor in fp8 is
+    multiplied by, one number or one a row.
     """
 
     source: Path
@@ -50,20 +62,26 @@ class Checkpoint:
     layout: str
     config: WanConfig
     tensors: dict[str, Tensor]
+    scales: dict[str, Tensor]
 
     def merged(self, adapters: Sequence[Adapter], device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        """All tensors by Wan name, one at a time, `adapters` added in their order; a tensor they change is fp32."""
+        """All tensors by Wan name, one at a time, `adapters` added in their order; a tensor that changes is fp32."""
         for name, tensor in self.tensors.items():
-            module = name.removesuffix(".weight")
-            factors = [own.factors[module] for own in adapters if module in own.factors and module != name]
-            if factors:
+            if name in self.scales:
+                tensor = tensor.to(device).float() * self.scales[name].to(device).float().view(
+                    -1, *[1] * (tensor.ndim - 1)
+                )
+            module = name.removesuffix(".weight") if name.endswith(".weight") else ""
+            for adapter in adapters:
+                factor, diff = adapter.factors.get(module), adapter.diffs.get(name)
                 # fp64, rounded once: a process that lets fp32 products run as TF32 must not change what is merged
-                tensor = tensor.to(device, torch.float64)
-                for factor in factors:
-                    down, up = (matrix.to(device, torch.float64) for matrix in (factor.down, factor.up))
-                    tensor = torch.addmm(tensor, up, down, alpha=factor.scale)
-                tensor = tensor.float()
-            yield name, tensor
+                if factor is not None:
+                    down, up = (matrix.to(device, torch.float64).flatten(1) for matrix in (factor.down, factor.up))
+                    whole = torch.addmm(tensor.to(device, torch.float64).flatten(1), up, down, alpha=factor.scale)
+                    tensor = whole.view(tensor.shape)
+                if diff is not None:
+                    tensor = tensor.to(device, torch.float64) + diff.to(device, torch.float64)
+            yield name, tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
 def load_transformer(
@@ -144,13 +162,20 @@ def open_checkpoint(path: Path, *, config: WanConfig | None = None, entry: str =
     if config is None and files[0].suffix not in PICKLES and beside.is_file():
         config = read_config(beside)
     config = config or WanConfig()
-    state = unwrapped(state, path)
+    state = unwrapped({name: tensor for name, tensor in state.items() if name.split(".")[-1] not in FP8_NOTES}, path)
+    scales = {name: state.pop(name) for name in list(state) if name.endswith(FP8_SCALES)}
     layout = layout_of(state)
     expected = expected_tensors(config)
     own_names = {name: in_layout(name, layout) for name in expected}
     _compare({own_names[name]: tensor for name, tensor in expected.items()}, state, config, path)
     tensors = {name: state[own] for name, own in own_names.items()}
-    return Checkpoint(path, tuple(files), taken or origin, layout, config, tensors)
+    of_weights = {to_wan(f"{name.rpartition('.')[0]}.weight"): scale for name, scale in scales.items()}
+    for name, scale in of_weights.items():
+        if name not in tensors or scale.numel() not in (1, len(tensors[name])):
+            accepted = "one number for each weight, or one a row"
+            raise UserError(f"{path}: found a scale {tuple(scale.shape)} for {name}; accepted: {accepted}")
+    require_finite(of_weights, path)
+    return Checkpoint(path, tuple(files), taken or origin, layout, config, tensors, of_weights)
 
 
 def _compare(expected: dict[str, Tensor], state: dict[str, Tensor], config: WanConfig, path: Path) -> None:
@@ -158,7 +183,7 @@ def _compare(expected: dict[str, Tensor], state: dict[str, Tensor], config: WanC
         f"the {len(expected)} tensors of a Wan transformer of {config.layers} blocks, {config.dim} channels, "
         f"FFN {config.ffn_dim}"
     )
-    if any(".lora_A." in name or ".lora_B." in name for name in state):
+    if any(ENDING.search(name) for name in state):
         raise UserError(f"{path}: found a LoRA adapter; accepted: {accepted}, an adapter beside them")
     if len(expected.keys() & state.keys()) <= len(expected) // 10:  # too many differences to be told one by one
         names = listed(sorted(state), limit=4) or "none"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tempact.config import NAME_PREFIXES, NAME_WRAPPERS
 from tempact.errors import UserError
 from tempact.models.wan.checkpoints.files import read_json
 from tempact.models.wan.transformer import WanConfig, WanTransformer
@@ -44,9 +45,6 @@ INSIDE = {
         for wan, diffusers in ATTENTION.items()
     },
 }
-# parts of names that FSDP, activation checkpointing and torch.compile add
-WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
-PREFIXES = ("module.", "model.", "diffusion_model.")  # of all names in a file, from the outside in
 CLASSES = {WAN: ("WanModel", "CausalWanModel"), DIFFUSERS: ("WanTransformer3DModel",)}  # the first one is written
 
 # fields of `WanConfig` and their keys in a config.json, of both layouts and of either
@@ -95,9 +93,9 @@ def layout_of(names: Iterable[str]) -> str:
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """Each name, and the same without the parts that WRAPPERS and PREFIXES list."""
-    plain = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names}
-    for prefix in PREFIXES:
+    """Each name, and the same without the parts that NAME_WRAPPERS and NAME_PREFIXES list."""
+    plain = {name: ".".join(part for part in name.split(".") if part not in NAME_WRAPPERS) for name in names}
+    for prefix in NAME_PREFIXES:
         if plain and all(name.startswith(prefix) for name in plain.values()):
             plain = {name: inner.removeprefix(prefix) for name, inner in plain.items()}
     return plain
