@@ -1,8 +1,8 @@
 """Adapters as PEFT keeps them: those of a policy, and the reading of what other tools have written.
 
 A policy has two: "default" is trained, "ref" is a frozen copy of its start. A key of an adapter's file is the name of
-a module and an ending. Names are looked up in a table made of the model's own, endings in ENDING, so that all files come
-to the same tensors; PEFT's settings are matched as PEFT matches them.
+a module and an ending. Names are looked up in a table made of the model's own, endings in ENDING, so that all files
+come to the same tensors; PEFT's settings are matched as PEFT matches them.
 """
 
 from __future__ import annotations
@@ -236,15 +236,15 @@ def read_settings(found: Mapping[str, Any], file: Path, own: LoraConfig | None =
             raise UserError(f"{file}: {key}: found {value!r}; accepted: {plain!r}")
     start = found.get("init_lora_weights", True)
     if start not in PLAIN_STARTS:
-        accepted = f"{', '.join(map(str, PLAIN_STARTS))}, as after PEFT's conversion of such an adapter"
-        raise UserError(f"{file}: init_lora_weights: found {start!r}, which changes the base too; accepted: {accepted}")
+        found_start = f"found {start!r}, which changes the base too: base or adapter must be converted with PEFT first"
+        raise UserError(f"{file}: init_lora_weights: {found_start}; accepted: {', '.join(map(str, PLAIN_STARTS))}")
     rank, alpha, targets = (found.get(key) for key in ("r", "lora_alpha", "target_modules"))
     if not _is_rank(rank) or not _is_alpha(alpha):
-        raise UserError(f"{file}: r, lora_alpha: found {rank!r}, {alpha!r}; accepted: a rank and a number above 0")
+        raise UserError(f"{file}: r, lora_alpha: found {rank!r}, {alpha!r}; accepted: a rank above 0 and a number")
     for key, good in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
         pattern = found.get(key) or {}
         if not isinstance(pattern, dict) or not all(map(good, pattern.values())):
-            raise UserError(f"{file}: {key}: found {pattern!r}; accepted: names, each with a number above 0")
+            raise UserError(f"{file}: {key}: found {pattern!r}; accepted: names, each with such a number")
     if not isinstance(targets, str | list | tuple):
         raise UserError(f"{file}: target_modules: found {targets!r}; accepted: names of linears")
     followed = {key: _unwrapped(value) for key, value in found.items() if key in FOLLOWED and value is not None}
@@ -259,7 +259,7 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_alpha(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _unwrapped(value: Any) -> Any:

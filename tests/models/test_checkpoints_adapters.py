@@ -194,22 +194,23 @@ def test_diffusers_own_files_are_read_with_their_scale(tmp_path: Path, base: Pat
     ("change", "message"),
     [
         ({"r": 6}, r"found 36 tensors of another shape \(.*.self_attn.k.lora_A.weight \(5, 48\) for \(6, 48\)"),
-        ({"r": 6}, r"accepted: an adapter of rank 6 for this transformer \(3 blocks of 48 channels\)"),
+        ({"r": 6}, r"accepted: an adapter of this transformer \(3 blocks of 48 channels\)"),
         ({"target_modules": ["self_attn.q"]}, r"30 tensors extra \(blocks.\{0-2\}.ffn.0.lora_A.weight, "),
         ({"target_modules": ["self_attn.q", "k", "v", "o", "ffn.0", "ffn.2"]},
          r"18 tensors missing \(blocks.\{0-2\}.cross_attn.k.lora_A.weight, "),
-        ({"target_modules": ["q_proj", "v_proj"]}, "target_modules: found q_proj, v_proj; accepted: names of the "),
+        ({"target_modules": ["q_proj", "v_proj"]}, "target_modules: found q_proj, v_proj; accepted: names of linears of the "),
         ({"target_modules": ["patch_embedding"]}, "missing"),
         ({"target_modules": None}, "target_modules: found None"),
         ({"layers_to_transform": [0], "layers_pattern": "blocks"}, r"24 tensors extra \(blocks.\{1-2\}.ffn"),
-        ({"peft_type": "LOHA"}, "peft_type: found 'LOHA'; accepted: LORA"),
-        ({"use_dora": True}, "use_dora: found True; accepted: False, which can be merged"),
+        ({"peft_type": "LOHA"}, "peft_type: found 'LOHA'; accepted: 'LORA'"),
+        ({"use_dora": True}, "use_dora: found True; accepted: False"),
         ({"bias": "all"}, "bias: found 'all'; accepted: 'none'"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out: found True; accepted: False"),
         ({"modules_to_save": ["head"]}, r"modules_to_save: found \['head'\]; accepted: None"),
         ({"a_later_kind": {"x": 1}}, r"a_later_kind: found \{'x': 1\}; accepted: None"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights: found 'pissa', which changes the base; accepted: "),
-        ({"r": 0}, "r, lora_alpha: found 0, 5; accepted: a rank and a number above 0"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: found 'pissa', which changes the base too: base or adapter "
+         "must be converted with PEFT first; accepted: True, False, gaussian, eva, orthogonal$"),
+        ({"r": 0}, "r, lora_alpha: found 0, 5; accepted: a rank above 0 and a number"),
         ({"lora_alpha": "5"}, "r, lora_alpha: found 5, '5'; accepted"),
     ],
 )  # fmt: skip
@@ -222,21 +223,18 @@ def test_settings_that_do_not_fit_are_refused(folder: Path, base: Path, change: 
     assert "\n" not in str(error.value)
 
 
-def test_linears_alone_can_be_merged(tmp_path: Path, base: Path) -> None:
-    folder = synthesise.peft_folder(tmp_path / "lora", SMALL, ["patch_embedding"], RANK)
-    with pytest.raises(UserError, match="found an adapter of patch_embedding, which is no linear"):
-        load_transformer(base, device=CPU, adapters=[folder])
+def test_a_convolution_is_merged_as_peft_merges_it(tmp_path: Path, base: Path) -> None:
+    folder = synthesise.peft_folder(tmp_path / "lora", SMALL, ["patch_embedding", "head.head"], RANK, lora_alpha=7)
+    found = dict(load_transformer(base, device=CPU, adapters=[folder]).state_dict())
+    assert same(found, merged_by_peft(base, folder)) == []
+    assert open_adapter(folder, SMALL).factors.keys() == {"patch_embedding", "head.head"}
 
 
 Change = Callable[[dict[str, Tensor]], dict[str, Any]]
 PAIRS: dict[str, tuple[Change, str]] = {
     "a lost matrix": (
         lambda pairs: {n: t for n, t in pairs.items() if n != FIRST},
-        r"found 1 tensors missing \(blocks.0.self_attn.q.lora_A.weight\); accepted: an adapter of rank 5 for this",
-    ),
-    "a lost block": (
-        lambda pairs: {n: t for n, t in pairs.items() if ".blocks.2." not in n},
-        r"found 20 tensors missing \(blocks.2.cross_attn.k.lora_A.weight, ",
+        r"found 1 tensors missing \(blocks.0.self_attn.q.lora_A.weight\); accepted: an adapter of this transformer",
     ),
     "another model's": (
         lambda pairs: {n.replace("self_attn.q", "self_attn.q_proj"): t for n, t in pairs.items()},
@@ -246,12 +244,21 @@ PAIRS: dict[str, tuple[Change, str]] = {
         lambda pairs: pairs | {FIRST: torch.zeros(RANK, 47)},
         r"found 1 tensors of another shape \(blocks.0.self_attn.q.lora_A.weight \(5, 47\) for \(5, 48\)\)",
     ),
-    "two ranks": (lambda pairs: pairs | {FIRST: torch.zeros(2, 48)}, r"found ranks \[2, 5\]; accepted: an adapter of"),
+    "two ranks": (
+        lambda pairs: pairs | {FIRST: torch.zeros(2, 48)},
+        r"found 1 tensors of another shape \(blocks.0.self_attn.q.lora_B.weight \(48, 5\) for \(48, 2\)\)",
+    ),
+    "no rank": (
+        lambda pairs: pairs | {FIRST: torch.zeros(0, 48)},
+        r"\(blocks.0.self_attn.q.lora_A.weight \(0, 48\) for \(1, 48\), ",
+    ),
     "whole weights": (
         lambda pairs: {"blocks.0.self_attn.q.weight": torch.zeros(3)},
-        r"found 1 tensors without a LoRA \(blocks.0.self_attn.q.weight\); accepted: an adapter of one rank, or a PEFT",
+        r"found 1 tensors without a LoRA \(blocks.0.self_attn.q.weight\); accepted: an adapter",
     ),
-    "weights of LongLive": (lambda pairs: {"generator": pairs}, "found entries generator; accepted: one of generator_"),
+    "two entries": (
+        lambda pairs: {"a": pairs, "b": pairs}, "found entries a, b; accepted: one of generator_lora$",
+    ),
     "integers": (
         lambda pairs: pairs | {FIRST: torch.zeros(RANK, 48, dtype=torch.int64)},
         r"found 1 tensors of another kind \(blocks.0.self_attn.q.lora_A.weight torch.int64\)",

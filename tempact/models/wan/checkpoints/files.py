@@ -59,14 +59,15 @@ def read_file(path: Path) -> Any:
     raise UserError(f"{path}: found Git LFS's note of where the file is; accepted: the file (git lfs pull)")
 
 
-def read_tensors(files: Sequence[Path], entries: Sequence[str] = (), entry: str = "") -> tuple[str, dict[str, Tensor]]:
+def read_tensors(files: Sequence[Path], entries: Sequence[str] = (), entry: str | None = None) -> tuple[str, dict[str, Tensor]]:
     """Name of the model that was read ("" if it has none) and its tensors by name, on the CPU.
 
     Args:
         files: one file, or the shards of one model.
         entries: names under which a file may hold one of several models; the first that is there is taken, else the
             only entry that is tensors.
-        entry: the name to take instead; a model that lies in its file without a name is taken nevertheless.
+        entry: the name to take instead, "" or None for none; a model that lies in its file without a name is taken
+            nevertheless. None: the caller has no way to give one.
 
     Raises UserError for an entry that is not there, content that is not tensors, and a tensor in two shards.
     """
@@ -87,7 +88,7 @@ def read_tensors(files: Sequence[Path], entries: Sequence[str] = (), entry: str 
     return taken, together
 
 
-def _pick(content: Mapping[str, Any], entries: Sequence[str], entry: str, file: Path) -> str:
+def _pick(content: Mapping[str, Any], entries: Sequence[str], entry: str | None, file: Path) -> str:
     """Name of the entry to take, "" for a file that is the tensors of one model."""
     inner = {str(name): value for name, value in content.items() if isinstance(value, Mapping)}
     models = [name for name, own in inner.items() if own and all(isinstance(value, Tensor) for value in own.values())]
@@ -99,7 +100,7 @@ def _pick(content: Mapping[str, Any], entries: Sequence[str], entry: str, file: 
     elif entry and inner:
         raise UserError(f"{file}: found no entry {entry!r}; accepted: {listed(models)}")
     elif not isinstance(next(iter(content.values())), Tensor):
-        named = f", or one that is named: {listed(models)}" if entries and models else ""
+        named = f", or the name of another: {listed(models)}" if entry is not None and models else ""
         accepted = f"one of {', '.join(entries)}{named}" if entries else "tensors by name"
         raise UserError(f"{file}: found entries {listed(map(str, content))}; accepted: {accepted}")
     return taken

@@ -137,8 +137,9 @@ def _effects(
     file: Path, state: Mapping[str, Tensor], told: dict[str, str], weights: Iterable[str]
 ) -> dict[str, Effect]:
     """Of every module that must have both matrices."""
-    settings = _settings_of(file)
-    if settings is not None and (settings.target_modules or file.name in PEFT_FILES):
+    settings, own = _settings_of(file), file.name in PEFT_FILES
+    told = {module: name if own else name.removeprefix(DIFFUSERS_PREFIX) for module, name in told.items()}
+    if settings is not None and (settings.target_modules or own):
         return effects_of(settings, told, weights, file)
     if settings is not None:
         return {module: effect_of(settings, name) for module, name in told.items()}
