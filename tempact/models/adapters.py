@@ -123,29 +123,35 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     content = read_tensors([file])[1]
     config, configured = file.with_name(CONFIG), model.peft_config[TRAINED]
     settings = read_settings(read_json(config), config, configured)
-    if settings.lora_alpha != configured.lora_alpha:
-        accepted = f"{configured.lora_alpha}, as configured"
-        raise UserError(f"{config}: lora_alpha: found {settings.lora_alpha}; accepted: {accepted}")
     saved = get_peft_model_state_dict(model, adapter_name=TRAINED)
     own = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in saved.items()}
     layers = {n: layer for n, layer in model.base_model.model.named_modules() if isinstance(layer, BaseTunerLayer)}
     state, told = plain_state(content, layers, file)
     effects = effects_of(settings, told, layers, file)
-    for name, layer in layers.items():
+    linears = [name for name in layers if name + DOWN in own]  # all but embeddings
+    expected = dict(own)
+    for name in linears:
         down, up = name + DOWN, name + UP
-        if down not in own:  # an embedding's
-            continue
         if name not in effects:
             state = {down: own[down], up: torch.zeros_like(own[up])} | state
-        elif state.keys() >= {down, up}:
-            ratio, spare = effects[name].scale / layer.scaling[TRAINED], len(own[down]) - len(state[down])
-            if ratio != 1.0:
-                state[up] = state[up].double() * ratio
-            if settings.rank_pattern and spare > 0:
-                state[down] = torch.cat([state[down].to(own[down]), own[down][-spare:]])
-                state[up] = nn.functional.pad(state[up], (0, spare))
-    require_fit(own, state, file, f"the {len(own)} tensors of this model's adapter")
+        elif settings.rank_pattern:
+            rank, most = effects[name].rank, configured.r
+            if rank > most:
+                raise UserError(
+                    f"{config}: rank_pattern: found {rank} for {name}; accepted: up to {most}, as configured"
+                )
+            expected |= {down: own[down][:rank], up: own[up][:, :rank]}
+    require_fit(expected, state, file, f"the {len(own)} tensors of this model's adapter")
     require_finite(state, file)
+    for key in ("lora_alpha",) if settings.rank_pattern else ("r", "lora_alpha"):
+        found, accepted = getattr(settings, key), getattr(configured, key)
+        if found != accepted:
+            raise UserError(f"{config}: {key}: found {found}; accepted: {accepted}, as configured")
+    for name in effects.keys() & set(linears):
+        down, up, ratio = name + DOWN, name + UP, effects[name].scale / layers[name].scaling[TRAINED]
+        state[down] = torch.cat([state[down].to(own[down]), own[down][len(state[down]) :]])
+        scaled = state[up] if ratio == 1.0 else state[up].double() * ratio
+        state[up] = nn.functional.pad(scaled, (0, own[up].shape[1] - scaled.shape[1]))
     with torch.no_grad():
         set_peft_model_state_dict(model, {PEFT_PREFIX + n: t for n, t in state.items()}, adapter_name=TRAINED)
 

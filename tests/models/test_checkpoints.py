@@ -354,7 +354,7 @@ BAD_FILES: dict[str, tuple[Make, str]] = {
     "a list": (lambda d, s: torch.save([1, 2], d / "x.pt") or d / "x.pt", "found list; accepted: tensors by name"),
     "an adapter": (
         lambda d, s: synthesise.longlive_lora(d / "lora.pt", SMALL, 2),
-        "found entries critic_lora, generator_lora, step; accepted: one of generator_ema, ema, generator, model, module, ",
+        "found entries critic_lora, generator_lora, step; accepted: one of generator_ema, ema, generator, ",
     ),
     "no tensors": (
         lambda d, s: torch.save({"generator": {**s, "epoch": 3}}, d / "x.pt") or d / "x.pt",

@@ -198,7 +198,7 @@ def test_diffusers_own_files_are_read_with_their_scale(tmp_path: Path, base: Pat
         ({"target_modules": ["self_attn.q"]}, r"30 tensors extra \(blocks.\{0-2\}.ffn.0.lora_A.weight, "),
         ({"target_modules": ["self_attn.q", "k", "v", "o", "ffn.0", "ffn.2"]},
          r"18 tensors missing \(blocks.\{0-2\}.cross_attn.k.lora_A.weight, "),
-        ({"target_modules": ["q_proj", "v_proj"]}, "target_modules: found q_proj, v_proj; accepted: names of linears of the "),
+        ({"target_modules": ["q_proj", "v_proj"]}, "target_modules: found q_proj, v_proj; accepted: names of linears"),
         ({"target_modules": ["patch_embedding"]}, "missing"),
         ({"target_modules": None}, "target_modules: found None"),
         ({"layers_to_transform": [0], "layers_pattern": "blocks"}, r"24 tensors extra \(blocks.\{1-2\}.ffn"),
@@ -208,8 +208,8 @@ def test_diffusers_own_files_are_read_with_their_scale(tmp_path: Path, base: Pat
         ({"fan_in_fan_out": True}, "fan_in_fan_out: found True; accepted: False"),
         ({"modules_to_save": ["head"]}, r"modules_to_save: found \['head'\]; accepted: None"),
         ({"a_later_kind": {"x": 1}}, r"a_later_kind: found \{'x': 1\}; accepted: None"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights: found 'pissa', which changes the base too: base or adapter "
-         "must be converted with PEFT first; accepted: True, False, gaussian, eva, orthogonal$"),
+        ({"init_lora_weights": "pissa"}, "found 'pissa', which changes the base too: base or adapter must be converted "
+         "with PEFT first; accepted: True, False, gaussian, eva, orthogonal$"),
         ({"r": 0}, "r, lora_alpha: found 0, 5; accepted: a rank above 0 and a number"),
         ({"lora_alpha": "5"}, "r, lora_alpha: found 5, '5'; accepted"),
     ],

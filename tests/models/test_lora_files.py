@@ -331,7 +331,9 @@ def test_differences_are_merged_but_not_converted(tmp_path: Path, base: Path) ->
     content, summands = distilled()
     save_file(content, tmp_path / "lora.safetensors")
     accepted = "accepted: products alone, or weights to merge it into"
-    with pytest.raises(UserError, match=rf"found differences of whole tensors \(blocks.\{{0,2\}}.modulation, .*{accepted}"):
+    with pytest.raises(
+        UserError, match=rf"found differences of whole tensors \(blocks.\{{0,2\}}.modulation, .*{accepted}"
+    ):
         convert(tmp_path / "lora.safetensors", tmp_path / "new", config=SMALL)
     assert not (tmp_path / "new").exists()
     convert(base, tmp_path / "merged", adapters=[tmp_path / "lora.safetensors"])

@@ -59,7 +59,9 @@ def read_file(path: Path) -> Any:
     raise UserError(f"{path}: found Git LFS's note of where the file is; accepted: the file (git lfs pull)")
 
 
-def read_tensors(files: Sequence[Path], entries: Sequence[str] = (), entry: str | None = None) -> tuple[str, dict[str, Tensor]]:
+def read_tensors(
+    files: Sequence[Path], entries: Sequence[str] = (), entry: str | None = None
+) -> tuple[str, dict[str, Tensor]]:
     """Name of the model that was read ("" if it has none) and its tensors by name, on the CPU.
 
     Args:
