@@ -14,6 +14,7 @@ import importlib
 import json
 import logging
 import math
+import re
 import shutil
 import sys
 import textwrap
@@ -25,7 +26,19 @@ from typing import Any, NoReturn, get_args, get_origin
 
 import yaml
 
-from tempact.config import RUN, RunConfig, at_least, check_keys, flatten, key, keys_of, sections_of, validate
+from tempact.config import (
+    NAME_PREFIXES,
+    NAME_WRAPPERS,
+    RUN,
+    RunConfig,
+    at_least,
+    check_keys,
+    flatten,
+    key,
+    keys_of,
+    sections_of,
+    validate,
+)
 from tempact.errors import Stopped, StopRequest, UserError
 from tempact.presets import DEFAULT, PRESETS, get_preset
 
@@ -320,14 +333,16 @@ CONFIG = "adapter_config.json"
 
 
 def lora_options(folder: Path, policy: str) -> list[str]:
-    """`--<policy>.lora.*` with the rank, alpha and targets of the adapter in `folder`; UserError where it has none.
+    """`--<policy>.lora.*` with the largest rank, the alpha and the targets of the adapter in `folder`.
 
-    Targets that are no list of names (PEFT also takes a pattern) are left to the configuration.
+    Targets lose what trainers put around names; those that are no list (PEFT also takes a pattern) are left to the
+    configuration. UserError where the folder has none.
     """
     file = folder / CONFIG
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
         rank, alpha, targets = settings["r"], settings["lora_alpha"], settings["target_modules"]
+        rank = max([rank, *(settings.get("rank_pattern") or {}).values()])
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not readable ({error}); accepted: the JSON that PEFT writes") from error
     except (KeyError, TypeError) as error:
@@ -336,7 +351,9 @@ def lora_options(folder: Path, policy: str) -> list[str]:
         alpha = int(alpha)
     options = [f"--{policy}.lora.rank", str(rank), f"--{policy}.lora.alpha", str(alpha)]
     if isinstance(targets, list) and targets:
-        options += [f"--{policy}.lora.targets", *sorted(map(str, targets))]
+        inner = (re.sub(rf"\b({'|'.join(NAME_WRAPPERS)})\.", "", str(target)) for target in targets)
+        names = {re.sub(rf"^({'|'.join(NAME_PREFIXES)})+", "", name) for name in inner}
+        options += [f"--{policy}.lora.targets", *sorted(names)]
     return options
 
 

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tempact.cli import lora_options
 from tempact.errors import UserError
 from tempact.models.adapters import CONFIG, TRAINED, adapted, load_adapter, save_adapter
 from tempact.models.wan.checkpoints.load import load_transformer
@@ -255,6 +256,20 @@ def test_ranks_up_to_the_configured_one_are_loaded(tmp_path: Path, base: Path) -
     changed(folder, rank_pattern={"blocks.1.ffn.2": 5})  # not the tensors'
     with pytest.raises(UserError, match=r"found 2 tensors of another shape \(blocks.1.ffn.2.lora_A.weight"):
         load_adapter(policy(base, r=8), folder)
+
+
+def test_generate_takes_ranks_and_targets_of_a_wrapped_folder(tmp_path: Path, base: Path) -> None:
+    """`generate --adapter` makes the executor's adapter by the folder's settings."""
+    full = [f"model.blocks.{i}.{name}" for i in range(SMALL.layers) for name in TARGETS]
+    folder = written(tmp_path / "lora", base, target_modules=full, rank_pattern={"model.blocks.1.ffn.2": 8})
+    changed(folder, target_modules=[name.replace("blocks", f"{FSDP}.blocks") for name in full])
+    rank, alpha, targets = (lora_options(folder, "executor")[i] for i in (slice(0, 2), slice(2, 4), slice(4, None)))
+    assert (rank, alpha) == (["--executor.lora.rank", "8"], ["--executor.lora.alpha", "4"])
+    assert targets == ["--executor.lora.targets", *sorted(name.removeprefix("model.") for name in full)]
+    model = policy(base, targets[1:], r=8)
+    load_adapter(model, folder)
+    changed(folder, target_modules=full)
+    assert_same(merged_policy(model), by_peft(folder, base))
 
 
 def test_the_velocity_is_that_of_pefts_model(tmp_path: Path, base: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from models.test_checkpoints import Unsafe
 from safetensors.torch import load_file
 
 from tempact.shapeworld import pretrain
@@ -51,6 +53,14 @@ def test_an_interrupted_course_ends_with_the_same_bits(tmp_path: Path, monkeypat
     assert torch.equal(one["weight"], two["weight"]) and torch.equal(one["bias"], two["bias"])
     assert whole["loss"] == resumed["loss"] < 0.05
     assert not (tmp_path / "cut" / "training.pt").exists()
+
+
+def test_the_state_of_an_interrupted_course_runs_no_code(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    torch.save({"course": Unsafe(made)}, tmp_path / "training.pt")
+    with pytest.raises(pickle.UnpicklingError, match="mkdir"):
+        train(Line(), tmp_path, 60)
+    assert not made.exists()
 
 
 def numbered(seed: int, count: int) -> list[tuple[int, int]]:
