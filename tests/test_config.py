@@ -262,7 +262,6 @@ def scoped(key: str, value: object) -> RunConfig:
         (["--planner.precision", "fp8"], "planner.precision: found 'fp8'; accepted: fp32, bf16"),
         (["--planner.liger", "yes"], "planner.liger: found 'yes'; accepted: auto, off, model, all"),
         (["--executor.precision", "fp8"], "executor.precision: found 'fp8'; accepted: fp32, bf16, bf16-fp32-gates"),
-        (["--executor.entry", "ema"], "executor.entry: found 'ema'; accepted: nothing, generator_ema, generator"),
         (["--executor.window", "wide"], "executor.window: found 'wide'; accepted: full, self-forcing, longlive"),
         (["--executor.switch_rounding", "down"], "executor.switch_rounding: found 'down'; accepted: nearest, up"),
         (["--executor.video_size", "32", "40"], "executor.video_size: found 32x40; accepted: multiples of 16x16"),

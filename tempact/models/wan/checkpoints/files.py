@@ -67,7 +67,7 @@ def read_tensors(
     Args:
         files: one file, or the shards of one model.
         entries: names under which a file may hold one of several models; the first that is there is taken, else the
-            only entry that is tensors.
+            only entry that is tensors. Without any, a file must be the tensors of one model.
         entry: the name to take instead, "" or None for none; a model that lies in its file without a name is taken
             nevertheless. None: the caller has no way to give one.
 
@@ -94,7 +94,7 @@ def _pick(content: Mapping[str, Any], entries: Sequence[str], entry: str | None,
     """Name of the entry to take, "" for a file that is the tensors of one model."""
     inner = {str(name): value for name, value in content.items() if isinstance(value, Mapping)}
     models = [name for name, own in inner.items() if own and all(isinstance(value, Tensor) for value in own.values())]
-    known = (entry,) if entry else (*entries, *(models if len(models) == 1 else ()))
+    known = (entry,) if entry else (*entries, *(models if entries and len(models) == 1 else ()))
     taken = next((name for name in known if name in inner), "")
     if taken:
         others = listed(str(name) for name in content if name != taken)
