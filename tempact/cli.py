@@ -345,7 +345,7 @@ def lora_options(folder: Path, policy: str) -> list[str]:
         rank = max([rank, *(settings.get("rank_pattern") or {}).values()])
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not readable ({error}); accepted: the JSON that PEFT writes") from error
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: found no {error}; accepted: r, lora_alpha and target_modules of a LoRA") from error
     if isinstance(alpha, float) and alpha.is_integer():
         alpha = int(alpha)

@@ -32,7 +32,8 @@ TRAINED, REFERENCE = "default", "ref"
 CONFIG = "adapter_config.json"
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PEFT_PREFIX, DIFFUSERS_PREFIX = "base_model.model.", "transformer."  # of tensor names
-PREFIXES = (*NAME_PREFIXES, PEFT_PREFIX, DIFFUSERS_PREFIX, "unet.", "lora_unet__", "lora_unet_", "lora_transformer_")
+TOOLS = ("unet.", "pipe.dit.", "lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
+PREFIXES = (*NAME_PREFIXES, PEFT_PREFIX, DIFFUSERS_PREFIX, *TOOLS)
 
 # what a key's tensor is, by its end; PEFT may put the adapter's name before `.weight`
 ENDING = re.compile(
@@ -109,6 +110,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     model.save_pretrained(folder, selected_adapters=[TRAINED])
 
 
+@torch.no_grad()
 def load_adapter(model: PeftModel, folder: Path) -> None:
     """Loads a PEFT folder into the trained adapter, whose effect is then PEFT's; its rank and alpha stay as configured.
 
@@ -128,32 +130,35 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     layers = {n: layer for n, layer in model.base_model.model.named_modules() if isinstance(layer, BaseTunerLayer)}
     state, told = plain_state(content, layers, file)
     effects = effects_of(settings, told, layers, file)
-    linears = [name for name in layers if name + DOWN in own]  # all but embeddings
     expected = dict(own)
-    for name in linears:
+    for name in (name for name in layers if name + DOWN in own):
         down, up = name + DOWN, name + UP
-        if name not in effects:
-            state = {down: own[down], up: torch.zeros_like(own[up])} | state
-        elif settings.rank_pattern:
-            rank, most = effects[name].rank, configured.r
-            if rank > most:
-                raise UserError(
-                    f"{config}: rank_pattern: found {rank} for {name}; accepted: up to {most}, as configured"
-                )
-            expected |= {down: own[down][:rank], up: own[up][:, :rank]}
+        if name in effects:
+            rank = effects[name].rank if settings.rank_pattern else configured.r
+            expected[down] = own[down].new_empty(rank, *own[down].shape[1:])
+            expected[up] = own[up].new_empty(len(own[up]), rank, *own[up].shape[2:])
+        elif name in told:  # PEFT passes over what its settings leave out
+            del expected[down], expected[up]
+        else:
+            state |= {down: own[down], up: torch.zeros_like(own[up])}
     require_fit(expected, state, file, f"the {len(own)} tensors of this model's adapter")
     require_finite(state, file)
     for key in ("lora_alpha",) if settings.rank_pattern else ("r", "lora_alpha"):
         found, accepted = getattr(settings, key), getattr(configured, key)
         if found != accepted:
             raise UserError(f"{config}: {key}: found {found}; accepted: {accepted}, as configured")
-    for name in effects.keys() & set(linears):
-        down, up, ratio = name + DOWN, name + UP, effects[name].scale / layers[name].scaling[TRAINED]
-        state[down] = torch.cat([state[down].to(own[down]), own[down][len(state[down]) :]])
-        scaled = state[up] if ratio == 1.0 else state[up].double() * ratio
-        state[up] = nn.functional.pad(scaled, (0, own[up].shape[1] - scaled.shape[1]))
-    with torch.no_grad():
-        set_peft_model_state_dict(model, {PEFT_PREFIX + n: t for n, t in state.items()}, adapter_name=TRAINED)
+    for name, (rank, scale) in effects.items():
+        down, up, usual = name + DOWN, name + UP, layers[name].scaling[TRAINED]
+        ratio = scale / usual
+        if rank > configured.r or (ratio != 1.0 and down not in own):
+            found = f"rank {rank} and scale {scale:g} for {name}"
+            accepted = f"up to rank {configured.r}, as configured, and scale {usual:g} but for linears"
+            raise UserError(f"{config}: rank_pattern, alpha_pattern: found {found}; accepted: {accepted}")
+        if down in own:
+            state[down] = torch.cat([state[down].to(own[down]), own[down][len(state[down]) :]])
+            scaled = state[up] if ratio == 1.0 else state[up].double() * ratio
+            state[up] = nn.functional.pad(scaled, (0, own[up].shape[1] - scaled.shape[1]))
+    set_peft_model_state_dict(model, {PEFT_PREFIX + n: t for n, t in state.items()}, adapter_name=TRAINED)
 
 
 def plain_state(
@@ -214,7 +219,7 @@ def effects_of(settings: LoraConfig, told: Mapping[str, str], modules: Iterable[
     except re.error as error:
         raise UserError(f"{file}: found settings with a broken expression ({error}); accepted: names") from error
     if idle:
-        log.warning("%s: rank_pattern, alpha_pattern: no adapted module is named %s", file, listed(idle))
+        log.warning("%s: rank_pattern, alpha_pattern: no linear is named %s", file, listed(idle))
     if not effects:
         found = settings.target_modules
         shown = found if isinstance(found, str) else listed(found or ())

@@ -159,7 +159,7 @@ def test_a_pattern_that_peft_passes_over_is_told(tmp_path: Path, base: Path, cap
     folder = written(tmp_path / "lora", base, alpha_pattern={"q_proj": 16, "self_attn.q": 8})
     with caplog.at_level(logging.WARNING):
         load_transformer(base, device=CPU, adapters=[folder])
-    told = f"{folder}/adapter_model.safetensors: rank_pattern, alpha_pattern: no adapted module is named q_proj"
+    told = f"{folder}/adapter_model.safetensors: rank_pattern, alpha_pattern: no linear is named q_proj"
     assert [record.getMessage() for record in caplog.records] == [told]
 
 
@@ -208,6 +208,9 @@ REFUSED: dict[str, tuple[Broken, str]] = {
     "a rank that is not the tensors'": (
         lambda folder: changed(folder, rank_pattern={"blocks.1.ffn.2": 3}), "of another shape (blocks.1.ffn.2.lora_A"
     ),
+    "a module that the settings leave out": (
+        lambda folder: changed(folder, target_modules=["self_attn.v", "ffn.2"]), "found 6 tensors extra (blocks.{0-2}."
+    ),
     "DoRA": (lambda folder: changed(folder, use_dora=True), "use_dora: found True; accepted: False"),
     "a bias": (lambda folder: changed(folder, lora_bias=True), "lora_bias: found True; accepted: False"),
     **{
@@ -248,7 +251,9 @@ def test_what_cannot_be_peft_is_refused_by_both_readers(tmp_path: Path, base: Pa
 def test_ranks_up_to_the_configured_one_are_loaded(tmp_path: Path, base: Path) -> None:
     """What the refusal says is accepted."""
     folder = written(tmp_path / "lora", base, rank_pattern={"blocks.1.ffn.2": 8})
-    with pytest.raises(UserError, match="rank_pattern: found 8 for blocks.1.ffn.2; accepted: up to 4, as configured"):
+    with pytest.raises(
+        UserError, match="found rank 8 and scale 0.5 for blocks.1.ffn.2; accepted: up to rank 4, as configured"
+    ):
         load_adapter(policy(base), folder)
     model = policy(base, r=8)
     load_adapter(model, folder)

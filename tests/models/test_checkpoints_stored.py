@@ -63,6 +63,15 @@ def test_the_entry_that_was_taken_is_told(
     assert told in [record.getMessage() for record in caplog.records]
 
 
+def test_entries_that_are_no_models_are_passed_over(tmp_path: Path) -> None:
+    torch.save({"ema": {}, "generator": None, "model": shifted(2), 0: shifted(3)}, tmp_path / "x.pt")
+    found = open_checkpoint(tmp_path / "x.pt", config=SMALL)
+    assert found.entry == "model" and torch.equal(found.tensors["head.head.bias"], STATE["head.head.bias"] + 2)
+    torch.save({0: shifted(3)}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="found entries 0; accepted: one of generator_ema"):
+        open_checkpoint(tmp_path / "x.pt", config=SMALL)
+
+
 def test_a_run_chooses_any_entry(tmp_path: Path) -> None:
     """Names that nobody knows are chosen by hand, and every name that a refusal tells of is accepted."""
     file = tmp_path / "x.pt"

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tempact.config import LoraConfig as PolicyLora
 from tempact.errors import UserError
 
 IDS = torch.arange(1, 12)[None]
@@ -113,6 +114,24 @@ def test_a_model_of_other_layers_comes_back(make_planner, move, tmp_path):
     assert torch.equal(logits(again.peft), logits(planner.peft))
     with pytest.raises(UserError, match="fan_in_fan_out: found True; accepted: False"):
         make_planner(adapter=tmp_path)
+
+
+def test_adapters_of_the_head_and_the_embedding_come_back(make_planner, move, tmp_path):
+    """Their folders hold the base's own tensors too; another scale of an embedding is refused."""
+    lora = PolicyLora(4, 8, ("q_proj", "lm_head", "embed_tokens"))
+    planner = make_planner(lora=lora)
+    move(planner)
+    planner.save_adapter(tmp_path)
+    assert torch.equal(logits(make_planner(lora=lora, adapter=tmp_path).peft), logits(planner.peft))
+    file = tmp_path / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    for pattern in ({"lm_head": 16}, {"embed_tokens": 16}):
+        file.write_text(json.dumps(settings | {"alpha_pattern": pattern}))
+        if "lm_head" in pattern:
+            make_planner(lora=lora, adapter=tmp_path)
+            continue
+        with pytest.raises(UserError, match="found rank 4 and scale 4 for model.embed_tokens; accepted: up to rank 4"):
+            make_planner(lora=lora, adapter=tmp_path)
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq"])

@@ -92,8 +92,8 @@ def read_tensors(
 
 def _pick(content: Mapping[str, Any], entries: Sequence[str], entry: str | None, file: Path) -> str:
     """Name of the entry to take, "" for a file that is the tensors of one model."""
-    inner = {str(name): value for name, value in content.items() if isinstance(value, Mapping)}
-    models = [name for name, own in inner.items() if own and all(isinstance(value, Tensor) for value in own.values())]
+    inner = {name: own for name, own in content.items() if isinstance(name, str) and isinstance(own, Mapping) and own}
+    models = [name for name, own in inner.items() if all(isinstance(value, Tensor) for value in own.values())]
     known = (entry,) if entry else (*entries, *(models if entries and len(models) == 1 else ()))
     taken = next((name for name in known if name in inner), "")
     if taken:
