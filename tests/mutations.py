@@ -145,4 +145,31 @@ MUTATIONS = [
         ),
         ("test_several_processes_of_torchrun_are_refused_in_one_line", '    if ranks != "1":', "    if not ranks:"),
     ),
+    *faults(
+        "tempact/models/wan/checkpoints/files.py",
+        "tests/models/test_checkpoints_stored.py",
+        ("test_no_reader_runs_the_code_of_a_pickle", "weights_only=True, mmap", "weights_only=False, mmap"),
+        ("test_fp8_is_loaded_and_converted_as_it_is", "tensor.float().isfinite()", "tensor.isfinite()"),
+        ("test_the_entry_that_was_taken_is_told", "if entries and len(models) == 1", "if len(models) == 9"),
+    ),
+    *faults(
+        "tempact/shapeworld/pretraining/__init__.py",
+        "tests/shapeworld/test_pretraining.py",
+        ("test_the_state_of_an_interrupted_course_runs_no_code", "weights_only=True", "weights_only=False"),
+    ),
+    *faults(
+        "tempact/models/adapters.py",
+        "tests/models/test_adapters.py",
+        ("test_what_cannot_be_peft_is_refused_by_both_readers", "    require_finite(state, file)\n", ""),
+        ("test_what_cannot_be_peft_is_refused_by_both_readers", "if start not in PLAIN_STARTS:", "if not file:"),
+        ("test_peft_matches_names_and_so_do_we", "get_pattern_key(settings.alpha_pattern, name)", "name"),
+        ("test_peft_matches_names_and_so_do_we", "state[up].double() * ratio", "state[up]"),
+        ("test_peft_matches_names_and_so_do_we", "math.sqrt(rank) if settings.use_rslora else rank", "rank"),
+    ),
+    *faults(
+        "tempact/models/wan/checkpoints/lora.py",
+        "tests/models/test_lora_files.py",
+        ("test_what_cannot_be_merged_is_refused", "    require_finite(state, file)\n", ""),
+        ("test_every_tools_file_is_merged", "scale=alpha.item() / effects[module].rank", "scale=1.0"),
+    ),
 ]
