@@ -184,7 +184,7 @@ class Trainer:
         }
 
     def load_state(self, state: dict) -> None:
-        self.done, self.idle = state["done"], dict(state.get("idle", self.idle))  # checkpoints before 0.3 have no idle
+        self.done, self.idle = state["done"], dict(state.get("idle", self.idle))  # 0.1.0 has no idle
         with torch.no_grad():
             for name, value in state["executor"].items():
                 self.executor_policy.parameters[name].copy_(value)
