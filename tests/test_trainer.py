@@ -18,6 +18,7 @@ from tempact.config import RunConfig, TrainerConfig
 from tempact.evaluation import BOTH, EXECUTOR_ONLY, PLANNER_ONLY, SINGLE, STEP
 from tempact.evaluation.harness import LOSSLESS, Evaluation
 from tempact.evaluation.statistics import MethodScores
+from tempact.executor import executor as executor_module
 from tempact.executor.sampler import derive_seed, gaussian_noise
 from tempact.policies import build_policies, build_trainer
 from tempact.presets import get_preset
@@ -411,26 +412,29 @@ def test_a_rollback_takes_back_what_is_not_confirmed_to_the_bit(learning: Traine
         assert all(torch.equal(one["state"][i]["exp_avg"], other["state"][i]["exp_avg"]) for i in one["state"])
 
 
-def test_videos_that_are_not_numbers_have_no_score_and_harm_no_other(caplog: pytest.LogCaptureFixture) -> None:
-    trainer = make(smoke(plans=4))
-    rolled_out = trainer.executor.roll_out
+def test_videos_that_are_not_numbers_have_no_score_and_harm_no_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = smoke(plans=3)
+    trainer = make(replace(config, executor=replace(config.executor, continuations=3)))
+    rolled_out = executor_module.roll_out
 
-    def roll_out(plans: list[Plan], *more: object):
-        latents, transition = rolled_out(plans, *more)
+    def roll_out(*given: object):
+        latents, transition = rolled_out(*given)
         latents[1] = NAN  # a plan from its shared context on
         latents[2, 0, 0, 20, 0, 0] = float("inf")
         transition.states[1], transition.prefix[1], transition.states[2, 0] = NAN, NAN, float("inf")
         return latents, transition
 
-    trainer.executor.roll_out = roll_out
+    monkeypatch.setattr(executor_module, "roll_out", roll_out)
     start, iteration = weights(trainer), iterate(trainer)
-    expected = [[False, False], [True, True], [True, False], [False, False]]
-    assert iteration.rollout.broken.tolist() == expected
+    broken, mask = iteration.rollout.broken, iteration.batch.execution_mask
+    assert broken.tolist() == [[False] * 3, [True] * 3, [True, False, False]]
     for name in ("temporal_following", "aesthetics", "step_following"):
-        assert bool(getattr(iteration.scored, name)[iteration.rollout.broken].isnan().all())
-    assert not iteration.scored.temporal_following[~iteration.rollout.broken].isnan().any()
-    assert iteration.batch.execution_mask.tolist() == [[True, True], [False, False], [False, False], [True, True]]
-    assert "3 videos have latents that are not finite" in caplog.text
+        assert bool(getattr(iteration.scored, name)[broken].isnan().all())
+    assert not iteration.scored.temporal_following[~broken].isnan().any()
+    assert not mask[broken].any() and bool(mask.any(1)[[0, 2]].any())
+    assert "4 videos have latents that are not finite" in caplog.text
     assert iteration.metrics["executor/skipped_updates"] == iteration.metrics["planner/skipped_updates"] == 0.0
     assert not equal(weights(trainer), start, "executor")
 
