@@ -95,6 +95,7 @@ SIZE = Rule(
     lambda size: all(side > 0 and side % TOKEN_PIXELS == 0 for side in size),
     lambda size: "x".join(map(str, size)),
 )
+REQUEST_FIELD = Rule("a name, or nothing", lambda name: re.fullmatch(r"\w*", name) is not None)
 NAME = r"[^\W\d]\w*"
 FUNCTIONS = Rule(
     "each module:function", lambda names: all(re.fullmatch(rf"({NAME}\.)*{NAME}:{NAME}", name) for name in names)
@@ -263,6 +264,11 @@ class JudgeSettings:
     attempt_s: float = key(60.0, RUN, "seconds for one request", POSITIVE)
     attempts: int = key(4, RUN, "requests of a call", COUNT)
     outage_s: float = key(300.0, RUN, "silence of all servers of a role after which a run stops, seconds", POSITIVE)
+    max_tokens: int = key(2048, RUN, "length of a reply, thinking included", COUNT)
+    max_tokens_name: str = key("max_tokens", RUN, "its field in a request; nothing: left out", REQUEST_FIELD)
+    temperature: float = key(0.0, TRAINING, "of a judge's replies", NOT_NEGATIVE)
+    temperature_name: str = key("temperature", RUN, "its field in a request; nothing: left out", REQUEST_FIELD)
+    schemas: bool = key(True, RUN, "replies are asked for by JSON schema, where a server takes one")
     cache: str = key("runs/judges.sqlite", RUN, "replies, for all runs and ranks of a machine; nothing: no cache")
     video_frames: int = key(6, TRAINING, "frames of a whole video that a judge sees", at_least(2))
     step_frames: int = key(6, TRAINING, "frames of a step that a judge sees", at_least(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import time
@@ -10,30 +11,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-import torch
-from torch import Tensor
-
 from tempact.diagnostics import FAULT, NOTE, OK
 from tempact.errors import UserError
-from tempact.rewards import Span, pixel_window
-from tempact.rewards.judged import HELD_OUT, PLAN, STEP, VIDEO, JudgedReward
+from tempact.rewards.judged import HELD_OUT, INSTRUCTION, PLAN, STEP, VIDEO, JudgedReward, canned
 from tempact.rewards.judges import JudgeOutage
 from tempact.rewards.judges.client import JudgeClient
-from tempact.rewards.judges.config import NO_KEY, PREFIX, ROLES, EndpointConfig, JudgeConfig
-from tempact.types import Missing, Plan, Step
+from tempact.rewards.judges.config import PREFIX, ROLES, EndpointConfig, JudgeConfig, import_openai
+from tempact.types import Missing
 
 CONNECTING_S = 3.0
 SHOWN_MODELS = 5
 SHOWN_CHARACTERS = 400  # of what a server says is wrong
 LEAST_SCORE = 0.5  # the canned plan is right and the canned video follows it
-INSTRUCTION = "A red ball rolls over a grey floor from the left to the right. Then a blue box appears in the middle."
-STEPS = (
-    "A red ball rolls over a grey floor from the left side to the right side.",
-    "The red ball lies still on the right of the grey floor. A blue box appears in the middle of the floor.",
-)
-LATENT_FRAMES, SWITCH, RATE = 12, 6, 4  # RATE pixel frames of a latent frame, as of Wan's VAE
-HEIGHT, WIDTH = 240, 416
-RED, BLUE, GREY = (210, 40, 40), (40, 70, 200), (150, 150, 150)
 
 
 @dataclass(frozen=True)
@@ -124,14 +113,14 @@ def why_not_served(endpoint: EndpointConfig, timeout_s: float) -> str:
 
     The client would go on asking until an outage, as it must during a run. A server that lists no models passes.
     """
-    import openai
+    openai = import_openai()
 
-    server = openai.OpenAI(
-        base_url=endpoint.base_url, api_key=endpoint.api_key or NO_KEY, timeout=timeout_s, max_retries=0
-    )
+    async def listed() -> list[str]:
+        async with endpoint.connect(timeout_s) as server:
+            return [model.id for model in (await server.models.list()).data or []]
+
     try:
-        with server:
-            served = [model.id for model in server.models.list().data or []]
+        served = asyncio.run(listed())
     except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
         return f"HTTP {error.status_code}: {error.message}; correct the API_KEY of this address"
     except (openai.OpenAIError, ValueError, AttributeError):
@@ -140,28 +129,3 @@ def why_not_served(endpoint: EndpointConfig, timeout_s: float) -> str:
         return ""
     shown = ", ".join(served[:SHOWN_MODELS]) + (", ..." if len(served) > SHOWN_MODELS else "")
     return f"the server has no model {endpoint.model}; it serves {shown}"
-
-
-def canned() -> tuple[list[Plan], Tensor, list[Span | None]]:
-    """A right plan of two steps, one continuation that follows it, and the span of its second step."""
-    steps = (Step(0, SWITCH, STEPS[0]), Step(SWITCH, LATENT_FRAMES, STEPS[1]))
-    video = canned_video()
-    span = Span(*pixel_window(SWITCH, LATENT_FRAMES, LATENT_FRAMES, len(video)), steps[1])
-    return [Plan(INSTRUCTION, steps)], video[None, None], [span]
-
-
-def canned_video() -> Tensor:
-    """uint8 [45, 3, HEIGHT, WIDTH]: a disc moves until the switch, then a square stands in the middle."""
-    frames, switch = RATE * (LATENT_FRAMES - 1) + 1, RATE * (SWITCH - 1) + 1
-    rows, columns = torch.meshgrid(torch.arange(HEIGHT), torch.arange(WIDTH), indexing="ij")
-    floor = torch.where(rows[..., None] < HEIGHT // 2, torch.tensor((235, 235, 235)), torch.tensor(GREY))
-    pictures = []
-    for frame in range(frames):
-        x = WIDTH // 8 + min(frame, switch) * (3 * WIDTH // 4) // switch
-        ball = (rows - 3 * HEIGHT // 4).square() + (columns - x).square() < (HEIGHT // 8) ** 2
-        picture = torch.where(ball[..., None], torch.tensor(RED), floor)
-        if frame > switch:
-            box = (abs(rows - 5 * HEIGHT // 8) < HEIGHT // 8) & (abs(columns - WIDTH // 2) < HEIGHT // 8)
-            picture = torch.where(box[..., None], torch.tensor(BLUE), picture)
-        pictures.append(picture.permute(2, 0, 1).to(torch.uint8))
-    return torch.stack(pictures)

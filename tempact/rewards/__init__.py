@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from tempact.errors import UserError
+from tempact.rewards.judges import Repeated
 from tempact.types import CustomScores, Plan, PlanBatch, RewardLevel, Rollout, Scored, Step
 
 log = logging.getLogger(__name__)
@@ -169,7 +170,9 @@ class RewardSet:
     aesthetics          P [P, N] of the pictures after the switch
     custom              the user's own
     metrics             gives metrics of the scoring itself since its last call, named as in `metrics.jsonl`
+    check               asks what the rewards depend on for an example, before there is a plan; raises as `result` does
     close               ends what the rewards have started; they score nothing afterwards
+    warn                writes warnings that may come with every iteration
 
     Raises UserError where two rewards have one name.
     """
@@ -180,7 +183,9 @@ class RewardSet:
     aesthetics: RewardFunction
     custom: tuple[Reward, ...] = ()
     metrics: Callable[[], dict[str, float]] = dict
+    check: Callable[[], None] = lambda: None
     close: Callable[[], None] = lambda: None
+    warn: Repeated = field(default_factory=lambda: Repeated(log), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         taken = {each.name for each in fields(Scored)}
@@ -244,9 +249,9 @@ class Scoring:
                 accepted = "finite ones, NaN for missing"
                 raise UserError(f"rewards.custom: {own.name}: found infinite scores; accepted: {accepted}")
         return Scored(
-            plan_quality=_valid("plan_quality", _tensor("plan_quality", self.quality, [[count]])),
+            plan_quality=self._valid("plan_quality", _tensor("plan_quality", self.quality, [[count]])),
             format_score=torch.tensor([plan.format_score for plan in self.plans.plans]),
-            **{name: _valid(name, self._whole(name)) for name in VIDEO_REWARDS},
+            **{name: self._valid(name, self._whole(name)) for name in VIDEO_REWARDS},
             custom=tuple(custom),
         )
 
@@ -256,6 +261,13 @@ class Scoring:
             scores = _tensor(name, part[name], [shape] + [shape[:1]] * (level == "plan"))
             found.append(scores.masked_fill(broken if scores.ndim == 2 else broken.all(1), float("nan")))
         return torch.cat(found)
+
+    def _valid(self, name: str, scores: Tensor) -> Tensor:
+        """Scores of the method's own, of which a number outside [0, 1] is none."""
+        outside = ~torch.isnan(scores) & ~((scores >= 0) & (scores <= 1))
+        if outside.any():
+            self.rewards.warn(name, "%s: %d scores outside [0, 1] count as missing", name, int(outside.sum()))
+        return scores.masked_fill(outside, float("nan"))
 
 
 def _prompts(plans: PlanBatch) -> list[str]:
@@ -275,11 +287,3 @@ def _tensor(name: str, returned: Any, shapes: list[list[int]]) -> Tensor:
         accepted = f"{' or '.join(map(str, shapes))} (plans, continuations)"
         raise UserError(f"rewards.custom: {name}: found scores of shape {list(found.shape)}; accepted: {accepted}")
     return found
-
-
-def _valid(name: str, scores: Tensor) -> Tensor:
-    """Scores of the method's own, of which a number outside [0, 1] is none."""
-    outside = ~torch.isnan(scores) & ~((scores >= 0) & (scores <= 1))
-    if outside.any():
-        log.warning("%s: %d scores outside [0, 1] count as missing", name, int(outside.sum()))
-    return scores.masked_fill(outside, float("nan"))

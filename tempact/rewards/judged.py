@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
@@ -22,9 +22,10 @@ from pydantic import BaseModel, Field, create_model
 from torch import Tensor
 
 from tempact.config import JudgeSettings
-from tempact.rewards import RewardFunction, RewardSet, Span, jpegs, media_hash, spread
-from tempact.rewards.judges import JudgeCall, Judges, Rubric
-from tempact.types import Missing, Plan
+from tempact.errors import UserError
+from tempact.rewards import RewardFunction, RewardSet, Span, jpegs, media_hash, pixel_window, spread
+from tempact.rewards.judges import JudgeCall, JudgeOutage, JudgeRefusal, Judges, Rubric
+from tempact.types import Missing, Plan, Step
 
 FOLDER = Path(__file__).parent / "rubrics"
 FRAMES = "{frames}"  # stands in a rubric for the number of pictures
@@ -220,11 +221,69 @@ def judged_rewards(
     client: Judges, aesthetics: RewardFunction, settings: JudgeSettings, stats: Callable[[], dict[str, float]] = dict
 ) -> RewardSet:
     """The three rewards of judges, and one of pictures with its metrics; closing them closes the client."""
+    plan, video = JudgedReward(client, PLAN), JudgedReward(client, VIDEO, settings.video_frames)
+    step = JudgedReward(client, STEP, settings.step_frames)
     return RewardSet(
-        plan_quality=JudgedReward(client, PLAN),
-        temporal_following=JudgedReward(client, VIDEO, settings.video_frames),
-        step_following=JudgedReward(client, STEP, settings.step_frames),
+        plan_quality=plan,
+        temporal_following=video,
+        step_following=step,
         aesthetics=aesthetics,
         metrics=lambda: client.stats() | stats(),
+        check=lambda: check_judges((plan, video, step)),
         close=client.close,
     )
+
+
+def check_judges(rewards: Iterable[JudgedReward]) -> None:
+    """One question about an example to the judge of each reward. The cache keeps the replies for a resumed run.
+
+    Raises JudgeOutage where a judge is silent or does not reply as asked for, UserError where its servers refuse the
+    address, the key or the model.
+    """
+    asked = [(reward, reward([INSTRUCTION], *canned())) for reward in rewards]
+    try:
+        for reward, scores in asked:
+            for reply in scores.replies.values():
+                if isinstance(found := reply.result(), Missing):
+                    role = reward.role or reward.question.name
+                    then = "python -m tempact.doctor judges asks again"
+                    raise JudgeOutage(f"judge {role}: no score for an example: {found.reason}; {then}")
+    except JudgeRefusal as error:
+        raise UserError(str(error)) from error
+    for reward, _ in asked:
+        reward.judges.stats()  # not of an iteration
+
+
+INSTRUCTION = "A red ball rolls over a grey floor from the left to the right. Then a blue box appears in the middle."
+STEPS = (
+    "A red ball rolls over a grey floor from the left side to the right side.",
+    "The red ball lies still on the right of the grey floor. A blue box appears in the middle of the floor.",
+)
+LATENT_FRAMES, SWITCH, RATE = 12, 6, 4  # RATE pixel frames of a latent frame, as of Wan's VAE
+HEIGHT, WIDTH = 240, 416
+RED, BLUE, GREY = (210, 40, 40), (40, 70, 200), (150, 150, 150)
+
+
+def canned() -> tuple[list[Plan], Tensor, list[Span | None]]:
+    """A right plan of two steps, one continuation that follows it, and the span of its second step."""
+    steps = (Step(0, SWITCH, STEPS[0]), Step(SWITCH, LATENT_FRAMES, STEPS[1]))
+    video = canned_video()
+    span = Span(*pixel_window(SWITCH, LATENT_FRAMES, LATENT_FRAMES, len(video)), steps[1])
+    return [Plan(INSTRUCTION, steps)], video[None, None], [span]
+
+
+def canned_video() -> Tensor:
+    """uint8 [45, 3, HEIGHT, WIDTH]: a disc moves until the switch, then a square stands in the middle."""
+    frames, switch = RATE * (LATENT_FRAMES - 1) + 1, RATE * (SWITCH - 1) + 1
+    rows, columns = torch.meshgrid(torch.arange(HEIGHT), torch.arange(WIDTH), indexing="ij")
+    floor = torch.where(rows[..., None] < HEIGHT // 2, torch.tensor((235, 235, 235)), torch.tensor(GREY))
+    pictures = []
+    for frame in range(frames):
+        x = WIDTH // 8 + min(frame, switch) * (3 * WIDTH // 4) // switch
+        ball = (rows - 3 * HEIGHT // 4).square() + (columns - x).square() < (HEIGHT // 8) ** 2
+        picture = torch.where(ball[..., None], torch.tensor(RED), floor)
+        if frame > switch:
+            box = (abs(rows - 5 * HEIGHT // 8) < HEIGHT // 8) & (abs(columns - WIDTH // 2) < HEIGHT // 8)
+            picture = torch.where(box[..., None], torch.tensor(BLUE), picture)
+        pictures.append(picture.permute(2, 0, 1).to(torch.uint8))
+    return torch.stack(pictures)

@@ -116,6 +116,11 @@ class Run:
         world.check()  # missing parts are named before weights load
         prompts, scoring = world.prompts(), world.rewards(device_of(config)).extended(rewards)
         opened.callback(scoring.close)
+        try:
+            scoring.check()
+        except JudgeOutage as error:
+            log.error("%s; nothing was trained", error)
+            return RunResult(folder, EXIT_ABORTED)
         policies = build_policies(config)
         trainer = build_trainer(config, policies, prompts, scoring)
         if checkpoint is not None:

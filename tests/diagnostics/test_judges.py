@@ -13,8 +13,9 @@ import torch
 from rewards.judge_server import GOOD, Server
 
 from tempact import doctor
-from tempact.diagnostics.judges import canned, canned_video, findings, why_unreachable
+from tempact.diagnostics.judges import findings, why_unreachable
 from tempact.rewards import Span
+from tempact.rewards.judged import canned, canned_video
 from tempact.rewards.judges.config import ROLES
 
 KEY = "sk-canary-0d9a"

@@ -18,9 +18,9 @@ from rewards.fault_proxy import FAULTS, MALFORMED, SLOW, Behaviour, completion, 
 from rewards.judge_cases import KEY, ROLE, RUBRIC, Score, call, client_of, is_right
 
 from tempact.rewards.judges import JudgeCall, JudgeOutage
-from tempact.rewards.judges.client import JudgeClient, retry_after_s
+from tempact.rewards.judges.client import JudgeClient
 from tempact.rewards.judges.config import EndpointConfig, JudgeConfig
-from tempact.rewards.judges.endpoints import Dispatcher, Endpoint, Pool
+from tempact.rewards.judges.endpoints import Dispatcher, Endpoint, Pool, retry_after_s
 from tempact.types import Missing
 
 RETRIED = [fault for fault in FAULTS if fault not in SLOW]
@@ -46,7 +46,7 @@ def test_attempts_are_bounded_and_what_stays_wrong_is_missing(fault: str) -> Non
 
 def test_a_call_the_server_rejects_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("rewards.fault_proxy").fault_proxy.STATUSES, "400", 400)
-    with running(Behaviour(share=1, faults=("400",))) as server, client_of([server.url]) as client:
+    with running(Behaviour(share=1, faults=("400",))) as server, client_of([server.url], schemas=False) as client:
         result = client.submit([call(3)])[0].result(10)
         assert isinstance(result, Missing) and "HTTP 400" in result.reason
         assert server.proxy.seen["400"] == 1
@@ -111,7 +111,7 @@ def test_a_busy_server_is_left_alone_for_as_long_as_it_asks(fault: str) -> None:
 
 
 def test_an_error_of_the_http_library_is_no_exception_of_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def broken(self, call, lease):
+    async def broken(*given):
         raise RuntimeError(f"line one\nwith {KEY}")
 
     monkeypatch.setattr(JudgeClient, "_post", broken)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from rewards.fault_proxy import MALFORMED, completion
 from rewards.judge_cases import Score
 
-from tempact.rewards.judges.replies import MAX_REPLY_CHARACTERS, BadBody, BadReply, read_body, read_reply
+from tempact.rewards.judges.replies import MAX_REPLY_CHARACTERS, BadBody, BadReply, read_completion, read_reply
 
 GOOD = '{"score": 0.25, "reason": "x"}'
 
@@ -30,7 +30,6 @@ class Frames(BaseModel):
         f"```json\n{GOOD}\n```",
         f"```\n{GOOD}\n```\n",
         f"<think>it could be 0.9: {{}}</think>\n\n{GOOD}",
-        f"no opening tag, as some templates have it</think>{GOOD}",
         f"<think>\n\n</think>\n```json\n{GOOD}\n```",
     ],
 )
@@ -87,19 +86,19 @@ def test_whole_numbers_are_numbers_and_lists_have_their_length() -> None:
 @pytest.mark.parametrize(
     "body",
     [b"", b"null", b"[]", b"{}", b'{"choices": null}', b'{"choices": [{}]}', b'{"choices": [{"message": 3}]}',
-     b"<html>", b'{"choices": [{"message": {"content": 3}}]}',
+     b"<html>", b'{"choices": [3]}',
      b'{"choices": {"0": 1}}', b"\xff\xfe\x00", b"[" * 50_000],
 )  # fmt: skip
 def test_no_completion(body: bytes) -> None:
     with pytest.raises(BadBody):
-        read_body(body)
+        read_completion(body, Score)
 
 
 def test_completions_without_an_answer() -> None:
     for body in (completion(None), completion(""), completion(GOOD, refusal="no")):
         with pytest.raises(BadReply):
-            read_body(body)
-    assert read_body(completion(GOOD, refusal=None)) == GOOD
+            read_completion(body, Score)
+    assert read_completion(completion(GOOD, refusal=None), Score) == Score(score=0.25, reason="x")
 
 
 def outcome(text: str) -> Score | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
@@ -65,7 +66,30 @@ class Judges(Protocol):
 
 
 class JudgeOutage(RuntimeError):
-    """No endpoint of a role has answered for longer than `outage_s`: the run should save and stop."""
+    """A role has no judge: no endpoint has answered for `outage_s`, or none judges. The run should save and stop."""
+
+
+class JudgeRefusal(JudgeOutage):
+    """Every endpoint of a role refuses the address, the key or the model, or the account has no credit left."""
+
+
+SHOWN_WARNINGS = 3  # of a kind, before only every doubling is written
+
+
+class Repeated:
+    """Warnings that may come with every call or iteration, counted by kind.
+
+    The first SHOWN_WARNINGS of a kind are written; after them those whose number is a power of two, with that number.
+    """
+
+    def __init__(self, log: logging.Logger):
+        self._log, self._counts = log, Counter[str]()
+
+    def __call__(self, kind: str, text: str, *values: object) -> None:
+        self._counts[kind] += 1
+        count = self._counts[kind]
+        if count <= SHOWN_WARNINGS or not count & (count - 1):
+            self._log.warning(f"{text}%s", *values, f" ({count} so far)" if count > SHOWN_WARNINGS else "")
 
 
 LATENCIES_KEPT = 10_000  # of each role between two readings

@@ -1,39 +1,48 @@
 """The client of all judges: OpenAI's chat-completions protocol, on a thread of its own.
 
 A call ends in one of three ways: with a validated reply, as Missing, or, when no server has answered any call for
-`outage_s`, with JudgeOutage for the trainer. It is repeated after 408, 409, 429, 5xx, broken connections, broken bodies
-and replies that are not as asked for, and then prefers other endpoints. Identical calls that wait at the same time are
-one request.
+`outage_s` or every server refuses key, address or model, with JudgeOutage for the trainer. It is repeated after 408,
+409, 5xx, broken connections, broken bodies and replies that are not as asked for, and then prefers other endpoints. A
+refusal for the rate of requests (429) is none of its attempts: the endpoint finds a pace that the server grants.
+Identical calls that wait at the same time are one request.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import email.utils
 import functools
 import itertools
 import logging
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from types import ModuleType
 from typing import Any
 
-from tempact.errors import UserError
-from tempact.rewards.judges import JudgeCall, JudgeOutage, JudgeResult, JudgeStats
+from tempact.rewards.judges import JudgeCall, JudgeOutage, JudgeRefusal, JudgeResult, JudgeStats, Repeated
 from tempact.rewards.judges.cache import JudgeCache, cache_key
-from tempact.rewards.judges.config import NO_KEY, JudgeConfig
-from tempact.rewards.judges.endpoints import RETRY_AFTER_MAX_S, Dispatcher, Lease, Pool
-from tempact.rewards.judges.replies import BadBody, BadReply, read_body, read_reply
+from tempact.rewards.judges.config import JudgeConfig, import_openai
+from tempact.rewards.judges.endpoints import REFUSALS, Dispatcher, Lease, Pool, retry_after_s
+from tempact.rewards.judges.replies import (
+    BadBody,
+    BadReply,
+    optional_fields,
+    read_completion,
+    read_reply,
+    refused_fields,
+)
 from tempact.types import Missing
 
 log = logging.getLogger(__name__)
 
-RETRIED = {408, 409, 429}  # and 5xx
-UNUSABLE = {401, 403, 404}  # at a server that has never answered: a wrong key, address or model, whatever the call
+RETRIED = {408, 409, 425}  # and 5xx
+TOO_MANY = 429  # and 5xx that say when to come again
+UNUSABLE = {401, 403, 404}  # and 3xx: at a server that has never answered, a wrong key, address or model for any call
+NO_CREDIT = 402
+NO_CREDIT_CODES = ("insufficient_quota", "billing_", "insufficient_balance")  # of a 429 that no waiting ends
+UNKNOWN_FIELD = {400, 422, 501}
 GATEWAY = {502, 503, 504}  # nobody is behind the address
 BACKOFF_MAX_S = 8.0
 REASON_CHARACTERS = 200
@@ -44,7 +53,7 @@ CLOSING_S = 10.0
 class Retry(Exception):
     """A request brought no result; another may.
 
-    charged  the request counts as one of the call's attempts
+    charged  the request counts as one of the call's attempts, before the next of which there is a pause
     pause_s  wait that the server asks for, s
     """
 
@@ -65,7 +74,7 @@ class JudgeClient:
 
     def __init__(self, config: JudgeConfig):
         self.config = config
-        self._openai = _import_openai()
+        self._openai, self._warn = import_openai(), Repeated(log)
         self._stats = JudgeStats(config.roles)
         self._parameters = {"temperature": config.temperature, "max_tokens": config.max_tokens}
         self._cache = JudgeCache(config.cache) if config.cache else None
@@ -130,15 +139,7 @@ class JudgeClient:
 
     async def _prepare(self) -> None:
         self._dispatcher = Dispatcher(self.config.roles.items())
-        self._servers = {
-            config: self._openai.AsyncOpenAI(
-                base_url=config.base_url,
-                api_key=config.api_key or NO_KEY,
-                max_retries=0,  # retries are counted here
-                timeout=self.config.attempt_s,
-            )
-            for config in self._dispatcher.endpoints
-        }
+        self._servers = {config: config.connect(self.config.attempt_s) for config in self._dispatcher.endpoints}
         self._watcher = self._loop.create_task(self._watch())
 
     async def _stop(self) -> None:
@@ -157,12 +158,20 @@ class JudgeClient:
         while True:
             await asyncio.sleep(min(1.0, limit / 10))
             for role, pool in self._dispatcher.pools.items():
-                if pool.silent_s() > limit and self._outage is None:
+                fault = next((endpoint.fault for endpoint in pool.endpoints if endpoint.fault), "")
+                if all(endpoint.refusals >= REFUSALS for endpoint in pool.endpoints):
+                    accepted = "address, key and model of a server that judges (python -m tempact.doctor judges)"
+                    self._end_all(JudgeRefusal(f"judge {role}: {fault}; accepted: {accepted}"))
+                elif pool.silent_s() > limit:
                     servers = ", ".join(endpoint.config.shown for endpoint in pool.endpoints)
-                    self._outage = JudgeOutage(f"judge {role}: no answer from {servers} for {limit:g} s")
-                    log.error("%s", self._outage)
-                    for task in self._running.values():
-                        task.cancel()
+                    last = f"; the last: {fault}" if fault else ""
+                    self._end_all(JudgeOutage(f"judge {role}: no answer from {servers} for {limit:g} s{last}"))
+
+    def _end_all(self, outage: JudgeOutage) -> None:
+        if self._outage is None:
+            self._outage = outage
+            for task in self._running.values():
+                task.cancel()
 
     def _start(self, batch: list[tuple[JudgeCall, Future[JudgeResult]]]) -> None:
         for call, future in batch:
@@ -218,7 +227,7 @@ class JudgeClient:
             return read_reply(text, call.rubric.fields)
         except BadReply as error:
             assert self._cache is not None
-            log.warning("%s: a reply that cannot be read (%s); asked again", self._cache.path, error)
+            self._warn("cache", "%s: a reply that cannot be read (%s); asked again", self._cache.path, error)
             self._cache.drop(key)
             return None
 
@@ -240,12 +249,12 @@ class JudgeClient:
                     return reply
                 except Retry as retry:
                     attempts += retry.charged
-                    avoid, reason, asked_s = lease.endpoint, str(retry), retry.pause_s
+                    avoid, reason, asked_s, charged = lease.endpoint, str(retry), retry.pause_s, retry.charged
                 finally:
                     self._dispatcher.release(lease)
                 if attempts < self.config.attempts and not lease.endpoint.broken:
                     elsewhere = any(each is not avoid and not each.broken for each in pool.endpoints)
-                    backoff = min(BACKOFF_MAX_S, self.config.backoff_s * 2 ** max(0, attempts - 1))
+                    backoff = min(BACKOFF_MAX_S, self.config.backoff_s * 2 ** (attempts - 1)) if charged else 0.0
                     pause = max(0.0 if elsewhere else asked_s, backoff * random.uniform(0.5, 1.5))  # with jitter
                     await asyncio.sleep(min(pause, max(0.0, until - pool.clock())))
             reason = f"{attempts} attempts; the last: {reason}"
@@ -254,27 +263,29 @@ class JudgeClient:
         except TimeoutError:
             reason = f"no reply within {self.config.deadline_s:g} s; the last: {reason or 'no answer'}"
         self._stats.latency(call.role, time.monotonic() - began)
-        log.warning("judge %s: missing: %s", call.role, reason)
+        self._warn(f"{call.role} missing", "judge %s: missing: %s", call.role, reason)
         return Missing(reason)
 
     async def _request(self, call: JudgeCall, lease: Lease, left_s: float) -> JudgeResult:
         """One request. Raises Retry or Rejected, and TimeoutError where the call has no time left."""
         if left_s <= 0:
             raise TimeoutError
-        openai, endpoint = self._openai, lease.endpoint
-        where = endpoint.config.shown
+        openai, endpoint, wanted = self._openai, lease.endpoint, call.rubric.fields
+        where, optional = endpoint.config.shown, optional_fields(self.config, wanted, lease.endpoint.not_taken)
         try:
             async with asyncio.timeout(min(self.config.attempt_s, left_s)):
-                body = await self._post(call, lease)
-            text = read_body(body)
+                body = await self._post(call, lease, optional)
+            reply = read_completion(body, wanted)
         except BadReply as error:
             self._dispatcher.answered(lease)
             raise self._not_as_asked(call, where, error, body.decode(errors="replace")) from None
         except (TimeoutError, openai.APITimeoutError):
             raise self._failure(lease, "no answer in time", blames_call=True) from None
         except openai.APIStatusError as error:
-            raise self._refused(error, lease) from None
+            raise self._refused(error.status_code, error.message, error.response.headers, lease, optional) from None
         except BadBody as error:
+            if error.status:
+                raise self._refused(error.status, str(error), {}, lease, optional) from None
             self._not_as_asked(call, where, error, body.decode(errors="replace"))
             raise self._failure(lease, str(error), blames_call=True) from None
         except openai.OpenAIError as error:
@@ -283,12 +294,9 @@ class JudgeClient:
         except (OSError, RuntimeError, ValueError) as error:  # of the HTTP library: nothing reaches the trainer
             raise self._failure(lease, self._line(f"{type(error).__name__}: {error}"), blames_call=True) from None
         self._dispatcher.answered(lease)
-        try:
-            return read_reply(text, call.rubric.fields)
-        except BadReply as error:
-            raise self._not_as_asked(call, where, error, text) from None
+        return reply
 
-    async def _post(self, call: JudgeCall, lease: Lease) -> bytes:
+    async def _post(self, call: JudgeCall, lease: Lease, optional: dict[str, Any]) -> bytes:
         content: list[Any] = [{"type": "text", "text": _sendable(call.text)}]
         for image in call.images:
             url = f"data:image/jpeg;base64,{base64.b64encode(image).decode()}"
@@ -299,15 +307,15 @@ class JudgeClient:
         answer = await server.chat.completions.with_raw_response.create(
             model=lease.endpoint.config.model,
             messages=[system, user],
-            temperature=self.config.temperature,
-            max_tokens=self.config.max_tokens,
+            extra_body=optional,
         )
         return answer.content
 
     def _not_as_asked(self, call: JudgeCall, where: str, error: Exception, text: str) -> Retry:
         """Logs the text that came instead of a reply."""
         reason, shown = self._line(str(error)), self.config.redact(text)[:LOGGED_CHARACTERS]
-        log.warning("judge %s: %s: not as asked for (%s): %r", call.role, where, reason, shown)
+        told = "judge %s: %s: not as asked for (%s): %r"
+        self._warn(f"{call.role} not as asked for", told, call.role, where, reason, shown)
         return Retry(f"{where}: {reason}")
 
     def _line(self, text: str) -> str:
@@ -315,64 +323,56 @@ class JudgeClient:
         told = " ".join(self.config.redact(text).split())[:REASON_CHARACTERS]
         return "".join(each if each.isprintable() else "?" for each in told)
 
-    def _failure(
-        self, lease: Lease, reason: str, *, blames_call: bool = False, at_once: bool = False, pause_s: float = 0.0
-    ) -> Retry:
+    def _failure(self, lease: Lease, reason: str, *, blames_call: bool = False, at_once: bool = False) -> Retry:
         """Notes the endpoint's failure. A call that only probed a broken endpoint loses no attempt, unless the fault
         may be the call's: a server may well be there and fail at this call alone."""
         endpoint = lease.endpoint
         before = endpoint.broken
         self._dispatcher.failed(lease, at_once)
+        endpoint.fault = f"{endpoint.config.shown}: {reason}"
         if endpoint.broken and not before:
-            log.warning("judges: %s does not answer (%s); trying again by and by", endpoint.config.shown, reason)
-        return Retry(f"{endpoint.config.shown}: {reason}", blames_call or not (before or at_once), pause_s)
+            told = "judges: %s does not answer (%s); trying again by and by"
+            self._warn(f"{endpoint.config.shown} does not answer", told, endpoint.config.shown, reason)
+        return Retry(endpoint.fault, blames_call or not (before or at_once))
 
-    def _refused(self, error: Any, lease: Lease) -> Exception:
-        """Retry or Rejected: the consequence of an HTTP error (openai.APIStatusError) for the call."""
-        status, where = error.status_code, lease.endpoint.config.shown
-        told = self._line(f"HTTP {status}: {error.message}")
-        pause = retry_after_s(error.response.headers.get("retry-after", ""))
-        if pause and (status in RETRIED or status >= 500):
-            lease.endpoint.limit(time.monotonic() + pause)
-        if status in UNUSABLE and not lease.endpoint.proven:
-            return self._failure(lease, told, at_once=True)
-        if status in UNUSABLE or status >= 500:
-            return self._failure(lease, told, blames_call=status not in GATEWAY, pause_s=pause)
+    def _refused(
+        self, status: int, told: str, headers: Mapping[str, str], lease: Lease, optional: dict[str, Any]
+    ) -> Exception:
+        """Retry or Rejected: the consequence of an HTTP error for the call. optional: fields that were sent with it."""
+        endpoint, unproven = lease.endpoint, not lease.endpoint.proven
+        reason, pause = self._line(f"HTTP {status}: {told}"), retry_after_s(headers.get("retry-after", ""))
+        if status // 100 == 3:
+            where = self._line(headers.get("location", "nowhere"))
+            reason = f"HTTP {status}: a redirect to {where}, which is not followed; accepted: a server's own address"
+        if status == NO_CREDIT or (status == TOO_MANY and any(code in told for code in NO_CREDIT_CODES)):
+            return self._failure(lease, reason, at_once=True)
+        if status == TOO_MANY or (status >= 500 and pause):
+            slowed = self._dispatcher.limited(lease, pause)
+            endpoint.fault = f"{endpoint.config.shown}: {reason}"
+            if status == TOO_MANY:
+                self._dispatcher.alive(lease)
+            elif slowed:
+                self._failure(lease, reason)
+            return Retry(endpoint.fault, charged=False, pause_s=pause)
+        if status in UNUSABLE or status // 100 == 3:
+            return self._failure(lease, reason, blames_call=not unproven, at_once=unproven)
+        if status in UNKNOWN_FIELD and (names := refused_fields(optional.keys(), told, not unproven)):
+            if new := names - endpoint.not_taken:
+                where, left_out = endpoint.config.shown, ", ".join(sorted(new))
+                log.warning("judges: %s does not take %s (%s); asked without from now on", where, left_out, reason)
+            endpoint.not_taken |= names
+            self._dispatcher.alive(lease)
+            return Retry(f"{endpoint.config.shown}: {reason}", charged=False)
+        if status >= 500:
+            return self._failure(lease, reason, blames_call=status not in GATEWAY)
         if status in RETRIED:
             self._dispatcher.alive(lease)
-            return Retry(f"{where}: {told}", pause_s=pause)
+            endpoint.limit(time.monotonic() + pause)
+            return Retry(f"{endpoint.config.shown}: {reason}", pause_s=pause)
         self._dispatcher.answered(lease)
-        return Rejected(f"{where}: {told}")
-
-
-def retry_after_s(header: str, now: float | None = None) -> float:
-    """Seconds that a Retry-After header asks for, at most RETRY_AFTER_MAX_S; 0 if it cannot be read.
-
-    header: a number of seconds or an HTTP date; now: Unix time, for tests.
-    """
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            date = email.utils.parsedate_to_datetime(header)
-            seconds = date.timestamp() - (time.time() if now is None else now)
-        except (ValueError, TypeError, OverflowError):
-            return 0.0
-    return min(seconds, RETRY_AFTER_MAX_S) if seconds > 0 else 0.0  # false for NaN
+        return Rejected(f"{endpoint.config.shown}: {reason}")
 
 
 def _sendable(text: str) -> str:
     """The text without lone surrogates, which a plan may hold and UTF-8 has not."""
     return text.encode("utf-8", "replace").decode()
-
-
-def _import_openai() -> ModuleType:
-    try:
-        import openai
-    except ImportError as error:
-        raise UserError("judges: found no package openai; accepted: pip install 'tempact[judges]'") from error
-    for name in ("openai", "httpx", "httpx2"):  # one line a request at INFO
-        logger = logging.getLogger(name)
-        if logger.level == logging.NOTSET:
-            logger.setLevel(logging.WARNING)
-    return openai

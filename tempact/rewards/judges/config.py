@@ -1,17 +1,21 @@
-"""Addresses and limits of the judges. Addresses and keys come from the environment only (docs/judges.md).
+"""Addresses, limits and connections of the judges. Addresses and keys come from the environment (docs/judges.md).
 
 The address of the role temporal_following is TEMPACT_JUDGE_TEMPORAL_FOLLOWING_BASE_URL, else TEMPACT_JUDGE_BASE_URL,
 else the name in the reference implementation, VLLM_BASE_URL; for roles without images the last is LLM_BASE_URL. An API
-key is only ever taken from where its address was found, so that no key goes to another's server.
+key is only ever taken from where its address was found, so that no key goes to another's server; nor does anything
+that the environment holds for other clients of the package openai.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 from urllib.parse import urlsplit
 
 from tempact.config import JudgeSettings
@@ -20,7 +24,10 @@ from tempact.errors import UserError
 # roles of training, and the prefix of the reference implementation's variables for them
 ROLES = {"plan_quality": "LLM_", "temporal_following": "VLLM_", "step_following": "VLLM_"}
 PREFIX = "TEMPACT_JUDGE_"
-NO_KEY = "none"  # the client insists on a key; servers without one ignore it
+RAW = "x-stainless-raw-response"  # by this header the package knows that it is to leave a response as it is
+NO_KEY = "none"  # the package openai insists on a key; it is not sent
+FROM_SETTINGS = ("deadline_s", "attempt_s", "attempts", "outage_s", "max_tokens", "max_tokens_name", "temperature",
+                 "temperature_name", "schemas")  # fmt: skip
 HIDDEN = "***"
 
 
@@ -40,6 +47,34 @@ class EndpointConfig:
         parts = urlsplit(self.base_url)
         return f"{parts.netloc}{parts.path}"
 
+    def connect(self, timeout_s: float) -> Any:
+        """An `openai.AsyncOpenAI` that sends nothing but the request and this key, and follows no redirect.
+
+        Raises UserError if the package openai is not installed.
+        """
+        openai = import_openai()
+
+        async def strip(request: Any) -> None:
+            """What else the package adds: OPENAI_ORG_ID, OPENAI_PROJECT_ID, OPENAI_CUSTOM_HEADERS, its telemetry."""
+            headers = {"host": request.url.netloc.decode("ascii"), "accept": "application/json"}
+            if request.content:
+                headers |= {"content-type": "application/json", "content-length": str(len(request.content))}
+            if RAW in request.headers:
+                headers[RAW] = "true"
+            if self.api_key:
+                headers["authorization"] = f"Bearer {self.api_key}"
+            request.headers = type(request.headers)(headers)
+
+        return openai.AsyncOpenAI(
+            base_url=self.base_url,
+            api_key=self.api_key or NO_KEY,
+            organization="",  # None is that of the environment
+            project="",
+            max_retries=0,  # retries are counted by the client
+            timeout=timeout_s,
+            http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"request": [strip]}),
+        )
+
 
 @dataclass(frozen=True)
 class JudgeConfig:
@@ -52,7 +87,9 @@ class JudgeConfig:
     attempt_s   for one request, from sending it to the last byte of the answer
     attempts    requests of one call; a probe of an endpoint that was down is not counted
     outage_s    silence of all endpoints of a role, while calls wait for them, after which JudgeOutage is raised
-    max_tokens  of a reply, thinking included
+    max_tokens  of a reply, thinking included; `max_tokens_name` is its field in a request, "" leaves it out
+    temperature likewise
+    schemas     replies are asked for by JSON schema, where the server takes one
     cache       SQLite file, None for no cache
 
     Raises UserError for a role without endpoints or with several models.
@@ -65,7 +102,10 @@ class JudgeConfig:
     backoff_s: float = 0.5  # before the second request; doubles, with jitter
     outage_s: float = 300.0
     max_tokens: int = 2048
+    max_tokens_name: str = "max_tokens"
     temperature: float = 0.0
+    temperature_name: str = "temperature"
+    schemas: bool = True
     cache: Path | None = None
 
     def __post_init__(self) -> None:
@@ -91,7 +131,7 @@ class JudgeConfig:
         given = settings or JudgeSettings()
         return cls(
             {role: _endpoints(role, fallback, found) for role, fallback in roles.items()},
-            **{key: getattr(given, key) for key in ("deadline_s", "attempt_s", "attempts", "outage_s")},
+            **{key: getattr(given, key) for key in FROM_SETTINGS},
             cache=Path(given.cache) if given.cache else None,
         )
 
@@ -176,3 +216,16 @@ def _number(name: str, text: str, default: float, *, whole: bool) -> float:
         accepted = "a whole number of at least 1" if whole else "a number of at least 0"
         raise UserError(f"{name}: found {text[:40]!r}; accepted: {accepted}")
     return number
+
+
+def import_openai() -> ModuleType:
+    """The package openai, silent about single requests; UserError if it is not installed."""
+    try:
+        import openai
+    except ImportError as error:
+        raise UserError("judges: found no package openai; accepted: pip install 'tempact[judges]'") from error
+    for name in ("openai", "httpx", "httpx2"):  # one line a request at INFO
+        logger = logging.getLogger(name)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.WARNING)
+    return openai

@@ -1,12 +1,13 @@
-"""Choice of the server and the time of a judge's call: slots, rate limits, circuit breakers, queue.
+"""Choice of the server and the time of a judge's call: slots, rates, circuit breakers, queue.
 
 For one asyncio loop. Every wait has an end: a slot is free after `attempt_s` at the latest, a breaker tries again
-after COOLDOWN_MAX_S, a server's Retry-After counts up to RETRY_AFTER_MAX_S.
+after COOLDOWN_MAX_S, a server's Retry-After counts up to RETRY_AFTER_MAX_S, and no pace is below SLOWEST.
 """
 
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import heapq
 import itertools
 import math
@@ -14,29 +15,91 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from tempact.rewards.judges.config import EndpointConfig
 
 BREAKS_AFTER = 5  # failures in a row
 COOLDOWN_S, COOLDOWN_MAX_S = 1.0, 15.0  # before a broken endpoint is probed; doubles with each failed probe
 RETRY_AFTER_MAX_S = 60.0
+REFUSALS = 3  # answers in a row that refuse the key, the address or the model, before an endpoint counts as unusable
+START, SLOWEST = 8.0, 1 / 15  # requests a second: the first guess of a rate, the lowest pace
+EASING, DROP = 0.05, 0.5  # share that a refusal takes from the pace; doubles with each in a row, up to DROP
+SETTLED, SHUT = 3, 6  # answers that end a row of refusals; refusals of a row that tell nothing about the rate
+GROWTH, SURE_AFTER = 0.004, 30  # share that an answer adds to the pace; as much again for each SURE_AFTER answers
+SEARCHING = 0.13  # share that an answer adds to a first guess
+AT_ONCE = 0.25  # of a request's interval: wait after a refusal; doubles with each in a row, up to the interval
+
+
+class Pace:
+    """The rate of requests that a server grants, found from its refusals; without a limit until there is one.
+
+    The pace falls a little with a refusal, more with each further one in a row, and grows with every answer: it stays
+    close to the server's rate, on both sides of it. Answers to requests that were sent before the pace fell say nothing
+    new. After refusals in a row it goes to the middle (geometric) between the rates that were refused and granted; after
+    many, which a window of time that ran out explains and no lower rate, between the first that was refused and that.
+    """
+
+    def __init__(self) -> None:
+        self.rate = math.inf  # requests a second
+        self.next = -math.inf  # time of the next request
+        self._fell, self._answers, self._gain = -math.inf, 0, 0.0
+        self._refused: list[float] = []  # rates of refusals with fewer than SETTLED answers between
+        self._used = False  # the last request had to wait for its turn: faster ones might be granted
+
+    def take(self, now: float) -> None:
+        """Notes that a request goes."""
+        interval = 1 / self.rate
+        self._used = now < self.next + interval
+        self.next = max(now, self.next) + interval
+
+    def refused(self, now: float, sent: float) -> bool:
+        """Slows down, unless the refused request was sent before that happened last: then False."""
+        if sent <= self._fell:
+            return False
+        first = self.rate == math.inf
+        self.rate = min(self.rate, START) if first else self.rate
+        self._gain = SEARCHING if first else self._gain if self._refused else 0.0
+        self._refused.append(self.rate)
+        doubled = 2.0 ** min(len(self._refused) - 1, 10)
+        self._fell, self._answers = now, 0
+        self.rate = max(SLOWEST, self.rate * (1 - min(DROP, EASING * doubled)))
+        self.next = now + min(1.0, AT_ONCE * doubled) / self.rate
+        return True
+
+    def answered(self, sent: float) -> None:
+        """Speeds up, if there is a limit and the last request waited for it."""
+        if sent <= self._fell or self.rate == math.inf:
+            return
+        self._answers += 1
+        shut = len(self._refused) >= SHUT
+        if self._answers < SETTLED and len(self._refused) > 1 and not shut:
+            return
+        if len(self._refused) > 1:
+            self.rate = math.sqrt(self.rate * self._refused[0 if shut else -1])
+        self._refused.clear()
+        if self._used:
+            self._gain += GROWTH / SURE_AFTER
+            self.rate *= 1 + GROWTH + self._gain
 
 
 class Endpoint:
     """State of one server: broken after BREAKS_AFTER failures in a row, then probed by one request at a time."""
 
     def __init__(self, config: EndpointConfig, now: float):
-        self.config = config
-        self.in_flight = self.failures = self.limited = 0
+        self.config, self.pace = config, Pace()
+        self.in_flight = self.failures = self.limited = self.refusals = 0
         self.broken = self.probing = False
         self.proven = False  # it has answered in this run
+        self.fault = ""  # the last failure
+        self.not_taken: set[str] = set()  # optional fields of a request that it refuses
         self._cooldown = COOLDOWN_S
-        self._not_before = now  # of a cooldown, a Retry-After or the rate limit
+        self._not_before = now  # of a cooldown, a Retry-After or the configured rate
 
     def ready_at(self) -> float:
         """Time at which the next request may go; infinity while that depends on another request."""
         full = self.probing if self.broken else self.in_flight >= self.config.concurrency
-        return math.inf if full else self._not_before
+        return math.inf if full else max(self._not_before, self.pace.next)
 
     @property
     def load(self) -> float:
@@ -45,8 +108,9 @@ class Endpoint:
 
     def take(self, now: float) -> Lease:
         self.in_flight += 1
-        lease = Lease(self, probe=self.broken)
+        lease = Lease(self, probe=self.broken, sent=now)
         self.probing |= lease.probe
+        self.pace.take(now)
         if self.config.requests_per_minute:
             self.hold(max(now, self._not_before) + 60.0 / self.config.requests_per_minute)
         return lease
@@ -57,7 +121,8 @@ class Endpoint:
 
     def alive(self) -> None:
         """Closes the breaker: the server can be reached."""
-        self.failures, self.broken, self.probing, self._cooldown = 0, False, False, COOLDOWN_S
+        self.failures = self.refusals = 0
+        self.broken, self.probing, self._cooldown = False, False, COOLDOWN_S
 
     def limit(self, until: float) -> None:
         """Notes a Retry-After. One may be meant for its call alone; a second without an answer between holds all."""
@@ -68,6 +133,7 @@ class Endpoint:
     def failed(self, now: float, probe: bool, at_once: bool) -> None:
         """Notes a request without an answer. at_once: it breaks the endpoint (a wrong key, an unknown model)."""
         self.failures += 1
+        self.refusals += at_once
         if not self.broken and (at_once or self.failures >= BREAKS_AFTER):
             self.broken, self.probing = True, False
         elif not probe:
@@ -87,6 +153,7 @@ class Lease:
 
     endpoint: Endpoint
     probe: bool
+    sent: float
 
 
 class Pool:
@@ -99,6 +166,7 @@ class Pool:
         self._busy_since = self._silent_s = 0.0
         self._down_since: float | None = None
         self._down_s = 0.0
+        self._up: asyncio.Future[None] | None = None  # done when the clock goes on
 
     def clock(self) -> float:
         """Seconds of a clock that stands still while every endpoint is broken."""
@@ -113,6 +181,19 @@ class Pool:
         elif not down and self._down_since is not None:
             self._down_s += now - self._down_since
             self._down_since = None
+            if self._up is not None:
+                self._up.set_result(None)
+                self._up = None
+
+    async def wait(self, turn: asyncio.Future[Lease], left_s: float) -> None:
+        """Returns when `turn` is done, when the clock goes on after it stood still, or after `left_s` of its time."""
+        if self._down_since is None:
+            await asyncio.wait([turn], timeout=None if left_s == math.inf else left_s)
+            return
+        if self._up is None:
+            self._up = asyncio.get_running_loop().create_future()
+        either: list[asyncio.Future[Any]] = [turn, self._up]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
 
     @contextmanager
     def asking(self) -> Iterator[None]:
@@ -188,7 +269,7 @@ class Dispatcher:
         self.dispatch()
         try:
             while (left := until - pool.clock()) > 0:
-                await asyncio.wait([turn], timeout=None if left == math.inf else left)
+                await pool.wait(turn, left)
                 if turn.done():
                     return turn.result()
             raise TimeoutError
@@ -206,6 +287,7 @@ class Dispatcher:
         """Notes that a call was answered."""
         now = time.monotonic()
         lease.endpoint.proven, lease.endpoint.limited = True, 0
+        lease.endpoint.pace.answered(lease.sent)
         for pool in self._unique:
             if lease.endpoint in pool.endpoints:
                 pool.heard(now)
@@ -215,6 +297,14 @@ class Dispatcher:
         """Notes that the server is there, but has not answered the call (too many requests, for example)."""
         lease.endpoint.alive()
         self._changed()
+
+    def limited(self, lease: Lease, pause_s: float) -> bool:
+        """Slows down an endpoint that has refused a call for its rate; False if it was slowed down since that call."""
+        now = time.monotonic()
+        slowed = lease.endpoint.pace.refused(now, lease.sent)
+        if slowed and pause_s:
+            lease.endpoint.limit(now + pause_s)
+        return slowed
 
     def failed(self, lease: Lease, at_once: bool = False) -> None:
         lease.endpoint.failed(time.monotonic(), lease.probe, at_once)
@@ -244,3 +334,19 @@ class Dispatcher:
         wake = min((pool.next_ready() for pool in waiting), default=math.inf)
         if wake < math.inf:
             self._timer = asyncio.get_running_loop().call_later(wake - now, self.dispatch)
+
+
+def retry_after_s(header: str, now: float | None = None) -> float:
+    """Seconds that a Retry-After header asks for, at most RETRY_AFTER_MAX_S; 0 if it cannot be read.
+
+    header: a number of seconds or an HTTP date; now: Unix time, for tests.
+    """
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            date = email.utils.parsedate_to_datetime(header)
+            seconds = date.timestamp() - (time.time() if now is None else now)
+        except (ValueError, TypeError, OverflowError):
+            return 0.0
+    return min(seconds, RETRY_AFTER_MAX_S) if seconds > 0 else 0.0  # false for NaN

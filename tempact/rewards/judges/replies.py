@@ -1,4 +1,4 @@
-"""Strict reading of judges' replies: a reply is exactly as asked for, or no reply.
+"""What a judge is asked for, and strict reading of its replies: a reply is exactly as asked for, or no reply.
 
 Nothing is guessed or repaired: where a reply holds two objects, or one inside a sentence, its numbers may come from the
 judge or from the plan that it quotes.
@@ -9,13 +9,24 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Set
+from functools import cache
 from typing import Any, NoReturn
 
 from pydantic import BaseModel, ValidationError
 
+from tempact.rewards.judges.config import JudgeConfig
+
 MAX_REPLY_CHARACTERS = 65_536
-THINKING = ("<think>", "</think>")
-_FENCED = re.compile(r"```(?:json|JSON)?[ \t]*\r?\n(.*?)\r?\n?[ \t]*```", re.DOTALL)
+RESPONSE_FORMAT = "response_format"
+MAX_TOKENS = ("max_tokens", "max_completion_tokens")  # servers know one of them or both
+WORDS = {RESPONSE_FORMAT: (RESPONSE_FORMAT, "schema", "grammar", "structured")}  # a refusal of a field has one of them
+THINKING = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷"))
+REASONING = ("reasoning_content", "reasoning")  # where servers put what a reasoning parser has taken for thoughts
+WRAPPERS = (("<|begin_of_box|>", "<|end_of_box|>"), ("<answer>", "</answer>"), ("<output>", "</output>"),
+            ("<json>", "</json>"), ("\\boxed{", "}"))  # fmt: skip
+END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>")  # not always taken away
+_FENCED = re.compile(r"```(?:json)?\s(.*?)\s*```", re.DOTALL | re.IGNORECASE)
 
 
 class BadReply(ValueError):
@@ -23,46 +34,110 @@ class BadReply(ValueError):
 
 
 class BadBody(ValueError):
-    """The server has sent no chat completion: the server's fault, not the judge's."""
+    """The server has sent no chat completion: the server's fault, not the judge's. status: an HTTP status, if any."""
+
+    def __init__(self, reason: str, status: int = 0):
+        super().__init__(reason)
+        self.status = status
 
 
-def read_body(body: bytes) -> str:
-    """The text of a chat completion's first choice.
+def optional_fields(config: JudgeConfig, fields: type[BaseModel], not_taken: Set[str]) -> dict[str, Any]:
+    """Fields of a request that some servers do not take, by name, without those in `not_taken`."""
+    names = dict.fromkeys((config.max_tokens_name, *MAX_TOKENS)) if config.max_tokens_name else ()
+    wanted: dict[str, Any] = {name: config.max_tokens for name in [name for name in names if name not in not_taken][:1]}
+    if config.temperature_name:
+        wanted[config.temperature_name] = config.temperature
+    if config.schemas:
+        wanted[RESPONSE_FORMAT] = response_format(fields)
+    return {name: value for name, value in wanted.items() if name not in not_taken}
 
-    Raises BadBody if the body is no chat completion, BadReply if the judge refused or said nothing.
+
+@cache
+def response_format(fields: type[BaseModel]) -> dict[str, Any]:
+    """A request for a reply of `fields`: all of them, and no others, which is what strict servers insist on."""
+    told = {name: value for name, value in fields.model_json_schema().items() if name not in ("title", "description")}
+    strict = told | {"required": list(told["properties"]), "additionalProperties": False}
+    return {"type": "json_schema", "json_schema": {"name": fields.__name__, "strict": True, "schema": strict}}
+
+
+def refused_fields(sent: Set[str], told: str, proven: bool) -> set[str]:
+    """The optional fields that an error of the server is about; none where a call was too long.
+
+    proven: the server has answered before. One that has not, and does not say what is wrong, may know no schemas.
+    """
+    if "context" in told.lower():
+        return set()
+    named = {name for name in sent if any(re.search(rf"\b{word}", told) for word in WORDS.get(name, (name,)))}
+    return named or ({RESPONSE_FORMAT} & sent if not proven else set())
+
+
+def read_completion(body: bytes, fields: type[BaseModel]) -> BaseModel:
+    """The reply in a chat completion's first choice, checked against `fields` (`read_reply`).
+
+    Raises BadBody if the body is no chat completion, BadReply if the judge refused, said nothing or something else.
     """
     try:
         completion = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise BadBody(f"body is not JSON ({_cut(str(error))})") from error
     try:
-        message = completion["choices"][0]["message"]
+        choice = completion["choices"][0]
+        message = choice["message"]
         content, refusal = message.get("content"), message.get("refusal")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise BadBody("body is no chat completion") from error
+        raise _no_completion(completion) from error
     if refusal:
         raise BadReply("the judge refused")
-    if content is not None and not isinstance(content, str):
-        raise BadBody(f"content is {type(content).__name__}, not text")
-    if not content:
+    text, thoughts = _text(content), next((message[name] for name in REASONING if message.get(name)), None)
+    if text.strip():
+        return read_reply(text, fields)
+    if choice.get("finish_reason") == "length":
+        raise BadReply("the reply is empty and was cut off; accepted: a larger judges.max_tokens, or less thinking")
+    if not isinstance(thoughts, str):
         raise BadReply("the reply is empty")
-    return content
+    try:
+        return read_reply(thoughts, fields)
+    except BadReply as error:
+        flag = "a server without --reasoning-parser, or with the one of this model"
+        raise BadReply(f"the reply is empty and all text is in its reasoning ({error}); accepted: {flag}") from error
+
+
+def _no_completion(completion: Any) -> BadBody:
+    """Some routers send their errors with status 200."""
+    told = completion.get("error") if isinstance(completion, dict) else None
+    code = told.get("code") if isinstance(told, dict) else None
+    status = code if isinstance(code, int) and 400 <= code < 600 else 0
+    return BadBody(f"body is no chat completion{f' ({_cut(json.dumps(told))})' if told else ''}", status)
+
+
+def _text(content: Any) -> str:
+    """The text of a message, which may come in parts; parts that hold thoughts are left out."""
+    parts = content if isinstance(content, list) else [content or ""]
+    texts = [
+        part["text"]
+        if isinstance(part, dict) and part.get("type") in ("text", "output_text") and "text" in part
+        else part
+        for part in parts
+        if not (isinstance(part, dict) and part.get("type") in ("thinking", "reasoning"))
+    ]
+    for text in texts:
+        if not isinstance(text, str):
+            raise BadReply(f"content holds {_cut(json.dumps(text))}; accepted: text")
+    return "".join(texts)
 
 
 def read_reply(text: str, fields: type[BaseModel]) -> BaseModel:
     """The one JSON object of a reply, checked against `fields`.
 
-    Accepted around it: white space, a thinking block in front that is closed, one code fence. Numbers are JSON
-    numbers (no strings, no booleans), finite and in the ranges of `fields`; a name that occurs twice is refused.
-    Raises BadReply, and nothing else, whatever the text.
+    Accepted around it: white space, a closed thinking block in front, one code fence, the pairs of WRAPPERS, each
+    once, and end tokens. Numbers are JSON numbers (no strings, no booleans), finite and in the ranges of `fields`; a
+    name that occurs twice is refused. Raises BadReply, and nothing else, whatever the text.
     """
     if len(text) > MAX_REPLY_CHARACTERS:
         raise BadReply(f"{len(text)} characters; accepted: at most {MAX_REPLY_CHARACTERS}")
-    answer = _after_thinking(text).strip()
-    fenced = _FENCED.fullmatch(answer)
     try:
         found = json.loads(
-            fenced[1] if fenced else answer,
+            _bare(_after_thinking(text.strip().removeprefix("\ufeff"))),
             object_pairs_hook=_without_repeats,
             parse_constant=_refuse_constant,
             parse_float=_finite,
@@ -80,12 +155,33 @@ def read_reply(text: str, fields: type[BaseModel]) -> BaseModel:
 
 
 def _after_thinking(text: str) -> str:
-    opened, closed = THINKING
-    if closed in text:
-        return text.rpartition(closed)[2]  # templates that open the block in the prompt send only its end
-    if opened in text:
-        raise BadReply("the thinking block is not closed: the reply was cut off")
+    """The text behind a thinking block. A block whose beginning is missing may be the plan's words, and is no block."""
+    for opened, closed in THINKING:
+        if text.startswith(opened):
+            _, ended, answer = text.partition(closed)
+            if not ended:
+                raise BadReply("the thinking block is not closed: the reply was cut off")
+            return answer
+        if closed in text and not text.startswith(("{", "`")):
+            parser = "a server that takes the thoughts out (vLLM: --reasoning-parser), or a judge that does not think"
+            raise BadReply(f"text in front of {closed} without {opened}; accepted: {parser}")
     return text
+
+
+def _bare(text: str) -> str:
+    """The text without a fence, wrappers and end tokens around it."""
+    left = list(WRAPPERS)
+    while True:
+        text, before = text.strip(), text
+        for token in END_TOKENS:
+            text = text.removesuffix(token)
+        if fenced := _FENCED.fullmatch(text):
+            text = fenced[1]
+        for pair in [pair for pair in left if text.startswith(pair[0]) and text.endswith(pair[1])]:
+            text = text.removeprefix(pair[0]).removesuffix(pair[1])
+            left.remove(pair)
+        if text == before:
+            return text
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
