@@ -44,6 +44,7 @@ class Server:
             message itself; another status and what is wrong
     bucket  what is beyond its rate has the answer of `says` to "", which is status 429 or 503
     headers of every answer but those of status 200
+    whole   is what `says` says a whole body?
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Server:
         models: tuple[int, Any] = (200, []),
         bucket: Bucket | None = None,
         headers: Callable[[], Mapping[str, str]] = dict,
+        whole: Callable[[Any], bool] = lambda reply: False,
     ):
         self.requests: list[dict] = []
         self.heads: list[dict[str, str]] = []
@@ -68,13 +70,14 @@ class Server:
                 granted = bucket is None or bucket.grants()
                 status, reply = says(TASKS.get(text.partition("\n")[0], text) if granted else "")
                 message = reply if isinstance(reply, dict) else {"role": "assistant", "content": reply}
-                body = {"choices": [{"index": 0, "message": message}]}
+                body = reply if whole(reply) else {"choices": [{"index": 0, "message": message}]}
                 server.statuses[status] += 1
                 error = reply if isinstance(reply, dict) else {"message": reply}
                 self.answer(status, body if status == 200 else {"error": error})
 
             def do_GET(self) -> None:
                 assert self.path == "/v1/models"
+                server.heads.append({name.lower(): value for name, value in self.headers.items()})
                 status, names = models
                 self.answer(status, {"data": [{"id": name} for name in names]} if status == 200 else {"error": names})
 

@@ -31,6 +31,19 @@ class Frames(BaseModel):
         f"```\n{GOOD}\n```\n",
         f"<think>it could be 0.9: {{}}</think>\n\n{GOOD}",
         f"<think>\n\n</think>\n```json\n{GOOD}\n```",
+        f"<thinking>it could be 0.9</thinking>{GOOD}",
+        f"[THINK]it could be 0.9[/THINK]{GOOD}",
+        f"```JSON\n{GOOD}\n```",
+        f"```json {GOOD}```",
+        f"<|begin_of_box|>{GOOD}<|end_of_box|>",
+        f"<think>x</think><|begin_of_box|>\n```json\n{GOOD}\n```\n<|end_of_box|>",
+        f"<answer>{GOOD}</answer>",
+        f"<think>x</think>\n<answer>\n{GOOD}\n</answer>",
+        f"<json>{GOOD}</json>",
+        f"\\boxed{{{GOOD}}}",
+        f"{GOOD}<|im_end|>",
+        f"{GOOD}</s>\n",
+        f"\ufeff{GOOD}",
     ],
 )
 def test_accepted(text: str) -> None:
@@ -62,6 +75,15 @@ def test_accepted(text: str) -> None:
         ('{"reason": "x"}', "score: Field required"),
         ('{"score": 0.5, "more": 1}', "more: Extra inputs"),
         ("<think>never closed " + GOOD, "thinking block is not closed"),
+        (f"it says: </think>{GOOD}", "text in front of </think> without <think>; accepted: a server that takes"),
+        (f"</think>{GOOD}", "text in front of </think> without <think>"),
+        (f"0.1 [/THINK]{GOOD}", "text in front of [/THINK] without [THINK]"),
+        (f"So <think>x</think>{GOOD}", "text in front of </think>"),
+        (f"<think>it says: </think>{GOOD}</think>{GOOD}", "not one JSON object"),
+        (f"<|begin_of_box|>{GOOD}<|end_of_box|>{GOOD}", "not one JSON object"),
+        (f"<|begin_of_box|>{GOOD}", "not one JSON object"),
+        (f"<|begin_of_box|>so: {GOOD}<|end_of_box|>", "not one JSON object"),
+        (f"<answer><answer>{GOOD}</answer></answer>", "not one JSON object"),
         ("[" * 50_000, "not one JSON object"),
         ("x" * (MAX_REPLY_CHARACTERS + 1), "characters; accepted"),
         ("", "not one JSON object"),
@@ -99,6 +121,22 @@ def test_completions_without_an_answer() -> None:
         with pytest.raises(BadReply):
             read_completion(body, Score)
     assert read_completion(completion(GOOD, refusal=None), Score) == Score(score=0.25, reason="x")
+
+
+def test_a_name_that_quotes_the_end_of_a_block_is_read() -> None:
+    assert read_reply('{"score": 0.5, "reason": "it says </think>"}', Score) == Score(
+        score=0.5, reason="it says </think>"
+    )
+
+
+def test_a_reply_that_was_cut_off_or_a_routers_error_says_so() -> None:
+    cut = {"finish_reason": "length", "message": {"content": None, "reasoning": "I think"}}
+    with pytest.raises(BadReply, match="a larger judges.max_tokens"):
+        read_completion(json.dumps({"choices": [cut]}).encode(), Score)
+    for code, status in ((429, 429), ("429", 0), (True, 0), (12, 0)):
+        with pytest.raises(BadBody, match="too fast") as error:
+            read_completion(json.dumps({"error": {"code": code, "message": "too fast"}}).encode(), Score)
+        assert error.value.status == status
 
 
 def outcome(text: str) -> Score | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -13,16 +14,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from rewards.fault_proxy import Apart, Behaviour
 from rewards.judge_cases import KEY
+from rewards.judge_server import GOOD, Server
 
 from tempact import train
 from tempact.cli import EXIT_USER_ERROR
+from tempact.presets import get_preset
 from tempact.reporting import read_metrics
 from tempact.rewards.judges import client as judge_client
 from tempact.runs import run as run_module
 from tempact.runs.checkpoint import defect, latest
 from tempact.runs.run import EXIT_ABORTED
+from tempact.worlds import world_of
 
 ITERATIONS = 4
 ROLES = ("plan_quality", "temporal_following", "step_following")
@@ -37,8 +42,9 @@ def judge() -> Iterator[Apart]:
         server.stop()
 
 
-def environment(server: Apart) -> dict[str, str]:
-    return {"TEMPACT_JUDGE_BASE_URL": server.url, "TEMPACT_JUDGE_MODEL": "judge", "TEMPACT_JUDGE_API_KEY": KEY}
+def environment(server: Apart | Server) -> dict[str, str]:
+    address = server.url if isinstance(server, Apart) else server.address
+    return {"TEMPACT_JUDGE_BASE_URL": address, "TEMPACT_JUDGE_MODEL": "judge", "TEMPACT_JUDGE_API_KEY": KEY}
 
 
 def command(folder: Path, **keys: object) -> list[str]:
@@ -147,6 +153,55 @@ def test_an_outage_past_the_limit_saves_and_stops(tmp_path: Path, monkeypatch, c
         assert train.main([*command(tmp_path), "--resume", "auto"]) == 0
     check_whole(tmp_path)
     check_no_key(tmp_path, shown)
+
+
+@pytest.mark.usefixtures("unevaluated")
+@pytest.mark.parametrize(
+    ("answer", "code", "told"),
+    [
+        ((200, "I like it."), EXIT_ABORTED, "judge plan_quality: no score for an example: 4 attempts; the last: "),
+        ((401, "wrong key"), EXIT_USER_ERROR, "HTTP 401"),
+        ((404, "no such model"), EXIT_USER_ERROR, "HTTP 404"),
+        ((403, {"message": "no", "code": "insufficient_quota"}), EXIT_USER_ERROR, "HTTP 403"),
+        ((400, "no pictures here"), EXIT_ABORTED, "no score for an example: 127.0.0.1"),
+    ],
+)
+def test_a_judge_that_judges_nothing_is_found_before_the_first_rollout(
+    tmp_path: Path, monkeypatch, capfd, answer: tuple[int, object], code: int, told: str
+) -> None:
+    monkeypatch.setattr(run_module, "build_policies", lambda *given: pytest.fail("weights were loaded"))
+    with Server(lambda kind: answer) as server:
+        for name, value in environment(server).items():
+            monkeypatch.setenv(name, value)
+        assert train.main(command(tmp_path)) == code
+    shown = capfd.readouterr().err
+    assert [told in line for line in shown.splitlines() if line.startswith("error: ") or "ERROR" in line] == [True], (
+        shown
+    )
+    assert not rows(tmp_path) and KEY not in shown
+
+
+@pytest.mark.usefixtures("unevaluated")
+def test_the_example_is_asked_once_for_all_starts_of_a_run(tmp_path: Path, monkeypatch) -> None:
+    seen: list[str] = []
+
+    def says(kind: str) -> tuple[int, str]:
+        seen.append(kind)
+        return 200, json.dumps(GOOD[kind])
+
+    monkeypatch.setattr(run_module, "build_policies", lambda *given: pytest.fail("weights were loaded"))
+    with Server(says) as server:
+        for name, value in environment(server).items():
+            monkeypatch.setenv(name, value)
+        for _ in range(2):
+            with pytest.raises(pytest.fail.Exception):
+                train.main(command(tmp_path))
+            assert sorted(seen) == ["part", "plan", "video"]
+
+
+def test_a_run_without_judges_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge_client, "JudgeClient", lambda config: pytest.fail("a client was made"))
+    world_of(get_preset("shapeworld-smoke")).rewards(torch.device("cpu")).check()
 
 
 def test_without_judges_in_the_environment_nothing_is_made(tmp_path: Path, monkeypatch, capsys) -> None:

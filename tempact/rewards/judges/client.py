@@ -282,7 +282,8 @@ class JudgeClient:
         except (TimeoutError, openai.APITimeoutError):
             raise self._failure(lease, "no answer in time", blames_call=True) from None
         except openai.APIStatusError as error:
-            raise self._refused(error.status_code, error.message, error.response.headers, lease, optional) from None
+            told = " ".join(str(part) for part in (error.message, error.type, error.code, error.param) if part)
+            raise self._refused(error.status_code, told, error.response.headers, lease, optional) from None
         except BadBody as error:
             if error.status:
                 raise self._refused(error.status, str(error), {}, lease, optional) from None

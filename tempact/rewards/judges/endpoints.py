@@ -26,7 +26,7 @@ REFUSALS = 3  # answers in a row that refuse the key, the address or the model, 
 START, SLOWEST = 8.0, 1 / 15  # requests a second: the first guess of a rate, the lowest pace
 EASING, DROP = 0.05, 0.5  # share that a refusal takes from the pace; doubles with each in a row, up to DROP
 SETTLED, SHUT = 3, 6  # answers that end a row of refusals; refusals of a row that tell nothing about the rate
-GROWTH, SURE_AFTER = 0.004, 30  # share that an answer adds to the pace; as much again for each SURE_AFTER answers
+GROWTH, SURE_AFTER = 0.003, 15  # share that an answer adds to the pace; as much again for each SURE_AFTER answers
 SEARCHING = 0.13  # share that an answer adds to a first guess
 AT_ONCE = 0.25  # of a request's interval: wait after a refusal; doubles with each in a row, up to the interval
 
@@ -36,8 +36,8 @@ class Pace:
 
     The pace falls a little with a refusal, more with each further one in a row, and grows with every answer: it stays
     close to the server's rate, on both sides of it. Answers to requests that were sent before the pace fell say nothing
-    new. After refusals in a row it goes to the middle (geometric) between the rates that were refused and granted; after
-    many, which a window of time that ran out explains and no lower rate, between the first that was refused and that.
+    new. After refusals in a row it goes to the middle (geometric) between the last rate that was refused and the one
+    that is granted; after many, which speak of a window of time that ran out, from the first that was refused.
     """
 
     def __init__(self) -> None:
