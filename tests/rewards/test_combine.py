@@ -52,3 +52,26 @@ def test_what_is_no_score_is_missing_and_logged(caplog: pytest.LogCaptureFixture
         scored = score(reward_set(aesthetics=wild), *world())
     assert torch.isnan(scored.aesthetics).tolist() == [[False, False, True], [True, True, False]]
     assert [r.getMessage() for r in caplog.records] == ["aesthetics: 3 scores outside [0, 1] count as missing"]
+
+
+@pytest.mark.parametrize("name", ["plan_quality", "temporal_following", "step_following", "aesthetics"])
+def test_every_reward_of_the_method_has_its_range(name: str) -> None:
+    """A number outside it is no score, and the others stay as they are."""
+    shape = [(2,), (2, 3)][name != "plan_quality"]
+    for wild in (-0.01, 1.01, 300.0, float("inf"), float("-inf")):
+        scored = score(reward_set(**{name: torch.full(shape, 0.5).index_fill(0, torch.tensor([1]), wild)}), *world())
+        kept, *rest = dict(scored.named())[name]
+        assert (kept == 0.5).all() and all(torch.isnan(lost).all() for lost in rest)
+        others = [value for other, value in scored.named() if other != name]
+        assert not any(torch.isnan(value).any() for value in others)
+    for edge in (0.0, 1.0):
+        scored = score(reward_set(**{name: torch.full(shape, edge)}), *world())
+        assert (dict(scored.named())[name] == edge).all()
+
+
+def test_scores_that_are_none_for_a_whole_run_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    rewards = reward_set(plan_quality=torch.tensor([7.0, 0.5]))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(100):
+            score(rewards, *world())
+    assert len(caplog.messages) == 8 and caplog.messages[-1].endswith("(64 so far)")
