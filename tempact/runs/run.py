@@ -85,6 +85,9 @@ def train(
         except Stopped as stopped:
             log.warning("%s: stopped before the first iteration; nothing is lost", stopped)
             return RunResult(folder, EXIT_STOPPED)
+        except JudgeOutage as error:
+            log.error("%s; no iteration was started", error)
+            return RunResult(folder, EXIT_ABORTED)
         return run.go(stop, callbacks)
 
 
@@ -116,11 +119,7 @@ class Run:
         world.check()  # missing parts are named before weights load
         prompts, scoring = world.prompts(), world.rewards(device_of(config)).extended(rewards)
         opened.callback(scoring.close)
-        try:
-            scoring.check()
-        except JudgeOutage as error:
-            log.error("%s; nothing was trained", error)
-            return RunResult(folder, EXIT_ABORTED)
+        scoring.check()
         policies = build_policies(config)
         trainer = build_trainer(config, policies, prompts, scoring)
         if checkpoint is not None:

@@ -84,7 +84,7 @@ def client_that_hears(draw: random.Random, monkeypatch: pytest.MonkeyPatch) -> J
     """The real client; only the network is not there."""
     numbers = count()
 
-    async def post(self, call, lease) -> bytes:
+    async def post(self, call, lease, optional) -> bytes:
         asked = f"{draw.random()}"
         whole = completion(judge_text([asked, *[""] * len(call.images)] if call.images else asked, draw))
         if next(numbers) % DAMAGED_BODY:
