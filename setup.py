@@ -8,16 +8,19 @@ and serves both packages from the checkout, so that changes of kernels take effe
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 KERNELS = Path(__file__).resolve().parent / "csrc_triton"
+PACKAGE = KERNELS.with_name("tempact") / "__init__.py"
+VERSION = re.findall(r'^__version__ = "(.+)"$', PACKAGE.read_text(encoding="utf-8"), re.MULTILINE)[0]
 EDITABLE = "TEMPACT_EDITABLE" in os.environ  # set by build_backend.py
 
 setup(
     name="tempact",
-    version="0.2.0",
+    version=VERSION,
     description="Post-training of autoregressive video models for temporal order: a planner and an executor, together",
     license="Apache-2.0",
     license_files=["LICENSE"],

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tempact.trainer import Iteration
     from tempact.types import Plan, Prompt, Step
 
+__version__ = "0.2.0"
 __all__ = [
     "Iteration", "Plan", "Prompt", "Reward", "RunConfig", "RunResult", "Step", "UserError", "evaluate", "generate",
     "get_preset", "load_policies", "train",

@@ -6,7 +6,6 @@ wrong option is refused at once.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import hashlib
@@ -22,7 +21,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
 
@@ -39,15 +38,20 @@ from tempact.config import (
     sections_of,
     validate,
 )
-from tempact.errors import Stopped, StopRequest, UserError
+from tempact.errors import UserError, guarded
 from tempact.presets import DEFAULT, PRESETS, get_preset
 
 log = logging.getLogger(__name__)
 
 RECORDED = "config.yaml"  # in a run's folder
-VERBS = ("train", "generate", "evaluate", "report", "doctor")
-EXIT_USER_ERROR = 2
-EXIT_STOPPED = 130
+VERBS = {
+    "train": "trains a planner and an executor",
+    "generate": "makes videos of instructions, and their plans",
+    "evaluate": "scores a run or untrained policies on held-out instructions",
+    "report": "writes report.html of a run, finished or not",
+    "doctor": "checks this machine for a run",
+}
+MORE_HELP = "COMMAND --help tells its options."
 EXIT_ABORTED = 3  # a run that could not go on, or a judge that was silent for too long
 SHOWN_CHARACTERS = 80  # of a wrong value in a message
 ACCEPTED = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
@@ -69,33 +73,24 @@ class RunOptions:
 def main(argv: list[str] | None = None) -> int:
     """`tempact <verb> ...` is `python -m tempact.<verb> ...`."""
     arguments = sys.argv[1:] if argv is None else argv
-    verb = arguments[0] if arguments else ""
-    if verb in ("-h", "--help"):
-        sys.stdout.write(f"usage: tempact {{{','.join(VERBS)}}} ...\n")
-        return 0
-    return guarded(lambda: _verb(verb)(arguments[1:]))
+    return guarded(lambda: _verb(arguments[0] if arguments else "")(arguments[1:]))
 
 
 def _verb(name: str) -> Callable[[list[str]], int]:
-    if name not in VERBS:
-        hint = f" (nearest: {nearest(name, VERBS)})" if name else ""
-        raise UserError(f"verb: found {name!r}; accepted: {', '.join(VERBS)}{hint}")
-    return importlib.import_module(f"tempact.{name}").main
+    if name in VERBS:
+        return importlib.import_module(f"tempact.{name}").main
+    if name in ("-h", "--help"):
+        commands = "".join(f"  {verb:<10}{about}\n" for verb, about in VERBS.items())
+        return _printed(f"usage: tempact COMMAND ..., or python -m tempact COMMAND ...\n\n{commands}\n{MORE_HELP}\n")
+    if name == "--version":
+        return _printed(f"tempact {importlib.import_module('tempact').__version__}\n")
+    hint = f" (nearest: {nearest(name, VERBS)})" if name else ""
+    raise UserError(f"command: found {name!r}; accepted: {', '.join(VERBS)}{hint}, --help, --version")
 
 
-def guarded(action: Callable[[], int]) -> int:
-    """Runs `action`; a user's mistake is one line on stderr and exit code 2, without a traceback, a signal that asks to
-    stop is exit code 130."""
-    try:
-        with StopRequest().listening():
-            return action()
-    except UserError as error:
-        logging.getLogger(__name__).debug("user error", exc_info=True)
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return EXIT_USER_ERROR
-    except (Stopped, KeyboardInterrupt) as error:
-        sys.stderr.write(f"stopped{f' by {error}' if str(error) else ''}\n")
-        return EXIT_STOPPED
+def _printed(text: str) -> Callable[[list[str]], int]:
+    """A command that prints `text`."""
+    return lambda _: 0 if sys.stdout.write(text) else 1
 
 
 class Command(ModuleType):
@@ -111,13 +106,6 @@ def callable_command(module: str, home: str) -> None:
     sys.modules[module].home = home  # type: ignore[attr-defined]
 
 
-class LineParser(argparse.ArgumentParser):
-    """An argument parser for `guarded` actions: a wrong option is a UserError."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; accepted: {self.format_usage().removeprefix('usage: ')}")
-
-
 def parse_run(argv: Sequence[str] | None, program: str) -> tuple[RunConfig, RunOptions]:
     """[PRESET] [--config FILE] [--resume auto|none|PATH] [--dry-run] [--gpu-gib GIB] [--section.field value ...].
 
@@ -125,6 +113,7 @@ def parse_run(argv: Sequence[str] | None, program: str) -> tuple[RunConfig, RunO
     read or cannot work; --help prints and exits with code 0.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    refuse_named(arguments, program, ("preset",))
     preset = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     config, options = get_preset(preset or DEFAULT), RunOptions()
     if "-h" in arguments or "--help" in arguments:
@@ -135,8 +124,6 @@ def parse_run(argv: Sequence[str] | None, program: str) -> tuple[RunConfig, RunO
         positive = name.replace(".no_", ".") if "." in name else name.removeprefix("no_")
         if name != positive and positive in keys and keys[positive].kind is bool and not words:
             name, words = positive, ["false"]
-        if name == "preset":
-            raise UserError(f"--preset: no such option; accepted: {program} {words[0] if words else 'PRESET'} ...")
         if name not in keys and name not in others:
             raise UserError(f"--{name}: unknown option; nearest: --{nearest(name, [*keys, *others])}")
         kind = (keys | others)[name].kind
@@ -153,6 +140,29 @@ def parse_run(argv: Sequence[str] | None, program: str) -> tuple[RunConfig, RunO
     check_keys(options, "--")
     validate(config)
     return config, options
+
+
+def refuse_named(arguments: Sequence[str], program: str, kinds: Sequence[str] = ("preset", "run")) -> None:
+    """UserError where an option names the preset or run: in every command it is the first word."""
+    for i, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name.removeprefix("--") in kinds and name.startswith("--"):
+            value = value or " ".join(arguments[i + 1 : i + 2]) or name[2:].upper()
+            raise UserError(f"{name}: no such option; accepted: {program} {value} ..., as the first word")
+
+
+def preset_or_run(word: str) -> tuple[list[str], Path | None]:
+    """The beginning of `parse_run`'s command line for a preset's name or a run's folder, and that folder.
+
+    UserError for a word that is neither.
+    """
+    run = Path(word)
+    if (run / "config.yaml").is_file():
+        return ["--config", str(run / "config.yaml")], run
+    if word not in PRESETS:
+        presets = ", ".join(PRESETS)
+        raise UserError(f"{word}: holds no config.yaml; accepted: the folder of a training run, or a preset: {presets}")
+    return [word], None
 
 
 def _options(arguments: list[str]) -> dict[str, list[str]]:

@@ -8,8 +8,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from tempact.cli import EXIT_USER_ERROR, LineParser, guarded
 from tempact.diagnostics import FAULT, NOTHING, versions
+from tempact.errors import EXIT_USER_ERROR, LineParser, guarded
 from tempact.presets import DEFAULT, get_preset
 
 JUDGES = "judges"

@@ -1,17 +1,25 @@
-"""Why a command ends early: a user's mistake, or a signal."""
+"""Why a command ends early: a user's mistake, a signal, a reader that went away."""
 
 from __future__ import annotations
 
+import argparse
+import io
 import logging
+import os
+import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 log = logging.getLogger(__name__)
 
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 130
+EXIT_UNREAD = 141  # what was printed has no reader any more, as after `| head`; a shell's number for that
 REMIND_S = 0.5
 
 
@@ -87,3 +95,46 @@ class StopRequest:
             signal.setitimer(signal.ITIMER_REAL, 0)  # handled, or on its way there
         else:
             raise Stopped(self.name)
+
+
+class LineParser(argparse.ArgumentParser):
+    """An argument parser for `guarded` actions: a wrong option is a UserError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; accepted: {' '.join(self.format_usage().split()).removeprefix('usage: ')}")
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """Runs `action`, a command, and returns its exit code.
+
+    A user's mistake is one line on stderr, without a traceback; a signal that asks to stop and a reader that went away
+    are no faults. What is printed is UTF-8 whatever the locale, as all files are; a file name's bytes stay as they are.
+    """
+    for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors=errors)
+    try:
+        try:
+            with StopRequest().listening():
+                return action()
+        finally:
+            sys.stdout.flush()  # here, where a reader that went away can be told
+    except UserError as error:
+        log.debug("user error", exc_info=True)
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return EXIT_USER_ERROR
+    except (Stopped, KeyboardInterrupt) as error:
+        sys.stderr.write(f"stopped{f' by {error}' if str(error) else ''}\n")
+        return EXIT_STOPPED
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter's end flushes
+        return EXIT_UNREAD
+
+
+def _unread() -> bool:
+    """Is standard output a pipe without a reader?"""
+    watched = select.poll()
+    watched.register(sys.stdout.fileno(), 0)  # an error is told unasked
+    return any(event & select.POLLERR for _, event in watched.poll(0))

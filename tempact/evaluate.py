@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tempact.cli import LineParser, callable_command, guarded, parse_run
+from tempact.cli import callable_command, parse_run, preset_or_run, refuse_named
 from tempact.config import RunConfig
-from tempact.errors import UserError
+from tempact.errors import LineParser, UserError, guarded
 from tempact.evaluation import (
     BOTH,
     CONDITIONS,
@@ -30,7 +30,6 @@ from tempact.evaluation import (
     Method,
 )
 from tempact.evaluation.prompts import choose_prompts
-from tempact.presets import PRESETS
 from tempact.worlds import world_of
 
 if TYPE_CHECKING:
@@ -72,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _evaluate(arguments: argparse.Namespace, options: list[str]) -> int:
+    refuse_named(options, PROGRAM)
     undotted = [word for word in options if word.startswith("--") and "." not in word.partition("=")[0]]
     if undotted:
         _parser().error(f"unrecognized arguments: {' '.join(undotted)}")
@@ -103,15 +103,10 @@ def _load(config: RunConfig, run: Path | None) -> tuple[PolicyPair, str]:
 
 def _configured(arguments: argparse.Namespace, options: list[str]) -> tuple[RunConfig, Path | None]:
     """The configuration of the preset or run with the command line's values, and the run's folder if it is one."""
-    run = Path(arguments.target)
-    known = (run / "config.yaml").is_file()
-    if not known and arguments.target not in PRESETS:
-        presets = ", ".join(PRESETS)
-        raise UserError(f"{run}: holds no config.yaml; accepted: the folder of a training run, or a preset: {presets}")
-    source = ["--config", str(run / "config.yaml")] if known else [arguments.target]
+    source, run = preset_or_run(arguments.target)
     own = {"evaluation.seed": arguments.seed, "device": arguments.device}
     given = [word for key, value in own.items() if value is not None for word in (f"--{key}", str(value))]
-    return parse_run([*source, *options, *given], PROGRAM)[0], run if known else None
+    return parse_run([*source, *options, *given], PROGRAM)[0], run
 
 
 def _shapeworld_counts(arguments: argparse.Namespace) -> dict[str, int]:
@@ -172,7 +167,7 @@ def _lengths(given: Sequence[str], usual: dict[str, int], chunk: int) -> dict[st
     for one in given:
         name, _, number = one.partition("=")
         if name not in lengths or not number.isdecimal() or int(number) < 1 or int(number) % chunk:
-            accepted = f"SET=NUMBER with a set of {', '.join(lengths)} and a positive multiple of {chunk}"
+            accepted = f"SET=NUMBER with a set of {', '.join(lengths)} and a positive multiple of {chunk} latent frames"
             raise UserError(f"--frames: found {one!r}; accepted: {accepted}")
         lengths[name] = int(number)
     return lengths

@@ -17,6 +17,8 @@ import yaml
 from tempact.errors import UserError
 
 NAME_LIMIT = 48  # characters of a file name made from a prompt, before its hash
+UMASK = os.umask(0o077)  # asked for once, while no other thread makes files: asking sets it
+os.umask(UMASK)
 
 
 def safe_name(text: str) -> str:
@@ -30,7 +32,7 @@ def safe_name(text: str) -> str:
 
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Writes `path` whole or not at all; UserError when the disk is full."""
-    raw = data.encode() if isinstance(data, str) else data
+    raw = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
     with writing(path, f"{len(raw)} free bytes") as partial, partial.open("wb") as file:
         file.write(raw)
         file.flush()
@@ -46,6 +48,7 @@ def writing(path: Path, accepted: str = "a disk with space left") -> Iterator[Pa
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")  # by the ending some know the format
     try:
         yield partial
+        usual_mode(partial)
         partial.replace(path)
     except Exception as error:  # not every writer has an OSError for a full disk
         if not disk_full(error):
@@ -53,6 +56,13 @@ def writing(path: Path, accepted: str = "a disk with space left") -> Iterator[Pa
         raise UserError(f"{path}: found no space left on the disk; accepted: {accepted}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def usual_mode(path: Path) -> None:
+    """Gives a file, or the files of a folder, the mode that `open` gives: safetensors' are for their owner alone."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            file.chmod(0o666 & ~UMASK)
 
 
 def file_hash(path: Path) -> str:
@@ -75,7 +85,7 @@ def reading(path: Path) -> Iterator[None]:
     """Around the parsing of a file that a run wrote: UserError with its name if it is not as it was written."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: cannot be read ({reason}); accepted: the file as the run wrote it") from error
 
@@ -104,7 +114,7 @@ def claim_run_folder(path: str | Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        lock = (folder / ".lock").open("w")
+        lock = (folder / ".lock").open("wb")
     except OSError as error:
         raise UserError(f"output: cannot write to {folder} ({error.strerror}); accepted: a writable folder") from error
     with lock:

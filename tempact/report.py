@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tempact.cli import LineParser, guarded
+from tempact.errors import LineParser, guarded
 
 
 def main(argv: list[str] | None = None) -> int:

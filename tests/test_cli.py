@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
 from tempact import cli
-from tempact.cli import EXIT_STOPPED, EXIT_USER_ERROR, from_yaml, guarded, main
-from tempact.errors import UserError
+from tempact.cli import from_yaml
+from tempact.errors import EXIT_STOPPED, EXIT_UNREAD, EXIT_USER_ERROR, UserError, guarded
 from tempact.presets import PRESETS, get_preset
 
 REPOSITORY = Path(__file__).parents[1]
@@ -75,10 +78,39 @@ def test_the_help_names_every_preset_and_option() -> None:
     assert "(default: runs/shapeworld-full)" in full  # the defaults shown are those of the preset
 
 
-def test_the_script_lists_its_verbs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == 0
-    shown = capsys.readouterr().out
-    assert all(verb in shown for verb in ("train", "generate", "evaluate", "report"))
+@pytest.mark.parametrize("start", [("-m", "tempact"), TEMPACT])
+def test_the_script_and_the_module_list_their_commands(start: tuple[str, ...]) -> None:
+    done = command(*start, "--help")
+    assert done.returncode == 0 and all(f"\n  {verb}" in done.stdout for verb in cli.VERBS)
+    shown = command(*start, "--version")
+    told = re.findall(r"^version: (.+)$", (REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    assert (shown.returncode, shown.stdout) == (0, f"tempact {told[0]}\n")
+    assert command(*start, "report", "nowhere").returncode == EXIT_USER_ERROR
+
+
+MODULES = [*(f"tempact.{verb}" for verb in cli.VERBS), "tempact", "tempact.evaluation.prompts",
+           "tempact.shapeworld.pretrain", "tempact.models.wan.checkpoints"]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_reader_that_goes_away_is_no_fault(module: str) -> None:
+    """`--help | head`: nothing on standard error, and a shell's exit code for it."""
+    for unbuffered in ("", "1"):
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        arguments = [sys.executable, "-m", module, "--help"]
+        shown = subprocess.Popen(arguments, cwd=REPOSITORY, stdout=PIPE, stderr=PIPE, env=environment)
+        shown.stdout.close()
+        told = shown.stderr.read()
+        assert b"Traceback" not in told and b"BrokenPipe" not in told, told
+        assert shown.wait(60) in ((0, EXIT_UNREAD) if unbuffered else (EXIT_UNREAD,))
+
+
+def test_a_pipe_that_breaks_elsewhere_is_a_fault() -> None:
+    def broken() -> int:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        guarded(broken)
 
 
 def test_only_a_users_mistake_is_made_short(capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,6 +147,6 @@ def test_a_plain_install_is_enough_for_shapeworld(tmp_path: Path, verb: str, opt
     assert done.returncode == 0, done.stderr
     if verb == "train":
         assert "# missing: nothing" in done.stdout
-        refused = command("-c", code, "longlive", *options)
+        refused = command("-c", code, "longlive", "--executor.weights", "random-tiny")
         assert refused.returncode == EXIT_USER_ERROR and refused.stderr.count("\n") == 1
-        assert "a backbone needs diffusers, ftfy; accepted: after pip install -e '.[wan]'" in refused.stderr
+        assert "random-tiny needs diffusers, ftfy; accepted: after pip install -e '.[wan]'" in refused.stderr

@@ -30,7 +30,7 @@ LAYERS = (
     ("worlds",),
     ("policies",),
     ("runs", "diagnostics"),
-    ("train", "generate", "evaluate", "report", "doctor"),
+    ("train", "generate", "evaluate", "report", "doctor", "__main__"),
 )
 POLICIES = ("tempact.planner*", "tempact.executor*", "tempact.trainer", "tempact.worlds", "tempact.policies")
 MODEL_CODE = ("tempact.models*", "transformers*", "peft*", *POLICIES)

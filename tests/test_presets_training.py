@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tempact import train
-from tempact.cli import EXIT_USER_ERROR, from_yaml
+from tempact.cli import from_yaml
+from tempact.errors import EXIT_USER_ERROR
 from tempact.models.wan.checkpoints.convert import convert
 from tempact.models.wan.transformer import WanConfig
 from tempact.presets import get_preset
@@ -174,7 +175,10 @@ def test_two_iterations_from_random_weights(
         (["--data.prompts", "shapeworld"], "accepted: a CSV, JSONL, parquet or text file of prompts"),
         (["--data.prompts", "gone.csv"], "gone.csv: cannot be read"),
         (["--data.prompts_per_iteration", "4"], "found 3 prompts; accepted: at least data.prompts_per_iteration (4)"),
-        (["--executor.frames", "1026"], "executor.frames: found 1026; accepted: at most 1024 (RoPE positions)"),
+        (
+            ["--executor.frames", "1026"],
+            "executor.frames: found 1026; accepted: at most 1024 latent frames",
+        ),
         (["--executor.chunk_frames", "15"], "executor.chunk_frames: found 15; accepted: 1 to 9 with this window"),
         ([], "environment: found no address of the judge plan_quality"),
     ],

@@ -18,8 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tempact.cli import LineParser, guarded
-from tempact.errors import UserError
+from tempact.errors import LineParser, UserError, guarded
 from tempact.files import safe_name
 
 log = logging.getLogger(__name__)

@@ -159,7 +159,7 @@ def read_evaluation(run_folder: Path, kind: type[T]) -> list[T]:
     if not path.is_file():
         return []
     with reading(path):
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
         return [kind(**{key: _read_value(value) for key, value in row.items()}) for row in rows]
 

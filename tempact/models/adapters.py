@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tempact.config import NAME_PREFIXES, NAME_WRAPPERS
 from tempact.errors import UserError
+from tempact.files import usual_mode
 from tempact.models.wan.checkpoints.files import listed, read_json, read_tensors, require_finite, require_fit
 from tempact.models.wan.checkpoints.names import LAYOUTS, WAN, in_layout
 
@@ -108,6 +109,7 @@ def _activate(model: PeftModel, name: str) -> None:
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Writes adapter_config.json and adapter_model.safetensors of the trained adapter into `folder`."""
     model.save_pretrained(folder, selected_adapters=[TRAINED])
+    usual_mode(folder)
 
 
 @torch.no_grad()

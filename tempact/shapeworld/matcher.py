@@ -156,7 +156,7 @@ class ShapeWorldJudge:
             if not file.is_file():
                 raise UserError(f"{file}: not found; accepted: a folder that ShapeWorld's pretraining wrote")
         with torch.random.fork_rng(devices=[]):  # initial weights draw from the run's generator, and are overwritten
-            model = JudgeModel(JudgeConfig(**json.loads(files[1].read_text())))
+            model = JudgeModel(JudgeConfig(**json.loads(files[1].read_text(encoding="utf-8"))))
         model.load_state_dict({name: value.float() for name, value in load_file(files[0]).items()})
         return cls(model.to(device), Tokenizer.from_file(str(files[2])))
 
@@ -165,7 +165,7 @@ class ShapeWorldJudge:
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.detach().half().contiguous().cpu() for name, value in self.model.state_dict().items()}
         save_file(weights, folder / "judge.safetensors")
-        (folder / "config.json").write_text(json.dumps(asdict(self.model.config), indent=1) + "\n")
+        (folder / "config.json").write_text(json.dumps(asdict(self.model.config), indent=1) + "\n", encoding="utf-8")
         self.tokenizer.save(str(folder / "tokenizer.json"))
 
     def tokenize(self, instructions: list[str]) -> Tensor:

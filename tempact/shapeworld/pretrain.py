@@ -18,9 +18,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tempact.cli import LineParser, guarded
 from tempact.config import LARGEST_SEED
-from tempact.errors import UserError
+from tempact.errors import LineParser, UserError, guarded
+from tempact.files import usual_mode
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def finished(arguments: argparse.Namespace, stage: str) -> bool:
     file = arguments.out / stage / METRICS
     if not file.is_file():
         return False
-    metrics = json.loads(file.read_text())
+    metrics = json.loads(file.read_text(encoding="utf-8"))
     return (metrics["seed"], metrics["steps"]) == (arguments.seed, steps_of(arguments, stage))
 
 
@@ -133,7 +133,8 @@ def train_stage(arguments: argparse.Namespace) -> None:
         "python": platform.python_version(),
         **{module.__name__: module.__version__ for module in (torch, transformers, tokenizers, peft)},
     }
-    (folder / METRICS).write_text(json.dumps(metrics, indent=1) + "\n")
+    usual_mode(folder)
+    (folder / METRICS).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
 
 
 def write_manifest(arguments: argparse.Namespace) -> None:
@@ -143,13 +144,15 @@ def write_manifest(arguments: argparse.Namespace) -> None:
     scale = f" --scale {arguments.scale}" if arguments.scale != 1.0 else ""
     manifest = {
         "command": f"python -m tempact.shapeworld.pretrain --seed {arguments.seed}{scale}",
-        "courses": {stage: json.loads((arguments.out / stage / METRICS).read_text()) for stage in STEPS},
+        "courses": {
+            stage: json.loads((arguments.out / stage / METRICS).read_text(encoding="utf-8")) for stage in STEPS
+        },
         "bytes": total,
         "sha256": {
             path.relative_to(arguments.out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
         },
     }
-    (arguments.out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (arguments.out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     log.info("%d files, %.1f MiB in %s", len(files), total / 2**20, arguments.out)
     if total > SIZE_LIMIT_MIB * 2**20:
         log.warning("the weights are larger than the %d MiB that are shipped at most", SIZE_LIMIT_MIB)

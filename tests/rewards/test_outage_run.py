@@ -20,7 +20,7 @@ from rewards.judge_cases import KEY
 from rewards.judge_server import GOOD, Server
 
 from tempact import train
-from tempact.cli import EXIT_USER_ERROR
+from tempact.errors import EXIT_USER_ERROR
 from tempact.presets import get_preset
 from tempact.reporting import read_metrics
 from tempact.rewards.judges import client as judge_client

@@ -15,8 +15,8 @@ import pytest
 import torch
 from runs.same_run import ARGUMENTS, SHORT_EVALUATION, assert_same_run, metrics, start
 
-from tempact.cli import EXIT_ABORTED, EXIT_STOPPED, EXIT_USER_ERROR
-from tempact.errors import REMIND_S, Stopped, StopRequest
+from tempact.cli import EXIT_ABORTED
+from tempact.errors import EXIT_STOPPED, EXIT_USER_ERROR, REMIND_S, Stopped, StopRequest
 from tempact.executor.executor import Executor
 from tempact.planner.planner import Planner
 from tempact.reporting import read_metrics

@@ -10,8 +10,8 @@ import torch
 
 import tempact
 from tempact import evaluate, report, train
-from tempact.cli import EXIT_USER_ERROR
 from tempact.config import ExecutorConfig
+from tempact.errors import EXIT_USER_ERROR
 from tempact.reporting import read_metrics
 from tempact.runs import run as run_module
 from tempact.runs.checkpoint import latest

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from runs.same_run import assert_same_run, metrics, start
 
-from tempact.cli import EXIT_STOPPED
+from tempact.errors import EXIT_STOPPED
 from tempact.runs import run as run_module
 
 

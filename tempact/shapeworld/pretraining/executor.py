@@ -190,7 +190,7 @@ class ExecutorCourse(Course):
         save_file(
             {k: v.contiguous().cpu() for k, v in self.model.state_dict().items()}, folder / "transformer.safetensors"
         )
-        (folder / "transformer.json").write_text(json.dumps(asdict(WAN), indent=1) + "\n")
+        (folder / "transformer.json").write_text(json.dumps(asdict(WAN), indent=1) + "\n", encoding="utf-8")
         self.encoder.save(folder / "text_encoder")
 
 
@@ -199,7 +199,7 @@ def load_executor(folder: Path) -> tuple[WanTransformer, TextEncoder]:
     for name in ("transformer.json", "transformer.safetensors", "text_encoder/model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: not found; accepted: a folder with an executor's weights")
-    sizes = json.loads((folder / "transformer.json").read_text())
+    sizes = json.loads((folder / "transformer.json").read_text(encoding="utf-8"))
     config = WanConfig(**{**sizes, "patch": tuple(sizes["patch"])})
     model = WanTransformer(config)
     try:

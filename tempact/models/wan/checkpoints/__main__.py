@@ -10,23 +10,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
-from tempact.errors import UserError
+from tempact.errors import LineParser, guarded
 
-EXIT_USER_ERROR = 2
 PROGRAM = "python -m tempact.models.wan.checkpoints"
 
 
-class _Parser(argparse.ArgumentParser):
-    """A wrong option is a UserError."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; accepted: {' '.join(self.format_usage().split()).removeprefix('usage: ')}")
-
-
 def parser() -> argparse.ArgumentParser:
-    made = _Parser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = LineParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = made.add_subparsers(dest="verb", required=True)
     convert = verbs.add_parser("convert", help="weights or an adapter to a new folder")
     convert.add_argument("source", metavar="SRC", type=Path, help="file or folder")
@@ -49,16 +40,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done; 2 bad input: one line on stderr, nothing written."""
-    try:
-        sys.stdout.write(f"{_run(parser().parse_args(argv))}\n")
-    except UserError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return EXIT_USER_ERROR
-    return 0
+    return guarded(lambda: _run(parser().parse_args(argv)))
 
 
-def _run(arguments: argparse.Namespace) -> str:
-    """One line a file: its hash and path."""
+def _run(arguments: argparse.Namespace) -> int:
+    """Prints a line a file: its hash and path."""
     from tempact.models.wan.checkpoints import convert as conversion
     from tempact.models.wan.checkpoints.names import read_config
 
@@ -74,7 +60,9 @@ def _run(arguments: argparse.Namespace) -> str:
             entry=arguments.entry,
             config=read_config(arguments.config) if arguments.config else None,
         )
-    return "\n".join(f"{entry['sha256']}  {arguments.folder / name}" for name, entry in manifest["files"].items())
+    for name, entry in manifest["files"].items():
+        sys.stdout.write(f"{entry['sha256']}  {arguments.folder / name}\n")
+    return 0
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tempact.errors import UserError
-from tempact.files import file_hash, sync
+from tempact.files import file_hash, sync, usual_mode
 from tempact.models.wan.checkpoints.files import (
     MANIFEST,
     SAFETENSORS,
@@ -103,8 +103,9 @@ def _new_folder(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        usual_mode(partial)
         manifest["files"] = _hashes(sorted(partial.iterdir()))
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         for file in (*partial.iterdir(), partial):
             sync(file)
         partial.replace(folder)
@@ -122,7 +123,9 @@ def _save_weights(
         tensors[in_layout(name, layout)] = tensor.to(dtype or tensor.dtype).contiguous()
     require_finite(tensors, checkpoint.source)
     save_file(tensors, folder / f"{WEIGHTS}{SAFETENSORS}", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config_json(checkpoint.config, layout), indent=1) + "\n")
+    (folder / "config.json").write_text(
+        json.dumps(config_json(checkpoint.config, layout), indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def _hashes(files: Sequence[Path]) -> dict[str, dict[str, Any]]:

@@ -215,9 +215,9 @@ def write_adapter(adapter: Adapter, folder: Path, layout: str, dtype: torch.dtyp
         return
     save_file(tensors, folder / PEFT_FILES[0], metadata={"format": "pt"})
     _config(adapter).save_pretrained(str(folder))
-    settings = json.loads((folder / CONFIG).read_text())
+    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     settings["target_modules"] = list(adapter.targets)  # from a set: in another order, and hash, each time
-    (folder / CONFIG).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
+    (folder / CONFIG).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _config(adapter: Adapter) -> LoraConfig:
