@@ -3,7 +3,7 @@
 What a run records while it goes: metrics.jsonl and the sample tables.
 
 The local file is the record. Weights & Biases, if asked for, is fed by a process of its own that reads that
-file (`wandb_tracker.py`), so that no tracker can slow, hang or fail a run.
+file (`runs/logs.py`), so that no tracker can slow, hang or fail a run.
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from tempact.config import VIDEO, RunConfig, flatten, keys_of
 from tempact.files import reading, write_atomic
-from tempact.types import Batch, PlanBatch, Scored
+from tempact.presets import get_preset
+
+if TYPE_CHECKING:  # a tracker's process reads metrics and waits for no torch
+    from torch import Tensor
+
+    from tempact.types import Batch, PlanBatch, Scored
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +61,14 @@ def read_environment(run_folder: Path) -> list[Session]:
     """Sessions of a run in order, none if nothing was noted."""
     path = Path(run_folder) / ENVIRONMENT
     with reading(path):
-        return [Session(**session) for session in json.loads(path.read_text())] if path.is_file() else []
+        return (
+            [Session(**session) for session in json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []
+        )
 
 
 def _this_session(from_step: int) -> Session:
+    import torch
+
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -83,28 +91,105 @@ def _this_session(from_step: int) -> Session:
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+CARD = """\
+---
+library_name: peft
+tags: [lora, tempact]
+---
+
+# {title}
+
+A LoRA adapter of the {policy} of a TempAct run after {step} iterations. The planner
+splits an instruction into timed steps, the executor draws them chunk by chunk; both were trained together, the planner
+with GSPO and the executor with Flow-GRPO, on the videos that they made.
+
+| | |
+|---|---|
+| base | {base} |
+| preset | {preset}, seed {seed} |
+| adapter | rank {rank}, alpha {alpha} |
+| gain | {gain} |
+
+```python
+{code}
+```
+"""
+LOAD = {
+    "planner": """\
+planner = build_planner(config, torch.device("cpu"))
+planner.load_adapter(Path({folder!r}))  # this folder
+plan = planner.sample([Prompt("", "A red circle is at the top left. The circle turns blue.")], 1, seed=0).plans[0]""",
+    "executor": """\
+executor = build_executor(config, torch.device("cpu"))
+executor.load_adapter(Path({folder!r}))  # this folder""",
+}
+
+
+def model_card(policy: str, config: RunConfig, step: int, gain: str = "") -> str:
+    """README.md of an adapter's folder: what it is, its base, method and gain, and code that loads it.
+
+    policy: "planner" or "executor". step: iterations that the run has done. gain: in words; nothing for a run that has
+    not been evaluated. The code holds the values in which the run's videos differ from its preset's.
+    """
+    own, preset, keys = getattr(config, policy), flatten(get_preset(config.preset)), keys_of(RunConfig)
+    words = [config.preset]
+    for name, value in flatten(config).items():
+        if keys[name].sets == VIDEO and value != preset[name]:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+    code = [
+        "from pathlib import Path", "", "import torch", "from tempact.cli import parse_run",
+        f"from tempact.policies import build_{policy}",
+        *(["from tempact.types import Prompt"] if policy == "planner" else []), "",
+        f'config = parse_run({words!r}, "")[0]', LOAD[policy].format(folder=policy),
+    ]  # fmt: skip
+    return CARD.format(
+        title=f"{policy.capitalize()} of {config.preset}, iteration {step}", policy=policy, step=step,
+        base=own.weights, preset=config.preset, seed=config.seed, rank=own.lora.rank, alpha=own.lora.alpha,
+        gain=gain or "not evaluated when it was saved; the run's report.html tells", code="\n".join(code),
+    )  # fmt: skip
 
 
 METRICS, SAMPLES = "metrics.jsonl", "samples"
 
 
 def read_metrics(run_folder: Path) -> list[dict]:
-    """Rows of metrics.jsonl in order; a last line cut by a kill and a tracker's end mark are left out."""
+    """Rows of metrics.jsonl in order: a whole number "step", a number "time_s", numbers or None elsewhere.
+
+    A last line cut by a kill and a tracker's end mark are left out; so are, with a warning, other rows without the two.
+    """
     path = Path(run_folder) / METRICS
     if not path.is_file():
         return []
-    rows = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    with reading(path):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows, odd = [], []
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
-            log.warning("%s: row %d is not whole and is left out", path, number)
-            continue
-        if isinstance(row, dict) and "step" in row and "time_s" in row:
-            rows.append(row)
+        except (ValueError, RecursionError):  # not only JSONDecodeError: of a number with too many digits
+            row = None
+        row = {key: _number(value) for key, value in row.items()} if isinstance(row, dict) else {}
+        step, time = row.get("step"), row.get("time_s")
+        if step is not None and time is not None and step >= 1 and step == int(step):
+            rows.append(row | {"step": int(step)})
+        elif "finished" not in row:
+            odd.append(number)
+    if odd:
+        accepted = "accepted: an object with a whole number step and a number time_s"
+        log.warning("%s: row %d and %d others are left out; %s", path, odd[0], len(odd) - 1, accepted)
     return rows
+
+
+def _number(value: object) -> float | None:
+    """A finite number, or None for anything else."""
+    try:
+        return finite_or_none(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    except OverflowError:  # of a whole number that no float holds
+        return None
 
 
 def write_samples(run_folder: Path, step: int, plans: PlanBatch, scored: Scored, batch: Batch) -> Path:

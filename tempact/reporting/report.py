@@ -1,14 +1,10 @@
-"""Curves of a run's metrics as one SVG.
-
-One offline HTML file that shows a run, also one that is still going, or the benchmark's results.
-"""
+"""One offline HTML file that shows a run, also one that is still going, or the benchmark's results."""
 
 from __future__ import annotations
 
-import base64
-import io
-import json
+import logging
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,12 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
 import numpy as np
 import yaml
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from tempact.cli import dotted
 from tempact.config import RunConfig, sections_of
@@ -41,81 +34,122 @@ from tempact.evaluation.statistics import (
 from tempact.evaluation.tables import METRICS as BENCHMARK_METRICS
 from tempact.evaluation.tables import Results, Table, build_table, gained, percent, write_tables
 from tempact.files import reading, write_atomic
-from tempact.reporting import METRICS, SAMPLES, Session, duration, read_environment, read_metrics
-from tempact.reporting.strips import EXTREMES, INDEX, VIDEOS, StripRow, film_strip
+from tempact.reporting import ENVIRONMENT, METRICS, Session, duration, read_environment, read_metrics
+from tempact.reporting.strips import (
+    SCORES,
+    Film,
+    Shown,
+    StripRow,
+    data_uri,
+    read_extremes,
+    read_showcase,
+    scenes,
+    sheet,
+)
 
 SMOOTHING = 0.15  # weight of the newest value in the thick line
-COLUMNS = 3
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-RC = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "tempact"}
+MOST_PARTS = 400  # of a line, each drawn by its least and its greatest value: about one a pixel
+MOST_VALUE = 1e30  # larger values are not drawn
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 200, 46, 4, 8, 20  # of a chart and its edges, in the SVG's units
+GAPS = 5  # between the marks of a chart's axis, about
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart of one or several metrics. A line is (label, metric names); several names are added up."""
+    """A chart of one or several metrics. A line is (label, metric name)."""
 
     title: str
-    lines: tuple[tuple[str, tuple[str, ...]], ...]
+    lines: tuple[tuple[str, str], ...]
     stacked: bool = False
 
 
+POLICIES = ("executor", "planner")
+RAW = ("temporal_following", "step_following", "aesthetics", "plan_quality", "format_score")
+ENDS, PHASES = ("low", "high"), ("plan", "rollout", "rewards", "update")
 PANELS = (
-    Panel("Reward that is optimised", (("executor", ("executor/reward",)), ("planner", ("planner/reward",)))),
-    Panel(
-        "Raw rewards",
-        tuple(
-            (name.replace("_", " "), (f"rewards/{name}/mean",))
-            for name in ("temporal_following", "step_following", "aesthetics", "plan_quality", "format_score")
-        ),
-    ),
-    Panel("KL to the start", (("executor", ("executor/kl",)), ("planner", ("planner/kl",)))),
-    Panel(
-        "Clipped fraction",
-        tuple((who, (f"{who}/clip_ratio/low", f"{who}/clip_ratio/high")) for who in ("executor", "planner")),
-    ),
-    Panel(
-        "Groups without reward differences",
-        tuple((who, (f"{who}/frac_reward_zero_std",)) for who in ("executor", "planner")),
-    ),
-    Panel(
-        "Seconds an iteration",
-        tuple((phase, (f"timing_s/{phase}",)) for phase in ("plan", "rollout", "rewards", "update")),
-        stacked=True,
-    ),
+    Panel("Reward that is optimised", tuple((who, f"{who}/reward") for who in POLICIES)),
+    Panel("Raw rewards", tuple((name.replace("_", " "), f"rewards/{name}/mean") for name in RAW)),
+    Panel("KL to the start", tuple((who, f"{who}/kl") for who in POLICIES)),
+    Panel("Clipped fraction", tuple((f"{who}, {to}", f"{who}/clip_ratio/{to}") for who in POLICIES for to in ENDS)),
+    Panel("Groups without reward differences", tuple((who, f"{who}/frac_reward_zero_std") for who in POLICIES)),
+    Panel("Seconds an iteration", tuple((phase, f"timing_s/{phase}") for phase in PHASES), stacked=True),
 )
 
 
-def curves_svg(rows: Sequence[dict]) -> bytes | None:
-    """The PANELS that `rows` (of `read_metrics`) have values for; None when there is not one."""
-    panels = [panel for panel in PANELS if any(np.isfinite(line).any() for line in _lines(panel, rows).values())]
-    if not panels:
-        return None
-    height = -(-len(panels) // COLUMNS)
-    with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(4 * COLUMNS, 2.7 * height), layout="constrained")
-        axes = figure.subplots(height, COLUMNS, squeeze=False).flatten()
-        for axis, panel in zip(axes, panels, strict=False):
-            _draw(axis, panel, rows)
-        for axis in axes[len(panels) :]:
-            axis.remove()
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart: the number of its colour, and SVG paths of its values (or area) and of their running mean."""
+
+    label: str
+    colour: int
+    values: str
+    mean: str
 
 
-def _draw(axis: Axes, panel: Panel, rows: Sequence[dict]) -> None:
+@dataclass(frozen=True)
+class Chart:
+    """A chart in the SVG's units. marks: (y, text) of the horizontal lines. ends: the first and last iteration."""
+
+    title: str
+    marks: list[tuple[float, str]]
+    ends: tuple[int, int]
+    lines: list[Line]
+    stacked: bool
+
+
+def charts(rows: Sequence[dict]) -> list[Chart]:
+    """The PANELS that `rows` (of `read_metrics`) have values for; those that are 0 all the time are left out."""
     steps = np.array([row["step"] for row in rows])
-    lines = {label: values for label, values in _lines(panel, rows).items() if np.isfinite(values).any()}
+    found = []
+    for panel in PANELS:
+        lines = {label: _values(rows, name) for label, name in panel.lines}
+        lines = {label: values for label, values in lines.items() if np.isfinite(values).any()}
+        if any(np.nan_to_num(values).any() for values in lines.values()):
+            found.append(_chart(panel, steps, lines))
+    return found
+
+
+def _chart(panel: Panel, steps: np.ndarray, lines: dict[str, np.ndarray]) -> Chart:
+    values = np.array(list(lines.values()))
     if panel.stacked:
-        axis.stackplot(steps, np.nan_to_num(list(lines.values())), labels=list(lines), colors=COLOURS, alpha=0.85)
-    else:
-        for colour, (label, values) in zip(COLOURS, lines.items(), strict=False):
-            axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8, marker="." if len(steps) < 3 else "")
-            axis.plot(steps, smooth(values), color=colour, linewidth=1.8, label=label)
-    axis.set_title(panel.title, loc="left", fontweight="bold", fontsize=10)
-    axis.set_xlabel("iteration")
-    axis.grid(alpha=0.25, linewidth=0.5)
-    axis.legend(frameon=panel.stacked, fontsize=8)
+        values = np.cumsum(np.nan_to_num(values), 0)
+    marks = _marks(0.0 if panel.stacked else float(np.nanmin(values)), float(np.nanmax(values)))
+    low, high, first, last = marks[0], marks[-1], int(steps.min()), int(steps.max())
+
+    def y(value: Any) -> Any:
+        return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (value - low) / (high - low)
+
+    def path(own: np.ndarray) -> str:
+        x = LEFT + (WIDTH - LEFT - RIGHT) * (steps - first) / max(1, last - first)
+        points = [f"{x[i]:.1f} {y(own[i]):.1f}" for i in thinned(own)]
+        return f"M{'L'.join(points)}" + ("h3" if len(points) == 1 else "")
+
+    drawn = []
+    for colour, (label, own) in enumerate(zip(lines, values, strict=True)):
+        area = f"L{WIDTH - RIGHT} {y(0)}L{LEFT} {y(0)}Z" if panel.stacked else ""
+        drawn.append(Line(label, colour, path(own) + area, "" if panel.stacked else path(smooth(own))))
+    return Chart(panel.title, [(y(mark), f"{mark:.4g}") for mark in marks], (first, last), drawn, panel.stacked)
+
+
+def _marks(low: float, high: float) -> list[float]:
+    """Round numbers, evenly spread from at most `low` to at least `high`."""
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # a flat line, in the middle
+        room = 0.1 * abs(high) or 1.0
+        low, high = low - room, high + room
+    unit = 10.0 ** math.floor(math.log10((high - low) / GAPS))
+    gap = next(unit * times for times in (1, 2, 5, 10) if unit * times * GAPS >= high - low)
+    return [gap * i + 0.0 for i in range(math.floor(low / gap), math.ceil(high / gap) + 1)]
+
+
+def thinned(values: np.ndarray) -> np.ndarray:
+    """Places of the finite values to draw: all, or of each of MOST_PARTS parts the least, the greatest, the ends."""
+    finite = np.flatnonzero(np.isfinite(values))
+    if len(finite) <= 2 * MOST_PARTS:
+        return finite
+    kept = {finite[0], finite[-1]}
+    for part in np.array_split(finite, MOST_PARTS):
+        kept |= {part[values[part].argmin()], part[values[part].argmax()]}
+    return np.array(sorted(kept))
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -130,22 +164,17 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.array(means)
 
 
-def _lines(panel: Panel, rows: Sequence[dict]) -> dict[str, np.ndarray]:
-    return {
-        label: np.array([sum(_value(row, name) for name in names) for row in rows], float)
-        for label, names in panel.lines
-    }
+def _values(rows: Sequence[dict], name: str) -> np.ndarray:
+    values = np.array([row.get(name) for row in rows], float)  # None becomes NaN
+    return np.where(np.abs(values) < MOST_VALUE, values, np.nan)
 
 
-def _value(row: dict, name: str) -> float:
-    value = row.get(name)
-    return float("nan") if value is None else value
+log = logging.getLogger(__name__)
 
-
+NAME_WIDTH, METHOD_WIDTH = 20, 9  # columns of a table in a terminal
 REPORT, CONFIG, RESULTS = "report.html", "config.yaml", "temporal-order.html"
 # keys of weights, and values in whose place random weights stand
 WEIGHTS, RANDOM = ("planner.weights", "executor.weights"), ("random", "random-tiny")
-MIME = {".png": "image/png", ".gif": "image/gif", ".svg": "image/svg+xml"}
 # config keys worth a place in the header, and their labels
 SUMMARY = {
     "preset": "preset",
@@ -180,17 +209,20 @@ class Section:
     text: str = ""
 
 
+def is_run(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() or (folder / METRICS).is_file()
+
+
 def write_report(run_folder: Path | str) -> Path:
     """Writes report.html into a run folder. Parts that the run has not made yet are said to be missing.
 
     UserError if the folder holds neither config.yaml nor metrics.jsonl, or a file that is not as the run wrote it.
     """
     run = Path(run_folder)
-    if not (run / CONFIG).is_file() and not (run / METRICS).is_file():
+    if not is_run(run):
         raise UserError(f"{run}: is no run folder; accepted: a folder with {CONFIG} or {METRICS}")
     config, metrics = _config(run), read_metrics(run)
     rows, comparisons = read_evaluation(run, Row), read_evaluation(run, Comparison)
-    curves = curves_svg(metrics)
     of_all = f" of {config['trainer.iterations']}" if "trainer.iterations" in config else ""
     done = metrics[-1]["step"] if metrics else 0
     random = ", ".join(f"{key}: {config[key]}" for key in WEIGHTS if config.get(key) in RANDOM)
@@ -206,17 +238,51 @@ def write_report(run_folder: Path | str) -> Path:
         tiles=_tiles(rows, comparisons, metrics),
         sections=[section],
         missing=[one for one in read_evaluation(run, MethodScores) if one.missing],
-        showcase=_showcase(run),
+        showcase=read_showcase(run),
         facts=[(label, config[key]) for key, label in SUMMARY.items() if key in config],
         run={
-            "curves": _data_uri(curves, ".svg") if curves else None,
+            "charts": charts(metrics),
             "missing_rewards": _missing_rewards(metrics),
             "timings": _timings(metrics),
-            "samples": _samples(run),
-            "sessions": [(session, _hardware(session)) for session in read_environment(run)],
+            "samples": read_extremes(run),
+            "sessions": _sessions(run),
             "config": config,
         },
     )
+
+
+def leave_report(run_folder: Path | str) -> list[str]:
+    """Writes the report of a run that ends, finished or not; lines to end with: its table, if it has one, and where the
+    report is. Never raises: without a report there is a warning, for a run that has not begun there is nothing."""
+    run = Path(run_folder)
+    try:
+        if not is_run(run):
+            return []
+        rows, comparisons = read_evaluation(run, Row), read_evaluation(run, Comparison)
+        return [*(narrow_table(rows, comparisons) if rows else ()), f"report: {write_report(run)}"]
+    except Exception as error:  # whatever it is, the run is saved and has an exit code of its own
+        log.debug("no report", exc_info=True)
+        log.warning("%s: found no way to write the report: %s", run, " ".join(str(error).split()))
+        return []
+
+
+def narrow_table(rows: Sequence[Row], comparisons: Sequence[Comparison]) -> list[str]:
+    """Lines of at most 80 characters: a column for every method, the mean scores by set and judge below."""
+    table = build_table(rows)
+    methods = [method for method, _ in table.rows]
+    heads = [textwrap.wrap(method, METHOD_WIDTH) for method in methods]
+    depth = max(map(len, heads))
+    lines = [("", *column) for column in zip(*([""] * (depth - len(head)) + head for head in heads), strict=True)]
+    for i, column in enumerate(table.columns):
+        lines.append((column, *(cells[i].score for _, cells in table.rows)))
+        if any(cells[i].change for _, cells in table.rows):
+            lines.append(("  change", *(cells[i].change for _, cells in table.rows)))
+    shown = [f"{line[0]:<{NAME_WIDTH}}" + "".join(f"{cell:>{METHOD_WIDTH + 1}}" for cell in line[1:]) for line in lines]
+    for one in comparisons:
+        if (one.method, one.set) == (BOTH, AVERAGE):
+            low, high = map(percent, one.relative_ci95)
+            shown.append(f"{BOTH} against {one.baseline}, video by video: {percent(one.relative)} [{low}, {high}]")
+    return shown
 
 
 def write_results(evaluation: Evaluation, results: Results, strips: int) -> list[Path]:
@@ -254,27 +320,28 @@ def _write_page(path: Path, **parts: object) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["picture"] = data_uri
     environment.filters["score"] = lambda value: "missing" if value is None else f"{value:.2f}"
     environment.filters |= {"percent": percent, "gained": gained}
-    write_atomic(path, environment.get_template("report.html.j2").render(own=BOTH, average=AVERAGE, **parts))
+    page = environment.get_template("report.html.j2").render(
+        own=BOTH, average=AVERAGE, scores=SCORES, box=(WIDTH, HEIGHT, LEFT, RIGHT), **parts
+    )
+    write_atomic(path, page.encode("utf-8", "replace"))  # of texts from outside, half a surrogate pair
     return path
 
 
-def _benchmark_strips(evaluation: Evaluation, count: int) -> Iterator[dict[str, Any]]:
-    """The first `count` prompts of each set with a film strip: a row for every method, which shows the first seed's
-    video and its scores."""
+def _benchmark_strips(evaluation: Evaluation, count: int) -> Iterator[Shown]:
+    """The first `count` prompts of each set: of every method the first seed's video and its scores."""
     for videos in evaluation.samples(count):
-        rows = []
+        films = []
         for video in videos:
             told = []
             for judge in evaluation.suite.judges:
                 score = evaluation.score(video.prompt.prompt_id, video.method, 0, judge.name, COMBINED)
                 told.append(f"{judge.name} {'missing' if math.isnan(score) else format(score, '.2f')}")
-            rows.append(StripRow(f"{video.method.name}: {', '.join(told)}", video.frames, video.steps))
-        file = io.BytesIO()
-        prompt = videos[0].prompt
-        film_strip(rows, prompt.text).save(file, "PNG", optimize=True)
-        yield {"prompt": prompt.text, "strip": _data_uri(file.getvalue(), ".png"), "steps": prompt.steps, "videos": ()}
+            row = StripRow(f"{video.method.name}: {', '.join(told)}", video.frames, video.steps)
+            films.append(Film(row.title, scenes(sheet(row), row.steps)))
+        yield Shown(videos[0].prompt.text, films, steps=videos[0].prompt.steps)
 
 
 def _config(run: Path) -> dict[str, object]:
@@ -282,7 +349,7 @@ def _config(run: Path) -> dict[str, object]:
     if not (run / CONFIG).is_file():
         return {}
     with reading(run / CONFIG):
-        return dict(dotted(yaml.safe_load((run / CONFIG).read_text()) or {}, sections_of(RunConfig)))
+        return dict(dotted(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")) or {}, sections_of(RunConfig)))
 
 
 def _tiles(rows: Sequence[Row], comparisons: Sequence[Comparison], metrics: Sequence[dict]) -> list[Tile]:
@@ -323,47 +390,11 @@ def _timings(metrics: Sequence[dict]) -> list[tuple[str, float, float]]:
     return [(name.split("/", 1)[1], total / len(metrics), total / everything) for name, total in totals.items()]
 
 
-def _showcase(run: Path) -> list[dict]:
-    """Entries of videos/index.json with their pictures inlined; a picture that is gone is left out."""
-    index = run / VIDEOS / INDEX
-    if not index.is_file():
-        return []
-    with reading(index):
-        entries = json.loads(index.read_text())
-        for entry in entries:
-            entry["steps"] = ()  # as their plans show them
-            entry["strip"] = _picture(run / VIDEOS / Path(entry["strip"]).name)
-            for video in entry["videos"]:
-                video["gif"] = _picture(run / VIDEOS / Path(video["gif"]).name)
-    return entries
-
-
-def _samples(run: Path) -> dict | None:
-    """Worst and best continuations of the newest sample table, with their film strips where the run made them."""
-    tables = sorted((run / SAMPLES).glob("step-*.jsonl"))
-    if not tables:
-        return None
-    with reading(tables[-1]):
-        rows = [json.loads(line) for line in tables[-1].read_text().splitlines()]
-        scored = [row for row in rows if row["temporal_following"] is not None]
-        scored.sort(key=lambda row: row["temporal_following"])
-    if not scored:
-        return None
-    shown = min(EXTREMES, max(1, len(scored) // 2))
-    parts = [
-        (name, part, _picture(tables[-1].with_name(f"{tables[-1].stem}-{name}.png")))
-        for name, part in (("worst", scored[:shown]), ("best", scored[::-1][:shown]))
-    ]
-    return {"step": rows[0]["step"], "unscored": len(rows) - len(scored), "parts": parts}
-
-
-def _hardware(session: Session) -> str:
-    return ", ".join([*session.gpus, f"{session.cpu} ({session.cores} cores)", f"{session.memory_gib:.0f} GiB memory"])
-
-
-def _picture(path: Path) -> str | None:
-    return _data_uri(path.read_bytes(), path.suffix) if path.is_file() else None
-
-
-def _data_uri(data: bytes, suffix: str) -> str:
-    return f"data:{MIME[suffix]};base64,{base64.b64encode(data).decode()}"
+def _sessions(run: Path) -> list[tuple[Session, str]]:
+    """Every start of the run, and its hardware in words."""
+    found = read_environment(run)
+    with reading(run / ENVIRONMENT):
+        return [
+            (one, ", ".join([*one.gpus, f"{one.cpu} ({one.cores} cores)", f"{one.memory_gib:.0f} GiB memory"]))
+            for one in found
+        ]

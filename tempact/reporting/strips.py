@@ -3,27 +3,34 @@
 `videos/index.json` lists the held-out prompts with their files, in the order shown; file names are relative to
 `videos/`:
 [{"prompt_id", "category", "prompt", "strip",
-  "videos": [{"title", "mp4", "gif", "plan": [{"start", "end", "prompt"}]}]}]
+  "videos": [{"title", "mp4", "gif", "sheet", "plan": [{"start", "end", "prompt"}]}]}]
+
+A sheet is a strip without texts, which the report sets itself: the pictures of one video side by side, and in the PNG's
+text `LATENTS` the latent frame of each.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from tempact.evaluation.harness import Sample
-from tempact.files import safe_name, write_atomic, writing
+from tempact.files import reading, safe_name, write_atomic, writing
 from tempact.reporting import SAMPLES
 from tempact.types import PlanBatch, Rollout, Scored, Step
 from tempact.video import cut, font, save_gif, save_mp4
 
-VIDEOS, INDEX = "videos", "index.json"
+VIDEOS, INDEX, LATENTS = "videos", "index.json", "latents"
+SCORES = ("temporal_following", "step_following", "aesthetics", "plan_quality", "format_score")  # of a sample
 EXTREMES = 3  # worst and best videos of a sample table
 
 COLUMNS = 12  # pictures of a row
@@ -47,6 +54,40 @@ class StripRow:
     frames: Tensor
     steps: tuple[Step, ...]
     latents: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A step of a video with its pictures, encoded, and the number of its colour."""
+
+    step: Step
+    colour: int
+    pictures: list[bytes]
+
+    @property
+    def count(self) -> int:
+        return len(self.pictures)
+
+
+@dataclass(frozen=True)
+class Film:
+    """A video on the page: its steps with pictures, its whole plan, and it moving, as a data URI."""
+
+    title: str
+    scenes: Sequence[Scene]
+    plan: Sequence[Step] = ()
+    gif: str | None = None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A prompt on the page with its videos. strip: a picture of all in the place of scenes; steps: told by a set."""
+
+    prompt: str
+    films: Sequence[Film]
+    category: str = ""
+    strip: str | None = None
+    steps: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -76,12 +117,13 @@ def write_showcase(run_folder: Path, groups: Iterable[Sequence[Sample]], titles:
         rows = [StripRow(title, video.frames, video.steps) for title, video in shown]
         save_strip(film_strip(rows, prompt.text), folder / f"{stem}.png")
         entries = []
-        for title, video in shown:
+        for row, (title, video) in zip(rows, shown, strict=True):
             name = f"{stem}-{safe_name(title)}"
-            save_mp4(video.frames, folder / f"{name}.mp4")
-            save_gif(video.frames, folder / f"{name}.gif")
-            plan = [asdict(step) for step in video.steps]
-            entries.append({"title": title, "mp4": f"{name}.mp4", "gif": f"{name}.gif", "plan": plan})
+            files = {"mp4": f"{name}.mp4", "gif": f"{name}.gif", "sheet": f"{name}-sheet.png"}
+            save_mp4(video.frames, folder / files["mp4"])
+            save_gif(video.frames, folder / files["gif"])
+            write_atomic(folder / files["sheet"], sheet(row))
+            entries.append({"title": title, **files, "plan": [asdict(step) for step in video.steps]})
         told = {"prompt_id": prompt.prompt_id, "category": prompt.category, "prompt": prompt.text}
         index.append({**told, "strip": f"{stem}.png", "videos": entries})
     write_atomic(folder / INDEX, json.dumps(index, indent=1))
@@ -89,24 +131,85 @@ def write_showcase(run_folder: Path, groups: Iterable[Sequence[Sample]], titles:
 
 
 def write_extremes(run_folder: Path, step: int, plans: PlanBatch, rollout: Rollout, scored: Scored) -> list[Path]:
-    """samples/step-000040-worst.png and -best.png: the continuations with the least and the most temporal
-    following. Missing scores are neither; nothing is written when all are missing."""
-    following = scored.temporal_following.flatten()
-    order = [i for i in torch.argsort(following).tolist() if not following[i].isnan()]
-    continuations = scored.temporal_following.shape[1]
-    paths = []
-    shown = min(EXTREMES, max(1, len(order) // 2))  # none is both, but for a single one
-    for name, chosen in (("worst", order[:shown]), ("best", order[::-1][:shown])):
-        rows = []
-        for i in chosen:
-            p, n = divmod(i, continuations)
-            title = f"{following[i].item():.2f}  {plans.prompt_of(p).text}"
-            rows.append(StripRow(title, rollout.frames[p, n], plans.plans[p].steps))
-        if rows:
-            path = Path(run_folder) / SAMPLES / f"step-{step:06d}-{name}.png"
-            save_strip(film_strip(rows, f"{name.capitalize()} of iteration {step}, by temporal following"), path)
-            paths.append(path)
+    """samples/step-000040-worst.png and -best.png: the `extremes` of the sample table of that step, which is there.
+
+    Beside them the sheet of each, under `sheet_name`. Nothing is written when all scores are missing.
+    """
+    folder, paths = Path(run_folder) / SAMPLES, []
+    for name, own in extremes(read_samples(folder / f"step-{step:06d}.jsonl")).items():
+        shown = []
+        for row in own:
+            p, n = row["plan_index"], row["continuation"]
+            title = f"{row['temporal_following']:.2f}  {row['prompt']}"
+            shown.append(StripRow(title, rollout.frames[p, n], plans.plans[p].steps))
+            write_atomic(folder / sheet_name(row), sheet(shown[-1]))
+        if shown:
+            paths.append(folder / f"step-{step:06d}-{name}.png")
+            save_strip(film_strip(shown, f"{name.capitalize()} of iteration {step}, by temporal following"), paths[-1])
     return paths
+
+
+def read_samples(path: Path) -> list[dict]:
+    """Rows of a sample table; UserError for a file that is not as `write_samples` wrote it."""
+    with reading(path):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for row in rows:
+            row["plan"] = [Step(**step) for step in row["plan"]]
+            row |= {key: row[key] if row[key] is None else float(row[key]) for key in SCORES}
+            row |= {key: int(row[key]) for key in ("step", "plan_index", "continuation")}
+    return rows
+
+
+def extremes(rows: Sequence[dict]) -> dict[str, list[dict]]:
+    """The rows of a sample table with the least ("worst") and the most ("best") temporal following, in that order.
+
+    Missing scores are neither, and no row is both but a single one. Of equal scores the earlier row comes first.
+    """
+    scored = [row for row in rows if row["temporal_following"] is not None]
+    shown = min(EXTREMES, max(1, len(scored) // 2))
+    worst = sorted(scored, key=lambda row: row["temporal_following"])
+    left = worst if len(scored) == 1 else [row for row in scored if all(row is not one for one in worst[:shown])]
+    best = sorted(left, key=lambda row: -row["temporal_following"])
+    return {"worst": worst[:shown], "best": best[:shown]}
+
+
+def sheet_name(row: dict) -> str:
+    """Of a row of a sample table: step-000040-plan-03-video-01.png."""
+    return f"step-{row['step']:06d}-plan-{row['plan_index']:02d}-video-{row['continuation']:02d}.png"
+
+
+def sheet(row: StripRow, columns: int = COLUMNS) -> bytes:
+    """The sheet of a video, a PNG; pictures higher than CELL are shrunk."""
+    shown = shown_frames(len(row.frames), columns)
+    pictures = [Image.fromarray(picture) for picture in row.frames[shown].permute(0, 2, 3, 1).cpu().numpy()]
+    for picture in pictures:
+        picture.thumbnail((picture.width, CELL))
+    width, height = pictures[0].size
+    joined = Image.new("RGB", (len(shown) * width, height))
+    for column, picture in enumerate(pictures):
+        joined.paste(picture, (column * width, 0))
+    told = PngInfo()
+    told.add_text(LATENTS, json.dumps(_latents(row, shown)))
+    return _encoded(joined, "PNG", pnginfo=told)
+
+
+def scenes(sheet: bytes, steps: Sequence[Step]) -> list[Scene]:
+    """The steps that have a picture in a sheet, with their pictures: small ones as PNG, others as JPEG."""
+    with Image.open(io.BytesIO(sheet)) as joined:
+        latents = json.loads(joined.info[LATENTS])
+        width, height = joined.width // len(latents), joined.height
+        cells = [joined.crop((x * width, 0, (x + 1) * width, height)).convert("RGB") for x in range(len(latents))]
+    kind = "PNG" if height < CELL else "JPEG"
+    return [
+        Scene(step, number % len(STEP_COLOURS), [_encoded(cells[column], kind) for column in held])
+        for number, step, held in _held(steps, latents)
+    ]
+
+
+def _encoded(picture: Image.Image, kind: str, **more: Any) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, optimize=True, **more)
+    return file.getvalue()
 
 
 def save_strip(strip: Image.Image, path: Path) -> None:
@@ -177,17 +280,27 @@ def _cells(row: StripRow, columns: int) -> list[Image.Image]:
 
 def _labels(row: StripRow, columns: int, cell_width: int) -> list[_Label]:
     """Labels of the steps that have a column."""
-    length = len(row.frames)
-    of_all = row.latents or [frame * row.steps[-1].end // length for frame in range(length)]
-    latent = [of_all[frame] for frame in shown_frames(length, columns)]
+    shown = shown_frames(len(row.frames), columns)
     labels = []
-    for i, step in enumerate(row.steps):
-        held = [column for column, frame in enumerate(latent) if step.start <= frame < step.end]
-        if held:
-            room = len(held) * (cell_width + GAP) - 2 * GAP
-            lines = _wrap(f"{step.start}\u2013{step.end}: {step.prompt}", font(11), room, LABEL_LINES)
-            labels.append(_Label(held[0], held[-1], STEP_COLOURS[i % len(STEP_COLOURS)], lines))
+    for i, step, held in _held(row.steps, _latents(row, shown)):
+        room = len(held) * (cell_width + GAP) - 2 * GAP
+        lines = _wrap(f"{step.start}\u2013{step.end}: {step.prompt}", font(11), room, LABEL_LINES)
+        labels.append(_Label(held[0], held[-1], STEP_COLOURS[i % len(STEP_COLOURS)], lines))
     return labels
+
+
+def _latents(row: StripRow, shown: Sequence[int]) -> list[int]:
+    """The latent frame of each of the frames `shown`."""
+    length = len(row.frames)
+    return [row.latents[frame] if row.latents else frame * row.steps[-1].end // length for frame in shown]
+
+
+def _held(steps: Sequence[Step], latents: Sequence[int]) -> Iterator[tuple[int, Step, list[int]]]:
+    """Number, step and columns of each step that has a column; latents: the latent frame of each column."""
+    for number, step in enumerate(steps):
+        held = [column for column, latent in enumerate(latents) if step.start <= latent < step.end]
+        if held:
+            yield number, step, held
 
 
 def _wrap(text: str, face: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
@@ -203,3 +316,56 @@ def _wrap(text: str, face: ImageFont.FreeTypeFont, width: int, most: int) -> lis
             lines[-1] = cut(lines[-1] + "\u2026", face, width)
             break
     return lines
+
+
+def read_showcase(run: Path) -> list[Shown]:
+    """Entries of videos/index.json with their pictures; a picture that is gone is left out."""
+    index = run / VIDEOS / INDEX
+    if not index.is_file():
+        return []
+    shown = []
+    with reading(index):
+        for entry in json.loads(index.read_text(encoding="utf-8")):
+            films = []
+            for video in entry["videos"]:
+                steps = [Step(**step) for step in video["plan"]]
+                films.append(_film(run / VIDEOS, video["title"], video.get("sheet"), steps, video["gif"]))
+            bare = not any(film.scenes for film in films)  # a run of an earlier version has strips alone
+            strip = _picture(run / VIDEOS / Path(entry["strip"]).name) if bare else None
+            shown.append(Shown(str(entry["prompt"]), films, str(entry["category"]), strip))
+    return shown
+
+
+def _film(folder: Path, title: str, sheet: str | None, steps: Sequence[Step], gif: str | None = None) -> Film:
+    """A video's pictures, as far as they are there. sheet, gif: names of files in `folder`."""
+    file = folder / Path(sheet or ".").name
+    return Film(
+        str(title), scenes(file.read_bytes(), steps) if file.is_file() else [], tuple(steps),
+        _picture(folder / Path(gif).name) if gif else None,
+    )  # fmt: skip
+
+
+def read_extremes(run: Path) -> dict | None:
+    """Worst and best continuations of the newest sample table, with their pictures where the run made them."""
+    tables = sorted((run / SAMPLES).glob("step-*.jsonl"))
+    if not tables:
+        return None
+    rows = read_samples(tables[-1])
+    parts: dict[str, list[tuple[dict, Film]]] = {}
+    for name, own in extremes(rows).items():
+        with reading(tables[-1]):
+            parts[name] = [(row, _film(run / SAMPLES, row["prompt"], sheet_name(row), row["plan"])) for row in own]
+    if not any(parts.values()):
+        return None
+    unscored = sum(row["temporal_following"] is None for row in rows)
+    return {"step": rows[0]["step"], "unscored": unscored, "parts": parts}
+
+
+def _picture(path: Path) -> str | None:
+    return data_uri(path.read_bytes()) if path.is_file() else None
+
+
+def data_uri(picture: bytes) -> str:
+    """A PNG, GIF or JPEG for a page that needs no other file."""
+    kind = {b"\x89PNG": "png", b"GIF8": "gif"}.get(picture[:4], "jpeg")
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"

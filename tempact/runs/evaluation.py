@@ -17,11 +17,11 @@ from tempact.evaluation.harness import LOSSLESS, Evaluation, Suite, mp4_format
 from tempact.evaluation.judges import load_pickscore, served_judges, shapeworld_judges
 from tempact.evaluation.prompts import SETS, OrderPrompt
 from tempact.evaluation.statistics import Bootstrap, write_evaluation
-from tempact.evaluation.tables import export_vbench, gather, markdown, markdown_table
+from tempact.evaluation.tables import export_vbench, gather, markdown
 from tempact.executor.sampler import gaussian_noise
 from tempact.files import claim_run_folder, write_atomic
 from tempact.policies import PolicyPair, device_of
-from tempact.reporting.report import write_report, write_results
+from tempact.reporting.report import leave_report, write_report, write_results
 from tempact.reporting.strips import write_showcase
 from tempact.rewards.judges import JudgeOutage
 from tempact.runs.logs import Progress, setup_logging
@@ -42,6 +42,7 @@ def evaluate_shapeworld(config: RunConfig, run: Path | None, load: Load) -> int:
         if run is None:
             write_atomic(folder / "config.yaml", to_yaml(config))  # for the report
         evaluate(config, folder, policies, [method for method in METHODS if run or not method.trained])
+    sys.stdout.write("".join(f"{line}\n" for line in leave_report(folder)))
     return 0
 
 
@@ -60,10 +61,10 @@ def evaluate(config: RunConfig, folder: Path, policies: PolicyPair, methods: Seq
     with Progress("evaluation", 0) as progress:
         evaluation.run(known, progress.tell)
     scores = evaluation.method_scores()
-    rows = write_evaluation(folder, scores, Bootstrap(config.evaluation.bootstrap, suite.seed))
+    write_evaluation(folder, scores, Bootstrap(config.evaluation.bootstrap, suite.seed))
     write_showcase(folder, evaluation.samples(config.evaluation.strips), SHOWN)
     write_report(folder)
-    log.info("%s\n%s", folder / "evaluation.json", markdown_table(rows))
+    log.info("%s", folder / "evaluation.json")
 
 
 def shapeworld_suite(config: RunConfig, policies: PolicyPair, methods: Sequence[Method] = METHODS) -> Suite:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
+import pytest
+from PIL import Image
 from test_video import clip
 
 from tempact.evaluation import CONDITIONS
@@ -18,7 +21,10 @@ from tempact.reporting.strips import (
     MARGIN,
     STEP_COLOURS,
     StripRow,
+    extremes,
     film_strip,
+    scenes,
+    sheet,
     shown_frames,
     write_showcase,
 )
@@ -74,6 +80,34 @@ def test_a_showcase_lists_its_files_in_order_under_safe_names(tmp_path: Path) ->
     assert [video["title"] for video in index[0]["videos"]] == ["before", "after"]
     assert index[0]["videos"][0]["plan"][1] == {"start": 6, "end": 24, "prompt": "It turns green."}
     named = {entry["strip"] for entry in index} | {
-        v[kind] for e in index for v in e["videos"] for kind in ("mp4", "gif")
+        v[kind] for e in index for v in e["videos"] for kind in ("mp4", "gif", "sheet")
     }
-    assert {path.name for path in (tmp_path / "videos").iterdir()} == named | {"index.json"} and len(named) == 10
+    assert {path.name for path in (tmp_path / "videos").iterdir()} == named | {"index.json"} and len(named) == 14
+
+
+def test_a_sheet_gives_the_pictures_of_each_step_and_no_text() -> None:
+    """Small pictures as they are; large ones shrunk."""
+    row = StripRow("before", clip(), (*STEPS, Step(24, 24, "Never.")))
+    first, second = scenes(sheet(row), row.steps)
+    assert (first.step, first.colour, first.count) == (STEPS[0], 0, 3)
+    assert (second.step, second.colour, second.count) == (STEPS[1], 1, 9)
+    pictures = [Image.open(io.BytesIO(data)) for data in (*first.pictures, *second.pictures)]
+    for picture, frame in zip(pictures, shown_frames(24, 12), strict=True):
+        assert np.array_equal(np.asarray(picture), clip()[frame].permute(1, 2, 0).numpy())
+    large = scenes(sheet(StripRow("", clip(24, 480, 832), STEPS)), STEPS)
+    assert {(p.format, p.size) for one in large for p in map(Image.open, map(io.BytesIO, one.pictures))} == {
+        ("JPEG", (166, CELL))
+    }
+    picked = StripRow("", clip()[[0, 20]], STEPS, latents=(0, 7))
+    assert [one.count for one in scenes(sheet(picked), STEPS)] == [1, 1]
+
+
+@pytest.mark.parametrize("following", [[0.5] * 20, [0.0] * 9 + [1.0] * 11, [0.3], [0.3, None], [None, 0.2, 0.2, 0.7]])
+def test_worst_and_best_are_ranked_once(following: list[float | None]) -> None:
+    rows = [{"temporal_following": score, "number": i} for i, score in enumerate(following)]
+    chosen = {name: [row["number"] for row in own] for name, own in extremes(rows).items()}
+    there = [score for score in following if score is not None]
+    for name, order in (("worst", sorted(there)), ("best", sorted(there, reverse=True))):
+        assert [following[i] for i in chosen[name]] == order[: len(chosen[name])]
+    assert len(chosen["worst"]) == len(chosen["best"]) == min(3, max(1, len(there) // 2))
+    assert len(there) == 1 or not {*chosen["worst"]} & {*chosen["best"]}
