@@ -122,11 +122,12 @@ class Window:
             room = f"1 to {self.window - self.sink} with this window ({self.window} frames, {self.sink} of them sink)"
             refuse("executor.chunk_frames", chunk, room)
         if frames < 1 or frames % chunk:
-            refuse("executor.frames", frames, f"a positive multiple of the chunk, executor.chunk_frames ({chunk})")
+            whole = f"a positive multiple of the chunk, executor.chunk_frames ({chunk}), in latent frames"
+            refuse("executor.frames", frames, whole)
         if self.max_frames is not None and frames > self.max_frames:
-            refuse("executor.frames", frames, f"at most {self.max_frames} with this window")
+            refuse("executor.frames", frames, f"at most {self.max_frames} latent frames with this window")
         if self.positions == "absolute" and frames > ROPE_POSITIONS:
-            end = f"at most {ROPE_POSITIONS} (RoPE positions) with this window, or a window of relative positions"
+            end = f"at most {ROPE_POSITIONS} latent frames (RoPE positions), or a window of relative positions"
             refuse("executor.frames", frames, end)
 
 

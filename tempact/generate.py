@@ -1,54 +1,69 @@
-"""`python -m tempact.generate [--preset NAME] --prompt TEXT [--section.field value ...]`: videos and their plans."""
+"""`python -m tempact.generate [PRESET|RUN] --prompt TEXT [--section.field value ...]`: videos and their plans.
+
+File names hold the seed, and a hash of plan and settings: no video replaces another one.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from tempact.cli import CONFIG, LineParser, callable_command, guarded, lora_options, parse_run
+from tempact.cli import CONFIG, callable_command, lora_options, parse_run, preset_or_run, refuse_named
 from tempact.config import RunConfig
-from tempact.errors import UserError
-from tempact.presets import DEFAULT, backbone_inference
+from tempact.errors import LineParser, UserError, guarded
+from tempact.presets import backbone_inference
 
 PROGRAM = "python -m tempact.generate"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 bad input."""
-    return guarded(lambda: _generate(*parser().parse_known_args(argv)))
+    return guarded(lambda: _generate(sys.argv[1:] if argv is None else argv))
 
 
 def parser() -> argparse.ArgumentParser:
-    made = LineParser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
+    usage = f"{PROGRAM} [PRESET|RUN] (--prompt TEXT | --prompts FILE) [option ...] [--section.key value ...]"
+    made = LineParser(prog=PROGRAM, usage=usage, description=__doc__, allow_abbrev=False)
     asked = made.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", help="the instruction")
     asked.add_argument(
         "--prompts", type=Path, help="CSV, JSONL, parquet or text: prompt, and category, prompt_id, plan, seed"
     )
     made.add_argument("--plan", type=Path, help="a plan (JSON: steps with start, end, prompt) instead of the planner's")
-    made.add_argument("--adapter", "--run", type=Path, help="a training run, or a PEFT folder of the executor")
-    made.add_argument("--preset", help=f"default: {DEFAULT}, or the run's")
+    made.add_argument("--adapter", type=Path, help="a PEFT folder of the executor, in the place of a run's")
+    made.add_argument(
+        "--best-of", type=int, metavar="N",
+        help="plans sampled for a video; the best one makes it (default: 8 in ShapeWorld, which rates plans)",
+    )  # fmt: skip
     made.add_argument(
         "--inference", choices=("training", "backbone"), default="training",
         help="videos as in training (default), or as the backbone's authors make them: prompts as given, own window",
     )  # fmt: skip
-    made.add_argument("--frames", help="latent frames of every video, as --executor.frames")
+    made.add_argument("--frames", metavar="N", help="latent frames of every video, as --executor.frames")
     made.add_argument("--output", type=Path, default=Path("videos"), help="folder for videos, film strips and plans")
     made.add_argument("--seed", type=int, default=0, help="of the first video; each further one has the next")
     made.add_argument("--count", type=int, default=1, help="videos of a prompt, each with its noise and plan")
     return made
 
 
-def _generate(arguments: argparse.Namespace, options: list[str]) -> int:
-    config = _configured(arguments, options)
+def _generate(argv: Sequence[str]) -> int:
+    named = [word for word in argv[:1] if not word.startswith("-")]
+    arguments, options = parser().parse_known_args(argv[len(named) :])
+    arguments.prompt = arguments.prompt and _typed(arguments.prompt)
+    refuse_named(options, PROGRAM)
+    source, run = preset_or_run(named[0]) if named else ([], None)
+    config = _configured(arguments, options, source, run)
 
+    from tempact.runs.logs import starting
+
+    starting()
     from tempact.planner.plans import Request, read_plan, read_requests
-    from tempact.runs.generation import make_videos
-    from tempact.runs.logs import setup_logging
+    from tempact.runs.generation import Asked, make_videos
     from tempact.types import Prompt
 
-    setup_logging()
     executor = config.executor
     lengths = executor.frames, executor.chunk_frames, executor.switch_rounding
     if arguments.prompts:
@@ -56,12 +71,23 @@ def _generate(arguments: argparse.Namespace, options: list[str]) -> int:
     else:
         plan = read_plan(arguments.plan, arguments.prompt, *lengths) if arguments.plan else None
         requests = [Request("--prompt", Prompt("", arguments.prompt), plan)]
-    for path in make_videos(config, requests, arguments.seed, arguments.count, arguments.output, arguments.adapter):
+    asked = Asked(arguments.seed, arguments.count, arguments.best_of, arguments.output)
+    for path in make_videos(config, requests, asked, run or arguments.adapter):
         sys.stdout.write(f"{path}\n")
     return 0
 
 
-def _configured(arguments: argparse.Namespace, options: list[str]) -> RunConfig:
+def _typed(text: str) -> str:
+    """A word of the command line as it was typed: in a locale without UTF-8 its bytes have not been decoded."""
+    try:
+        return os.fsencode(text).decode("utf-8", "replace")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _configured(
+    arguments: argparse.Namespace, options: Sequence[str], source: Sequence[str], run: Path | None
+) -> RunConfig:
     """The preset's or the run's values, with those of a PEFT folder and of the command line over them."""
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise UserError("--prompt: found an empty text; accepted: an instruction")
@@ -69,13 +95,15 @@ def _configured(arguments: argparse.Namespace, options: list[str]) -> RunConfig:
         raise UserError("--plan: found beside --prompts; accepted: a column `plan` in that file")
     if arguments.count < 1:
         raise UserError(f"--count: found {arguments.count}; accepted: at least 1")
-    adapter, source = arguments.adapter, [arguments.preset] if arguments.preset else []
-    if adapter is not None and (adapter / CONFIG).is_file():
-        source += lora_options(adapter, "executor")
-    elif adapter is not None and (adapter / "config.yaml").is_file():
-        source += ["--config", str(adapter / "config.yaml")]
-    elif adapter is not None:
-        raise UserError(f"--adapter: found no config.yaml or {CONFIG} in {adapter}; accepted: a run, a PEFT folder")
+    if arguments.best_of is not None and arguments.best_of < 1:
+        raise UserError(f"--best-of: found {arguments.best_of}; accepted: at least 1")
+    if arguments.adapter is not None:
+        if run is not None:
+            raise UserError(f"--adapter: found beside the run {run}, which has its own; accepted: one of the two")
+        if not (arguments.adapter / CONFIG).is_file():
+            accepted = f"a PEFT folder; a run is the first word: {PROGRAM} RUN ..."
+            raise UserError(f"--adapter: found no {CONFIG} in {arguments.adapter}; accepted: {accepted}")
+        source = [*source, *lora_options(arguments.adapter, "executor")]
     frames = ["--executor.frames", arguments.frames] if arguments.frames else []
     untrained = ["--planner.train", "false", "--executor.train", "false"]  # any sampling setting may be tried
     config = parse_run([*source, *frames, *options, *untrained], PROGRAM)[0]

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tempact.models.wan.transformer import WanConfig, WanTransformer
     from tempact.rewards import RewardSet
     from tempact.trainer import PromptSource
+    from tempact.types import Plan
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,8 @@ class World:
         raise NotImplementedError
 
     def missing_weights(self) -> Iterator[str]:
-        """A line for each of the executor's files that is not there or cannot be read; none is read through."""
+        """A line for each of the executor's files that is not there or cannot be read, and for packages that are not
+        installed; no file is read through."""
         raise NotImplementedError
 
     def sizes(self) -> WorldSizes:
@@ -111,16 +113,23 @@ class World:
             raise UserError(line)
         self.check_settings()
 
-    def check_settings(self) -> None:
-        """UserError for settings that cannot work, and for packages that are not installed."""
+    def missing_packages(self) -> Iterator[str]:
+        """A line if the world's packages are not installed."""
         absent = [name for name in self.packages if importlib.util.find_spec(name) is None]
         if absent:
             found = f"executor.weights: {self.weights or 'a backbone'} needs {', '.join(absent)}"
-            raise UserError(f"{found}; accepted: after pip install -e '.[wan]'")
+            yield f"{found}; accepted: after pip install -e '.[wan]'"
+
+    def check_settings(self) -> None:
+        """UserError for settings that cannot work."""
         validate(self.config)
 
     def check_instruction(self, text: str) -> None:
         """UserError for an instruction that the executor cannot follow."""
+
+    def plan_scores(self, plans: Sequence[Plan]) -> list[float]:
+        """Plan quality by the world's own rules; none where only served judges can tell."""
+        return []
 
     def prompts(self) -> PromptSource:
         """Training prompts from the file `data.prompts`; UserError for none and for a file that cannot be used."""
@@ -224,7 +233,7 @@ class ShapeWorld(World):
         from tempact.models.wan.transformer import WanConfig
         from tempact.shapeworld.story import SIZE
 
-        read = json.loads((self.folder / "transformer.json").read_text())
+        read = json.loads((self.folder / "transformer.json").read_text(encoding="utf-8"))
         transformer = WanConfig(**{**read, "patch": tuple(read["patch"])})
         return WorldSizes(transformer, (SIZE, SIZE), self.folder / "text_encoder", None)
 
@@ -236,7 +245,8 @@ class ShapeWorld(World):
         length = (settings.frames, settings.chunk_frames)
         if length != (FRAMES, CHUNK):
             raise UserError(
-                f"executor.frames, executor.chunk_frames: found {length}; accepted: {(FRAMES, CHUNK)}, as in ShapeWorld"
+                f"executor.frames, executor.chunk_frames: found {length}; accepted: {(FRAMES, CHUNK)} latent frames, "
+                "as in ShapeWorld"
             )
         if settings.adapters or settings.precision != "fp32":
             found = f"{len(settings.adapters)}, {settings.precision}"
@@ -247,6 +257,11 @@ class ShapeWorld(World):
         from tempact.shapeworld.grammar import parse_instruction
 
         parse_instruction(text)
+
+    def plan_scores(self, plans: Sequence[Plan]) -> list[float]:
+        from tempact.shapeworld.world import judge_plan
+
+        return [judge_plan(plan).score() for plan in plans]
 
     def prompts(self) -> PromptSource:
         """Prompts drawn from the grammar's training split; UserError for another source."""
@@ -324,13 +339,13 @@ class Wan(World):
             )
         elif not self.at_hand:
             yield no_weights("executor", self.weights, ", a Wan checkpoint")
-        self.check_settings()  # the packages, before they are imported
+        absent = [*self.missing_packages()]
+        yield from absent
         from torch import bfloat16
 
         from tempact.models.wan.checkpoints.files import find_weights
         from tempact.models.wan.checkpoints.lora import open_adapter
         from tempact.models.wan.text import source_of
-        from tempact.models.wan.vae import find_vae
 
         if self.at_hand:
             yield from tried("executor.weights", lambda: [file.stat() for file in find_weights(Path(self.weights))])
@@ -342,7 +357,10 @@ class Wan(World):
             yield f"executor.wan_folder: {named or repr(named)} is not a folder; accepted: {accepted}"
             return
         yield from tried("executor.wan_folder", lambda: source_of(folder, bfloat16))
-        yield from tried("executor.wan_folder", lambda: find_vae(folder))
+        if not absent:
+            from tempact.models.wan.vae import find_vae
+
+            yield from tried("executor.wan_folder", lambda: find_vae(folder))
 
     def sizes(self) -> WorldSizes:
         from tempact.models.wan.checkpoints.files import PICKLES, find_weights
@@ -388,7 +406,7 @@ class RandomWan(Wan):
         return ExecutorParts(transformer, RandomText(self.weights, device), codec, self.config.executor.video_size)
 
     def missing_weights(self) -> Iterator[str]:
-        return iter(())
+        return self.missing_packages()
 
     def sizes(self) -> WorldSizes:
         from tempact.models.wan.random_weights import RANDOM

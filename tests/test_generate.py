@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,15 +31,15 @@ from tempact.policies import PolicyPair, build_policies
 from tempact.presets import get_preset
 from tempact.runs import generation
 from tempact.runs.checkpoint import save
-from tempact.types import Plan, Step
+from tempact.types import Plan, PlanBatch, Prompt, Step
 from tempact.video import enlarge
 
 STEPS = [{"start": 0, "end": 3, "prompt": "a cat"}, {"start": 3, "end": 9, "prompt": "a dog"}]
 TINY = ["--executor.weights", "random-tiny", "--executor.lora.rank", "4", "--executor.lora.alpha", "4"]
 SHAPE = ["--executor.video_size", "32", "48", "--frames", "9", "--device", "cpu"]
-LONGLIVE = ["--preset", "longlive", *TINY, *SHAPE, "--planner.weights", "random", "--planner.max_new_tokens", "4"]
+LONGLIVE = ["longlive", *TINY, *SHAPE, "--planner.weights", "random", "--planner.max_new_tokens", "4"]
 # of whom nothing is known: fails if it is loaded
-NO_PLANNER = ["--preset", "longlive", *TINY, *SHAPE, "--planner.weights", "/nowhere"]
+NO_PLANNER = ["longlive", *TINY, *SHAPE, "--planner.weights", "/nowhere"]
 INSTRUCTION = "A red circle is at the top left and a blue square is at the bottom right. Then the square vanishes."
 
 
@@ -115,15 +119,46 @@ def test_the_planner_may_sample_as_it_is_not_trained(tmp_path: Path, capsys: pyt
     assert "planner.temperature: found 0.0; accepted: above 0" in refused(capsys, *options, "--planner.temperature", 0)
 
 
+def test_no_video_takes_the_place_of_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names differ by seed, plan and settings; the same command writes the same file."""
+    common = ("shapeworld", "--prompt", INSTRUCTION, "--device", "cpu", "--output", tmp_path / "out", "--best-of", 1)
+    plan = ("--plan", plan_file(tmp_path, [{"start": 0, "end": 24, "prompt": "A red circle is at the top left."}]))
+    made = [
+        run(capsys, *common, *more)[0].name
+        for more in ((), ("--seed", 1), plan, (*plan, "--executor.eta", 0.5), (*plan, "--executor.shift", 3), ())
+    ]
+    assert len(set(made)) == 5 and made[0] == made[-1] and len([*(tmp_path / "out").glob("*.mp4")]) == 5
+
+
+def test_the_best_of_several_plans_makes_the_video(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By ShapeWorld's plan quality, then by the shortest step; eight are sampled unless told otherwise."""
+    opening, asked = "A red circle is at the top left and a blue square is at the bottom right.", list[int]()
+
+    def sample(self: Planner, prompts: list[Prompt], count: int, seed: int) -> PlanBatch:
+        asked.append(count)
+        gone = "The blue square vanishes."
+        spans = [[(0, 24, opening)], [(0, 21, opening), (21, 24, gone)], [(0, 12, opening), (12, 24, gone)],
+                 [(0, 9, opening), (9, 24, gone)]]  # fmt: skip
+        plans = [Plan(INSTRUCTION, tuple(Step(*step) for step in own)) for own in (spans * 2)[:count]]
+        return PlanBatch(prompts, plans, count)
+
+    monkeypatch.setattr(Planner, "sample", sample)
+    common = ("--prompt", INSTRUCTION, "--device", "cpu", "--output", tmp_path / "out")
+    ends = [steps_of(run(capsys, *common, *more)[2])[0].end for more in ((), ("--best-of", 2), ("--best-of", 1))]
+    assert asked == [8, 2, 1] and ends == [12, 21, 24]
+
+
 def test_random_weights_are_named_on_every_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = run(
-        capsys, "--prompt", "A cat.", "--plan", plan_file(tmp_path), "--count", 2, "--output", tmp_path / "out",
-        *NO_PLANNER,
+        capsys, *NO_PLANNER, "--prompt", "A cat.", "--plan", plan_file(tmp_path), "--count", 2,
+        "--output", tmp_path / "out",
     )  # fmt: skip
-    assert [path.name.rpartition("-")[2] for path in paths] == [
-        *("00.mp4", "00.png", "00.json"), *("01.mp4", "01.png", "01.json"),
-    ]  # fmt: skip
-    assert all(path.name.startswith("random-weights-a-cat-") for path in paths)
+    assert [path.suffix for path in paths] == [".mp4", ".png", ".json"] * 2
+    names = [path.stem for path in paths]
+    assert [bool(re.fullmatch(rf"random-weights-a-cat-\w{{8}}-seed{i // 3}-\w{{8}}", names[i])) for i in range(6)]
+    assert len(set(names)) == 2
     first, second = (json.loads(paths[i].read_text()) for i in (2, 5))
     assert first["note"] == "random weights" and (first["seed"], second["seed"]) == (0, 1)
     assert first["executor"]["weights"] == "random-tiny" and first["planner"] == "a plan given"
@@ -146,7 +181,7 @@ def test_a_published_checkpoint_makes_videos_without_a_note(
     base = file_of(release, tmp_path)
     lora = synthesise.longlive_lora(tmp_path / "lora.pt", SMALL, 3)
     mp4, strip, told = run(
-        capsys, "--prompt", "A cat.", "--plan", plan_file(tmp_path), "--output", tmp_path / "out", *NO_PLANNER,
+        capsys, *NO_PLANNER, "--prompt", "A cat.", "--plan", plan_file(tmp_path), "--output", tmp_path / "out",
         "--executor.weights", base, "--executor.adapters", lora, "--executor.wan_folder", release,
         "--executor.text_cache", tmp_path / "text",
     )  # fmt: skip
@@ -191,16 +226,16 @@ def test_a_file_of_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     ]
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    paths = run(capsys, "--prompts", file, "--output", tmp_path / "out", "--seed", 4, *LONGLIVE)
-    assert [path.stem.removeprefix("random-weights-")[:5] for path in paths[::3]] == ["one", "001-a", "002-a"]
+    paths = run(capsys, *LONGLIVE, "--prompts", file, "--output", tmp_path / "out", "--seed", 4)
+    assert [path.stem.removeprefix("random-weights-")[:5] for path in paths[::3]] == ["one-s", "001-a", "002-a"]
     told = [json.loads(path.read_text()) for path in paths[2::3]]
     assert [each["seed"] for each in told] == [7, 4, 4]
     assert [each.get("prompt_id") for each in told] == ["one", None, None] and told[1]["category"] == "simple"
     assert steps_of(paths[5]) == (Step(0, 9, "a cat"),)
     assert steps_of(paths[8])[-1].end == 9 and told[2]["planner"] == "random"
     alone = run(
-        capsys, "--prompt", "A cat.", "--plan", plan_file(tmp_path), "--seed", 7, "--output", tmp_path / "alone",
-        *NO_PLANNER,
+        capsys, *NO_PLANNER, "--prompt", "A cat.", "--plan", plan_file(tmp_path), "--seed", 7,
+        "--output", tmp_path / "alone",
     )  # fmt: skip
     assert alone[0].read_bytes() == paths[0].read_bytes()  # whatever else the file holds
 
@@ -232,10 +267,10 @@ def test_adapters_of_a_run_and_of_a_peft_folder(tmp_path: Path, capsys: pytest.C
     wanted = rolled_out(policies, steps, 1)
     folder = a_run(tmp_path / "run", config, policies)
     common = ("--prompt", "A cat.", "--plan", plan_file(tmp_path), "--seed", 1)
-    first = run(capsys, *common, "--run", folder, "--output", tmp_path / "a")
+    first = run(capsys, folder, *common, "--output", tmp_path / "a")
     adapter = folder / "checkpoints" / "step-000002" / "executor"
-    sizes = ["--preset", "longlive", "--executor.weights", "random-tiny", "--planner.weights", "/nowhere", *SHAPE]
-    second = run(capsys, *common, "--adapter", adapter, "--output", tmp_path / "b", *sizes)
+    sizes = ["--executor.weights", "random-tiny", "--planner.weights", "/nowhere", *SHAPE]
+    second = run(capsys, "longlive", *common, "--adapter", adapter, "--output", tmp_path / "b", *sizes)
     assert first[0].read_bytes() == second[0].read_bytes()
     assert {json.loads(paths[2].read_text())["adapter"] for paths in (first, second)} == {str(adapter)}
     frames = played(first[0])[1][:, :140].astype(int)  # above the caption
@@ -250,7 +285,7 @@ def test_the_planner_of_a_run_plans(
     folder = a_run(tmp_path / "run", config, build_policies(config))
     loaded: list[Path] = []
     monkeypatch.setattr(Planner, "load_adapter", lambda self, path: loaded.append(path))
-    paths = run(capsys, "--prompt", "A cat.", "--adapter", folder, "--output", tmp_path / "out")
+    paths = run(capsys, folder, "--prompt", "A cat.", "--output", tmp_path / "out")
     assert loaded == [folder / "checkpoints" / "step-000002" / "planner"]
     assert json.loads(paths[2].read_text())["planner"] == "random"
 
@@ -265,9 +300,26 @@ def test_the_planner_of_a_run_plans(
         (["--prompts", "gone.csv"], "gone.csv: cannot be read"),
         (["--prompt", "x", "--count", "0"], "--count: found 0; accepted: at least 1"),
         (["--prompt", "x", "--seed", "-1"], "--seed: found -1; accepted: 0 to"),
-        (["--prompt", "x", "--frames", "10"], "executor.frames: found 10; accepted: a positive multiple"),
+        (
+            ["--prompt", "x", "--frames", "10"],
+            "executor.frames: found 10; accepted: a positive multiple",
+        ),
         (["--prompt", "x", "--plan", "gone.json"], "gone.json: cannot be read"),
-        (["--prompt", "x", "--adapter", "gone"], "--adapter: found no config.yaml or adapter_config.json in gone"),
+        (
+            ["--prompt", "x", "--adapter", "gone"],
+            "--adapter: found no adapter_config.json in gone; accepted: a PEFT folder",
+        ),
+        (
+            ["--prompt", "x", "--frames", "161"],
+            "executor.frames: found 161; accepted: a positive multiple",
+        ),
+        (["--prompt", "x", "--best-of", "0"], "--best-of: found 0; accepted: at least 1"),
+        (["--prompt", "x", "--best-of", "2"], "--best-of: found 2; accepted: 1 here, as only ShapeWorld rates plans"),
+        (
+            ["--prompt", "x", "--preset", "longlive"],
+            "accepted: python -m tempact.generate longlive ...",
+        ),
+        (["--prompt", "x", "--run=runs/a"], "--run: no such option; accepted: python -m tempact.generate runs/a ..."),
         (["--prompt", "x", "--executor.weights", "gone.pt"], "found nothing at gone.pt"),
         (["--prompt", "x", "--executor.weights", ""], "the preset longlive has none of its own; accepted"),
     ],
@@ -284,7 +336,7 @@ def test_a_plan_file_that_holds_none(tmp_path: Path, capsys: pytest.CaptureFixtu
     plan = tmp_path / "plan.json"
     if text is not None:
         plan.write_text(text)
-    said = refused(capsys, "--prompt", "x", "--plan", plan, "--output", tmp_path / "out", *NO_PLANNER)
+    said = refused(capsys, *NO_PLANNER, "--prompt", "x", "--plan", plan, "--output", tmp_path / "out")
     words = "cannot be read" if text is None else "found no steps; accepted: a JSON file with steps"
     assert words in said and not (tmp_path / "out").exists()
 
@@ -299,7 +351,7 @@ def test_an_instruction_of_a_file_that_shapeworld_does_not_know(
 
 
 def test_runs_and_adapters_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common = ("--prompt", "x", "--plan", plan_file(tmp_path), "--output", tmp_path / "out", *NO_PLANNER)
+    common = (*NO_PLANNER, "--prompt", "x", "--plan", plan_file(tmp_path), "--output", tmp_path / "out")
     peft = tmp_path / "peft"
     peft.mkdir()
     told = peft / "adapter_config.json"
@@ -313,22 +365,24 @@ def test_runs_and_adapters_that_do_not_fit(tmp_path: Path, capsys: pytest.Captur
     ):
         told.write_text(text)
         options = [word for word in common if word not in ("--executor.lora.rank", "--executor.lora.alpha", "4")]
-        assert words in refused(capsys, "--adapter", peft, *options)
+        assert words in refused(capsys, *options, "--adapter", peft)
     empty = tmp_path / "run"
     empty.mkdir()
     (empty / "config.yaml").write_text(to_yaml(small()))
-    rest = common[:6]
-    assert "holds no intact checkpoint" in refused(capsys, "--run", empty, *rest)
-    assert "preset: found 'longlive'; accepted: self-forcing, as on the command line" in refused(
-        capsys, "--run", empty, *rest, "--preset", "self-forcing"
+    rest = common[-6:]
+    assert "holds no intact checkpoint" in refused(capsys, empty, *rest)
+    said = refused(capsys, empty, *rest, "--adapter", peft)
+    assert f"--adapter: found beside the run {empty}, which has its own; accepted: one of the two" in said
+    assert "gone: holds no config.yaml; accepted: the folder of a training run, or a preset" in refused(
+        capsys, "gone", *rest
     )
     assert not (tmp_path / "out").exists()
 
 
 def test_the_inference_of_a_backbones_authors_is_one_flag() -> None:
     def configured(preset: str, *more: str) -> RunConfig:
-        line = ["--preset", preset, "--prompt", "x", "--executor.weights", "random-tiny", "--planner.weights", "random"]
-        return generate._configured(*generate.parser().parse_known_args([*line, *more]))
+        line = ["--prompt", "x", "--executor.weights", "random-tiny", "--planner.weights", "random"]
+        return generate._configured(*generate.parser().parse_known_args([*line, *more]), [preset], None)
 
     ours, theirs = configured("self-forcing").executor, configured("self-forcing", "--inference", "backbone").executor
     assert (ours.smooth_prompts, ours.window, ours.frames) == (True, "tempact-self-forcing", 30)
@@ -347,3 +401,18 @@ def test_the_inference_of_a_backbones_authors_is_one_flag() -> None:
     )
     with pytest.raises(UserError, match="--inference"):
         configured("shapeworld", "--inference", "backbone")
+
+
+def test_a_locale_without_utf_8_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prompts, folders and what is printed keep their letters."""
+    text, root = "Eine Füchsin läuft – schnell.", Path(__file__).parents[1]
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "", "PYTHONPATH": str(root)}
+    (tmp_path / "läufe").mkdir()
+    arguments = [*LONGLIVE, "--prompt", text, "--output", tmp_path / "läufe" / "v"]
+    command = [sys.executable, "-m", "tempact.generate", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    *_, told = [Path(line) for line in done.stdout.decode("utf-8").splitlines()]
+    assert told.parent == tmp_path / "läufe" / "v" and json.loads(told.read_text("utf-8"))["instruction"] == text
+    assert run(capsys, *arguments)[2] == told
+    assert generate._typed("\ud83d.") == "?."

@@ -88,7 +88,7 @@ def test_what_was_asked_for_stays_in_the_authors_inference() -> None:
     asked = replace(base, executor=replace(base.executor, frames=12, precision="fp32"))
     assert (backbone_inference(asked).executor.frames, backbone_inference(asked).executor.precision) == (12, "fp32")
     assert backbone_inference(small("longlive", frames=240)).executor.frames == 240
-    with pytest.raises(UserError, match="executor.frames: found 60; accepted: at most 21 with this window"):
+    with pytest.raises(UserError, match="found 60; accepted: at most 21 latent frames with this window"):
         backbone_inference(replace(base, executor=replace(base.executor, frames=60)))
     with pytest.raises(
         UserError, match="--inference: found backbone with the preset shapeworld-full; accepted: a pres"

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tempact.cli import CONFIG
-from tempact.config import LARGEST_SEED, RunConfig
+from tempact.config import LARGEST_SEED, VIDEO, RunConfig, flatten, keys_of
 from tempact.errors import UserError
 from tempact.executor.executor import Executor
 from tempact.executor.sampler import gaussian_noise
 from tempact.executor.stream import stream_frames
-from tempact.files import claim_run_folder, safe_name, write_atomic
+from tempact.files import claim_run_folder, file_hash, safe_name, write_atomic
 from tempact.models.wan.codec import Codec
 from tempact.planner.planner import Planner
 from tempact.planner.plans import Request
@@ -32,6 +33,18 @@ from tempact.video import Mp4Writer
 from tempact.worlds import World, world_of
 
 log = logging.getLogger(__name__)
+
+BEST_OF = 8  # plans sampled for a video, of which the best makes it, where the world rates plans
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `make_videos` makes of every request. seed: of the first video. best_of: None for the world's default."""
+
+    seed: int = 0
+    count: int = 1
+    best_of: int | None = None
+    output: Path = Path("videos")
 
 
 def write_video(
@@ -92,49 +105,72 @@ def generate(
     yield from stream_frames(pair.executor, own, noise)
 
 
-def make_videos(
-    config: RunConfig, requests: Sequence[Request], seed: int, count: int, output: Path, adapter: Path | None
-) -> Iterator[Path]:
-    """Writes `count` videos of every request under `output`; yields the paths of each video when it is written.
+def make_videos(config: RunConfig, requests: Sequence[Request], asked: Asked, source: Path | None) -> Iterator[Path]:
+    """Writes the videos of every request under `asked.output`; yields the paths of each video when it is written.
 
-    Video n has the request's seed plus n, else `seed` plus n: for its noise, and for its plan where the request has
-    none. The planner is loaded only if a request needs it. adapter: a run, whose newest checkpoint is loaded, or a PEFT
-    folder of the executor. Raises UserError, before anything is loaded or written, for an instruction that the executor
-    cannot follow, a seed out of range and a run without an intact checkpoint.
+    Video n has the request's seed plus n, else `asked.seed` plus n: for its noise, and for its plans where the request
+    has none. The planner is loaded only if a request needs it. source: a run, whose newest checkpoint is loaded, or a
+    PEFT folder of the executor. UserError, before anything is loaded or written, for an instruction that the executor
+    cannot follow, plans that the world cannot rate, a seed out of range and a run without an intact checkpoint.
     """
-    if not 0 <= seed <= LARGEST_SEED:
-        raise UserError(f"--seed: found {seed}; accepted: 0 to {LARGEST_SEED}")
+    if not 0 <= asked.seed <= LARGEST_SEED:
+        raise UserError(f"--seed: found {asked.seed}; accepted: 0 to {LARGEST_SEED}")
     world = world_of(config)
+    if world.real_video and (asked.best_of or 1) > 1:
+        raise UserError(f"--best-of: found {asked.best_of}; accepted: 1 here, as only ShapeWorld rates plans by rules")
+    best_of = 1 if world.real_video else asked.best_of or BEST_OF
     for request in requests:
         _check_instruction(world, request)
-    checkpoint = newest(adapter) if adapter is not None and not (adapter / CONFIG).is_file() else None
+    peft = source is not None and (source / CONFIG).is_file()
+    checkpoint = None if source is None or peft else newest(source)
+    with claim_run_folder(asked.output) as folder:
+        executor, planner, adapter = _loaded(config, source, checkpoint, any(each.plan is None for each in requests))
+        latents = latent_of_frames(executor.codec, executor.settings.frames)
+        weights = [] if adapter is None else [file_hash(file) for file in sorted(adapter.glob("adapter_model.*"))]
+        with Progress("making chunks", len(requests) * asked.count * executor.settings.chunks) as progress:
+            for number, request in enumerate(requests):
+                named = f"{number:03d}-" if len(requests) > 1 and not request.prompt.prompt_id else ""
+                stem = named + safe_name(request.prompt.prompt_id or request.prompt.text)
+                note = note_of(config, planned=request.plan is None)
+                first = asked.seed if request.seed is None else request.seed
+                for seed in range(first, first + asked.count):
+                    plan = request.plan or _planned(planner, request, seed, best_of, world)
+                    name = f"{stem}-seed{seed}-{_digest(config, plan, weights)}"
+                    facts = _facts(config, executor, request, seed, adapter)
+                    frames = _streamed(executor, plan, seed, progress)
+                    yield from write_video(folder, name, plan, frames, latents, executor.codec.fps, facts, note)
+
+
+def _loaded(
+    config: RunConfig, source: Path | None, checkpoint: Checkpoint | None, planned: bool
+) -> tuple[Executor, Planner | None, Path | None]:
+    """Executor, planner if `planned`, and the executor's adapter: of a run's checkpoint, or the folder `source`."""
     device = device_of(config)
     executor = build_executor(config, device, preview=True)
-    planner = build_planner(config, device) if any(request.plan is None for request in requests) else None
-    if adapter is not None and checkpoint is not None:
+    planner = build_planner(config, device) if planned else None
 
-        def use(found: Checkpoint) -> None:
-            executor.load_adapter(found.executor_dir)
-            if planner is not None:
-                planner.load_adapter(found.planner_dir)
+    def use(found: Checkpoint) -> None:
+        executor.load_adapter(found.executor_dir)
+        if planner is not None:
+            planner.load_adapter(found.planner_dir)
 
-        adapter = use_newest(adapter, checkpoint, use).executor_dir
-    elif adapter is not None:
-        executor.load_adapter(adapter)
-    latents = latent_of_frames(executor.codec, executor.settings.frames)
-    chunks = len(requests) * count * executor.settings.chunks
-    with claim_run_folder(output) as folder, Progress("making chunks", chunks) as progress:
-        for number, request in enumerate(requests):
-            named = f"{number:03d}-" if len(requests) > 1 and not request.prompt.prompt_id else ""
-            stem = named + safe_name(request.prompt.prompt_id or request.prompt.text)
-            first = seed if request.seed is None else request.seed
-            for n in range(count):
-                plan = request.plan or _planned(planner, request, first + n)
-                name = stem if count == 1 else f"{stem}-{n:02d}"
-                facts = _facts(config, executor, request, first + n, adapter)
-                note = note_of(config, planned=request.plan is None)
-                frames = _streamed(executor, plan, first + n, progress)
-                yield from write_video(folder, name, plan, frames, latents, executor.codec.fps, facts, note)
+    if source is not None and checkpoint is not None:
+        return executor, planner, use_newest(source, checkpoint, use).executor_dir
+    if source is not None:
+        executor.load_adapter(source)
+    return executor, planner, source
+
+
+def _digest(config: RunConfig, plan: Plan, weights: list[str]) -> str:
+    """Short hash of a plan, the adapter's weights and the settings that decide a video, but for its seed."""
+    keys = keys_of(RunConfig)
+    settings = {
+        name: value
+        for name, value in flatten(config).items()
+        if keys[name].sets == VIDEO and not name.startswith("planner.")  # the plan is what the planner decides
+    }
+    told = [plan.instruction, [asdict(step) for step in plan.steps], weights, settings]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def note_of(config: RunConfig, *, planned: bool) -> str:
@@ -155,9 +191,15 @@ def _check_instruction(world: World, request: Request) -> None:
         raise UserError(f"{request.where}: {error}") from error
 
 
-def _planned(planner: Planner | None, request: Request, seed: int) -> Plan:
+def _planned(
+    planner: Planner | None, request: Request, seed: int, best_of: int = 1, world: World | None = None
+) -> Plan:
+    """The best of several sampled plans: of equal plan quality that whose shortest step is the longest."""
     assert planner is not None
-    plan = planner.sample([request.prompt], 1, seed).plans[0]
+    plans = planner.sample([request.prompt], best_of, seed).plans
+    scores = world.plan_scores(plans) if world is not None and best_of > 1 else [0.0]
+    shortest = [min(step.end - step.start for step in plan.steps) for plan in plans]
+    plan = plans[max(range(best_of), key=lambda i: (scores[i], shortest[i]))]
     if plan.repairs:
         log.warning("%s: the planner's answer: %s", request.where, ", ".join(plan.repairs))
     return plan

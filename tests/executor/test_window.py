@@ -89,7 +89,7 @@ def test_absolute_positions_end_and_relative_ones_do_not(name: str) -> None:
         with pytest.raises(UserError, match=f"found {last + C}; accepted: at most {ROPE_POSITIONS} .*relative"):
             window.check(last + C, C)
     else:
-        with pytest.raises(UserError, match=f"found {last}; accepted: at most {window.max_frames} with"):
+        with pytest.raises(UserError, match=f"found {last}; accepted: at most {window.max_frames} latent frames with"):
             window.check(last, C)
 
 

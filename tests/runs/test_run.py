@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from test_references import undocumented
 
 from tempact import evaluate, generate, report, train
-from tempact.cli import EXIT_USER_ERROR, from_yaml
+from tempact.cli import from_yaml
+from tempact.errors import EXIT_USER_ERROR
 from tempact.evaluation import METHODS
 from tempact.evaluation.statistics import Row, read_evaluation
 from tempact.reporting import read_metrics
@@ -60,8 +61,9 @@ def refusal(capsys: pytest.CaptureFixture[str], code: int) -> str:
     """The one line of a command that was refused."""
     shown = capsys.readouterr()
     assert code == EXIT_USER_ERROR and shown.out == ""
-    assert shown.err.startswith("error: ") and shown.err.count("\n") == 1, shown.err
-    return shown.err
+    *before, error = shown.err.splitlines()
+    assert error.startswith("error: ") and all(" INFO loading the " in line for line in before), shown.err
+    return error
 
 
 def test_the_configuration_is_kept_as_it_was_used(finished: Path) -> None:
@@ -192,9 +194,9 @@ def test_the_report_can_be_written_again(finished: Path, tmp_path: Path, capsys:
 def test_generate_writes_a_video_and_its_plan(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], trained: bool
 ) -> None:
-    run = ["--run", str(finished)] if trained else []
+    run = [str(finished)] if trained else []
     for folder in ("one", "two"):
-        arguments = ["--prompt", PROMPT, "--output", str(tmp_path / folder), "--device", "cpu", "--seed", "4", *run]
+        arguments = [*run, "--prompt", PROMPT, "--output", str(tmp_path / folder), "--device", "cpu", "--seed", "4"]
         assert generate.main(arguments) == 0
     paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert [path.suffix for path in paths] == [".mp4", ".png", ".json"] * 2
@@ -316,11 +318,11 @@ def test_a_finished_run_is_not_begun_anew(finished: Path, capsys: pytest.Capture
 
 def test_commands_that_need_a_trained_run_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--prompt", PROMPT, "--output", str(tmp_path / "videos")]
-    assert "found no config.yaml" in refusal(capsys, generate.main([*asked, "--run", str(tmp_path)]))
+    assert "holds no config.yaml" in refusal(capsys, generate.main([str(tmp_path), *asked]))
     assert "holds no config.yaml" in refusal(capsys, evaluate.main([str(tmp_path)]))
     assert train.main([*SMOKE, "--dry-run"]) == 0
     (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
-    assert "holds no intact checkpoint" in refusal(capsys, generate.main([*asked, "--run", str(tmp_path)]))
+    assert "holds no intact checkpoint" in refusal(capsys, generate.main([str(tmp_path), *asked]))
     assert "holds no intact checkpoint" in refusal(capsys, evaluate.main([str(tmp_path)]))
 
 
@@ -329,7 +331,10 @@ def test_commands_that_need_a_trained_run_say_so(tmp_path: Path, capsys: pytest.
     [
         (["--prompt", "A cat sings."], "accepted"),
         (["--prompt", "  "], "--prompt: found an empty text"),
-        (["--prompt", PROMPT, "--preset", "shapewrld"], "nearest: shapeworld"),
+        (
+            ["--prompt", PROMPT, "--preset", "shapeworld"],
+            "accepted: python -m tempact.generate shapeworld ...",
+        ),
         (["--prompt", PROMPT, "--output", "/proc/videos"], "accepted: a writable folder"),
         (["--prompt", PROMPT, "--seed", "x"], "invalid int value"),
     ],
