@@ -49,6 +49,7 @@ def build_executor(config: RunConfig, device: torch.device, preview: bool = Fals
     transformers_logging.disable_progress_bar()
     # PEFT reads an attribute that newer transformers have renamed; nobody here can act on it
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    log.info("loading the executor: %s, on %s", config.executor.weights, device)
     parts = world.executor_parts(device, preview)
     torch.manual_seed(config.seed)
     return Executor(parts.transformer, parts.text_encoder, parts.codec, config.executor, parts.size)
@@ -57,6 +58,7 @@ def build_executor(config: RunConfig, device: torch.device, preview: bool = Fals
 def build_planner(config: RunConfig, device: torch.device) -> Planner:
     """The planner with the adapter it starts from."""
     lengths = config.executor.frames, config.executor.chunk_frames
+    log.info("loading the planner: %s, on %s", config.planner.weights, device)
     folder = planner_folder(config.planner.weights)
     if config.planner.weights != RANDOM_PLANNER:
         return Planner.load(folder, config.planner, *lengths, device=device)
@@ -100,6 +102,7 @@ def planner_folder(weights: str) -> Path:
     """The folder of `planner.weights`, fetched from the Hugging Face hub if need be; UserError if there is none."""
     folder = shipped("planner", weights)
     if not folder.exists() and HUB_NAME.fullmatch(weights):
+        log.info("planner.weights: asking the Hugging Face hub for %s", weights)
         try:
             return Path(snapshot_download(weights, allow_patterns=list(HUB_FILES)))
         except (OSError, ValueError, RuntimeError) as error:

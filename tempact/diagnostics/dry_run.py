@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,14 +30,20 @@ from tempact.diagnostics.memory import (
 )
 from tempact.diagnostics.sizes import INSTRUCTION_TOKENS, Decoder, planner_sizes, scorer_bytes, text_encoder_bytes
 from tempact.policies import missing_planner
+from tempact.reporting import duration
 from tempact.worlds import world_of
 
 LEAST_CONTINUATIONS = 2  # of an execution group
 MOST_BRANCHES = 256  # tried: the cache's bookkeeping takes its time
 
 
-def dry_run(config: RunConfig, gpu_gib: float) -> list[str]:
-    """Lines: operations, memory by phase, the largest counts that fit, and missing files and addresses.
+# operations a second of a whole iteration, and seconds a planned token: an H200's (docs/costs.md), two CPU cores'
+GPU_RATE, GPU_TOKEN_S, CPU_RATE = 588e12, 0.117, 75e9
+
+
+def dry_run(config: RunConfig, gpu_gib: float) -> tuple[list[str], bool]:
+    """Lines, and whether the run fits into a device: operations, an estimate of the time, memory by phase, the largest
+    counts that fit, and missing packages, files and addresses.
 
     gpu_gib: memory of the GPU to plan for, GiB; 0: the GPU at hand, else usual ones. UserError for settings that cannot
     work and files that cannot be read.
@@ -44,7 +51,9 @@ def dry_run(config: RunConfig, gpu_gib: float) -> list[str]:
     world_of(config).check_settings()
     budgets = budgets_of(config, gpu_gib)
     run = run_of(config, on_gpu=budgets[0].on_gpu)
-    return [*_models(run), *_work(run), *_memory(run, budgets), *_missing(config)]
+    needs = needs_of(run)
+    fits = any(budget.fits(needs) for budget in budgets)
+    return [*_models(run), *_work(run), *_memory(run, needs, budgets), *_missing(config)], fits
 
 
 def budgets_of(config: RunConfig, gpu_gib: float) -> list[Budget]:
@@ -64,10 +73,16 @@ def run_of(config: RunConfig, *, on_gpu: bool) -> Run:
     told = world_of(config).sizes()
     kernels = on_gpu and config.kernels != "torch" and told.transformer.head_dim in HEAD_DIMS
     sizes = footprint.Sizes(told.transformer, config.executor, told.latent, kernels)
-    decoder = None if told.vae is None else Decoder(sizes, told.vae, on_gpu=on_gpu)
+    vae = None if _left_out(config) else told.vae
+    decoder = None if vae is None else Decoder(sizes, vae, on_gpu=on_gpu)
     scorer = 0 if decoder is None else scorer_bytes(config.judges.aesthetics_weights, on_gpu=on_gpu)
     text = text_encoder_bytes(told.text_encoder, sizes.dtype)
     return Run(config, sizes, planner_sizes(config.planner), decoder, text, scorer, on_gpu)
+
+
+def _left_out(config: RunConfig) -> bool:
+    """Are the packages missing without which the VAE cannot be traced?"""
+    return any(world_of(config).missing_packages())
 
 
 def _models(run: Run) -> Iterator[str]:
@@ -84,6 +99,8 @@ def _models(run: Run) -> Iterator[str]:
     yield f"planned for {kernels}{graphs}; K and V of a latent frame: {size(run.sizes.frame_bytes)}"
     if run.planner is None:
         yield f"planner: {run.config.planner.weights}: its sizes are not known here and left out below"
+    if _left_out(run.config):
+        yield "VAE, decoding, videos and PickScore are left out below, which are not known without the missing packages"
 
 
 def _work(run: Run) -> Iterator[str]:
@@ -92,10 +109,23 @@ def _work(run: Run) -> Iterator[str]:
     yield f"a denoiser call by latent frames attended to, own ones included, without adapters: {calls}"
     phases = ", ".join(f"{name} {tera(flops)}" for name, flops in work.phases.items())
     yield f"an iteration: {phases}"
+    yield _time(run, sum(work.phases.values()))
 
 
-def _memory(run: Run, budgets: list[Budget]) -> Iterator[str]:
-    needs = needs_of(run)
+def _time(run: Run, operations: float) -> str:
+    """The time of an iteration and of the run, an estimate from measured rates."""
+    seconds, how = operations / CPU_RATE, f"{tera(CPU_RATE)}/s, as two CPU cores in ShapeWorld"
+    if run.on_gpu:
+        config = run.config.planner
+        batches = math.ceil(run.plans / (config.sampled_together or run.plans))
+        planning = GPU_TOKEN_S * config.max_new_tokens * batches if run.planner is not None else 0.0
+        seconds, how = operations / GPU_RATE + planning, f"{tera(GPU_RATE)}/s and {GPU_TOKEN_S} s a token, as one H200"
+    count = run.config.trainer.iterations
+    whole = f"{seconds * count / 3600:.1f} hours for {count} iterations"
+    return f"estimated time: {duration(seconds)} an iteration, {whole} ({how}; judges and evaluation not counted)"
+
+
+def _memory(run: Run, needs: Needs, budgets: list[Budget]) -> Iterator[str]:
     yield ""
     yield (
         f"memory of {run.config.data.prompts_per_iteration} prompts x {run.config.planner.plans_per_prompt} plans x "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -15,11 +16,12 @@ import pytest
 import torch
 
 from csrc_triton import runtime
+from tempact import train
 from tempact.cli import from_yaml
 from tempact.config import ExecutorConfig, LoraConfig, OptimConfig, RunConfig
 from tempact.diagnostics import dry_run as report
 from tempact.diagnostics import footprints as footprint
-from tempact.diagnostics.dry_run import _fit, dry_run, run_of
+from tempact.diagnostics.dry_run import _fit, _time, dry_run, missing, run_of
 from tempact.diagnostics.footprints import PlannerSizes, Sizes, plan_bytes, trace_plan
 from tempact.diagnostics.memory import (
     EXACT,
@@ -37,7 +39,7 @@ from tempact.diagnostics.memory import (
     total,
     work_of,
 )
-from tempact.diagnostics.sizes import PLANNERS, Decoder, qwen3
+from tempact.diagnostics.sizes import PLANNERS, Decoder, planner_sizes, qwen3
 from tempact.diagnostics.trace import Trace, Watch, fake, traced
 from tempact.models.wan.transformer import WanConfig
 from tempact.planner.language_model import LOGITS_AT_ONCE
@@ -326,7 +328,8 @@ def test_the_largest_n_grows_with_the_memory() -> None:
 
 def test_a_plan_of_shapeworld_misses_nothing(tmp_path: Path) -> None:
     config = replace(get_preset("shapeworld-smoke"), output=str(tmp_path / "run"), device="cpu")
-    lines = dry_run(config, 0)
+    lines, fits = dry_run(config, 0)
+    assert fits
     assert "missing: nothing" in lines and not (tmp_path / "run").exists()
     assert any("1,242,348 parameters" in line for line in lines)
     assert any(line.startswith("this machine's memory") and line.endswith(": fits") for line in lines)
@@ -346,9 +349,39 @@ def test_a_dry_run_of_a_backbone_takes_less_than_30_seconds(preset: str, tmp_pat
 
 
 def test_small_random_weights_are_planned_on_the_torch_path() -> None:
-    lines = dry_run(tiny(), 80)
+    lines, _ = dry_run(tiny(), 80)
     assert any(line.startswith("planned for the torch path") for line in lines)  # heads of 24 channels
     missing = lines[lines.index("missing: 6") + 1 :]
     assert [line.split(":")[0] for line in missing if line.startswith("  ")][:6] == [
         "  data.prompts", *["  judges"] * 3, "  judges.aesthetics_weights", "  judges.aesthetics_processor",
     ]  # fmt: skip
+
+
+def test_the_time_is_an_estimate_from_measured_rates() -> None:
+    """An iteration of self-forcing takes 2,036 s in docs/costs.md, 64 plans in one batch; the default run 4 to 5 s."""
+    base = get_preset("self-forcing")
+    config = replace(base, planner=replace(base.planner, sampled_together=64))
+    line = _time(Run(config, FULL, planner_sizes(config.planner)), 1050e15)
+    assert re.match(r"estimated time: 33:\d\d min an iteration, 56\.2 hours for 100 iterations \(588 TF/s", line), line
+    run = run_of(replace(get_preset("shapeworld"), device="cpu"), on_gpu=False)
+    line = _time(run, sum(work_of(run).phases.values()))
+    assert re.match(r"estimated time: [45] s an iteration, 0\.1 hours for 84 iterations \(75\.0 GF/s", line), line
+
+
+@pytest.mark.parametrize(("gib", "code"), [("0.9", 4), ("8", 0)])
+def test_a_run_that_fits_nowhere_has_an_exit_code_of_its_own(
+    gib: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(["shapeworld-smoke", "--dry-run", "--gpu-gib", gib]) == code
+    assert ("does not fit" in capsys.readouterr().out) is bool(code)
+
+
+def test_a_plain_install_is_told_what_a_backbone_misses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("diffusers", "ftfy"):
+        monkeypatch.setitem(sys.modules, name, None)
+    lines, _ = dry_run(tiny(), 80)
+    assert any("needs diffusers, ftfy; accepted: after pip install -e '.[wan]'" in line for line in lines)
+    assert any(line.startswith("VAE, decoding, videos and PickScore are left out below") for line in lines)
+    assert "executor.wan_folder" in " ".join(missing(get_preset("longlive")))
