@@ -1,4 +1,8 @@
-"""Progress of a run: a live bar on a terminal, plain log lines elsewhere."""
+"""Progress of a run: a live bar on a terminal, plain log lines elsewhere. Its metrics, for Weights & Biases too.
+
+The tracker is a process of its own, `python -m tempact.runs.logs FOLDER PROJECT ID STEP|videos`. It follows
+metrics.jsonl until the end mark, or until the run that started it is gone.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
+import yaml
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -39,6 +45,13 @@ def setup_logging(level: int = logging.INFO) -> None:
         who = f"rank {rank} " if rank else ""
         handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(levelname)s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(level=level if rank == 0 else max(level, logging.WARNING), handlers=[handler], force=True)
+
+
+def starting() -> None:
+    """`setup_logging`, and on a terminal a line for the seconds until torch is there."""
+    setup_logging()
+    if console.is_terminal:  # elsewhere a refusal stays a single line
+        log.info("starting: torch and the models' code")
 
 
 class Progress:
@@ -108,6 +121,7 @@ class Progress:
         return float("nan") if self._mean_s is None else self._mean_s * max(0, self.total - self.done)
 
 
+TRACKER_ID, POLL_S = "wandb_id", 0.5
 FINISHED = {"finished": True}  # last row, tells a tracker that no more will come
 
 
@@ -126,8 +140,11 @@ class MetricsLogger:
         record_environment(run_folder, resumed_step)
         self._before_s = max((row["time_s"] for row in kept), default=0.0)
         self._started = time.monotonic()
-        self._file = self.path.open("a")
-        self._tracker = _start_tracker(self.path, wandb_project, resumed_step) if wandb_project else None
+        self._file = self.path.open("a", encoding="utf-8")
+        self._tracker = None
+        if wandb_project:
+            identity = tracker_id(self.path.parent, new=not resumed_step)
+            self._tracker = _start_tracker(self.path.parent, wandb_project, identity, str(resumed_step))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds a row; `time_s` counts over resumed parts. UserError when the disk is full."""
@@ -138,14 +155,7 @@ class MetricsLogger:
         """Closes the file, and gives the tracker that long to finish before it is stopped."""
         if self._tracker is not None:
             self._write(FINISHED)
-            try:
-                self._tracker.wait(tracker_deadline_s)
-            except subprocess.TimeoutExpired:
-                log.warning(
-                    "wandb did not finish in %.0f s and is stopped; %s is complete", tracker_deadline_s, self.path
-                )
-                self._tracker.kill()
-                self._tracker.wait()
+            _finish(self._tracker, tracker_deadline_s)
             self._tracker = None
         self._file.close()
 
@@ -161,11 +171,81 @@ class MetricsLogger:
             ) from error
 
 
-def _start_tracker(path: Path, project: str, resumed_step: int) -> subprocess.Popen | None:
-    command = [sys.executable, "-m", "tempact.runs.wandb_tracker", str(path.absolute()), project, str(resumed_step)]
+def tracker_id(folder: Path, *, new: bool = False) -> str:
+    """The run's identity at Weights & Biases, kept in its folder: a resumed run is the same run there."""
+    file = folder / TRACKER_ID
+    if new or not file.is_file():
+        write_atomic(file, uuid.uuid4().hex[:12] + "\n")
+    return file.read_text(encoding="utf-8").strip()
+
+
+def track_videos(folder: Path, project: str, deadline_s: float = 120.0) -> None:
+    """Sends the run's held-out videos to Weights & Biases, if there is a project, and waits that long at most."""
+    tracker = _start_tracker(folder, project, tracker_id(folder), "videos") if project else None
+    if tracker is not None:
+        _finish(tracker, deadline_s)
+
+
+def _start_tracker(folder: Path, project: str, identity: str, what: str) -> subprocess.Popen | None:
+    command = [sys.executable, "-m", "tempact.runs.logs", str(folder.absolute()), project, identity, what]
     try:
         # a session of its own: Ctrl-C goes to the run, which then closes the tracker in order
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
     except OSError as error:
-        log.warning("wandb cannot be started (%s); metrics are in %s only", error, path)
+        log.warning("wandb cannot be started (%s); metrics are in %s only", error, folder)
         return None
+
+
+def _finish(tracker: subprocess.Popen, deadline_s: float) -> None:
+    try:
+        tracker.wait(deadline_s)
+    except subprocess.TimeoutExpired:
+        log.warning("wandb did not finish in %.0f s and is stopped; the run's folder is complete", deadline_s)
+        tracker.kill()
+        tracker.wait()
+
+
+def track(folder: Path, project: str, identity: str, what: str) -> int:
+    """The tracker's process. what: the step that the run went on from, whose rows are there already, or "videos"."""
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    try:
+        import wandb
+    except ImportError:
+        log.warning('wandb is not installed (pip install "tempact[wandb]"); metrics are in %s only', folder)
+        return 1
+    file, index = folder / "config.yaml", folder / "videos" / "index.json"
+    config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    run = wandb.init(project=project, name=folder.name, dir=folder, id=identity, resume="allow", config=config)
+    if what != "videos":
+        for row in follow(folder / METRICS):
+            if row["step"] > int(what):
+                run.log({key: value for key, value in row.items() if value is not None}, step=row["step"])
+    elif index.is_file():
+        shown: dict[str, list] = {}
+        for entry in json.loads(index.read_text(encoding="utf-8")):
+            for video in entry["videos"]:
+                one = wandb.Video(str(index.with_name(video["mp4"])), caption=entry["prompt"], format="mp4")
+                shown.setdefault(f"videos/{video['title']}", []).append(one)
+        run.log(shown)
+    run.finish()
+    return 0
+
+
+def follow(path: Path) -> Iterator[dict]:
+    """Rows as they are written; ends at the mark that `MetricsLogger.close` writes or when the parent dies."""
+    parent = os.getppid()
+    with path.open(encoding="utf-8") as file:
+        line = ""
+        while os.getppid() == parent:
+            line += file.readline()
+            if not line.endswith("\n"):
+                time.sleep(POLL_S)
+                continue
+            row, line = json.loads(line), ""
+            if "finished" in row:
+                return
+            yield row
+
+
+if __name__ == "__main__":
+    sys.exit(track(Path(sys.argv[1]), *sys.argv[2:]))

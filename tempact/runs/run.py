@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tempact.cli import EXIT_ABORTED, EXIT_STOPPED, fingerprint, from_yaml, to_yaml
+from tempact.cli import EXIT_ABORTED, fingerprint, from_yaml, to_yaml
 from tempact.config import RunConfig, validate
-from tempact.errors import Stopped, StopRequest, UserError
+from tempact.errors import EXIT_STOPPED, Stopped, StopRequest, UserError
 from tempact.files import claim_run_folder, write_atomic
 from tempact.policies import PolicyPair, build_policies, build_trainer, device_of
 from tempact.reporting import METRICS, write_samples
@@ -34,7 +34,7 @@ from tempact.runs.checkpoint import (
 )
 from tempact.runs.checkpoint import FOLDER as CHECKPOINTS
 from tempact.runs.evaluation import evaluate
-from tempact.runs.logs import MetricsLogger, Progress
+from tempact.runs.logs import MetricsLogger, Progress, track_videos
 from tempact.runs.resume import check_config, resolve_resume
 from tempact.trainer import Aborted, Iteration, Trainer
 from tempact.worlds import world_of
@@ -191,6 +191,7 @@ class Run:
         else:
             with self.trainer.ema.applied(self.policies.executor.parameters()):
                 evaluate(self.config, self.folder, self.policies)
+        track_videos(self.folder, self.config.wandb_project)
         return RunResult(self.folder, 0)
 
     def iterate(self, stop: StopRequest, callbacks: Sequence[Callback]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tempact.errors import UserError
 from tempact.reporting import read_environment, read_metrics
-from tempact.runs.logs import MetricsLogger
+from tempact.runs.logs import MetricsLogger, track_videos, tracker_id
 
 
 def test_rows_are_there_at_once_and_nan_is_null(tmp_path: Path) -> None:
@@ -66,25 +66,51 @@ def fake_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Pa
     return run
 
 
-def test_a_tracker_is_given_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    body = """
+STAND_IN = """
+import json
 from pathlib import Path
 class Run:
-    def log(self, row, step): self.file.write(f"{step} {row['reward']} {sorted(row)}\\n")
+    def log(self, row, step=None): self.file.write(json.dumps([step, row], default=vars) + "\\n")
     def finish(self): self.file.close()
-def init(project, name, dir):
+class Video:
+    def __init__(self, path, caption, format): self.name, self.caption, self.format = Path(path).name, caption, format
+def init(project, name, dir, id, resume, config):
     run = Run()
-    run.file = open(Path(dir) / f"sent-{project}-{name}", "w")
+    run.file = open(Path(dir) / "sent", "a")
+    run.file.write(json.dumps([project, name, id, resume, config]) + "\\n")
     return run
 """
-    run = fake_wandb(tmp_path, monkeypatch, body)
-    logger = MetricsLogger(run, wandb_project="films")
-    for step in range(1, 4):
-        logger.log(step, {"reward": step / 2, "kl": float("nan")})
-    logger.close(tracker_deadline_s=30)
-    sent = (run / "sent-films-run").read_text().splitlines()
-    assert sent == [f"{step} {step / 2} ['reward', 'step', 'time_s']" for step in range(1, 4)]
-    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3]
+
+
+def sent(run: Path) -> list:
+    return [json.loads(line) for line in (run / "sent").read_text().splitlines()]
+
+
+def test_a_tracker_is_given_the_configuration_every_row_and_the_videos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run is the same run, and a new one in its folder is another."""
+    run = fake_wandb(tmp_path, monkeypatch, STAND_IN)
+    (run / "config.yaml").write_text("seed: 3\nplanner: {weights: shapeworld}\n")
+    for resumed, last in ((0, 3), (2, 4)):
+        logger = MetricsLogger(run, resumed, wandb_project="films")
+        for step in range(resumed + 1, last + 1):
+            logger.log(step, {"reward": step / 2, "kl": float("nan")})
+        logger.close(tracker_deadline_s=60)
+    (run / "videos").mkdir()
+    (run / "videos" / "index.json").write_text(
+        json.dumps([{"prompt": "é", "videos": [{"title": "after", "mp4": "a.mp4"}]}])
+    )
+    track_videos(run, "films", 60)
+    track_videos(run, "")
+    first, *rows = sent(run)
+    config = {"seed": 3, "planner": {"weights": "shapeworld"}}
+    assert first == ["films", "run", tracker_id(run), "allow", config] and rows.pop(3) == rows.pop(5) == first
+    assert [step for step, _ in rows[:-1]] == [1, 2, 3, 3, 4]
+    assert all(row.keys() == {"step", "time_s", "reward"} and row["reward"] == step / 2 for step, row in rows[:-1])
+    assert rows[-1] == [None, {"videos/after": [{"name": "a.mp4", "caption": "é", "format": "mp4"}]}]
+    MetricsLogger(run, wandb_project="films").close(tracker_deadline_s=60)
+    assert sent(run)[-1][2] == tracker_id(run) != first[2]
 
 
 @pytest.mark.parametrize("body", ["import time\ndef init(**k): time.sleep(60)", "raise RuntimeError('no network')"])
