@@ -9,13 +9,11 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from tempact.models.wan.checkpoints.load import set_precision
 from tempact.models.wan.codec import WanCodec
 from tempact.models.wan.transformer import WanConfig, WanTransformer
-from tempact.models.wan.vae_decoder import WanDecoder
 
 RANDOM = {  # name -> sizes of the transformer, base width of the VAE
     "random": (WanConfig(), 96),
@@ -31,6 +29,10 @@ def random_transformer(name: str, precision: str, device: torch.device) -> WanTr
 
 def random_codec(name: str, dtype: torch.dtype, device: torch.device) -> WanCodec:
     """A VAE drawn from torch's global generator."""
+    from diffusers import AutoencoderKLWan  # late: of the extra "wan", and sizes are told without it
+
+    from tempact.models.wan.vae_decoder import WanDecoder
+
     with device:
         vae = AutoencoderKLWan(base_dim=RANDOM[name][1])
     nn.Module.to(vae, dtype)  # diffusers' own warns of modules to be kept in fp32, of which this one names none
