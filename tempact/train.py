@@ -31,7 +31,6 @@ def _train(argv: list[str] | None) -> int:
     from tempact.runs.logs import starting
 
     starting()
-    from tempact.reporting.report import leave_report
     from tempact.runs.run import RunFailed, train
 
     try:
@@ -39,7 +38,7 @@ def _train(argv: list[str] | None) -> int:
     except RunFailed as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    sys.stdout.write("".join(f"{line}\n" for line in leave_report(result.folder)))
+    sys.stdout.write("".join(f"{line}\n" for line in result.lines))
     return result.exit_code
 
 

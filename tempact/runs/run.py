@@ -17,13 +17,15 @@ from tempact.config import RunConfig, validate
 from tempact.errors import EXIT_STOPPED, Stopped, StopRequest, UserError
 from tempact.files import claim_run_folder, write_atomic
 from tempact.policies import PolicyPair, build_policies, build_trainer, device_of
-from tempact.reporting import METRICS, write_samples
-from tempact.reporting.report import write_report
+from tempact.reporting import METRICS, model_card, write_samples
+from tempact.reporting.report import leave_report
 from tempact.reporting.strips import write_extremes
 from tempact.rewards import Reward
 from tempact.rewards.judges import JudgeOutage
 from tempact.runs.checkpoint import (
     ASIDE,
+    EXECUTOR,
+    PLANNER,
     Checkpoint,
     latest,
     new_course,
@@ -56,10 +58,11 @@ class RunFailed(RuntimeError):
 @dataclass(frozen=True)
 class RunResult:
     """folder: of the run. exit_code: 0 finished, 130 stopped by a signal, 3 the run could not go on; what is done is
-    saved."""
+    saved. lines: the table, if there is one, and the report's path."""
 
     folder: Path
     exit_code: int
+    lines: tuple[str, ...] = ()
 
 
 def train(
@@ -88,7 +91,7 @@ def train(
         except JudgeOutage as error:
             log.error("%s; no iteration was started", error)
             return RunResult(folder, EXIT_ABORTED)
-        return run.go(stop, callbacks)
+        return RunResult(folder, run.go(stop, callbacks), tuple(leave_report(folder)))
 
 
 def refuse_ranks() -> None:
@@ -132,8 +135,8 @@ class Run:
             shutil.copy(folder / METRICS, folder / CHECKPOINTS / ASIDE / f"{checkpoint.course}-{METRICS}")
         return Run(config, folder, policies, trainer, checkpoint.course, checkpoint.step)
 
-    def go(self, stop: StopRequest, callbacks: Sequence[Callback]) -> RunResult:
-        """The iterations that are left, the evaluation and the report.
+    def go(self, stop: StopRequest, callbacks: Sequence[Callback]) -> int:
+        """The iterations that are left and the evaluation; returns the exit code.
 
         Whatever ends the iterations, the state of the last whole one is saved. Raises RunFailed for an exception that
         is no UserError.
@@ -141,15 +144,16 @@ class Run:
         try:
             self.iterate(stop, callbacks)
             if not stop:
-                return self.finish(stop)
+                self.finish(stop)
+                return 0
             log.warning("stopped after iteration %d; `--resume auto` goes on from there", self.trainer.done)
-            return self.ended(EXIT_STOPPED)
+            return EXIT_STOPPED
         except Stopped as stopped:
             log.warning("%s: %s", stopped, self.kept(stop))
-            return self.ended(EXIT_STOPPED)
+            return EXIT_STOPPED
         except (Aborted, JudgeOutage) as error:
             log.error("%s; %s", error, self.kept(stop))
-            return self.ended(EXIT_ABORTED)
+            return EXIT_ABORTED
         except UserError:
             log.error("%s", self.kept(stop))
             raise
@@ -157,6 +161,7 @@ class Run:
             kept = self.kept(stop)
             with (self.folder / TRACEBACKS).open("a", encoding="utf-8") as file:
                 file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')}\n{traceback.format_exc()}\n")
+            leave_report(self.folder)
             found = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_ERROR]
             raise RunFailed(f"{found}; {kept}; traceback in {self.folder / TRACEBACKS}") from error
 
@@ -175,24 +180,15 @@ class Run:
         again = "goes on from there" if trainer.done < self.config.trainer.iterations else "goes on with the evaluation"
         return f"saved after iteration {trainer.done}; the same command {again}"
 
-    def ended(self, exit_code: int) -> RunResult:
-        """The result of a run that is not finished, with a report all the same."""
-        try:
-            log.info("%s", write_report(self.folder))
-        except (Stopped, OSError, ValueError, LookupError, TypeError) as error:
-            log.warning("no report: %s", error)
-        return RunResult(self.folder, exit_code)
-
-    def finish(self, stop: StopRequest) -> RunResult:
-        """The held-out evaluation of a trained ShapeWorld run, and the report."""
+    def finish(self, stop: StopRequest) -> None:
+        """The held-out evaluation of a trained ShapeWorld run."""
         stop.open()
         if world_of(self.config).real_video:
-            log.info("%s\nno held-out evaluation: ShapeWorld's is for its own executor", write_report(self.folder))
+            log.info("no held-out evaluation: ShapeWorld's is for its own executor")
         else:
             with self.trainer.ema.applied(self.policies.executor.parameters()):
                 evaluate(self.config, self.folder, self.policies)
         track_videos(self.folder, self.config.wandb_project)
-        return RunResult(self.folder, 0)
 
     def iterate(self, stop: StopRequest, callbacks: Sequence[Callback]) -> None:
         """Runs and records the iterations that are left, or those until a stop is requested."""
@@ -232,14 +228,23 @@ class Run:
         """Saves both adapters (the executor's averaged, ready for use) and the training state."""
         trainer, executor = self.trainer, self.policies.executor
 
+        def save_planner(path: Path) -> None:
+            self.policies.planner.save_adapter(path)
+            self.write_card(path)
+
         def save_executor(path: Path) -> None:
             with trainer.ema.applied(executor.parameters()):
                 executor.save_adapter(path)
+            self.write_card(path)
 
-        writers = {"planner": self.policies.planner.save_adapter, "executor": save_executor}
+        writers = {PLANNER: save_planner, EXECUTOR: save_executor}
         keep = self.config.trainer.keep_checkpoints
         save(self.folder, trainer.done, writers, trainer.state(), self.config, keep, self.course)
         self.saved = trainer.done
+
+    def write_card(self, path: Path) -> None:
+        """README.md of an adapter's folder, in place of PEFT's template."""
+        (path / "README.md").write_text(model_card(path.name, self.config, self.trainer.done), encoding="utf-8")
 
 
 def shown(iteration: Iteration) -> dict[str, float]:

@@ -68,9 +68,9 @@ def test_a_signal_before_the_first_step_saves_the_state_before_the_iteration(
     once(monkeypatch, owner, name, 2, lambda: signal.raise_signal(number))
     assert start(tmp_path) == EXIT_STOPPED and signal.getsignal(number) is before
     assert [row["step"] for row in read_metrics(tmp_path)] == [1] and steps(tmp_path) == ["step-000001"]
-    told = capsys.readouterr().err
-    assert f"{number.name}: saved after iteration 1; the same command goes on from there" in told
-    assert "report.html" in told and (tmp_path / "report.html").is_file()
+    told = capsys.readouterr()
+    assert f"{number.name}: saved after iteration 1; the same command goes on from there" in told.err
+    assert f"report: {tmp_path}/report.html" in told.out and (tmp_path / "report.html").is_file()
 
 
 def test_a_run_stopped_in_an_update_goes_on_with_the_same_bits(

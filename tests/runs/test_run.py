@@ -115,6 +115,8 @@ def test_checkpoints_are_whole_and_hold_both_adapters(finished: Path) -> None:
         assert on_disk == set(manifest["files"])
         for who, rank in (("planner", 16), ("executor", 16)):
             assert PeftConfig.from_pretrained(str(path / who)).r == rank
+            card = (path / who / "README.md").read_text()
+            assert f"{who.capitalize()} of shapeworld-smoke, iteration {step}" in card and "load_adapter" in card
             tensors = load_file(path / who / "adapter_model.safetensors")
             assert tensors and all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
