@@ -260,7 +260,7 @@ def test_a_run_whose_judges_are_gone_saves_and_stops(
         def gone() -> Scored:
             raise JudgeOutage("judge plan_quality: no answer from host for 300 s")
 
-        found = SimpleNamespace(begin=begin, metrics=whole.metrics, close=lambda: closed.append(1))
+        found = SimpleNamespace(begin=begin, metrics=whole.metrics, check=whole.check, close=lambda: closed.append(1))
         found.extended = lambda rewards: found
         return found
 
