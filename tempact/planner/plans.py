@@ -4,11 +4,16 @@ An answer is usable as written (format score 1) when the text after `</think>` i
 {"start", "end", "prompt"} objects and nothing else, whose spans cover [0, F) in order on chunk bounds. Other answers
 are repaired (format score 0.5); `Plan.repairs` holds the names of the repairs made:
 
-  extracted          the steps were found inside other text, another JSON value or a truncated array
-  steps dropped      an object without a usable prompt (blank, missing, not a string) is left out
-  keys ignored       a step has keys beside start, end and prompt
+  extracted          the steps were found inside other text or another JSON value, or are texts or triples
+  mended             the JSON itself has mistakes (`tempact.planner` lists those that can be read over)
+  keys repeated      a key is given twice in one object; its last value counts
+  drafts left out    of several plans the last one counts
+  steps dropped      an entry without a usable prompt (blank, missing, cut off, not a text) is left out
+  keys renamed       a step has other names for start, end and prompt (`NAMES`)
+  keys ignored       a step has further keys
   bounds converted   a bound is a whole number written as a string or a float
-  bounds filled      a bound is missing or unreadable; its neighbours give it
+  bounds unread      a bound is no number; its neighbours give it
+  bounds filled      a bound is missing; its neighbours give it
   sorted             the steps are not in order of their starts
   too many steps     there are more steps than chunks; the surplus at the end is left out
   prompt cleaned     a prompt has characters that are no text (half a surrogate pair)
@@ -18,7 +23,9 @@ are repaired (format score 0.5); `Plan.repairs` holds the names of the repairs m
   ends at F          the last step ends elsewhere
   snapped            a bound is off the chunk grid (rounded) or leaves a step no chunk
 
-An answer without a usable step is unusable: format score 0, and one step that holds the whole instruction.
+An answer without a usable step is unusable: format score 0, and one step that holds the whole instruction. What a user
+gives, in files and cells of them, is read alike, but prompts are not shortened, and mistakes in the JSON itself and
+steps or bounds that would be lost are errors.
 
 Bounds off the grid are rounded to the nearest chunk start, ties upwards. Plans from files may instead follow a
 backbone that switches prompts at the first chunk start at or after a bound (`executor.switch_rounding`: "up").
@@ -26,10 +33,8 @@ backbone that switches prompts at the first chunk start at or after a bound (`ex
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -38,18 +43,26 @@ from typing import Any
 
 from tempact.config import LARGEST_SEED
 from tempact.errors import UserError
-from tempact.prompt_file import SHOWN, PromptRow, check_ids, read_rows
+from tempact.planner import UNREAD, number, plan_entries, step_fields
+from tempact.prompt_file import SHOWN, PromptRow, blank, check_ids, read_rows, read_text, whole_number
 from tempact.types import Plan, Prompt, Step
 
 log = logging.getLogger(__name__)
 
 THINK_START, THINK_END = "<think>", "</think>"
 MAX_RESPONSE_CHARS = 20_000  # after </think>; longer answers are unusable
-MAX_PROMPT_CHARS = 600  # about what text encoders of video models read
-MAX_DECODES = 200  # JSON objects looked for in an answer that is no bare array
+MAX_PROMPT_CHARS = 600  # of a planner's step
 UNUSABLE = "unusable"
 ACCEPTED = 'a JSON file with steps: "start" and "end" (latent frames), "prompt"'
 ROUND_BY = {"nearest": lambda chunk: chunk // 2, "up": lambda chunk: chunk - 1}  # added before a floor division
+LOST = {  # what a planner's answer may lose and a user's plan may not, and what is accepted there
+    "mended": ACCEPTED,
+    "keys repeated": "each key once",
+    "drafts left out": "the steps of one plan",
+    "steps dropped": 'a text "prompt" in each step',
+    "too many steps": "one step for each chunk, or fewer",
+    "bounds unread": '"start" and "end", whole numbers of latent frames',
+}
 
 SYSTEM = """You direct a video of {frames} latent frames, made in chunks of {chunk} frames. \
 Split the user's instruction into consecutive steps and answer with a JSON array only, in this form:
@@ -93,15 +106,29 @@ def parse_plan(response: str, instruction: str, frames: int, chunk: int, roundin
         frames, chunk: latent frames of the video and of a chunk, a divisor of `frames`.
         rounding: of bounds off the chunk grid, "nearest" or "up".
     """
-    repairs: dict[str, None] = {}  # an ordered set
-    drafts = _read(response, repairs)
+    return _parsed(response, instruction, frames, chunk, rounding, given=False)[0]
+
+
+def _parsed(
+    text: str, instruction: str, frames: int, chunk: int, rounding: str, *, given: bool
+) -> tuple[Plan, dict[str, str]]:
+    """The plan in a planner's response, or in what a user has given; and its repairs with what was found."""
+    repairs: dict[str, str] = {}
+    answer = text if given else answer_of(text)
+    entries = plan_entries(answer, repairs) if given or len(answer) <= MAX_RESPONSE_CHARS else []
+    drafts = _drafts(entries, repairs)
     if not drafts:
         whole = (Step(0, frames, instruction),)
-        return Plan(instruction, whole, format_score=0.0, repairs=(UNUSABLE,), response=response)
+        return Plan(instruction, whole, format_score=0.0, repairs=(UNUSABLE,), response=text), repairs
     drafts = _tidy(drafts, frames // chunk, repairs)
+    for draft in drafts:
+        if len(draft.prompt) > MAX_PROMPT_CHARS and not given:
+            repairs["prompt shortened"] = ""
+            draft.prompt = draft.prompt[:MAX_PROMPT_CHARS].rstrip()
     bounds = _bounds(drafts, frames, chunk, ROUND_BY[rounding](chunk), repairs)
     steps = tuple(Step(a, b, d.prompt) for (a, b), d in zip(pairwise(bounds), drafts, strict=True))
-    return Plan(instruction, steps, format_score=0.5 if repairs else 1.0, repairs=tuple(repairs), response=response)
+    plan = Plan(instruction, steps, format_score=0.5 if repairs else 1.0, repairs=tuple(repairs), response=text)
+    return plan, repairs
 
 
 def answer_of(response: str) -> str:
@@ -110,55 +137,28 @@ def answer_of(response: str) -> str:
     return "" if not closed and THINK_START in answer else answer
 
 
-def _read(response: str, repairs: dict[str, None]) -> list[_Draft]:
-    answer = answer_of(response).strip()
-    if len(answer) > MAX_RESPONSE_CHARS:
-        return []
-    found, whole = _find_steps(answer)
-    if not whole:
-        repairs["extracted"] = None
-    return _drafts(found, repairs)
-
-
-def _find_steps(answer: str) -> tuple[list[dict], bool]:
-    """Objects that look like steps, and True where they are the entries of one bare array."""
-    decoder = json.JSONDecoder()
-    try:
-        value = decoder.decode(answer)
-    except (ValueError, RecursionError):
-        value = None
-    if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
-        return value, True
-    found, position = [], answer.find("{")
-    for _ in range(MAX_DECODES):
-        if position < 0:
-            break
-        try:
-            value, end = decoder.raw_decode(answer, position)
-        except (ValueError, RecursionError):
-            value, end = None, position + 1
-        if isinstance(value, dict) and "prompt" in value:
-            found.append(value)
-        else:
-            end = position + 1  # a wrapper: look inside
-        position = answer.find("{", end)
-    return found, False
-
-
-def _drafts(found: list[dict], repairs: dict[str, None]) -> list[_Draft]:
+def _drafts(entries: list[Any], repairs: dict[str, str]) -> list[_Draft]:
     drafts = []
-    for entry in found:
-        prompt = entry.get("prompt")
+    for place, entry in enumerate(entries, 1):
+        fields, renamed, ignored = step_fields(entry) if isinstance(entry, dict) else ({}, [], [])
+        prompt = fields.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():
-            repairs["steps dropped"] = None
+            repairs.setdefault("steps dropped", f"step {place}: found no text to read in {_shown(entry)}")
             continue
-        if entry.keys() - {"start", "end", "prompt"}:
-            repairs["keys ignored"] = None
+        if renamed:
+            repairs.setdefault("keys renamed", f"step {place}: {', '.join(renamed)}")
+        if ignored:
+            repairs.setdefault("keys ignored", f"step {place}: found the keys {', '.join(ignored)[:SHOWN]}")
         clean = _clean(prompt)
         if clean != prompt:
-            repairs["prompt cleaned"] = None
-        drafts.append(_Draft(_bound(entry.get("start"), repairs), _bound(entry.get("end"), repairs), clean.strip()))
+            repairs["prompt cleaned"] = ""
+        start, end = (_bound(fields.get(name), f"step {place}: {name}", repairs) for name in ("start", "end"))
+        drafts.append(_Draft(start, end, clean.strip()))
     return drafts
+
+
+def _shown(value: object) -> str:
+    return "what stands there" if value is UNREAD else repr(value)[:SHOWN]
 
 
 def _clean(text: str) -> str:
@@ -166,19 +166,17 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _bound(value: object, repairs: dict[str, None]) -> int | None:
+def _bound(value: object, what: str, repairs: dict[str, str]) -> int | None:
     """A whole number, or None; numbers as strings and floats are converted."""
     if isinstance(value, int) and not isinstance(value, bool):
         return _clamped(value)
-    if isinstance(value, str) and len(value) <= 12:
-        try:
-            value = float(value)
-        except ValueError:
-            value = None
-    if isinstance(value, float) and math.isfinite(value):
-        repairs["bounds converted"] = None
-        return _clamped(round(value))
-    repairs["bounds filled"] = None
+    if value is None:
+        repairs["bounds filled"] = ""
+        return None
+    if (found := number(value)) is not None:
+        repairs["bounds converted"] = ""
+        return _clamped(round(found))
+    repairs.setdefault("bounds unread", f"{what}: found {_shown(value)}")
     return None
 
 
@@ -187,33 +185,28 @@ def _clamped(value: int) -> int:
     return max(-1_000_000, min(1_000_000, value))
 
 
-def _tidy(drafts: list[_Draft], most: int, repairs: dict[str, None]) -> list[_Draft]:
-    """Order, number and prompt length."""
+def _tidy(drafts: list[_Draft], most: int, repairs: dict[str, str]) -> list[_Draft]:
+    """Order and number."""
     starts = [draft.start for draft in drafts if draft.start is not None]
     if len(starts) == len(drafts) and starts != sorted(starts):
-        repairs["sorted"] = None
+        repairs["sorted"] = ""
         drafts = sorted(drafts, key=lambda draft: draft.start or 0)
     if len(drafts) > most:
-        repairs["too many steps"] = None
-        drafts = drafts[:most]
-    for draft in drafts:
-        if len(draft.prompt) > MAX_PROMPT_CHARS:
-            repairs["prompt shortened"] = None
-            draft.prompt = draft.prompt[:MAX_PROMPT_CHARS].rstrip()
-    return drafts
+        repairs["too many steps"] = f"found {len(drafts)} steps in {most} chunks"
+    return drafts[:most]
 
 
-def _bounds(drafts: list[_Draft], frames: int, chunk: int, add: int, repairs: dict[str, None]) -> list[int]:
+def _bounds(drafts: list[_Draft], frames: int, chunk: int, add: int, repairs: dict[str, str]) -> list[int]:
     """n + 1 increasing chunk bounds from 0 to `frames` for n steps, at most one step a chunk."""
     first, last = drafts[0].start, drafts[-1].end
     if first is not None and first != 0:
-        repairs["starts at 0"] = None
+        repairs["starts at 0"] = ""
     if last is not None and last != frames:
-        repairs["ends at F"] = None
+        repairs["ends at F"] = ""
     wanted: list[int | None] = [0]
     for before, after in pairwise(drafts):
         if before.end is not None and after.start is not None and before.end != after.start:
-            repairs["gaps closed"] = None
+            repairs["gaps closed"] = ""
         wanted.append(before.end if after.start is None else after.start)
     filled = _fill([*wanted, frames])
     bounds = [(bound + add) // chunk * chunk for bound in filled]
@@ -223,7 +216,7 @@ def _bounds(drafts: list[_Draft], frames: int, chunk: int, add: int, repairs: di
     for i in range(count - 1, 0, -1):
         bounds[i] = min(bounds[i], bounds[i + 1] - chunk)
     if bounds != filled:
-        repairs["snapped"] = None
+        repairs["snapped"] = ""
     return bounds
 
 
@@ -239,20 +232,22 @@ def _fill(bounds: list[int | None]) -> list[int]:
 
 
 def read_plan(path: Path, instruction: str, frames: int, chunk: int, rounding: str = "nearest") -> Plan:
-    """The plan in a JSON file: an array of steps, or an object that holds one, repaired as a planner's answer is.
+    """The plan in a JSON file: an array of steps, or an object that holds one, fitted to the video.
 
-    Arguments as for `parse_plan`. Logs repairs. Raises UserError for an unreadable file and one without a step.
+    Arguments as for `parse_plan`. Logs repairs. Raises UserError for an unreadable file, one without a step, mistakes
+    in the JSON (with line and column) and steps or bounds that cannot be read.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); accepted: {ACCEPTED}") from error
-    return _given_plan(text, str(path), instruction, frames, chunk, rounding)
+    return _given_plan(read_text(path, ACCEPTED), str(path), instruction, frames, chunk, rounding)
 
 
 def _given_plan(text: str, where: str, instruction: str, frames: int, chunk: int, rounding: str) -> Plan:
-    """`parse_plan` for JSON that a user gave; messages call it `where`."""
-    plan = parse_plan(text, instruction, frames, chunk, rounding)
+    """The plan in JSON that a user gave; messages call it `where`."""
+    plan, repairs = _parsed(text, instruction, frames, chunk, rounding, given=True)
+    if repairs.keys() >= {"keys ignored", "bounds filled"}:  # a bound may stand under another name
+        repairs["bounds unread"] = repairs["keys ignored"]
+    for name, accepted in LOST.items():
+        if name in repairs:
+            raise UserError(f"{where}: {repairs[name]}; accepted: {accepted}")
     if UNUSABLE in plan.repairs:
         raise UserError(f"{where}: found no steps; accepted: {ACCEPTED}")
     if plan.repairs:
@@ -293,11 +288,9 @@ def _plan_cell(row: PromptRow, frames: int, chunk: int, rounding: str) -> Plan |
 
 
 def _seed_cell(row: PromptRow) -> int | None:
-    found = seed = _cell(row, "seed")
-    if isinstance(found, str):
-        with contextlib.suppress(ValueError):
-            seed = int(found)
-    if seed is not None and (type(seed) is not int or not 0 <= seed <= LARGEST_SEED):
+    found = _cell(row, "seed")
+    seed = whole_number(found)
+    if found is not None and (seed is None or not 0 <= seed <= LARGEST_SEED):
         accepted = f"a whole number from 0 to {LARGEST_SEED}"
         raise UserError(f"{row.where}: seed: found {repr(found)[:SHOWN]}; accepted: {accepted}")
     return seed
@@ -306,4 +299,4 @@ def _seed_cell(row: PromptRow) -> int | None:
 def _cell(row: PromptRow, key: str) -> Any:
     """A cell's value, None where the cell is empty."""
     value = row.cells.get(key)
-    return None if isinstance(value, str) and not value.strip() else value
+    return None if blank(value) else value
