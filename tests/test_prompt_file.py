@@ -51,6 +51,43 @@ def test_columns_may_stand_in_any_order_beside_others(tmp_path: Path) -> None:
     assert read_prompts(write(tmp_path, "a.jsonl", lines)) == [Prompt("7", "A cat", "")]
 
 
+SHEETS = [  # as spreadsheets and data frames write two prompts with a category
+    ("a.txt", 'prompt\tcategory\r\nA cat sits, then jumps.\tx\r\n"A ""dog"""\t\r\n', "utf-16"),  # "Unicode text"
+    ("a.csv", 'Prompt\tCategory\nA cat sits, then jumps.\tx\n"A ""dog"""\t\n', "utf-16-be"),
+    ("a.tsv", 'prompt\tcategory\nA cat sits, then jumps.\tx\n"A ""dog"""\t\n', "utf-8"),
+    ("a.csv", 'prompt;category\nA cat sits, then jumps.;x\n"A ""dog""";\n', "utf-8-sig"),
+    ("a.csv", 'sep=;\r\nprompt;category\r\nA cat sits, then jumps.;x\r\n"A ""dog""";\r\n', "utf-8"),
+    ("a.csv", 'category|prompt\nx|A cat sits, then jumps.\n|"A ""dog"""\n', "utf-8"),
+    ("a.csv", ',PROMPT,category,,\n0,"A cat sits, then jumps.",x,,\n1,"A ""dog""",,,,\n', "utf-8"),
+    ("a.csv", 'prompt,category,"a, b"\n"A cat sits, then jumps.",x\n"A ""dog""",,\n', "utf-8"),
+    (
+        "a.jsonl",
+        '{"Prompt": "A cat sits, then jumps.", "category": "x"}\n{"prompt": "A \\"dog\\"", "category": NaN}\n',
+        "utf-16",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "encoding"), SHEETS)
+def test_tables_of_spreadsheets_and_data_frames(tmp_path: Path, name: str, text: str, encoding: str) -> None:
+    mark = b"\xfe\xff" if encoding == "utf-16-be" else b""
+    found = read_prompts(write(tmp_path, name, mark + text.encode(encoding)))
+    assert found == [Prompt("row-1", "A cat sits, then jumps.", "x"), Prompt("row-2", 'A "dog"')]
+
+
+def test_a_table_of_one_column_as_text(tmp_path: Path) -> None:
+    """Its header is no prompt, and a comma does not end a cell; a text file without a header stays one."""
+    path = write(tmp_path, "a.txt", "Prompt\nA cat sits, then jumps.\n".encode("utf-16"))
+    assert read_prompts(path) == TWO[:1]
+    path.write_text("A prompt, and then\tanother\n")
+    assert [prompt.text for prompt in read_prompts(path)] == ["A prompt, and then\tanother"]
+
+
+def test_whole_numbers_that_a_table_made_fractions(tmp_path: Path) -> None:
+    text = '{"prompt": "x", "prompt_id": 7.0, "category": 2.0}\n{"prompt": "y", "prompt_id": NaN}\n'
+    assert read_prompts(write(tmp_path, "a.jsonl", text)) == [Prompt("7", "x", "2"), Prompt("row-2", "y")]
+
+
 def test_empty_rows_and_repeated_prompts_are_left_out_and_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -89,14 +126,26 @@ def test_parquet_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("a.csv", "prompt\n\n \n", "found no prompts"),
         ("a.csv", "text,Prompts\nA cat,\n", "found the columns text, Prompts; accepted: a column called prompt"),
         ("a.csv", "id,prompts\n1,A cat\n", "called prompt (nearest: prompts)"),
-        ("a.csv", "prompt,prompt\nA,B\n", "found a column twice"),
+        ("a.csv", "prompt,prompt\nA,B\n", "found the column prompt twice; accepted: each once"),
         ("a.csv", "prompt,category\nA cat sits, then jumps,animal\n", "row 1: found 3 cells; accepted: 2, as in"),
         ("a.csv", 'prompt\nA cat\n"A dog\n', "accepted: CSV"),
         ("a.csv", "prompt,category\nA cat,x\n,animal\n", "row 2: found no prompt; accepted: a text of 1 to"),
         ("a.csv", f"prompt\n{'a' * (LONGEST + 1)}\n", f"row 1: found {LONGEST + 1} characters"),
         ("a.csv", "prompt,prompt_id\nA cat,1\nA dog,1\n", "row 2: prompt_id: found '1', which row 1 has"),
         ("a.csv", b"prompt\nA caf\xe9\n", "found bytes that are no UTF-8 (at "),
-        ("a.csv", b"\xff\xfep\x00r\x00", "found bytes that are no UTF-8"),
+        ("a.csv", b"\xff\xfep\x00r", "found bytes that are no UTF-16"),
+        ("a.txt", "A cat".encode("utf-16-le"), "found zero bytes, as in UTF-16 without a byte order mark; accepted"),
+        ("a.csv", "prompt;category;;\nA cat;x;y;\n", "row 1: found 4 cells; accepted: 2, as in the header"),
+        ("a.csv", "text;category\nA cat;x\n", "found the columns text;category; accepted: a column called prompt"),
+        ("a.csv", "Prompt,PROMPT\nA,B\n", "found the column prompt twice"),
+        ("a.jsonl", '{"prompt": "A cat", "prompt": "A dog"}\n', "row 1: cannot be read (a key is given twice)"),
+        ("a.jsonl", '{"prompt": "A cat", "prompt_id": 7.5}\n', "row 1: prompt_id: found 7.5; accepted: text"),
+        (
+            "a.jsonl",
+            '{"prompts": ["A cat", "A dog"]}\n',
+            "row 1: prompts: found ['A cat', 'A dog']; accepted: \"prompt\"",
+        ),
+        ("a.jsonl", '{"prompt": NaN, "category": "x"}\n', "row 1: found no prompt"),
         ("a.jsonl", '{"prompt": "A cat"}\n{"prompt": "A d', "row 2: cannot be read"),
         ("a.jsonl", '{"prompt": "A cat"}\n["A dog"]\n', "row 2: found list; accepted: a JSON object"),
         ("a.jsonl", '{"prompt": "A cat"}\n{"text": "A dog"}\n', "row 2: found the columns text; accepted"),
@@ -104,7 +153,7 @@ def test_parquet_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("a.jsonl", '{"prompt": 3}\n', "row 1: prompt: found 3; accepted: text"),
         ("a.jsonl", '{"prompt": "A cat", "prompt_id": true}\n', "row 1: prompt_id: found True; accepted: text"),
         ("a.jsonl", '{"prompt": "A \\ud800 cat"}\n', "row 1: prompt: found 'A \\ud800 cat'; accepted: text"),
-        ("a.xlsx", "", "found the ending '.xlsx'; accepted: .csv, .jsonl, .parquet, .txt"),
+        ("a.xlsx", "", "found the ending '.xlsx'; accepted: .csv, .tsv, .jsonl, .parquet, .txt"),
     ],
 )
 def test_what_is_no_prompt_file_is_refused(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:

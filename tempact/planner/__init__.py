@@ -13,12 +13,11 @@ import math
 import re
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from tempact.prompt_file import unique_keys
 
-NAMES = {  # of a step's parts, in any case, with or without spaces, dashes and "frame" in them; the first counts
+NAMES = {  # of a step's parts, in any case, with or without spaces, dashes and FRAMES in them; the first counts
     "start": ("start", "from", "begin", "first"),
     "end": ("end", "to", "until", "stop", "last"),
     "span": ("span", "range", "interval", "frames"),
@@ -26,6 +25,8 @@ NAMES = {  # of a step's parts, in any case, with or without spaces, dashes and 
 }
 FIELDS = {name: field for field, names in NAMES.items() for name in names}
 LISTS = ("steps", "prompts", "plan", "scenes", "shots", "segments")  # names of lists of steps
+FRAMES = re.compile("latent|frames?")
+BOUND = re.compile(r"(?:frames?\s*)?([-+]?[\d.]+(?:e\+?\d)?)\s*(?:f|frames?)?", re.IGNORECASE)
 BETWEEN = re.compile(r"\s*(?:-|\u2013|\u2014|to|:|,)\s*")  # the two bounds of a span in a text
 UNREAD = ...  # stands where something stood that is no value
 DEEPEST = 50  # brackets inside each other
@@ -34,16 +35,17 @@ CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
 # the marks of other keyboards and word processors as those of JSON, one for one
 PLAIN = str.maketrans("［］｛｝（）【】，、；;：“”„‟＂‘’‚‛＇`´\ufeff\u200b\u2060", "[]{}()[],,,,:\"\"\"\"\"'''''''   ")
 BEGIN = re.compile(r"[\[{]|\((?=\s*[\[{(])")
-SPACE = re.compile(r"(?:\s++|//[^\n]*+|#[^\n]*+|/\*(?:[^*]|\*(?!/)){0,1000}+\*/)*+")  # with comments
+SPACE = re.compile(r"(?:\s++|//[^\n]*+|#[^\n]*+|/\*(?:[^*]|\*(?!/)){0,300}+\*/)*+")  # with comments
 NAME = r"[\w$][\w $.\-]{0,40}"
 QUOTED_KEY = re.compile(rf"[\"'](?:{NAME})[\"']\s*+[:=]")
 BARE_KEY = re.compile(r"[^\W\d][\w\-]{0,40}[\"']?\s*+[:=]")
 # one of the quotes may be missing, or the colon
-KEY = re.compile(rf"[\"']?({NAME}?)[\"']?\s*+[:=]>?|[\"']({NAME})[\"']\s++(?=[\"'\d\[{{-])")
+KEY = re.compile(rf"[\"']?({NAME}?)[\"']?(?:\s*+[:=])++>?|[\"']({NAME})[\"']\s++(?=[\"'\d\[{{-])")
 TEXT_END = {quote: re.compile(rf"\\.|{quote}", re.DOTALL) for quote in "\"'"}
 WORD = re.compile(r"[^\s,\[\](){}\"]+")
 WORD_END = re.compile(r"[,\]})]|\s++")
 DOUBLED = re.compile(r"\}\s*+,?\s*+\{")  # a bracket closed twice in an array
+STRAY = re.compile(rf"\]\s*+,?\s*+{QUOTED_KEY.pattern}")  # a bracket between the keys of an object
 ESCAPE = re.compile(r'\\(u[0-9a-fA-F]{4}|.|$)|"|[\r\n]\s*+', re.DOTALL)
 
 
@@ -65,15 +67,17 @@ def json_values(text: str) -> tuple[list[Any], dict[str, str]]:
             continue
         except json.JSONDecodeError as error:
             place, reason = error.pos, error.msg
-        except (ValueError, RecursionError) as error:
-            place, reason = at, "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        except RecursionError:
+            place, reason = at, "nested too deeply"
+        except ValueError as error:
+            place, reason = None, str(error)
         reader = _Reader(text, marks, at)
         values += reader.container()
         at = reader.at
-        if reader.repeated and "keys repeated" not in mistakes:
-            mistakes["keys repeated"] = _placed(text, *reader.repeated)
+        if reader.lost and "keys repeated" not in mistakes:
+            mistakes["keys repeated"] = _placed(text, *reader.lost)
         if "mended" not in mistakes:
-            mistakes["mended"] = _placed(text, place, reason)
+            mistakes["mended"] = _placed(text, place or reader.twice or begin.start(), reason)
     return values, mistakes
 
 
@@ -84,13 +88,15 @@ def _placed(text: str, at: int, what: str) -> str:
 class _Reader:
     """Reads one bracket of `text` from `at` on; `marks` is the text with plain marks of the same places.
 
-    repeated: place and description of the first key that is given twice.
+    twice: place of the first key that is given twice. lost: place and description of the first whose value is lost.
     """
 
     def __init__(self, text: str, marks: str, at: int):
         self.text, self.marks, self.at = text, marks, at
         self.open: list[str] = []  # what closes the brackets around
-        self.repeated: tuple[int, str] | None = None
+        self.stray = ""  # quotes that nothing closes any more
+        self.twice: int | None = None
+        self.lost: tuple[int, str] | None = None
 
     def container(self) -> list[Any]:
         """The value of the bracket here, in a list; more where it holds several objects without brackets of theirs."""
@@ -118,11 +124,13 @@ class _Reader:
     def _objects(self, pairs: list[tuple[str, int, Any]]) -> Iterable[dict[str, Any]]:
         found: dict[str, Any] = {}
         for name, place, value in pairs:
-            if name in found and len(found) > 1 and name == next(iter(found)):
-                yield found
-                found = {}
-            elif name in found:
-                self.repeated = self.repeated or (place, f"{name} is given twice")
+            if name in found:
+                self.twice = place if self.twice is None else self.twice
+                if len(found) > 1 and name == next(iter(found)):
+                    yield found
+                    found = {}
+                else:
+                    self.lost = self.lost or (place, f"{name} is given twice")
             found[name] = value
         yield found
 
@@ -135,8 +143,8 @@ class _Reader:
         while (at := self._skip(self.at)) < len(self.marks):
             self.at, mark = at, self.marks[at]
             if mark in "]})":
-                doubled = mark == "}" and self.open[-1] == "]" and DOUBLED.match(self.marks, at)
-                if mark != self.open[-1] and mark in self.open and not doubled:
+                stray = DOUBLED if self.open[-1] == "]" else STRAY
+                if mark != self.open[-1] and mark in self.open and not stray.match(self.marks, at):
                     return True  # an outer bracket ends, and this one with it
                 self.at += 1
                 if mark == self.open[-1]:
@@ -154,7 +162,7 @@ class _Reader:
         mark = self.marks[self.at : self.at + 1]
         if mark in PAIRS and len(self.open) < DEEPEST:
             return self.container()
-        if mark and mark in "\"'":
+        if mark and mark in "\"'" and mark not in self.stray:
             return [self._quoted(mark, key)]
         return [self._entry() if key is None else self._unquoted(key)]
 
@@ -174,7 +182,8 @@ class _Reader:
                 kept = self.marks[first : found.start()].rstrip(" \t\r\n,{}[]")  # its closing quote is missing
                 self.at = first + len(kept)
                 return _unescaped(self.text[first : self.at])
-        self.at = len(self.marks)  # cut off
+        self.stray += quote  # cut off, or a mark too many
+        self.at = first
         return UNREAD
 
     def _before(self, at: int) -> str:
@@ -185,16 +194,17 @@ class _Reader:
     def _ends(self, at: int, key: str | None) -> bool:
         """Whether a value may end at `at`, by what follows."""
         after = self._skip(at)
-        comma = self.marks.startswith(",", after)
+        line, comma = "\n" in self.marks[at:after], self.marks.startswith(",", after)
         if comma:
             after = self._skip(after + 1)
         mark = self.marks[after : after + 1]
         if not mark or mark in "]}" or mark == self.open[-1] or (comma and mark in "[{"):
             return True
         if key is None:
-            line = comma or "\n" in self.marks[at:after]
-            return line and (mark in "\"'(-" or mark.isdigit() or self.marks[after : after + 4].lower() in CONSTANTS)
-        bare = comma and key not in "\"'" and BARE_KEY.match(self.marks, after)
+            return (comma or line) and (
+                mark in "\"'(-" or mark.isdigit() or self.marks[after : after + 4].lower() in CONSTANTS
+            )
+        bare = (comma or line) and key not in "\"'" and BARE_KEY.match(self.marks, after)
         return bool(bare or QUOTED_KEY.match(self.marks, after))
 
     def _unquoted(self, key: str) -> Any:
@@ -238,28 +248,31 @@ def _unescaped(raw: str) -> str:
     return json.loads(f'"{ESCAPE.sub(one, raw)}"', strict=False)
 
 
-@dataclass
 class _Found:
-    """Entries that look like steps; array: they are those of one array."""
+    """Entries that look like steps, and the numbers that they give; array: they are those of one array."""
 
-    entries: list[Any]
-    array: bool
-
-    def bounds(self, name: str) -> list[float]:
-        """The numbers that the entries give for "start" or "end"."""
-        found = (number(step_fields(entry)[0].get(name)) for entry in self.entries if isinstance(entry, dict))
-        return [bound for bound in found if bound is not None]
+    def __init__(self, entries: list[Any], array: bool):
+        fields = [step_fields(entry)[0] for entry in entries if isinstance(entry, dict)]
+        bounds = [[number(own.get(name)) for own in fields] for name in ("start", "end")]
+        self.starts, self.ends = ([bound for bound in own if bound is not None] for own in bounds)
+        self.entries, self.array, self.known = entries, array, set(self.starts)
+        self.told = any("prompt" in own for own in fields)
 
     @property
-    def worth(self) -> tuple[bool, bool]:
-        return self.array, bool(self.bounds("start") or self.bounds("end"))
+    def worth(self) -> tuple[bool, bool, bool]:
+        return self.told, self.array, bool(self.starts or self.ends)
 
     def goes_on(self, other: _Found) -> bool:
         """Whether `other` is the rest of the same plan, and no other plan."""
-        starts, more, ends = self.bounds("start"), other.bounds("start"), self.bounds("end")
         if not self.array and not other.array:
-            return not set(starts) & set(more)
-        return bool(more and ends) and more[0] >= ends[-1]
+            return not any(start in self.known for start in other.starts)
+        return bool(other.starts and self.ends) and other.starts[0] >= self.ends[-1]
+
+    def add(self, other: _Found) -> None:
+        self.array, self.told = self.array or other.array, self.told or other.told
+        for own, more in ((self.entries, other.entries), (self.starts, other.starts), (self.ends, other.ends)):
+            own += more
+        self.known |= other.known
 
 
 def plan_entries(answer: str, repairs: dict[str, str]) -> list[Any]:
@@ -280,10 +293,10 @@ def plan_entries(answer: str, repairs: dict[str, str]) -> list[Any]:
     repairs |= mistakes
     plan = _Found([], False)
     for each in found:
-        if not any(each.worth) and not any(_plain(key) == "prompt" for key in each.entries[0]):
+        if not any(each.worth[1:]) and not any(_plain(key) == "prompt" for key in each.entries[0]):
             continue  # an object with a text, and nothing that tells a step from other objects
         if not plan.entries or plan.goes_on(each):
-            plan = _Found(plan.entries + each.entries, plan.array or each.array)
+            plan.add(each)
             continue
         repairs["drafts left out"] = "found several plans"
         plan = each if each.worth >= plan.worth else plan
@@ -297,17 +310,20 @@ def _search(value: Any, name: str = "", depth: int = 0) -> list[_Found]:
     if depth > DEEPEST:
         return []
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):  # JSON in a string
-        return [each for inner in json_values(value)[0] for each in _search(inner, name, depth + 1)]
+        return [each for inner in json_values(value)[0] for each in _search(inner, name, depth + DEEPEST // 2)]
     if isinstance(value, dict):
         inner = {key: _search(own, _plain(key), depth + 1) for key, own in value.items()}
         listed = [each for key, own in inner.items() if _plain(key) in LISTS for each in own]
         nested = listed or [each for own in inner.values() for each in own]
         fields = step_fields(value)[0]
         bounded = fields.keys() & {"start", "end"}
-        step = len(bounded) == 2 or not isinstance(fields.get("prompt", []), list | dict)
-        if not step or any(each.bounds("start") for each in nested):
+        step = bounded or not isinstance(fields.get("prompt", []), list | dict)
+        wrapper = not bounded and any(
+            _plain(key) in LISTS and (own is UNREAD or isinstance(own, list)) for key, own in value.items()
+        )
+        if not step or wrapper or any(each.starts and each.told for each in nested):
             return nested
-        return listed if listed and not bounded else [_Found([value], False)]
+        return [_Found([value], False)]
     if not isinstance(value, list):
         return []
     entries = [_triple(entry) for entry in value]
@@ -337,7 +353,7 @@ def step_fields(entry: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[
     named: dict[str, list[str]] = {}
     for key in entry:
         plain = _plain(key)
-        named.setdefault(plain if plain in FIELDS else plain.replace("frame", ""), []).append(key)
+        named.setdefault(plain if plain in FIELDS else FRAMES.sub("", plain), []).append(key)
     chosen = {}
     for field, names in NAMES.items():
         keys = [key for name in names for key in named.get(name, ())]
@@ -350,7 +366,7 @@ def step_fields(entry: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[
     fields = {field: entry[key] for field, key in chosen.items()}
     if "span" in fields:
         fields = dict(zip(("start", "end"), _span(fields.pop("span")), strict=True)) | fields
-    renamed = [key for field, key in chosen.items() if key != field]
+    renamed = [key for field, key in chosen.items() if key != field or field == "span"]
     return fields, renamed, [key for key in entry if key not in chosen.values()]
 
 
@@ -365,8 +381,8 @@ def _span(value: Any) -> tuple[Any, Any]:
 
 def number(value: Any) -> float | None:
     """A finite number, also one that stands in a text."""
-    if isinstance(value, str) and len(value) <= 12:
+    if isinstance(value, str) and len(value) <= 20 and (found := BOUND.fullmatch(value.strip())):
         with suppress(ValueError):
-            value = float(value)
+            value = float(found[1])
     good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
     return value if good else None

@@ -56,8 +56,8 @@ UNUSABLE = "unusable"
 ACCEPTED = 'a JSON file with steps: "start" and "end" (latent frames), "prompt"'
 ROUND_BY = {"nearest": lambda chunk: chunk // 2, "up": lambda chunk: chunk - 1}  # added before a floor division
 LOST = {  # what a planner's answer may lose and a user's plan may not, and what is accepted there
-    "mended": ACCEPTED,
     "keys repeated": "each key once",
+    "mended": ACCEPTED,
     "drafts left out": "the steps of one plan",
     "steps dropped": 'a text "prompt" in each step',
     "too many steps": "one step for each chunk, or fewer",

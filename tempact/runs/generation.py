@@ -101,6 +101,7 @@ def generate(
     pair = policies if isinstance(policies, PolicyPair) else load_policies(policies)
     request = Request("prompt", Prompt("", prompt), plan)
     own = plan or _planned(pair.planner, request, seed)
+    _warn_of_unseen(pair.executor, request)
     noise = gaussian_noise(seed, pair.executor.noise_shape(1, 1), pair.executor.device)
     yield from stream_frames(pair.executor, own, noise)
 
@@ -129,6 +130,7 @@ def make_videos(config: RunConfig, requests: Sequence[Request], asked: Asked, so
         weights = [] if adapter is None else [file_hash(file) for file in sorted(adapter.glob("adapter_model.*"))]
         with Progress("making chunks", len(requests) * asked.count * executor.settings.chunks) as progress:
             for number, request in enumerate(requests):
+                _warn_of_unseen(executor, request)
                 named = f"{number:03d}-" if len(requests) > 1 and not request.prompt.prompt_id else ""
                 stem = named + safe_name(request.prompt.prompt_id or request.prompt.text)
                 note = note_of(config, planned=request.plan is None)
@@ -203,6 +205,13 @@ def _planned(
     if plan.repairs:
         log.warning("%s: the planner's answer: %s", request.where, ", ".join(plan.repairs))
     return plan
+
+
+def _warn_of_unseen(executor: Executor, request: Request) -> None:
+    """A plan that is given may say more than the text encoder reads."""
+    for number, step in enumerate(request.plan.steps if request.plan else (), 1):
+        if unseen := executor.text_encoder.unseen(step.prompt):
+            log.warning("%s: step %d: the text encoder does not see its last words: %s", request.where, number, unseen)
 
 
 def _streamed(executor: Executor, plan: Plan, seed: int, progress: Progress) -> Iterator[Tensor]:

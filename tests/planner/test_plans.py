@@ -86,6 +86,155 @@ def test_repairs(response, repair, expected):
     assert spans(plan) == expected
 
 
+FOX, LEAP = "A red fox sits on a log.", "The fox leaps into the snow."
+RIGHT = plan_json([Step(0, 12, FOX), Step(12, 24, LEAP)])
+STEPS_OF_RIGHT = json.loads(RIGHT)
+DRAFT = plan_json([Step(0, 3, "It sits."), Step(3, 24, "It leaps.")])
+PYTHON = str(STEPS_OF_RIGHT)
+
+
+def swapped(*pairs: str, text: str = RIGHT) -> str:
+    """RIGHT with some words in place of others: old, new, old, new, ..."""
+    for old, new in zip(pairs[::2], pairs[1::2], strict=True):
+        assert old in text
+        text = text.replace(old, new)
+    return text
+
+
+WRITTEN = [  # both steps, as language models and people write them
+    ("mended", swapped("}]", "},]")),
+    ("mended", swapped('"}', '",}')),
+    ("mended", PYTHON),
+    ("mended", swapped("[", "(", "]", ")", text=PYTHON)),
+    ("mended", str([(0, 12, FOX), (12, 24, LEAP)])),
+    ("mended", swapped("fox sits", "fox\nsits")),
+    ("mended", swapped("fox sits", "fox\r\n    sits")),
+    ("mended", swapped("A red", "\\A\\ red", "snow.", "snow\\.")),
+    ("mended", swapped(',"', '，"', '":', '"：', "},{", "}，{")),
+    ("mended", swapped("[", "【", "]", "】", "{", "｛", "}", "｝")),
+    ("mended", swapped('"start"', "“start”", '"end"', "‘end’", '"prompt":"', "“prompt”: “", '"}', "”}")),
+    ("mended", swapped("},{", '}, // now "it" leaps\n{', "[{", "/* it's */ [{", '"end":24', '# last\n"end":24')),
+    ("mended", swapped("},{", "} {")),
+    ("mended", swapped("},{", "}\n\n{")),
+    ("mended", swapped(',"end"', ' "end"', ',"prompt"', '\n"prompt"')),
+    ("mended", swapped("},{", ",{")),
+    ("mended", swapped("},{", ",")),
+    ("mended", swapped("},{", "}},{")),
+    ("mended", swapped("[", "{", "]", "}")),
+    ("mended", RIGHT[:-1]),
+    ("mended", RIGHT[:-2]),
+    ("mended", swapped('log."', "log.")),
+    ("mended", swapped('"A red', "A red")),
+    ("mended", swapped('"end":24', '"end:24', '"start":0', 'start":0')),
+    ("mended", swapped('"start"', "start", '"end"', "end", '"prompt"', "prompt")),
+    ("mended", swapped('"', "", ",", ", ", ":", ": ")),
+    ("mended", swapped('"', "", ",", "\n", ":", ": ")),
+    ("mended", swapped('":', '"=')),
+    ("mended", swapped('"start":', '"start" ')),
+    ("mended", swapped(f'"{FOX}"', f"`{FOX}`", f'"{LEAP}"', f'"""{LEAP}"""')),
+    ("mended", swapped('"', '\\"')),
+    ("mended", swapped('"', '\\"', ",", ",\\n")),
+    ("mended", "I split it [it's two: a, b. " + RIGHT),
+    ("mended", "With {start, end, prompt}: " + RIGHT),
+    ("extracted", "\ufeff" + RIGHT),
+    ("extracted", f"```\n```json\n{RIGHT}\n```\n```"),
+    ("extracted", f"<answer>{RIGHT}</answer>"),
+    ("extracted", swapped("},{", "}\n{")[1:-1]),
+    ("extracted", swapped("},{", "}]\n[{")),
+    ("extracted", swapped("},{", "}],{")),
+    ("extracted", json.dumps(RIGHT)),
+    ("extracted", json.dumps({"name": "plan", "arguments": json.dumps({"steps": STEPS_OF_RIGHT})})),
+    ("extracted", json.dumps({"prompt": "A fox.", "steps": STEPS_OF_RIGHT})),
+    ("extracted", json.dumps([{"prompt": "A fox.", "start": 0, "end": 24, "shots": STEPS_OF_RIGHT}])),
+    ("extracted", json.dumps({"prompt": "A fox.", "steps": [{"prompt": FOX}, {"prompt": LEAP}]})),
+    ("extracted", json.dumps({"prompt": "A fox.", "steps": [FOX, LEAP]})),
+    ("extracted", json.dumps({"Plan": {"Scenes": STEPS_OF_RIGHT, "cast": [{"name": "fox", "description": "red"}]}})),
+    ("extracted", json.dumps(dict(zip(("step_1", "step_2"), STEPS_OF_RIGHT, strict=True)))),
+    ("extracted", json.dumps([[0, 12, FOX], [12, 24, LEAP]])),
+    ("extracted", json.dumps([FOX, LEAP])),
+    ("drafts left out", f"{DRAFT}\nOr rather:\n{RIGHT}"),
+    ("drafts left out", f"```json\n{DRAFT}\n```\nToo short.\n```json\n{RIGHT}\n```"),
+    ("drafts left out", swapped("},{", "}\n{", text=DRAFT)[1:-1] + "\n" + swapped("},{", "}\n{")[1:-1]),
+    ("drafts left out", json.dumps({"draft": json.loads(DRAFT), "final": STEPS_OF_RIGHT})),
+    ("drafts left out", RIGHT + ' as in {"start": 0, "end": 3, "prompt": "x"}'),
+    ("keys renamed", swapped('"start"', '"start_frame"', '"end"', '"end_frame"')),
+    ("keys renamed", swapped('"start"', '"startFrame"', '"end"', '"End Frame"', '"prompt"', '"Caption"')),
+    ("keys renamed", swapped('"start"', '"Start"', '"end"', '"END"', '"prompt"', '"description"')),
+    ("keys renamed", swapped('"start"', '"from"', '"end"', '"to"', '"prompt"', '"text"')),
+    ("keys renamed", json.dumps([{"span": [0, 12], "prompt": FOX}, {"span": {"from": 12, "to": 24}, "prompt": LEAP}])),
+    ("keys renamed", json.dumps([{"frames": "0-12", "prompt": FOX}, {"frames": "12 to 24", "prompt": LEAP}])),
+    ("keys repeated", swapped('"prompt":"A', '"prompt":"x","prompt":"A')),
+    ("keys repeated", f'{{"steps":{DRAFT},"steps":{RIGHT}}}'),
+    ("bounds unread", swapped(":24", ":NaN")),
+    ("bounds unread", swapped(":24", ":true")),
+    ("bounds unread", swapped(":24", ": ")),
+    ("bounds unread", swapped(":12", ': "noon"')),
+    ("bounds filled", swapped(":24", ":None")),
+    ("bounds converted", swapped(":12", ':"12 frames"', ":24", ":24.0")),
+    ("steps dropped", swapped("},{", "}, ..., {")),
+    ("steps dropped", swapped("},{", '}, "and then", null, {')),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("repair", "text"), WRITTEN)
+def test_both_steps_are_read_and_the_repair_is_named(repair, text):
+    plan = parse(text)
+    assert list(plan.steps) == [Step(0, 12, FOX), Step(12, 24, LEAP)]
+    assert plan.format_score == 0.5 and repair in plan.repairs
+
+
+QUOTES = [  # what stands in the first step's text, and is read of it
+    ('A "red" fox', 'A "red" fox'),
+    ('"A" red fox', '"A" red fox'),
+    ('A fox, "red", leaps', 'A fox, "red", leaps'),
+    ('It says "go"', 'It says "go"'),
+    ('It says "go: now", and goes', 'It says "go: now", and goes'),
+    ("It says “go”", "It says “go”"),
+    ("The fox\\'s den", "The fox's den"),
+    ("The fox's den, the foxes' den", "The fox's den, the foxes' den"),
+    ("C:\\wolf \\u00e9 \\u12", "C:wolf é u12"),
+    ("{one} [two]\nthree", "{one} [two] three"),
+]
+
+
+@pytest.mark.parametrize("quote", ['"', "'"])
+@pytest.mark.parametrize(("inside", "read"), QUOTES)
+def test_quotes_and_escapes_in_a_text(inside, read, quote):
+    text = swapped(FOX, inside, "}]", "},]").replace('":"', f'":{quote}').replace('"}', f"{quote}}}")
+    assert [step.prompt for step in parse(text).steps] == [read, LEAP]
+
+
+@pytest.mark.parametrize("end", range(RIGHT.index(LEAP[5]) - len(RIGHT) + 2, -4))
+def test_a_step_that_is_cut_off_is_named(end):
+    plan = parse(RIGHT[: RIGHT.index("},{") + 3] + RIGHT[RIGHT.index("},{") + 3 : end])
+    assert [step.prompt for step in plan.steps] == [FOX] and "steps dropped" in plan.repairs
+
+
+def test_steps_and_spans_stay_together_when_sorted_and_cut():
+    found = parse(rows(*((3 * i, 3 * i + 3, f"step {i}") for i in (7, 2, 0, 5, 9, 1, 4, 8, 6, 3))))
+    assert list(found.steps) == [Step(3 * i, 3 * i + 3, f"step {i}") for i in range(8)]  # the first ones are kept
+    assert {"sorted", "too many steps"} == set(found.repairs)
+
+
+def test_bounds_beyond_the_video_and_truth_values_are_no_bounds():
+    assert spans(parse(rows((0, 10**9, "a"), (10**9, 24, "b")))) == [(0, 21), (21, 24)]
+    assert spans(parse(rows((0, -(10**9), "a"), (-(10**9), 24, "b")))) == [(0, 3), (3, 24)]
+    plan = parse(rows((False, 12, "a"), (12, True, "b")))
+    assert spans(plan) == [(0, 12), (12, 24)] and plan.repairs == ("bounds unread",)
+    plan = parse(rows((0, 12, "a"), (True, 24, "b")))
+    assert spans(plan) == [(0, 12), (12, 24)] and plan.repairs == ("bounds unread",)
+
+
+def test_what_only_looks_like_steps_is_none():
+    for text in (
+        '{"text": "I cannot do this."}',
+        "I can't do this [sorry].",
+        "[the plan]",
+        '{"prompt": "x", "steps": []}',
+    ):
+        assert parse(text).repairs == ("unusable",)
+
+
 ROUNDED = [  # frames, chunk, rounding, a switch asked for, the chunk start that it gets
     (120, 3, "nearest", 40, 39),
     (120, 3, "up", 40, 42),  # as LongLive: the first chunk start at or after the switch

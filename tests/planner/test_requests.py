@@ -66,6 +66,107 @@ def test_parquet(tmp_path: Path) -> None:
     assert second.plan is None and second.seed is None
 
 
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_seeds_that_a_table_made_fractions(tmp_path: Path, ending: str) -> None:
+    rows = {"prompt": ["x", "y"], "seed": [42.0, float("nan")], "plan": [None, None]}
+    path = tmp_path / f"a.{ending}"
+    if ending == "parquet":
+        pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow: pip install -e '.[parquet]'")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table(rows), path)
+    elif ending == "csv":
+        path.write_text("prompt,seed\nx,42.0\ny,\n")
+    else:
+        path.write_text("\n".join(json.dumps({key: rows[key][i] for key in rows}) for i in range(2)))
+    assert [request.seed for request in read_requests(path, 18, 3)] == [42, None]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_list_of_prompts_is_a_plan_of_equal_steps(tmp_path: Path, ending: str) -> None:
+    path, lists = tmp_path / f"a.{ending}", [["A", "B", "C"], ["D", "E"]]
+    if ending == "parquet":
+        pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow: pip install -e '.[parquet]'")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"prompts": lists}), path)
+    else:
+        path.write_text("\n".join(json.dumps({"prompts": own}) for own in lists))
+    first, second = read_requests(path, 18, 3)
+    assert first.prompt.text == "A B C" and first.plan is not None and second.plan is not None
+    assert first.plan.steps == (Step(0, 6, "A"), Step(6, 12, "B"), Step(12, 18, "C"))
+    assert second.plan.steps == (Step(0, 9, "D"), Step(9, 18, "E"))
+
+
+LONG = "A fox. " * 115 + "Last."  # 810 characters
+
+
+def test_long_prompts_of_a_users_plan_are_kept(tmp_path: Path) -> None:
+    steps = [{"start": 0, "end": 6, "prompt": LONG}, {"start": 6, "end": 18, "prompt": LONG * 40}]
+    path = written(tmp_path, json.dumps(steps), "plan.json")
+    plan = read_plan(path, "x", 18, 3)
+    assert plan.steps == (Step(0, 6, LONG), Step(6, 18, LONG * 40)) and plan.repairs == ()
+    (request,) = read_requests(written(tmp_path, json.dumps({"prompt": "x", "plan": steps}), "p.jsonl"), 18, 3)
+    assert request.plan is not None and request.plan.steps == plan.steps
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_plan_file_of_another_program(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text("```json\n" + json.dumps({"prompt": "x", "Steps": STEPS}) + "\n```", encoding=encoding)
+    assert read_plan(path, "x", 18, 3).steps == READ
+
+
+OFF = [  # what is lost in a user's plan, as it is said
+    (
+        json.dumps(STEPS, indent=1).replace("},", "}"),
+        "line 7, column 2: Expecting ',' delimiter; accepted: a JSON file",
+    ),
+    (json.dumps(STEPS, indent=1).replace('"b"', '"b",'), "line 1"),
+    (str(STEPS), "line 1, column 3: Expecting property name"),
+    (json.dumps(STEPS).replace('"a"', '"a\n"'), "line 1, column 37: Invalid control character"),
+    (
+        json.dumps(STEPS, indent=1).replace('"a"', '"a", "end": 3'),
+        "line 5, column 18: end is given twice; accepted: each key once",
+    ),
+    (
+        "[{" + json.dumps(STEPS)[2:-2].replace("}, {", ", ") + "}]",
+        "line 1, column 40: a key is given twice; accepted: a",
+    ),
+    (json.dumps(STEPS)[:-9], "line 1, column 65: "),
+    (
+        json.dumps([STEPS[0], {"start": 6, "end": 18}]),
+        "step 2: found no text to read in {'start': 6, 'end': 18}; accepted",
+    ),
+    (json.dumps([STEPS[0], None]), 'step 2: found no text to read in None; accepted: a text "prompt" in each step'),
+    (json.dumps([STEPS[0], STEPS[1] | {"start": "soon"}]), "step 2: start: found 'soon'; accepted: \"start\" and"),
+    (json.dumps([STEPS[0], STEPS[1] | {"end": True}]), "step 2: end: found True"),
+    (json.dumps([STEPS[0], STEPS[1] | {"end": float("nan")}]), "step 2: end: found nan"),
+    (
+        json.dumps([{"prompt": "a", "end_s": 6}, {"prompt": "b", "start_s": 6}]),
+        "step 1: found the keys end_s; accepted",
+    ),
+    (json.dumps([{"prompt": "a", "frames": 6}, {"prompt": "b", "frames": 12}]), "step 1: start: found [6]; accepted"),
+    (
+        json.dumps({"prompts": list("abcdefg")}),
+        "found 7 steps in 6 chunks; accepted: one step for each chunk, or fewer",
+    ),
+    (json.dumps([STEPS, STEPS]), "found several plans; accepted: the steps of one plan"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), OFF)
+def test_what_a_users_plan_would_lose_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    path = written(tmp_path, text, "plan.json")
+    with pytest.raises(UserError) as caught:
+        read_plan(path, "x", 18, 3)
+    assert str(caught.value).startswith(f"{path}: {words}") and "\n" not in str(caught.value)
+    rows = written(tmp_path, json.dumps({"prompt": "x", "plan": text}), "p.jsonl")
+    with pytest.raises(UserError) as caught:
+        read_requests(rows, 18, 3)
+    assert str(caught.value).startswith(f"{rows}: row 1: plan: {words}")
+
+
 def test_a_plan_is_fitted_to_the_video_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = json.dumps({"prompt": "x", "plan": STEPS})
     (request,) = read_requests(written(tmp_path, text, "p.jsonl"), 24, 6)

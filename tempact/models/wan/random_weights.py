@@ -55,3 +55,6 @@ class RandomText(nn.Module):
                 seed = int.from_bytes(hashlib.sha256(word.encode("utf-8", "surrogatepass")).digest()[:7], "big")
                 row[i] = torch.randn(self.text_dim, generator=torch.Generator().manual_seed(seed))
         return rows.to(self.device)
+
+    def unseen(self, prompt: str) -> str:
+        return " ".join(prompt.split()[self.text_len :])

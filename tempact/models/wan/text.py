@@ -50,6 +50,9 @@ class PromptEncoder(Protocol):
     def encode(self, prompts: list[str]) -> Tensor:
         """Text rows [n, text_len, text_dim], zero past each prompt's end."""
 
+    def unseen(self, prompt: str) -> str:
+        """The words at a prompt's end that have no place in its rows."""
+
     def requires_grad_(self, requires_grad: bool = True) -> Self: ...
 
 
@@ -70,6 +73,11 @@ class TextEncoder(nn.Module):
             row[: len(tokens)] = torch.tensor(tokens)
         # EOS closes every row and pad differs from it, so the mask follows from the ids
         return ids, ids != pad
+
+    def unseen(self, prompt: str) -> str:
+        places = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        rest = places[self.text_len - 1 :]  # the last row is the end token's
+        return prompt[rest[0][0] :].strip() if rest else ""
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Text rows [n, text_len, text_dim], zero past each prompt's end, of the ids and mask of `tokenize`."""
@@ -232,6 +240,13 @@ class CachedTextEncoder(nn.Module):
         device = None if self.loaded is None else self.loaded.model.device
         padded = {n: F.pad(own, (0, 0, 0, self.text_len - len(own))) for n, own in rows.items() if own is not None}
         return torch.stack([padded[prompt] for prompt in prompts]).to(device)
+
+    def unseen(self, prompt: str) -> str:
+        kept = self._read(self.path_of(prompt))
+        if kept is not None and len(kept) < self.text_len:
+            return ""
+        self.loaded = self.loaded or self.load()
+        return self.loaded.unseen(clean_prompt(prompt))
 
     def _encoded(self, encoder: TextEncoder, prompts: list[str]) -> dict[str, Tensor]:
         """The rows of each prompt without padding, on the host; they are also written to disk."""
