@@ -58,11 +58,13 @@ def json_values(text: str) -> tuple[list[Any], dict[str, str]]:
     The kinds are "mended" and "keys repeated"; of a key given twice the last value counts, and an object whose first
     key comes again is two objects without the brackets between them. Never raises.
     """
-    values, mistakes, marks, at = [], {}, text.translate(PLAIN), 0
-    while begin := BEGIN.search(marks, at):
+    values: list[Any] = []
+    mistakes: dict[str, str] = {}
+    reader = _Reader(text)
+    while begin := BEGIN.search(reader.marks, reader.at):
         at = begin.start()
         try:
-            value, at = STRICT.raw_decode(text, at)
+            value, reader.at = STRICT.raw_decode(text, at)
             values.append(value)
             continue
         except json.JSONDecodeError as error:
@@ -71,13 +73,12 @@ def json_values(text: str) -> tuple[list[Any], dict[str, str]]:
             place, reason = at, "nested too deeply"
         except ValueError as error:
             place, reason = None, str(error)
-        reader = _Reader(text, marks, at)
+        reader.at = at
         values += reader.container()
-        at = reader.at
         if reader.lost and "keys repeated" not in mistakes:
             mistakes["keys repeated"] = _placed(text, *reader.lost)
         if "mended" not in mistakes:
-            mistakes["mended"] = _placed(text, place or reader.twice or begin.start(), reason)
+            mistakes["mended"] = _placed(text, place or reader.twice or at, reason)
     return values, mistakes
 
 
@@ -86,13 +87,13 @@ def _placed(text: str, at: int, what: str) -> str:
 
 
 class _Reader:
-    """Reads one bracket of `text` from `at` on; `marks` is the text with plain marks of the same places.
+    """Reads brackets of `text` from `at` on; `marks` is the text with plain marks in the same places.
 
     twice: place of the first key that is given twice. lost: place and description of the first whose value is lost.
     """
 
-    def __init__(self, text: str, marks: str, at: int):
-        self.text, self.marks, self.at = text, marks, at
+    def __init__(self, text: str):
+        self.text, self.marks, self.at = text, text.translate(PLAIN), 0
         self.open: list[str] = []  # what closes the brackets around
         self.stray = ""  # quotes that nothing closes any more
         self.twice: int | None = None

@@ -81,7 +81,7 @@ class PlanVerdict(BaseModel):
     def score(self) -> float:
         """J in [0, 0.9]."""
         raw = 0.4 * self.faithfulness + 0.25 * self.coverage + 0.25 * self.temporal
-        return min(1.0, max(0.0, raw - 0.3 * self.hallucination))
+        return max(0.0, raw - 0.3 * self.hallucination)
 
 
 class StepVerdict(BaseModel):

@@ -28,7 +28,7 @@ def flow_grpo_gradient(
 
     Args:
         velocity, old, reference, noise: [B, C, c, H, W] fp32, one recorded transition a row.
-        advantage, mask: [B]; rows with a False mask do not count, whatever their advantage (NaN too).
+        advantage, mask: [B]; rows with a False mask do not count, whatever their numbers (NaN too).
         clip: epsilon of the ratio clip (see `clip_epsilon`).
         kl_weight: beta_v.
         terms: counted rows of the whole update, so that losses and gradients of its micro-batches add up.
@@ -43,6 +43,8 @@ def flow_grpo_gradient(
         velocity, old, reference, noise, torch.where(mask, advantage, 0.0),
         clip=clip, loss_weight=weight, kl_weight=kl_weight * weight,
     )  # fmt: skip
+    # a weight of 0 times an infinite ratio is no 0
+    gradient = gradient.masked_fill_(~mask.view(-1, *[1] * (gradient.ndim - 1)), 0.0)
     shares = {
         "loss": each.loss + kl_weight * each.kl,
         "kl": each.kl,

@@ -25,7 +25,7 @@ def gspo_loss(
         log_probs, old, reference: [P, L] fp32 log-probabilities of the sampled tokens at temperature 1; only
             log_probs gets a gradient. What lies outside token_mask is never read.
         token_mask: [P, L] bool, tokens that count; an empty row counts as one token of ratio 1.
-        advantage, mask: [P]; sequences whose mask is False count for nothing.
+        advantage, mask: [P]; sequences whose mask is False count for nothing, whatever their numbers (NaN too).
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         kl_weight: beta of k3 = exp(d) - d - 1, d = reference - log_probs, which is never negative.
         terms: counted sequences of the whole update, where these are a micro-batch of it: losses, gradients and
@@ -36,6 +36,8 @@ def gspo_loss(
         clip_ratio/low, clip_ratio/high.
     """
     token_mask, mask, advantage = (t.to(log_probs.device) for t in (token_mask, mask, advantage))
+    # zeroed before the loss: a gradient of 0 times an infinite ratio or a missing advantage is no 0
+    token_mask, advantage = token_mask & mask[:, None], torch.where(mask, advantage, 0.0)
     tokens = token_mask.sum(1).clamp_min(1)
     moved = torch.where(token_mask, log_probs - old.detach(), 0.0)
     ratio = moved.sum(1).div(tokens).exp()

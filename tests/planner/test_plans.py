@@ -210,6 +210,16 @@ def test_a_step_that_is_cut_off_is_named(end):
     assert [step.prompt for step in plan.steps] == [FOX] and "steps dropped" in plan.repairs
 
 
+@pytest.mark.parametrize("text", [RIGHT, PYTHON, json.dumps({"prompt": "A fox.", "steps": STEPS_OF_RIGHT}, indent=1)])
+@pytest.mark.parametrize("mark", ["", *"\"'{}[],:"])
+def test_one_wrong_mark_never_loses_a_step_in_silence(text, mark):
+    """A mark left out ("") or put in at every place."""
+    for i in range(len(text)):
+        found = parse(text[:i] + mark + text[i + (not mark) :])
+        named = {"steps dropped", "drafts left out", "unusable"} & set(found.repairs)
+        assert len(found.steps) == 2 or named or mark == "]", (text[:i], found)
+
+
 def test_steps_and_spans_stay_together_when_sorted_and_cut():
     found = parse(rows(*((3 * i, 3 * i + 3, f"step {i}") for i in (7, 2, 0, 5, 9, 1, 4, 8, 6, 3))))
     assert list(found.steps) == [Step(3 * i, 3 * i + 3, f"step {i}") for i in range(8)]  # the first ones are kept
@@ -321,7 +331,25 @@ def test_plans_fit_other_lengths_and_chunks(value, size):
 
 
 @pytest.mark.parametrize(
-    "response", ['{"a":' * 3900, "{" * 20_000, '{"prompt":"x"}' * 1400, '[{"prompt":' * 1800, "[" * 20_000]
+    "response",
+    [
+        '{"a":' * 3900,
+        "{" * 20_000,
+        '{"prompt":"x"}' * 1400,
+        '[{"prompt":' * 1800,
+        "[" * 20_000,
+        '[""/*' * 4000,
+        '{"prompt":"' + " {a:“" * 3900,
+        '{"prompt":"x","start":0} ' * 800,
+        '[""' + " " * 19_000,
+        "[x] " * 5000,
+        '["' * 9999,
+        '{"a":1,"a":2}"' * 1400,
+        '{"a":"b ' + '"//' * 6600,
+        '{a: "' + "b\n" * 9000,
+        '{\\"a\\":{' * 2200,
+        "{'a': (" * 2800,
+    ],
 )
 def test_hostile_responses_take_bounded_time(response):
     started = time.monotonic()

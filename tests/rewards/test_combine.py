@@ -46,6 +46,12 @@ def test_missing_stays_missing() -> None:
     assert not torch.isnan(scored.temporal_following).any()
 
 
+def test_a_plan_quality_out_of_range_is_missing() -> None:
+    for wild in (1.01, -0.01, float("inf"), -float("inf")):
+        scored = score(reward_set(plan_quality=torch.tensor([0.9, wild])), *world())
+        assert scored.plan_quality[0].item() == pytest.approx(0.9) and torch.isnan(scored.plan_quality[1])
+
+
 def test_what_is_no_score_is_missing_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     wild = torch.tensor([[0.0, 1.0, 1.2], [-0.1, float("inf"), 0.5]])
     with caplog.at_level(logging.WARNING):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -36,6 +37,13 @@ def plan_quality(judges: FakeJudges, plans: PlanBatch) -> torch.Tensor:
 def test_the_formula(verdict: tuple[float, ...], score: float) -> None:
     made = PlanVerdict(**dict(zip(GOOD, verdict, strict=True)))
     assert made.score() == pytest.approx(score, abs=1e-12)
+
+
+def test_every_verdict_scores_between_0_and_0_9() -> None:
+    scores = [
+        PlanVerdict(**dict(zip(GOOD, marks, strict=True))).score() for marks in itertools.product((0, 0.3, 1), repeat=4)
+    ]
+    assert min(scores) == 0.0 and max(scores) == pytest.approx(0.9, abs=1e-12)
 
 
 def test_scores_go_to_their_plans_and_steps_are_the_planners_own() -> None:

@@ -129,6 +129,14 @@ def test_a_group_of_equal_rewards_gets_exactly_zero_and_is_counted(others: float
     assert torch.equal(gradient[0:7], torch.zeros(7, 12)) and bool(gradient.any()) == bool(others)
 
 
+def test_the_threshold_of_flat_groups_is_between_rounding_and_the_finest_scores():
+    steps = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    rewards = 0.7 + torch.stack([6e-7 * steps, 1e-5 * steps, 0.1 * steps])  # half of that from their means
+    advantage, _, metrics = group_advantages(rewards, 5.0, EXECUTION_EPS)
+    assert torch.equal(advantage[0], torch.zeros(4)) and (advantage[1:] != 0).all()
+    assert metrics["frac_reward_zero_std"] == pytest.approx(1 / 3)
+
+
 def test_shift_and_scale_of_rewards_change_nothing():
     rewards = draw_scored(4, 6).aesthetics
     advantage, _, metrics = group_advantages(rewards, 2.0, EXECUTION_EPS)

@@ -128,6 +128,25 @@ def test_rows_outside_the_mask_count_for_nothing_even_without_an_advantage():
     assert numbers(some[1]) == pytest.approx(numbers(alone[1]), rel=1e-5)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e6, 1e6])
+@pytest.mark.parametrize("part", [0, 1, 2, 3])  # velocity, old, reference, noise
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_rows_outside_the_mask_leave_the_gradient_finite(part: int, value: float, backend: str):
+    """Whatever their numbers: ratios of 0 and infinity too."""
+    tensors = list(transitions())
+    shown = MASK[:, None, None]
+    clean = [torch.where(shown, t, 0.0) for t in tensors[:4]]
+    clean[part] = torch.where(shown, clean[part], value)
+    other = 1 if part == 3 else 3
+    clean[other] = torch.where(shown, clean[other], 1.0)
+    options = {"clip": CLIP, "kl_weight": 0.1, "terms": counted()}
+    with runtime.backend(backend):
+        found = flow_grpo_gradient(*clean, torch.where(MASK, tensors[4], math.nan), MASK, **options)
+        alone = flow_grpo_gradient(*(t[MASK] for t in tensors), MASK[MASK], **options)
+    torch.testing.assert_close(found[0][MASK], alone[0], rtol=1e-5, atol=1e-9)
+    assert (found[0][~MASK] == 0).all() and numbers(found[1]) == pytest.approx(numbers(alone[1]), rel=1e-5)
+
+
 def test_zero_advantages_leave_the_kl_gradient_alone():
     v, v_old, v_ref, noise, _ = transitions()
     found, _ = flow_grpo_gradient(v, v_old, v_ref, noise, torch.zeros(ROWS), MASK, clip=CLIP, kl_weight=0.1, terms=ROWS)

@@ -125,15 +125,53 @@ def test_padding_and_prompt_tokens_have_no_effect():
     assert (results[1][1][~mask] == 0).all() and (results[1][1][mask] != 0).any()
 
 
-def test_plans_outside_the_mask_are_as_good_as_absent():
+@pytest.mark.parametrize("advantage", [math.nan, math.inf, -1e30, 0.5])
+@pytest.mark.parametrize("log_prob", [None, math.nan, -math.inf, 1e3, -1e3])  # the last two: ratios of 0 and infinity
+def test_plans_outside_the_mask_are_as_good_as_absent(advantage: float, log_prob: float | None):
     log_probs, old, reference, mask = sequences()
     keep = torch.tensor([True, False, True, False])
-    advantage = torch.where(keep, ADVANTAGE, math.nan)
-    some = gspo_loss(log_probs, old, reference, mask, advantage, keep, **CLIP, kl_weight=0.1)
-    rows = (log_probs[keep], old[keep], reference[keep], mask[keep], ADVANTAGE[keep], EVERY[:2])
-    alone = gspo_loss(*rows, **CLIP, kl_weight=0.1)
-    assert some[0].item() == pytest.approx(alone[0].item(), rel=1e-6)
-    assert some[1] == pytest.approx(alone[1], rel=1e-5)
+    new = log_probs if log_prob is None else torch.where(keep[:, None], log_probs, log_prob)
+    new = new.clone().requires_grad_()
+    loss, metrics = gspo_loss(
+        new, old, reference, mask, torch.where(keep, ADVANTAGE, advantage), keep, **CLIP, kl_weight=0.1
+    )
+    loss.backward()
+    alone = log_probs[keep].clone().requires_grad_()
+    expected, own = gspo_loss(
+        alone, old[keep], reference[keep], mask[keep], ADVANTAGE[keep], EVERY[:2], **CLIP, kl_weight=0.1
+    )
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6) and metrics == pytest.approx(own, rel=1e-5)
+    torch.testing.assert_close(new.grad[keep], alone.grad, rtol=1e-6, atol=0)
+    assert (new.grad[~keep] == 0).all()
+
+
+def test_the_reference_and_the_old_policy_get_no_gradient():
+    log_probs, old, reference, mask = (t.requires_grad_() if t.is_floating_point() else t for t in sequences())
+    gspo_loss(log_probs, old, reference, mask, ADVANTAGE, EVERY, **CLIP, kl_weight=0.1)[0].backward()
+    assert log_probs.grad is not None and log_probs.grad.any() and old.grad is None and reference.grad is None
+
+
+def test_metrics_are_means_over_the_plans_that_count():
+    log_probs, _, reference, mask = sequences()
+    old = log_probs - torch.tensor([1e-3, -1e-3, 0.0, -2e-3])[:, None]
+    keep = torch.tensor([True, True, False, True])
+    wide = {"clip_low": 4e-4, "clip_high": 6e-4}
+    _, found = gspo_loss(log_probs, old, reference, mask, ADVANTAGE, keep, **wide, kl_weight=0.3)
+    rows = []
+    for new, was, start, own in zip(*(t.double() for t in (log_probs, old, reference)), mask, strict=True):
+        gap = (start - new)[own]
+        rows.append(((new - was)[own].mean().exp().item(), (gap.exp() - gap - 1).mean().item()))
+    ratios, kl = (torch.tensor(own, dtype=torch.float64) for own in zip(*rows, strict=True))
+    low, high = (ratios < 1 - 4e-4) & (ADVANTAGE < 0), (ratios > 1 + 6e-4) & (ADVANTAGE > 0)
+    clipped = ratios.clamp(1 - 4e-4, 1 + 6e-4)
+    loss = -torch.minimum(ratios * ADVANTAGE, clipped * ADVANTAGE) + 0.3 * kl
+    expected = {
+        "loss": loss, "kl": kl, "ratio": ratios, "ratio_deviation": (ratios - 1).abs(), "clip_ratio/low": low.double(),
+        "clip_ratio/high": high.double(),
+    }  # fmt: skip
+    assert found == pytest.approx({name: own[keep].mean().item() for name, own in expected.items()}, rel=1e-4, abs=1e-7)
+    assert found["clip_ratio/low"] == pytest.approx(2 / 3) and found["clip_ratio/high"] == pytest.approx(1 / 3)
 
 
 def test_nothing_to_count_gives_zero_loss_and_zero_gradient():
