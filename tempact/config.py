@@ -75,9 +75,16 @@ def choice(*names: str) -> Rule:
     return Rule(", ".join(name or "nothing" for name in names), lambda value: value in names)
 
 
+WHOLE_CHUNKS = at_least(1, "a positive multiple of executor.chunk_frames")
 COUNT, NOT_NEGATIVE, OR_ALL = at_least(1), at_least(0), at_least(0, "0 (all), or at least 1")
 POSITIVE = Rule("above 0", lambda value: 0 < value < inf)
 SHARE = Rule("above 0, at most 1", lambda value: 0 < value <= 1)
+# a trained policy is that of the full distribution, and its last denoising step, being deterministic, is not trained
+TEMPERATURE = Rule("1, or above 0 where the planner is not trained", POSITIVE.good)
+TOP_P = Rule("1, or above 0 and at most 1 where the planner is not trained", SHARE.good)
+TOP_K = at_least(0, "0 (off), or more where the planner is not trained")
+SOME_STEPS = Rule("two or more, or one where the executor is not trained", bool)
+OUTAGE = Rule("above judges.attempt_s", POSITIVE.good)
 DECAY = Rule("0 to 1", lambda value: 0 <= value <= 1)
 SEED = Rule(f"0 to {LARGEST_SEED}", lambda value: 0 <= value <= LARGEST_SEED)
 GROUP = at_least(2, "at least 2 (a group's members are compared)")
@@ -91,7 +98,7 @@ FALLING = Rule(
     lambda steps: all(a > b for a, b in pairwise((TRAIN_TIMESTEPS + 1, *steps, 0))),
 )
 SIZE = Rule(
-    f"multiples of {TOKEN_PIXELS}x{TOKEN_PIXELS}",
+    f"positive multiples of {TOKEN_PIXELS}",
     lambda size: all(side > 0 and side % TOKEN_PIXELS == 0 for side in size),
     lambda size: "x".join(map(str, size)),
 )
@@ -119,16 +126,21 @@ class Window:
     def check(self, frames: int, chunk: int) -> None:
         """UserError if a video of `frames` latent frames cannot be made in chunks of `chunk`."""
         if self.window is not None and not 1 <= chunk <= self.window - self.sink:
-            room = f"1 to {self.window - self.sink} with this window ({self.window} frames, {self.sink} of them sink)"
+            fitting = ", ".join(str(n) for n in range(1, self.window - self.sink + 1) if frames % n == 0)
+            room = f"{fitting} with this window ({self.window} frames, {self.sink} of them sink) and {frames} frames"
             refuse("executor.chunk_frames", chunk, room)
         if frames < 1 or frames % chunk:
             whole = f"a positive multiple of the chunk, executor.chunk_frames ({chunk}), in latent frames"
             refuse("executor.frames", frames, whole)
         if self.max_frames is not None and frames > self.max_frames:
-            refuse("executor.frames", frames, f"at most {self.max_frames} latent frames with this window")
+            longest = self.max_frames // chunk * chunk
+            refuse(
+                "executor.frames", frames, f"whole chunks of {chunk}, at most {longest} latent frames, with this window"
+            )
         if self.positions == "absolute" and frames > ROPE_POSITIONS:
-            end = f"at most {ROPE_POSITIONS} latent frames (RoPE positions), or a window of relative positions"
-            refuse("executor.frames", frames, end)
+            longest = ROPE_POSITIONS // chunk * chunk
+            end = f"whole chunks of {chunk}, at most {longest} latent frames (RoPE positions)"
+            refuse("executor.frames", frames, f"{end}, with this window, or one of relative positions")
 
 
 WINDOWS = {  # docs/backbones.md section 2
@@ -185,9 +197,9 @@ class PlannerConfig:
     train: bool = key(True, TRAINING, "the planner is trained")
     plans_per_prompt: int = key(4, TRAINING, "plans sampled for a prompt, M: a planning group", GROUP)
     max_new_tokens: int = key(192, VIDEO, "longest response, tokens", COUNT)
-    temperature: float = key(1.0, VIDEO, "temperature of sampling; 1 where the planner is trained", POSITIVE)
-    top_p: float = key(1.0, VIDEO, "probability mass that is sampled from; 1 where the planner is trained", SHARE)
-    top_k: int = key(0, VIDEO, "tokens that are sampled from; 0 (off) where trained", at_least(0, "0 (off) or more"))
+    temperature: float = key(1.0, VIDEO, "temperature of sampling", TEMPERATURE)
+    top_p: float = key(1.0, VIDEO, "probability mass that is sampled from", TOP_P)
+    top_k: int = key(0, VIDEO, "tokens that are sampled from", TOP_K)
     clip_low: float = key(3e-4, TRAINING, "clip of the sequence ratio below 1", POSITIVE)
     clip_high: float = key(4e-4, TRAINING, "clip of the sequence ratio above 1", POSITIVE)
     kl_weight: float = key(5e-4, TRAINING, "weight of the divergence from the reference", NOT_NEGATIVE)
@@ -220,11 +232,11 @@ class ExecutorConfig:
     video_size: tuple[int, int] = key((480, 832), VIDEO, "height and width of a Wan checkpoint's videos, pixels", SIZE)
     train: bool = key(True, TRAINING, "the executor is trained")
     continuations: int = key(8, TRAINING, "continuations of a plan, N: an execution group", GROUP)
-    frames: int = key(24, VIDEO, "length of a video, latent frames: whole chunks", COUNT)
+    frames: int = key(24, VIDEO, "length of a video, latent frames", WHOLE_CHUNKS)
     chunk_frames: int = key(3, VIDEO, "length of a chunk, latent frames", COUNT)
     window: str = key("full", VIDEO, "frames that a chunk attends to (docs/backbones.md section 2)", choice(*WINDOWS))
     text_switch: str = key("cross_attention", VIDEO, "a new prompt changes its own K/V, or the history's too", SWITCHES)
-    timesteps: tuple[int, ...] = key((1000, 750, 500, 250), VIDEO, "noise levels before the shift", SOME, FALLING)
+    timesteps: tuple[int, ...] = key((1000, 750, 500, 250), VIDEO, "noise levels before the shift", SOME_STEPS, FALLING)
     first_timesteps: tuple[int, ...] = key((), VIDEO, "timesteps of the first chunk; nothing: the same", FALLING)
     shift: float = key(5.0, VIDEO, "shift of the noise levels", POSITIVE)
     eta: float = key(1.0, VIDEO, "noise of a transition; 0 would leave nothing to learn from", SHARE)
@@ -264,7 +276,7 @@ class JudgeSettings:
     deadline_s: float = key(120.0, RUN, "seconds for a call, with its retries and pauses", POSITIVE)
     attempt_s: float = key(60.0, RUN, "seconds for one request", POSITIVE)
     attempts: int = key(4, RUN, "requests of a call", COUNT)
-    outage_s: float = key(300.0, RUN, "silence of all servers of a role after which a run stops, seconds", POSITIVE)
+    outage_s: float = key(300.0, RUN, "silence of all servers of a role after which a run stops, seconds", OUTAGE)
     max_tokens: int = key(2048, RUN, "length of a reply, thinking included", COUNT)
     max_tokens_name: str = key("max_tokens", RUN, "its field in a request; nothing: left out", REQUEST_FIELD)
     temperature: float = key(0.0, TRAINING, "of a judge's replies", NOT_NEGATIVE)

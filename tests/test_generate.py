@@ -116,7 +116,9 @@ def test_the_planner_may_sample_as_it_is_not_trained(tmp_path: Path, capsys: pyt
     """In training, other settings than those of the full distribution are refused."""
     options = ["--prompt", INSTRUCTION, "--output", tmp_path / "out", "--device", "cpu"]
     assert len(run(capsys, *options, "--planner.temperature", 0.1, "--planner.top_p", 0.9)) == 3
-    assert "planner.temperature: found 0.0; accepted: above 0" in refused(capsys, *options, "--planner.temperature", 0)
+    assert "planner.temperature: found 0.0; accepted: 1, or above 0" in refused(
+        capsys, *options, "--planner.temperature", 0
+    )
 
 
 def test_no_video_takes_the_place_of_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -339,6 +341,28 @@ def test_a_plan_file_that_holds_none(tmp_path: Path, capsys: pytest.CaptureFixtu
     said = refused(capsys, *NO_PLANNER, "--prompt", "x", "--plan", plan, "--output", tmp_path / "out")
     words = "cannot be read" if text is None else "found no "
     assert words in said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [40, 100])
+def test_words_that_the_text_encoder_does_not_see_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: int
+) -> None:
+    """ShapeWorld's encoder reads 63 tokens; the plan itself is kept."""
+    prompt = "The red circle moves. " + " ".join(["circle"] * (words - 4))
+    steps = [{"start": 0, "end": 12, "prompt": "The red circle moves."}, {"start": 12, "end": 24, "prompt": prompt}]
+    file = plan_file(tmp_path, steps)
+    out = str(tmp_path / "out")
+    assert generate.main(["--prompt", INSTRUCTION, "--plan", str(file), "--output", out, "--device", "cpu"]) == 0
+    captured = capsys.readouterr()
+    told = [line for line in captured.err.splitlines() if "does not see" in line]
+    (plan,) = (Path(line) for line in captured.out.splitlines() if line.endswith(".json"))
+    assert json.loads(plan.read_text())["steps"][1]["prompt"] == prompt
+    if words < 60:
+        assert told == []
+    else:
+        (line,) = told
+        unseen = line.rpartition("--prompt: step 2: the text encoder does not see its last words: ")[2]
+        assert prompt.endswith(unseen) and 30 < len(unseen.split()) < 42
 
 
 def test_an_instruction_of_a_file_that_shapeworld_does_not_know(

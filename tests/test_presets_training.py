@@ -177,9 +177,12 @@ def test_two_iterations_from_random_weights(
         (["--data.prompts_per_iteration", "4"], "found 3 prompts; accepted: at least data.prompts_per_iteration (4)"),
         (
             ["--executor.frames", "1026"],
-            "executor.frames: found 1026; accepted: at most 1024 latent frames",
+            "executor.frames: found 1026; accepted: whole chunks of 3, at most 1023 latent",
         ),
-        (["--executor.chunk_frames", "15"], "executor.chunk_frames: found 15; accepted: 1 to 9 with this window"),
+        (
+            ["--executor.chunk_frames", "15"],
+            "executor.chunk_frames: found 15; accepted: 1, 3, 5 with this window",
+        ),
         ([], "environment: found no address of the judge plan_quality"),
     ],
 )

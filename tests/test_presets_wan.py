@@ -88,7 +88,9 @@ def test_what_was_asked_for_stays_in_the_authors_inference() -> None:
     asked = replace(base, executor=replace(base.executor, frames=12, precision="fp32"))
     assert (backbone_inference(asked).executor.frames, backbone_inference(asked).executor.precision) == (12, "fp32")
     assert backbone_inference(small("longlive", frames=240)).executor.frames == 240
-    with pytest.raises(UserError, match="found 60; accepted: at most 21 latent frames with this window"):
+    with pytest.raises(
+        UserError, match="executor.frames: found 60; accepted: whole chunks of 3, at most 21 latent frames"
+    ):
         backbone_inference(replace(base, executor=replace(base.executor, frames=60)))
     with pytest.raises(
         UserError, match="--inference: found backbone with the preset shapeworld-full; accepted: a pres"
@@ -138,7 +140,7 @@ def test_random_text_is_that_of_its_words_alone() -> None:
         ({"weights": ""}, "executor.weights: found nothing, and the preset self-forcing has none of its own; accepted"),
         ({"adapters": ("lora.pt",)}, "executor.adapters: found 1; accepted: none on random weights"),
         ({"precision": "fp8"}, "precision: found 'fp8'; accepted: fp32, bf16"),
-        ({"video_size": (32, 40)}, "executor.video_size: found 32x40; accepted: multiples of 16x16"),
+        ({"video_size": (32, 40)}, "executor.video_size: found 32x40; accepted: positive multiples of 16"),
         ({"weights": "random-small"}, "found nothing at random-small; accepted: "),
         ({"frames": 20}, "executor.frames: found 20; accepted: a positive multiple of the chunk"),
     ],

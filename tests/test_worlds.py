@@ -84,7 +84,7 @@ def test_a_published_checkpoint_is_rolled_out_and_updated(release: Path, tmp_pat
         ({"precision": "fp8"}, "precision: found 'fp8'; accepted: fp32, bf16, bf16-fp32-gates"),
         ({"adapters": ("gone.pt",)}, "executor.adapters: gone.pt: found no file; accepted: "),
         ({"wan_folder": "gone"}, "executor.wan_folder: gone is not a folder; accepted: Wan2.1-T2V-1.3B"),
-        ({"video_size": (16, 24)}, "executor.video_size: found 16x24; accepted: multiples of 16x16"),
+        ({"video_size": (16, 24)}, "executor.video_size: found 16x24; accepted: positive multiples of 16"),
         ({"weights": "shapeworld", "frames": 24, "precision": "bf16"}, "accepted: none and fp32 in ShapeWorld"),
         ({"weights": "shapeworld", "frames": 24, "adapters": ("x",)}, "accepted: none and fp32 in ShapeWorld"),
         ({"weights": "gone.pt"}, "found nothing at gone.pt; accepted: shapeworld, a folder with weights, a Wan check"),

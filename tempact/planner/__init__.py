@@ -282,7 +282,8 @@ def plan_entries(answer: str, repairs: dict[str, str]) -> list[Any]:
     Of several plans it is the last one; arrays count before single objects, and plans with bounds before others. The
     repairs that this takes are added to `repairs`, with what was found. Never raises.
     """
-    whole, mistakes = None, {}
+    whole: Any = None
+    mistakes: dict[str, str] = {}
     try:
         whole = STRICT.decode(answer.strip())
         found = _search(whole)

@@ -265,7 +265,7 @@ def test_scores_under_other_settings_are_never_mixed(bench: Bench) -> None:
 
 def test_a_length_that_the_window_cannot_make_is_refused(bench: Bench) -> None:
     bench.frames = (6, 24)
-    with pytest.raises(UserError, match="found 24; accepted: at most 21"):
+    with pytest.raises(UserError, match="found 24; accepted: whole chunks of 3, at most 21"):
         bench.run()
     assert bench.planner.frames == 6 and bench.executor.settings.frames == 6
 

@@ -71,7 +71,7 @@ def test_recached_frames_keep_the_sink_only_beyond_the_window() -> None:
 def test_lengths_that_cannot_be_made_are_refused() -> None:
     with pytest.raises(UserError, match="executor.frames: found 20; accepted: a positive multiple of the chunk"):
         WINDOWS["full"].check(20, C)
-    with pytest.raises(UserError, match="found 24; accepted: at most 21"):
+    with pytest.raises(UserError, match="found 24; accepted: whole chunks of 3, at most 21"):
         WINDOWS["self-forcing"].check(24, C)
     WINDOWS["longlive"].check(240, C)
 
@@ -86,16 +86,20 @@ def test_absolute_positions_end_and_relative_ones_do_not(name: str) -> None:
         assert own[-1] - history[0] == window.window - 1
     elif window.max_frames is None:
         window.check(last, C)
-        with pytest.raises(UserError, match=f"found {last + C}; accepted: at most {ROPE_POSITIONS} .*relative"):
+        with pytest.raises(
+            UserError, match=f"found {last + C}; accepted: whole chunks of 3, at most {last} .*relative"
+        ):
             window.check(last + C, C)
     else:
-        with pytest.raises(UserError, match=f"found {last}; accepted: at most {window.max_frames} latent frames with"):
+        with pytest.raises(UserError, match=f"found {last}; accepted: whole chunks of 3, at most {window.max_frames} "):
             window.check(last, C)
 
 
 @pytest.mark.parametrize("chunk", [0, 10, 12])
 def test_a_chunk_fits_into_the_window_beside_the_sink(chunk: int) -> None:
-    with pytest.raises(UserError, match=f"executor.chunk_frames: found {chunk}; accepted: 1 to 9 with this window"):
+    with pytest.raises(
+        UserError, match=f"executor.chunk_frames: found {chunk}; accepted: 1, 2, 3, 4, 5, 6, 8 with this window"
+    ):
         WINDOWS["longlive"].check(120, chunk)
     WINDOWS["longlive"].check(117, 9)
     assert WINDOWS["longlive"].attended(18, 9) == [0, 1, 2]

@@ -118,6 +118,25 @@ def test_every_published_layout_encodes_alike(tmp_path: Path, layout: str) -> No
     assert half.dtype == torch.bfloat16 and (half.float() - rows[:3]).abs().max() < 0.05 * rows.abs().max()
 
 
+def test_the_words_past_the_rows_are_known(tmp_path: Path) -> None:
+    encoder = TextEncoder(make_model(), make_tokenizer(), LENGTH)
+    fits, longer = " ".join(["circle"] * (LENGTH - 1)), " ".join(["circle"] * (LENGTH - 1) + ["blue", "red"])
+    assert (encoder.unseen(fits), encoder.unseen(longer), encoder.unseen("")) == ("", "blue red", "")
+    assert torch.equal(encoder.encode([longer]), encoder.encode([fits]))
+    loads: list[int] = []
+
+    def load() -> TextEncoder:
+        loads.append(1)
+        return encoder
+
+    for known in (False, True):  # known: from the cache, where only a prompt that may be cut asks for the encoder
+        cached = CachedTextEncoder(load, "x", tmp_path, LENGTH)
+        if not known:
+            cached.encode(["circle", longer])
+        assert (cached.unseen("circle"), cached.unseen(longer)) == ("", "blue red")
+    assert len(loads) == 2
+
+
 def test_prompts_are_cleaned_as_wan_cleans_them() -> None:
     # ftfy leaves HTML alone where it sees a tag: the unescaping is ours
     assert clean_prompt("  A cafÃ©&amp;amp;bar\n\t <b>opens  &lt;now&gt; ") == "A café&bar <b>opens <now>"

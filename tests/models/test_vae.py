@@ -187,7 +187,7 @@ def test_codec_has_wans_sizes_and_refuses_others(vae: AutoencoderKLWan) -> None:
     assert codec.latent_size(480, 832) == FULL_SIZE and codec.pixel_frames(21) == 81
     assert (codec.latent_channels, codec.fps) == (16, 16.0)
     for call, message in (
-        (lambda: codec.latent_size(481, 832), "executor.video_size: found 481x832; accepted: positive multiples of 8"),
+        (lambda: codec.latent_size(488, 832), "executor.video_size: found 488x832; accepted: positive multiples of 16"),
         (lambda: WanDecoder(AutoencoderKLWan(base_dim=8, is_residual=True)), "vae: found is_residual True"),
     ):
         with pytest.raises(UserError, match=message):

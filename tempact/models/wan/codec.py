@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tempact.config import TOKEN_PIXELS
 from tempact.errors import UserError
 
 LATENT_STRIDE = 4  # pixel frames of every latent frame of Wan's but the first, which gives one
@@ -121,9 +122,9 @@ class WanCodec(Codec):
         raise NotImplementedError
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """(H, W) of the latents of a height x width video; UserError unless both are multiples of 8."""
-        if height < 1 or width < 1 or height % SPACE_STRIDE or width % SPACE_STRIDE:
-            accepted = f"positive multiples of {SPACE_STRIDE}"
+        """(H, W) of the latents of a height x width video; UserError unless both are multiples of 16."""
+        if height < 1 or width < 1 or height % TOKEN_PIXELS or width % TOKEN_PIXELS:
+            accepted = f"positive multiples of {TOKEN_PIXELS}"
             raise UserError(f"executor.video_size: found {height}x{width}; accepted: {accepted}")
         return height // SPACE_STRIDE, width // SPACE_STRIDE
 
