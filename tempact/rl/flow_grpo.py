@@ -40,10 +40,9 @@ def flow_grpo_gradient(
     """
     weight = mask.to(velocity.dtype) / terms
     each, gradient = flow_policy_loss_and_grad(
-        velocity, old, reference, noise, torch.where(mask, advantage, 0.0),
-        clip=clip, loss_weight=weight, kl_weight=kl_weight * weight,
-    )  # fmt: skip
-    # a weight of 0 times an infinite ratio is no 0
+        velocity, old, reference, noise, advantage, clip=clip, loss_weight=weight, kl_weight=kl_weight * weight
+    )
+    # a weight of 0 times an infinite ratio or a missing advantage is no 0
     gradient = gradient.masked_fill_(~mask.view(-1, *[1] * (gradient.ndim - 1)), 0.0)
     shares = {
         "loss": each.loss + kl_weight * each.kl,

@@ -36,8 +36,7 @@ def gspo_loss(
         clip_ratio/low, clip_ratio/high.
     """
     token_mask, mask, advantage = (t.to(log_probs.device) for t in (token_mask, mask, advantage))
-    # zeroed before the loss: a gradient of 0 times an infinite ratio or a missing advantage is no 0
-    token_mask, advantage = token_mask & mask[:, None], torch.where(mask, advantage, 0.0)
+    token_mask = token_mask & mask[:, None]  # a gradient of 0 times an infinite ratio or a missing advantage is no 0
     tokens = token_mask.sum(1).clamp_min(1)
     moved = torch.where(token_mask, log_probs - old.detach(), 0.0)
     ratio = moved.sum(1).div(tokens).exp()

@@ -229,6 +229,7 @@ def test_steps_and_spans_stay_together_when_sorted_and_cut():
 def test_bounds_beyond_the_video_and_truth_values_are_no_bounds():
     assert spans(parse(rows((0, 10**9, "a"), (10**9, 24, "b")))) == [(0, 21), (21, 24)]
     assert spans(parse(rows((0, -(10**9), "a"), (-(10**9), 24, "b")))) == [(0, 3), (3, 24)]
+    assert spans(parse(rows((0, None, "a"), (None, None, "b"), (10**400, 24, "c")))) == [(0, 18), (18, 21), (21, 24)]
     plan = parse(rows((False, 12, "a"), (12, True, "b")))
     assert spans(plan) == [(0, 12), (12, 24)] and plan.repairs == ("bounds unread",)
     plan = parse(rows((0, 12, "a"), (True, 24, "b")))

@@ -152,9 +152,10 @@ def test_the_reference_and_the_old_policy_get_no_gradient():
     assert log_probs.grad is not None and log_probs.grad.any() and old.grad is None and reference.grad is None
 
 
-def test_metrics_are_means_over_the_plans_that_count():
+@pytest.mark.parametrize("sign", [1, -1])
+def test_metrics_are_means_over_the_plans_that_count(sign: int):
     log_probs, _, reference, mask = sequences()
-    old = log_probs - torch.tensor([1e-3, -1e-3, 0.0, -2e-3])[:, None]
+    old = log_probs - sign * torch.tensor([1e-3, -1e-3, 0.0, -2e-3])[:, None]
     keep = torch.tensor([True, True, False, True])
     wide = {"clip_low": 4e-4, "clip_high": 6e-4}
     _, found = gspo_loss(log_probs, old, reference, mask, ADVANTAGE, keep, **wide, kl_weight=0.3)
@@ -171,7 +172,8 @@ def test_metrics_are_means_over_the_plans_that_count():
         "clip_ratio/high": high.double(),
     }  # fmt: skip
     assert found == pytest.approx({name: own[keep].mean().item() for name, own in expected.items()}, rel=1e-4, abs=1e-7)
-    assert found["clip_ratio/low"] == pytest.approx(2 / 3) and found["clip_ratio/high"] == pytest.approx(1 / 3)
+    stopped = (2 / 3, 1 / 3) if sign > 0 else (0.0, 0.0)
+    assert (found["clip_ratio/low"], found["clip_ratio/high"]) == pytest.approx(stopped)
 
 
 def test_nothing_to_count_gives_zero_loss_and_zero_gradient():
