@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     asked = made.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", help="the instruction")
     asked.add_argument(
-        "--prompts", type=Path, help="CSV, JSONL, parquet or text: prompt, and category, prompt_id, plan, seed"
+        "--prompts", type=Path, help="CSV, TSV, JSONL, parquet or text: prompt, and category, prompt_id, plan, seed"
     )
     made.add_argument("--plan", type=Path, help="a plan (JSON: steps with start, end, prompt) instead of the planner's")
     made.add_argument("--adapter", type=Path, help="a PEFT folder of the executor, in the place of a run's")
