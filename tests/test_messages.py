@@ -33,6 +33,7 @@ VALUES = {
     "a positive multiple of executor.chunk_frames": (["0"], ["3"]),
     "above judges.attempt_s": (["0"], ["60.5"]),
     "each module:function": (["mine.score"], ["mine:score"]),
+    "a name, or nothing": (["two words"], ["max_completion_tokens"], [""]),
     "falling numbers in (0, 1000]": (["5", "7"], ["1000", "7"]),
     "positive multiples of 16": (["30", "40"], ["16", "48"]),
 }
