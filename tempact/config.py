@@ -90,6 +90,7 @@ SEED = Rule(f"0 to {LARGEST_SEED}", lambda value: 0 <= value <= LARGEST_SEED)
 GROUP = at_least(2, "at least 2 (a group's members are compared)")
 SOME = Rule("at least one", bool)
 SWITCHES = choice("cross_attention", "recache")
+HELD_OUT = choice("test", "validation")
 LIGER = choice("auto", "off", "model", "all")
 FOLDER = Rule("a folder", lambda name: bool(name.strip()))
 BETAS = Rule("each 0 to below 1", lambda betas: all(0 <= beta < 1 for beta in betas))
@@ -301,6 +302,7 @@ class EvaluationConfig:
     bootstrap: int = key(2000, RUN, "resamples of the bootstrap", COUNT)
     batch: int = key(64, RUN, "videos that are made together", COUNT)
     seed: int = key(1234, RUN, "seed of prompts, plans and noise", SEED)
+    split: str = key("test", RUN, "ShapeWorld's instructions: settings are chosen on validation", HELD_OUT)
 
 
 @dataclass(frozen=True)

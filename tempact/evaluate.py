@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tempact.cli import callable_command, parse_run, preset_or_run, refuse_named
 from tempact.config import RunConfig
-from tempact.errors import LineParser, UserError, guarded
+from tempact.errors import LineParser, Stopped, UserError, guarded
 from tempact.evaluation import (
     BOTH,
     CONDITIONS,
@@ -41,8 +41,16 @@ ORDER_ONLY = ("judge", "pickscore", "prompts", "seeds", "frames", "conditions", 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad input, 3 a judge that was silent for too long (what was scored is kept)."""
-    return guarded(lambda: _evaluate(*_parser().parse_known_args(argv)))
+    """Exit codes: 0 done, 2 bad input, 3 a judge that was silent for too long, 130 stopped (what was done is kept)."""
+    return guarded(lambda: _goes_on(*_parser().parse_known_args(argv)))
+
+
+def _goes_on(arguments: argparse.Namespace, options: list[str]) -> int:
+    try:
+        return _evaluate(arguments, options)
+    except Stopped:
+        sys.stderr.write("what is done is kept; the same command goes on from here\n")
+        raise
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--hard", type=int, help="videos of the hard set (default: as the run, or all prompts)")
     made.add_argument("--seed", type=int, help="of prompts, plans and noise (default: as the run)")
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: as the run")
+    made.add_argument("--threads", type=int, help="CPU threads (default: as the run)")
+    made.add_argument("--split", choices=("test", "validation"), help="of ShapeWorld's instructions (default: test)")
     order = made.add_argument_group(TEMPORAL_ORDER)
     order.add_argument("--output", type=Path, help="folder (default: temporal-order in the run's or preset's own)")
     order.add_argument("--judge", nargs="*", choices=tuple(ROLES), help="default: in-domain")
@@ -83,6 +93,8 @@ def _evaluate(arguments: argparse.Namespace, options: list[str]) -> int:
         from tempact.runs.evaluation import evaluate_shapeworld
 
         return evaluate_shapeworld(config, run, partial(_load, config, run))
+    if arguments.split is not None:
+        raise UserError("--split: is not for --suite temporal-order; accepted there: --prompts SET=FILE")
     asked = _benchmark_options(arguments, config, real_video=world.real_video, trained=run is not None)
 
     from tempact.runs.evaluation import evaluate_benchmark
@@ -104,17 +116,18 @@ def _load(config: RunConfig, run: Path | None) -> tuple[PolicyPair, str]:
 def _configured(arguments: argparse.Namespace, options: list[str]) -> tuple[RunConfig, Path | None]:
     """The configuration of the preset or run with the command line's values, and the run's folder if it is one."""
     source, run = preset_or_run(arguments.target)
-    own = {"evaluation.seed": arguments.seed, "device": arguments.device}
+    own = {"evaluation.seed": arguments.seed, "evaluation.split": arguments.split}
+    own |= {"device": arguments.device, "threads": arguments.threads}
     given = [word for key, value in own.items() if value is not None for word in (f"--{key}", str(value))]
     return parse_run([*source, *options, *given], PROGRAM)[0], run
 
 
-def _shapeworld_counts(arguments: argparse.Namespace) -> dict[str, int]:
+def _shapeworld_counts(arguments: argparse.Namespace) -> dict[str, Any]:
     """How many videos of each set were asked for. UserError for options that ShapeWorld's suite lacks."""
     given = next((name for name in ORDER_ONLY if getattr(arguments, name) is not None), None)
     if given is not None:
         name = given.replace("_", "-")
-        raise UserError(f"--{name}: is not for --suite shapeworld; accepted: --simple, --hard, --seed")
+        raise UserError(f"--{name}: is not for --suite shapeworld; accepted: --simple, --hard, --seed, --split")
     counts = {name: getattr(arguments, name) for name in ("simple", "hard") if getattr(arguments, name) is not None}
     for name, count in counts.items():
         if count < 1:

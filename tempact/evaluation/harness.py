@@ -26,12 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tempact.evaluation import Method
-from tempact.evaluation.judges import PICKSCORE_FRAMES, JudgedVideo, Verdict, VideoJudge, file_hash, judged_frames
+from tempact.evaluation.judges import PICKSCORE_FRAMES, JudgedVideo, Verdict, VideoJudge, judged_frames
 from tempact.evaluation.ledger import Ledger, Row, register
 from tempact.evaluation.prompts import OrderPrompt
 from tempact.evaluation.statistics import MethodScores
 from tempact.executor.sampler import derive_seed
-from tempact.files import safe_name, writing
+from tempact.files import file_hash, safe_name, writing
 from tempact.types import Plan, Prompt, Step
 from tempact.video import read_mp4, save_mp4
 
@@ -128,7 +128,7 @@ class Sample:
 class Evaluation:
     """A suite in a folder: makes and scores what is missing there, and gives what is done.
 
-    noise: `executor.sampler.gaussian_noise`, from seed, shape and device.
+    noise: `executor.sampler.gaussian_noise`, from seed, shape and device. again: missing scores are asked for again.
     """
 
     def __init__(
@@ -139,45 +139,59 @@ class Evaluation:
         executor: Executor,
         noise: Callable[[int, tuple[int, ...], torch.device], NoiseSource],
         files: VideoFormat,
+        again: bool = False,
     ):
         """UserError for a ledger in `folder` that cannot be read."""
         self.folder, self.suite, self.files = folder, suite, files
         self.planner, self.executor, self.noise = planner, executor, noise
-        self._plans = Ledger(folder / PLANS, ("prompt_id", "planner", "seed"))
-        self._videos = Ledger(folder / VIDEOS, ("prompt_id", "condition", "seed"))
-        self.scores = Ledger(folder / SCORES, ("prompt_id", "condition", "seed", "judge"))
+        plan, video = ("steps", "format_score", "repairs", "response"), ("file", "sha256", "steps")
+        self._plans = Ledger(folder / PLANS, ("prompt_id", "planner", "seed"), plan)
+        self._videos = Ledger(folder / VIDEOS, ("prompt_id", "condition", "seed"), video)
+        self.scores = Ledger(folder / SCORES, ("prompt_id", "condition", "seed", "judge"), ("scores", "sha256"))
         self._waiting: dict[Future[Verdict], Row] = {}
-        self._again = False
+        self._again = again
 
-    def run(self, policies: str, tell: Callable[[str], None], *, retry_missing: bool = False) -> None:
-        """Makes and scores what is missing; `tell` is given a word on what is being done.
+    def run(
+        self, policies: str, tell: Callable[[str], None], step: Callable[[int], None] = lambda videos: None
+    ) -> None:
+        """Makes and scores what is missing; `tell` is given a word on what is being done, `step` how many of `left`
+        have been made and shown to the judges since.
 
         Videos are judged while the next ones are made. Leaves the global random state as it was. UserError where the
         folder holds scores that were obtained under other settings (policies: as for `Suite.settings`), and for a
-        length that the window cannot make. What a judge raises is raised once the verdicts that came are written.
+        length that the window cannot make. Whatever ends this early, what a judge raises too, is raised once the
+        verdicts that came are written.
         """
         register(self.folder / SETTINGS, self.suite.settings(policies))
-        self._again = retry_missing
         if len(self.scores):
             log.info("%s: goes on with %d scores", self.scores.path, len(self.scores))
-        for name, prompts in self.suite.prompts.items():
-            with self._at_length(self.suite.frames[name]):
-                for method in self.suite.methods:
-                    tell(f"{method.name}, {name}")
-                    for seed in range(self.suite.seeds):
-                        for first in range(0, len(prompts), self.suite.batch):
-                            some = prompts[first : first + self.suite.batch]
-                            self._make(method, first, some, seed)
-                            for group in self.suite.groups(some):
-                                self._judge(method, group, seed)
-        tell("waiting for the judges")
-        while self._waiting:
-            self._write_down(block=True)
+        try:
+            for name, prompts in self.suite.prompts.items():
+                with self._at_length(self.suite.frames[name]):
+                    for method in self.suite.methods:
+                        tell(f"{method.name}, {name}")
+                        for seed in range(self.suite.seeds):
+                            self._work_off(method, prompts, seed, step)
+            if self._waiting:
+                tell("waiting for the judges")
+            while self._waiting:
+                self._write_down(block=True)
+        finally:
+            self._write_down(block=False)
+
+    @property
+    def left(self) -> int:
+        """How many videos are not made or lack a judge's verdict."""
+        seeds, suite = range(self.suite.seeds), self.suite
+        return sum(len(self._left(method, suite.all_prompts, seed)) for method in suite.methods for seed in seeds)
 
     def video(self, method: Method, prompt: OrderPrompt, seed: int) -> Row | None:
-        """The row of a video whose file is there: its `file`, `sha256` and the `steps` it was made from."""
+        """The row of a video whose file is as it was made: its `file`, `sha256` and the `steps` it was made from."""
         row = self._videos.get((prompt.prompt_id, method.name, seed))
-        return row if row is not None and (self.folder / row["file"]).is_file() else None
+        try:
+            return row if row is not None and file_hash(self.folder / row["file"]) == row["sha256"] else None
+        except OSError:  # not there, or not readable
+            return None
 
     def samples(self, count: int) -> Iterator[list[Sample]]:
         """The first `count` prompts of each set: the first seed's video of every method."""
@@ -223,6 +237,33 @@ class Evaluation:
         finally:
             planner.frames, executor.settings = before
 
+    def _left(self, method: Method, prompts: Sequence[OrderPrompt], seed: int) -> list[OrderPrompt]:
+        """Those of a method's videos that are not made or lack a judge's verdict."""
+
+        def done(prompt: OrderPrompt) -> bool:
+            made = self.video(method, prompt, seed)
+            return made is not None and all(self._scored(made, judge) for judge in self.suite.judges)
+
+        return [prompt for prompt in prompts if not done(prompt)]
+
+    def _scored(self, made: Row, judge: VideoJudge) -> bool:
+        """Has the judge given its verdict on this very file?"""
+        known = self.scores.get((made["prompt_id"], made["condition"], made["seed"], judge.name))
+        if known is None or known["sha256"] != made["sha256"]:
+            return False
+        return known["scores"] is not None or not self._again
+
+    def _work_off(self, method: Method, prompts: Sequence[OrderPrompt], seed: int, step: Callable[[int], None]) -> None:
+        """Makes the videos of a set and shows them to the judges, batch by batch."""
+        for first in range(0, len(prompts), self.suite.batch):
+            some = prompts[first : first + self.suite.batch]
+            left = self._left(method, some, seed)
+            if left:
+                self._make(method, first, some, seed)
+                for group in self.suite.groups(some):
+                    self._judge(method, group, seed)
+                step(len(left))
+
     def _make(self, method: Method, first: int, prompts: Sequence[OrderPrompt], seed: int) -> None:
         """The missing videos of a batch."""
         from tempact.executor.sampler import NoiseSource
@@ -256,7 +297,7 @@ class Evaluation:
                     "steps": [asdict(step) for step in plan.steps],
                 }
             )  # fmt: skip
-        self._videos.add(rows, again=True)  # a file may have been removed
+        self._videos.add(rows, again=True)  # a file may have been removed or changed
 
     def _planned(self, who: str | None, first: int, prompts: Sequence[OrderPrompt], seed: int) -> list[Plan]:
         """The plans of a batch; the planner and its start are asked with the same seeds."""
@@ -283,25 +324,21 @@ class Evaluation:
 
     def _judge(self, method: Method, prompts: Sequence[OrderPrompt], seed: int) -> None:
         """Asks the judges about those of these videos that they have not scored yet."""
-        shown: dict[str, JudgedVideo] = {}
+        shown: list[tuple[Row, JudgedVideo]] = []
+        for prompt in self._left(method, prompts, seed):
+            made = self.video(method, prompt, seed)
+            assert made is not None, (prompt.prompt_id, method.name, seed)
+            shown.append((made, JudgedVideo(prompt, self.files.read(self.folder / made["file"]))))
         for judge in self.suite.judges:
-            videos, asked = [], []
-            for prompt in prompts:
-                known = self.scores.get((prompt.prompt_id, method.name, seed, judge.name))
-                if known is not None and (known["scores"] is not None or not self._again):
-                    continue
-                made = self.video(method, prompt, seed)
-                assert made is not None, (prompt.prompt_id, method.name, seed)
-                if prompt.prompt_id not in shown:
-                    shown[prompt.prompt_id] = JudgedVideo(prompt, self.files.read(self.folder / made["file"]))
-                videos.append(shown[prompt.prompt_id])
-                asked.append(
-                    {
-                        "prompt_id": prompt.prompt_id, "condition": method.name, "seed": seed, "judge": judge.name,
-                        "set": prompt.set, "category": prompt.category, "sha256": made["sha256"],
-                    }
-                )  # fmt: skip
-            self._waiting |= zip(judge.submit(videos) if videos else (), asked, strict=True)
+            due = [(made, video) for made, video in shown if not self._scored(made, judge)]
+            asked = [
+                {
+                    "prompt_id": video.prompt.prompt_id, "condition": method.name, "seed": seed, "judge": judge.name,
+                    "set": video.prompt.set, "category": video.prompt.category, "sha256": made["sha256"],
+                }
+                for made, video in due
+            ]  # fmt: skip
+            self._waiting |= zip(judge.submit([video for _, video in due]) if due else (), asked, strict=True)
         self._write_down(block=False)
         while len(self._waiting) >= WAITING:
             self._write_down(block=True)
@@ -317,7 +354,7 @@ class Evaluation:
                 rows.append(
                     {**row, "scores": verdict.scores or None, "missing": verdict.missing, "picks": verdict.picks}
                 )
-        self.scores.add(rows, again=self._again)
+        self.scores.add(rows, again=True)  # a video may have been made anew, a missing score asked for again
         if errors:
             raise errors[0]
 

@@ -22,14 +22,14 @@ from tempact.config import JudgeSettings
 from tempact.errors import UserError
 from tempact.evaluation import ROLES
 from tempact.evaluation.prompts import OrderPrompt
-from tempact.evaluation.statistics import DUPLICATES, PICKSCORE, PICTURE_QUALITY
+from tempact.evaluation.statistics import CLEARNESS, DUPLICATES, PICKSCORE, PICTURE_QUALITY
 from tempact.rewards import spread
 from tempact.rewards.judged import TOP_MARK, VideoVerdict, rubric_version, video_call
 from tempact.rewards.judges import JudgeResult, Judges
 from tempact.rewards.judges.config import ROLES as FALLBACKS
 from tempact.rewards.judges.config import JudgeConfig
 from tempact.shapeworld.grammar import parse_instruction
-from tempact.shapeworld.matcher import WEIGHTS, ShapeWorldJudge
+from tempact.shapeworld.matcher import WEIGHTS, ShapeWorldJudge, clearness
 from tempact.shapeworld.story import Story
 from tempact.shapeworld.verifier import duplicates, picture_quality, verify
 from tempact.types import Missing
@@ -168,8 +168,8 @@ def load_pickscore(settings: JudgeSettings, device: torch.device) -> list[VideoJ
 
 
 def shapeworld_judges(device: torch.device) -> list[VideoJudge]:
-    """The exact verifier, the learned matcher, picture quality and duplicates, each a score in [0, 1] of videos with
-    ShapeWorld's instructions; they run on `device`."""
+    """The exact verifier, the learned matcher, picture quality (the training reward), clearness and duplicates, each a
+    score in [0, 1] of videos with ShapeWorld's instructions; they run on `device`."""
     matcher = ShapeWorldJudge.load(device=device)
 
     def stories(texts: list[str]) -> list[Story]:
@@ -188,6 +188,7 @@ def shapeworld_judges(device: torch.device) -> list[VideoJudge]:
         judge("verifier", "1", lambda pixels, texts: verify(pixels, stories(texts)).score),
         judge("matcher", file_hash(WEIGHTS / "judge.safetensors")[:12], matcher.score),
         judge(PICTURE_QUALITY, "1", lambda pixels, texts: picture_quality(pixels).mean(1)),
+        judge(CLEARNESS, "1", lambda pixels, texts: clearness(pixels)),
         judge(DUPLICATES, "1", lambda pixels, texts: duplicates(pixels, stories(texts))),
     ]
 

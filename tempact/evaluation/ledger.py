@@ -24,9 +24,9 @@ Row = dict[str, Any]
 class Ledger:
     """Rows of one file by the values of their `key` fields, in the order they were written."""
 
-    def __init__(self, path: Path, key: tuple[str, ...]):
-        """UserError that names the line for a file that is not a ledger with this key."""
-        self.path, self.key = path, key
+    def __init__(self, path: Path, key: tuple[str, ...], more: tuple[str, ...] = ()):
+        """UserError that names the line for a file that is not a ledger with this key and `more` in every row."""
+        self.path, self.key, self.more = path, key, more
         self._rows: dict[Key, Row] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._read()
@@ -80,10 +80,12 @@ class Ledger:
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 row = json.loads(line)
+                if not row.keys() >= {*self.more}:
+                    raise KeyError
                 self._rows[self._key_of(row)] = row
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 found = line[:80].decode(errors="replace")
-                accepted = f"a JSON object with {', '.join(self.key)}"
+                accepted = f"a JSON object with {', '.join(self.key + self.more)}"
                 raise UserError(f"{self.path} line {number}: found {found!r}; accepted: {accepted}") from error
 
 

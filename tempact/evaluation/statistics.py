@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,11 +20,13 @@ from tempact.evaluation import STEP
 from tempact.files import reading, write_atomic
 
 AVERAGE = "average"  # the set, and the judge, of the mean over all cells
-PICTURE_QUALITY, DUPLICATES, PICKSCORE = "picture quality", "duplicates", "PickScore"
-NOT_TEMPORAL = (PICTURE_QUALITY, DUPLICATES, PICKSCORE)  # judged beside temporal order, not part of its average
+PICTURE_QUALITY, CLEARNESS, DUPLICATES, PICKSCORE = "picture quality", "clearness", "duplicates", "PickScore"
+# judged beside temporal order, not part of its average
+NOT_TEMPORAL = (PICTURE_QUALITY, CLEARNESS, DUPLICATES, PICKSCORE)
 T = TypeVar("T")
 Sets = list[np.ndarray]  # [judges, videos] of every set
 Cell = tuple[str, str, list]  # set, judge, and the MethodScores that the mean is over
+NAN = float("nan")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`method` minus `baseline` over the `n` videos that both have scores of, and the relative change."""
+    """`method` minus `baseline` over the `n` videos that both have scores of, the relative change, and the `means` of
+    baseline and method over these videos."""
 
     method: str
     baseline: str
@@ -70,6 +73,23 @@ class Comparison:
     relative: float
     relative_ci95: tuple[float, float]
     n: int
+    means: tuple[float, float] = (NAN, NAN)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a table was obtained with; every row of its files says it.
+
+    split: of the prompts. seed: of prompts, plans and noise. videos: how many every set has of a method. checkpoint: as
+    "step-000040". weights: hash of both policies' trained weights. suite: hash of all that scores depend on.
+    """
+
+    split: str
+    seed: int
+    videos: dict[str, int]
+    checkpoint: str
+    weights: str
+    suite: str
 
 
 @dataclass(frozen=True)
@@ -85,14 +105,14 @@ class Bootstrap:
         set x judge), and over sets for quality, duplicates and PickScore."""
         rows = []
         for method in _unique(one.method for one in scores):
-            for set_name, judge, cell in _cells([one for one in scores if one.method == method], NOT_TEMPORAL):
+            for set_name, judge, cell in _cells([one for one in scores if one.method == method]):
                 sets = _by_set(cell)
                 interval = _interval(self._means(sets))
                 rows.append(Row(method, set_name, judge, _mean(sets), interval, _videos(sets)))
         return rows
 
     def compare(self, scores: Sequence[MethodScores], baseline: str = STEP) -> list[Comparison]:
-        """Every other method against `baseline`, video by video: each cell, then the average of temporal order."""
+        """Every other method against `baseline`, video by video: each cell, then its averages as in `rows`."""
         base = {(one.set, one.judge): one for one in scores if one.method == baseline}
         comparisons = []
         for method in _unique(one.method for one in scores if one.method != baseline):
@@ -111,9 +131,9 @@ class Bootstrap:
             a[np.isnan(b)], b[np.isnan(a)] = np.nan, np.nan
         own_means, base_means = self._means(own), self._means(base)  # one seed draws the same videos for both
         relative = np.divide(own_means, base_means, out=np.full_like(own_means, np.nan), where=base_means != 0) - 1
-        difference, change = _mean(own) - _mean(base), relative_change(_mean(own), _mean(base))
-        intervals = _interval(own_means - base_means), _interval(relative)
-        return Comparison(*names, difference, intervals[0], change, intervals[1], _videos(own))
+        means = _mean(base), _mean(own)
+        differences = means[1] - means[0], _interval(own_means - base_means)
+        return Comparison(*names, *differences, relative_change(*means[::-1]), _interval(relative), _videos(own), means)
 
     def _means(self, sets: Sets) -> np.ndarray:
         """[resamples]: `_mean` with each set's prompts drawn anew with replacement, alike for all its judges."""
@@ -133,7 +153,7 @@ class Bootstrap:
 
 def relative_change(value: float, base: float) -> float:
     """0.5 against 0.4 is +0.25; NaN when there is no base to compare with."""
-    return value / base - 1 if base else float("nan")
+    return value / base - 1 if base else NAN
 
 
 FILES: dict[type, str] = {
@@ -143,14 +163,18 @@ FILES: dict[type, str] = {
 }
 
 
-def write_evaluation(run_folder: Path, scores: Sequence[MethodScores], bootstrap: Bootstrap) -> list[Row]:
-    """Writes rows, paired differences and scores into a run folder, under the names of FILES; returns the rows."""
-    rows = bootstrap.rows(scores)
-    lines = [json.dumps(plain(one)) for one in scores]
+def write_evaluation(
+    run_folder: Path, scores: Sequence[MethodScores], bootstrap: Bootstrap, origin: Origin | None = None
+) -> tuple[list[Row], list[Comparison]]:
+    """Writes rows, paired differences and scores into a run folder, under the names of FILES, each with its origin;
+    returns rows and differences."""
+    rows, comparisons = bootstrap.rows(scores), bootstrap.compare(scores)
+    told = plain(origin) if origin is not None else {}
+    lines = [json.dumps(plain(one) | told) for one in scores]
     write_atomic(run_folder / FILES[MethodScores], "\n".join(lines) + "\n")
-    write_atomic(run_folder / FILES[Comparison], json.dumps(plain(bootstrap.compare(scores)), indent=1) + "\n")
-    write_atomic(run_folder / FILES[Row], json.dumps(plain(rows), indent=1) + "\n")
-    return rows
+    for kind, found in ((Comparison, comparisons), (Row, rows)):
+        write_atomic(run_folder / FILES[kind], json.dumps([plain(one) | told for one in found], indent=1) + "\n")
+    return rows, comparisons
 
 
 def read_evaluation(run_folder: Path, kind: type[T]) -> list[T]:
@@ -161,7 +185,22 @@ def read_evaluation(run_folder: Path, kind: type[T]) -> list[T]:
     with reading(path):
         text = path.read_text(encoding="utf-8")
         rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
-        return [kind(**{key: _read_value(value) for key, value in row.items()}) for row in rows]
+        return [_read_as(kind, row) for row in rows]
+
+
+def read_origin(run_folder: Path) -> Origin | None:
+    """What the table of a run folder was obtained with; None where there is none, or one of a version without."""
+    path = run_folder / FILES[Row]
+    if not path.is_file():
+        return None
+    with reading(path):
+        row = json.loads(path.read_text(encoding="utf-8"))[0]
+        return _read_as(Origin, row) if "suite" in row else None
+
+
+def _read_as(kind: type[T], row: dict[str, Any]) -> T:
+    known = {own.name for own in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{key: _read_value(value) for key, value in row.items() if key in known})
 
 
 def plain(value: Any) -> Any:
@@ -180,14 +219,14 @@ def plain(value: Any) -> Any:
 def _read_value(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_read_value(inner) for inner in value)
-    return float("nan") if value is None else value
+    return NAN if value is None else value
 
 
-def _cells(own: list[MethodScores], averaged: Sequence[str] = ()) -> list[Cell]:
-    """One method's cells, the average of temporal order, and those of the `averaged` judges."""
+def _cells(own: list[MethodScores]) -> list[Cell]:
+    """One method's cells, the average of temporal order, and those of the judges that are no part of it."""
     cells: list[Cell] = [(one.set, one.judge, [one]) for one in own]
     cells.append((AVERAGE, AVERAGE, [one for one in own if one.judge not in NOT_TEMPORAL]))
-    cells += [(AVERAGE, judge, [one for one in own if one.judge == judge]) for judge in averaged]
+    cells += [(AVERAGE, judge, [one for one in own if one.judge == judge]) for judge in NOT_TEMPORAL]
     return [cell for cell in cells if cell[2]]
 
 
@@ -217,7 +256,7 @@ def _present_mean(values: np.ndarray) -> np.ndarray:
 def _interval(means: np.ndarray) -> tuple[float, float]:
     means = means[np.isfinite(means)]
     if not len(means):
-        return float("nan"), float("nan")
+        return NAN, NAN
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 

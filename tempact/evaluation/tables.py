@@ -4,8 +4,8 @@ Temporal Order Benchmark's results as JSON and Markdown.
 Videos named as VBench reads them.
 
 VBench's own prompts: `<prompt>-<index>.mp4`, five of each prompt. A prompt that no file name can hold (too long, or
-with a slash) gets its prompt_id instead; for such prompts, and for any others, `<condition>-prompts.json` maps every
-file to its prompt, as VBench's mode `custom_input` takes it with `--prompt_file`.
+with a slash) or that stands in another set too gets its prompt_id instead; for such prompts, and for any others,
+`<condition>-prompts.json` maps every file to its prompt, as VBench's mode `custom_input` takes it with `--prompt_file`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ from tempact.evaluation.statistics import (
     Bootstrap,
     Comparison,
     MethodScores,
+    Origin,
     Row,
     plain,
-    relative_change,
 )
 from tempact.files import safe_name, write_atomic
 
@@ -62,32 +62,44 @@ class Table:
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
 
 
-def build_table(rows: Sequence[Row]) -> Table:
+def build_table(rows: Sequence[Row], comparisons: Sequence[Comparison] = ()) -> Table:
     """Columns: simple and hard under each judge, the average with its change against step-prompt, quality and
-    duplicates averaged over the sets. A cell that nobody measured is a dash."""
+    duplicates averaged over the sets. A cell that nobody measured is a dash.
+
+    Changes are those of the paired `comparisons`: over the videos that both methods have scores of.
+    """
     judges = [judge for judge in dict.fromkeys(row.judge for row in rows) if judge not in (AVERAGE, *NOT_TEMPORAL)]
     sets = _ordered([row.set for row in rows if row.set != AVERAGE], SETS)
     keys = [(name, judge) for judge in judges for name in sets] + [(AVERAGE, AVERAGE)]
     keys += [(AVERAGE, judge) for judge in NOT_TEMPORAL if any(row.judge == judge for row in rows)]
     found = {(row.method, row.set, row.judge): row for row in rows}
-    base = found.get((STEP, AVERAGE, AVERAGE))
     lines = []
     for method in _ordered([row.method for row in rows], ORDER):
-        cells = [_cell(found.get((method, *key)), base if key == (AVERAGE, AVERAGE) else None) for key in keys]
+        change = average_change(comparisons, method)
+        gain = percent(change.relative) if change else ""
+        cells = (_cell(found.get((method, *key)), gain if key == (AVERAGE, AVERAGE) else "") for key in keys)
         lines.append((method, tuple(cells)))
     headings = (judge if name == AVERAGE else f"{name}, {judge}" for name, judge in keys)
     return Table(tuple(headings), tuple(lines))
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
+def average_change(comparisons: Sequence[Comparison], method: str, judge: str = AVERAGE) -> Comparison | None:
+    """The paired comparison of a method's average with step prompts: of temporal order, or of a judge of NOT_TEMPORAL.
+    None where there is none, also for want of a video that both have scores of."""
+    keys = (method, AVERAGE, judge)
+    found = (one for one in comparisons if (one.method, one.set, one.judge) == keys and one.baseline == STEP)
+    return next((one for one in found if not math.isnan(one.difference)), None)
+
+
+def markdown_table(rows: Sequence[Row], comparisons: Sequence[Comparison] = ()) -> str:
     """Markdown with aligned columns, readable as plain text; the average carries interval and change."""
-    table = build_table(rows)
+    table = build_table(rows, comparisons)
     lines = [["method", *table.columns]]
     for method, cells in table.rows:
         shown = []
         for column, cell in zip(table.columns, cells, strict=True):
-            parts = (cell.score, f"[{cell.interval}]" if column == AVERAGE and cell.interval else "", cell.change)
-            shown.append(" ".join(part for part in parts if part))
+            score = ranged(cell.score, cell.interval if column == AVERAGE else "")
+            shown.append(f"{score} {cell.change}".strip())
         lines.append([method, *shown])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
@@ -95,6 +107,13 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return "\n".join(
         f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in lines
     )
+
+
+def origin_text(origin: Origin) -> str:
+    """What a table was obtained with, as a sentence."""
+    videos = " and ".join(f"{count} {name}" for name, count in origin.videos.items())
+    weights = f"{origin.checkpoint} (weights {origin.weights})".strip()
+    return f"{origin.split.capitalize()} split, seed {origin.seed}, {videos} videos of each method, {weights}."
 
 
 def percent(change: float) -> str:
@@ -107,12 +126,20 @@ def gained(change: str) -> bool:
     return change.startswith("+") and change != percent(0.0)
 
 
-def _cell(row: Row | None, base: Row | None) -> Cell:
+def span(low_high: tuple[float, float], form: Callable[[float], str]) -> str:
+    """An interval's ends as `form` writes them, "low, high"; nothing where there is no interval."""
+    return "" if math.isnan(sum(low_high)) else ", ".join(map(form, low_high))
+
+
+def ranged(number: str, interval: str) -> str:
+    """A number with its interval, as `span` writes it, in brackets."""
+    return f"{number} [{interval}]" if interval else number
+
+
+def _cell(row: Row | None, change: str) -> Cell:
     if row is None or math.isnan(row.score):
         return Cell("\u2013")
-    low, high = row.ci95
-    change = "" if base is None or base is row else percent(relative_change(row.score, base.score))
-    return Cell(f"{row.score:.3f}", f"{low:.3f}, {high:.3f}", change)
+    return Cell(f"{row.score:.3f}", span(row.ci95, "{:.3f}".format), change)
 
 
 def _ordered(names: Sequence[str], first: Sequence[str]) -> list[str]:
@@ -151,7 +178,8 @@ def gather(evaluation: Evaluation, resamples: int) -> Results:
     comparisons = {metric: bootstrap.compare(own) for metric, own in scores.items()}
     cut = {row["prompt_id"] for row in evaluation.scores if (row["scores"] or {}).get(CUT)}
     cut &= {prompt.prompt_id for prompt in suite.all_prompts}
-    settings = json.loads((evaluation.folder / SETTINGS).read_text(encoding="utf-8"))
+    known = json.loads((evaluation.folder / SETTINGS).read_text(encoding="utf-8"))
+    settings = {key: known[key] for key in suite.settings(known["policies"])}  # the folder may hold more than this
     return Results(scores, rows, comparisons, settings, _about(suite, settings, len(cut)))
 
 
@@ -178,7 +206,7 @@ def markdown(results: Results) -> str:
     """The tables, and how many scores the means leave out."""
     parts = ["# Temporal Order Benchmark", results.note]
     for metric, title in METRICS.items():
-        parts += [f"## {title}", markdown_table(results.rows[metric]), _changes(results.comparisons[metric])]
+        parts += [f"## {title}", _table(results, metric), _changes(results.comparisons[metric])]
     missing = [
         f"- {one.judge}: {one.missing} of {len(one.scores)} videos ({one.method}, {one.set})" for one in results.missing
     ]
@@ -186,15 +214,20 @@ def markdown(results: Results) -> str:
     return "\n\n".join(part for part in [*parts, "## Left out of the means", "\n".join(missing) or nothing] if part)
 
 
+def _table(results: Results, metric: str) -> str:
+    return markdown_table(results.rows[metric], results.comparisons[metric])
+
+
 def _changes(comparisons: Sequence[Comparison]) -> str:
     """Every method's average against step prompts, video by video."""
-    return "\n\n".join(
-        f"{one.method} against {one.baseline}, video by video: {one.difference:+.3f} [{one.ci95[0]:+.3f}, "
-        f"{one.ci95[1]:+.3f}], {percent(one.relative)} [{percent(one.relative_ci95[0])}, "
-        f"{percent(one.relative_ci95[1])}], {one.n} videos."
-        for one in comparisons
-        if one.set == AVERAGE
-    )
+    lines = []
+    for method in dict.fromkeys(one.method for one in comparisons):
+        one, told = average_change(comparisons, method), ["no video has the scores of both"]
+        if one is not None:
+            told = [ranged(f"{one.difference:+.3f}", span(one.ci95, "{:+.3f}".format)),
+                    ranged(percent(one.relative), span(one.relative_ci95, percent)), f"{one.n} videos"]  # fmt: skip
+        lines.append(f"{method} against {STEP}, video by video: {', '.join(filter(None, told))}.")
+    return "\n\n".join(lines)
 
 
 def _about(suite: Suite, settings: Mapping[str, Any], cut: int) -> dict[str, str]:
@@ -225,7 +258,7 @@ def export_vbench(evaluation: Evaluation) -> list[Path]:
     suite = evaluation.suite
     if suite.seeds != SAMPLES:
         log.warning("vbench: %d videos of a prompt; VBench's standard mode wants --seeds %d", suite.seeds, SAMPLES)
-    made, renamed = [], 0
+    made, renamed, ids = [], 0, {prompt.prompt_id for prompt in suite.all_prompts}
     for method in suite.methods:
         target = evaluation.folder / FOLDER / safe_name(method.name)
         target.mkdir(parents=True, exist_ok=True)
@@ -235,7 +268,8 @@ def export_vbench(evaluation: Evaluation) -> list[Path]:
                 video = evaluation.video(method, prompt, seed)
                 assert video is not None, (prompt.prompt_id, method.name, seed)
                 name = f"{prompt.text}-{seed}.mp4"
-                if "/" in name or "\0" in name or name.startswith(".") or len(name.encode()) > NAME_BYTES:
+                unwritable = "/" in name or "\0" in name or name.startswith(".") or len(name.encode()) > NAME_BYTES
+                if unwritable or name in told or prompt.text in ids:
                     name, renamed = f"{prompt.prompt_id}-{seed}.mp4", renamed + 1
                 # beside the folder, as the list below: VBench takes every file in it for a video
                 partial = target.parent / f".{target.name}-{prompt.prompt_id}-{seed}.partial"
@@ -245,5 +279,5 @@ def export_vbench(evaluation: Evaluation) -> list[Path]:
         write_atomic(target.parent / f"{target.name}-{PROMPTS}", json.dumps(told, indent=1, ensure_ascii=False))
         made.append(target)
     if renamed:
-        log.warning("vbench: %d videos have a prompt that is no file name; evaluate with --prompt_file", renamed)
+        log.warning("vbench: %d videos are not named by their prompts; evaluate with --prompt_file", renamed)
     return made

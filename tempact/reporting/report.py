@@ -19,7 +19,7 @@ from markupsafe import Markup
 from tempact.cli import dotted
 from tempact.config import RunConfig, sections_of
 from tempact.errors import UserError
-from tempact.evaluation import BOTH, STEP
+from tempact.evaluation import BOTH
 from tempact.evaluation.harness import Evaluation
 from tempact.evaluation.judges import COMBINED
 from tempact.evaluation.statistics import (
@@ -29,10 +29,21 @@ from tempact.evaluation.statistics import (
     MethodScores,
     Row,
     read_evaluation,
-    relative_change,
+    read_origin,
 )
 from tempact.evaluation.tables import METRICS as BENCHMARK_METRICS
-from tempact.evaluation.tables import Results, Table, build_table, gained, percent, write_tables
+from tempact.evaluation.tables import (
+    Results,
+    Table,
+    average_change,
+    build_table,
+    gained,
+    origin_text,
+    percent,
+    ranged,
+    span,
+    write_tables,
+)
 from tempact.files import reading, write_atomic
 from tempact.reporting import ENVIRONMENT, METRICS, Session, duration, read_environment, read_metrics
 from tempact.reporting.strips import (
@@ -228,14 +239,17 @@ def write_report(run_folder: Path | str) -> Path:
     random = ", ".join(f"{key}: {config[key]}" for key in WEIGHTS if config.get(key) in RANDOM)
     note = Markup("<strong>Random weights</strong> ({}): plans and videos made with them mean nothing.")
     text = "All methods start from the same noise. Duplicates: share of frames with an extra or misplaced shape, lower "
-    text += "is better."
-    section = Section("Temporal order on held-out prompts", build_table(rows) if rows else None, comparisons, text)
+    text += "is better. Picture quality is the training reward itself, clearness is never trained against."
+    origin = read_origin(run)
+    text += f" {origin_text(origin)}" if origin is not None else ""
+    table = build_table(rows, comparisons) if rows else None
+    section = Section("Temporal order on held-out prompts", table, comparisons, text)
     return _write_page(
         run / REPORT,
         name=run.resolve().name,
         subtitle=f"TempAct run, {done}{of_all} iterations. Report of {datetime.now(UTC):%Y-%m-%d %H:%M UTC}.",
         note=note.format(random) if random else "",
-        tiles=_tiles(rows, comparisons, metrics),
+        tiles=_tiles(comparisons, metrics),
         sections=[section],
         missing=[one for one in read_evaluation(run, MethodScores) if one.missing],
         showcase=read_showcase(run),
@@ -268,7 +282,7 @@ def leave_report(run_folder: Path | str) -> list[str]:
 
 def narrow_table(rows: Sequence[Row], comparisons: Sequence[Comparison]) -> list[str]:
     """Lines of at most 80 characters: a column for every method, the mean scores by set and judge below."""
-    table = build_table(rows)
+    table = build_table(rows, comparisons)
     methods = [method for method, _ in table.rows]
     heads = [textwrap.wrap(method, METHOD_WIDTH) for method in methods]
     depth = max(map(len, heads))
@@ -278,10 +292,10 @@ def narrow_table(rows: Sequence[Row], comparisons: Sequence[Comparison]) -> list
         if any(cells[i].change for _, cells in table.rows):
             lines.append(("  change", *(cells[i].change for _, cells in table.rows)))
     shown = [f"{line[0]:<{NAME_WIDTH}}" + "".join(f"{cell:>{METHOD_WIDTH + 1}}" for cell in line[1:]) for line in lines]
-    for one in comparisons:
-        if (one.method, one.set) == (BOTH, AVERAGE):
-            low, high = map(percent, one.relative_ci95)
-            shown.append(f"{BOTH} against {one.baseline}, video by video: {percent(one.relative)} [{low}, {high}]")
+    one = average_change(comparisons, BOTH)
+    if one is not None:
+        change = ranged(percent(one.relative), span(one.relative_ci95, percent))
+        shown.append(f"{BOTH} against {one.baseline}, video by video: {change}")
     return shown
 
 
@@ -291,7 +305,7 @@ def write_results(evaluation: Evaluation, results: Results, strips: int) -> list
     strips: prompts of each set that are shown with their film strips.
     """
     sections = [
-        Section(title, build_table(results.rows[metric]), results.comparisons[metric])
+        Section(title, build_table(results.rows[metric], results.comparisons[metric]), results.comparisons[metric])
         for metric, title in BENCHMARK_METRICS.items()
     ]
     return [
@@ -323,6 +337,8 @@ def _write_page(path: Path, **parts: object) -> Path:
     environment.filters["picture"] = data_uri
     environment.filters["score"] = lambda value: "missing" if value is None else f"{value:.2f}"
     environment.filters |= {"percent": percent, "gained": gained}
+    environment.filters["signed_span"] = lambda ends: span(ends, "{:+.3f}".format)
+    environment.filters["percent_span"] = lambda ends: span(ends, percent)
     page = environment.get_template("report.html.j2").render(
         own=BOTH, average=AVERAGE, scores=SCORES, box=(WIDTH, HEIGHT, LEFT, RIGHT), **parts
     )
@@ -352,23 +368,24 @@ def _config(run: Path) -> dict[str, object]:
         return dict(dotted(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")) or {}, sections_of(RunConfig)))
 
 
-def _tiles(rows: Sequence[Row], comparisons: Sequence[Comparison], metrics: Sequence[dict]) -> list[Tile]:
-    found = {(row.method, row.judge): row for row in rows if row.set == AVERAGE}
+def _tiles(comparisons: Sequence[Comparison], metrics: Sequence[dict]) -> list[Tile]:
     tiles = []
-    before, after = found.get((STEP, AVERAGE)), found.get((BOTH, AVERAGE))
-    if before and after and not math.isnan(after.score - before.score):
-        low_high = [one.relative_ci95 for one in comparisons if (one.method, one.set) == (BOTH, AVERAGE)]
-        detail = f"95% interval {percent(low_high[0][0])} to {percent(low_high[0][1])}" if low_high else ""
-        change = percent(relative_change(after.score, before.score))
-        tiles.append(Tile(change, "temporal order, against step-prompt", detail, coloured=True))
-        tiles.append(Tile(f"{before.score:.3f} \u2192 {after.score:.3f}", "average score, before and after"))
-    before, after = found.get((STEP, PICTURE_QUALITY)), found.get((BOTH, PICTURE_QUALITY))
-    if before and after:
-        detail = f"{before.score:.3f} \u2192 {after.score:.3f}"
-        tiles.append(Tile(percent(relative_change(after.score, before.score)), "picture quality", detail))
+    order, quality = (average_change(comparisons, BOTH, judge) for judge in (AVERAGE, PICTURE_QUALITY))
+    if order is not None:
+        ends = span(order.relative_ci95, percent)
+        detail = f"95% interval {ends.replace(', ', ' to ')}" if ends else ""
+        tiles.append(Tile(percent(order.relative), "temporal order, against step-prompt", detail, coloured=True))
+        if not math.isnan(sum(order.means)):  # a table of an older version has none
+            tiles.append(Tile(_before_after(order), "average score, before and after"))
+    if quality is not None:
+        tiles.append(Tile(percent(quality.relative), "picture quality", _before_after(quality)))
     if metrics:
         tiles.append(Tile(duration(metrics[-1]["time_s"]), "training time", f"{metrics[-1]['step']} iterations"))
     return tiles
+
+
+def _before_after(one: Comparison) -> str:
+    return "{:.3f} \u2192 {:.3f}".format(*one.means)
 
 
 def _missing_rewards(metrics: Sequence[dict]) -> list[tuple[str, float]]:

@@ -89,6 +89,14 @@ class Checkpoint:
         return parent.is_dir() and self.path.parent.samefile(parent)
 
     @property
+    def current(self) -> bool:
+        """Does the folder still hold what was verified?"""
+        try:
+            return file_hash(self.path / COMPLETE).startswith(self.digest)
+        except OSError:
+            return False
+
+    @property
     def state(self) -> dict:
         return self._tensors("state.pt")
 

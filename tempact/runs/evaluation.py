@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from tempact.cli import EXIT_ABORTED, to_yaml
-from tempact.config import VIDEO, RunConfig, flatten, keys_of
+from tempact.cli import EXIT_ABORTED, from_yaml, to_yaml
+from tempact.config import VIDEO, EvaluationConfig, RunConfig, flatten, keys_of
 from tempact.evaluation import BOTH, METHODS, SINGLE, STEP, BenchmarkOptions, Method
 from tempact.evaluation.harness import LOSSLESS, Evaluation, Suite, mp4_format
 from tempact.evaluation.judges import load_pickscore, served_judges, shapeworld_judges
 from tempact.evaluation.prompts import SETS, OrderPrompt
-from tempact.evaluation.statistics import Bootstrap, write_evaluation
+from tempact.evaluation.statistics import Bootstrap, Origin, write_evaluation
 from tempact.evaluation.tables import export_vbench, gather, markdown
 from tempact.executor.sampler import gaussian_noise
 from tempact.files import claim_run_folder, write_atomic
@@ -30,6 +30,7 @@ from tempact.worlds import world_of
 
 log = logging.getLogger(__name__)
 
+CONFIG = "config.yaml"
 SHOWN = {SINGLE: "single prompt", STEP: "before: step prompts", BOTH: "after: + TempAct"}  # rows of the film strips
 Load = Callable[[], tuple[PolicyPair, str]]  # the policies, and the name of their weights
 
@@ -37,47 +38,87 @@ Load = Callable[[], tuple[PolicyPair, str]]  # the policies, and the name of the
 def evaluate_shapeworld(config: RunConfig, run: Path | None, load: Load) -> int:
     """ShapeWorld's own table, beside the run (or, for a preset, beside its runs); returns the exit code."""
     setup_logging()
-    policies, _ = load()
+    policies, weights = load()
     with claim_run_folder(run or untrained_folder(config)) as folder:
-        if run is None:
-            write_atomic(folder / "config.yaml", to_yaml(config))  # for the report
-        evaluate(config, folder, policies, [method for method in METHODS if run or not method.trained])
-    sys.stdout.write("".join(f"{line}\n" for line in leave_report(folder)))
+        methods = [method for method in METHODS if run or not method.trained]
+        table = evaluate(config, folder, policies, weights.partition(" ")[0], methods)
+    sys.stdout.write("".join(f"{line}\n" for line in leave_report(table)))
     return 0
 
 
-def evaluate(config: RunConfig, folder: Path, policies: PolicyPair, methods: Sequence[Method] = METHODS) -> None:
-    """The held-out table, videos and report of `folder`, a finished run of ShapeWorld or an untrained preset's folder.
+def evaluate(
+    config: RunConfig, run: Path, policies: PolicyPair, checkpoint: str = "", methods: Sequence[Method] = METHODS
+) -> Path:
+    """The held-out table, videos and report of a finished run of ShapeWorld, or of an untrained preset's folder.
 
-    The executor holds its averaged weights. What is done is kept in a folder whose name differs wherever scores may, so
-    that a killed evaluation goes on there.
+    They are written into `run` where the settings are those of its config.yaml, else into a folder of their own in it
+    (`table_folder`); returns that folder. The executor holds its averaged weights, of `checkpoint` ("step-000040").
+    What is done is kept in a folder whose name differs wherever scores may, so that a killed evaluation goes on there.
     """
+    folder = table_folder(config, run)
     suite = shapeworld_suite(config, policies, methods)
-    known = f"adapters {adapters_digest(policies)}, settings {policy_digest(config)}"
+    weights, settings = adapters_digest(policies), config.evaluation
+    known = f"adapters {weights}, settings {policy_digest(config)}"
     own = hashlib.sha256(json.dumps(suite.settings(known), sort_keys=True).encode()).hexdigest()[:12]
     evaluation = Evaluation(
         folder / "evaluation" / own, suite, policies.planner, policies.executor, gaussian_noise, LOSSLESS
     )
-    with Progress("evaluation", 0) as progress:
-        evaluation.run(known, progress.tell)
-    scores = evaluation.method_scores()
-    write_evaluation(folder, scores, Bootstrap(config.evaluation.bootstrap, suite.seed))
-    write_showcase(folder, evaluation.samples(config.evaluation.strips), SHOWN)
+    run_shown(evaluation, known)
+    sizes = {name: len(prompts) for name, prompts in suite.prompts.items()}
+    origin = Origin(settings.split, settings.seed, sizes, checkpoint, weights, own)
+    bootstrap = Bootstrap(settings.bootstrap, suite.seed)
+    if not (folder / CONFIG).is_file():
+        write_atomic(folder / CONFIG, to_yaml(config))  # for the report
+    write_evaluation(folder, evaluation.method_scores(), bootstrap, origin)
+    write_showcase(folder, evaluation.samples(settings.strips), SHOWN)
     write_report(folder)
     log.info("%s", folder / "evaluation.json")
+    return folder
+
+
+def run_shown(evaluation: Evaluation, policies: str) -> None:
+    """Runs an evaluation and shows how far it is."""
+    total = len(evaluation.suite.all_prompts) * len(evaluation.suite.methods) * evaluation.suite.seeds
+    with Progress("evaluation", total, total - evaluation.left, unit="videos") as progress:
+        evaluation.run(policies, progress.tell, lambda videos: progress.step({}, videos))
+
+
+def table_folder(config: RunConfig, run: Path) -> Path:
+    """Where the table of these settings goes: into `run` itself where they are those of its config.yaml, or where it
+    has none yet; else into a folder in it that is named after them. So no table takes the place of another one."""
+    own = run / CONFIG
+    if not own.is_file() or table_settings(from_yaml(own)) == table_settings(config):
+        return run
+    told = config.evaluation
+    digest = hashlib.sha256(json.dumps(table_settings(config), sort_keys=True).encode()).hexdigest()[:8]
+    name = f"{told.split}-seed-{told.seed}-simple-{told.simple}-hard-{told.hard}-{digest}"
+    folder = run / "evaluations" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def table_settings(config: RunConfig) -> dict[str, object]:
+    """The values that the numbers of a table depend on, beside the trained weights and rounding."""
+    keys = keys_of(RunConfig)
+    chosen = {name for name in keys if name.startswith("evaluation.")} - {"evaluation.strips"}
+    return {name: value for name, value in flatten(config).items() if keys[name].sets == VIDEO or name in chosen}
 
 
 def shapeworld_suite(config: RunConfig, policies: PolicyPair, methods: Sequence[Method] = METHODS) -> Suite:
-    """ShapeWorld's held-out test instructions with its own judges."""
-    settings = config.evaluation
-    counts = dict(zip(SETS, (settings.simple, settings.hard), strict=True))
-    prompts = {
-        name: [OrderPrompt(p.prompt_id, name, p.category, p.text) for p in held_out_prompts(name, n, settings.seed)]
-        for name, n in counts.items()
-    }
+    """ShapeWorld's held-out instructions with its own judges."""
+    settings, prompts = config.evaluation, instructions(config.evaluation)
     judges = shapeworld_judges(policies.executor.device)
     frames = dict.fromkeys(prompts, config.executor.frames)
     return Suite(prompts, frames, methods, 1, judges, settings.seed, settings.batch, batched=True)
+
+
+def instructions(settings: EvaluationConfig) -> dict[str, list[OrderPrompt]]:
+    """ShapeWorld's held-out instructions of every set, of the split that the settings name."""
+    found = {
+        name: held_out_prompts(name, count, settings.seed, settings.split)
+        for name, count in zip(SETS, (settings.simple, settings.hard), strict=True)
+    }
+    return {name: [OrderPrompt(p.prompt_id, name, p.category, p.text) for p in own] for name, own in found.items()}
 
 
 def evaluate_benchmark(
@@ -98,12 +139,13 @@ def evaluate_benchmark(
             options.prompts, options.frames, options.methods, options.seeds, judges, settings.seed, settings.batch
         )
         files = mp4_format(policies.executor.codec.fps)
-        evaluation = Evaluation(folder, suite, policies.planner, policies.executor, gaussian_noise, files)
+        evaluation = Evaluation(
+            folder, suite, policies.planner, policies.executor, gaussian_noise, files, options.retry_missing
+        )
         named = world_of(config).note or weights
         known = f"{config.preset}, {named}, settings {policy_digest(config)}"
         try:
-            with Progress("evaluation", 0) as progress:
-                evaluation.run(known, progress.tell, retry_missing=options.retry_missing)
+            run_shown(evaluation, known)
         except JudgeOutage as error:
             sys.stderr.write(f"stopped: {error}; the same command goes on from here\n")
             return EXIT_ABORTED

@@ -55,14 +55,15 @@ def starting() -> None:
 
 
 class Progress:
-    """Shows `total` iterations (0: only phases), `done` of them already behind; the first line comes on entering.
+    """Shows `total` iterations or other units (0: only phases), `done` of them already behind; the first line comes on
+    entering.
 
     On a terminal: a bar with the phase, rewards and the time left. Otherwise: a log line for the first
     and last iteration and at most every LINE_EVERY_S between.
     """
 
-    def __init__(self, title: str, total: int, done: int = 0, live: bool | None = None):
-        self.title, self.total, self.done = title, total, done
+    def __init__(self, title: str, total: int, done: int = 0, live: bool | None = None, unit: str = "iterations"):
+        self.title, self.total, self.done, self.unit = title, total, done, unit
         self._live = console.is_terminal if live is None else live
         self._mean_s: float | None = None
         self._last_step = self._last_line = time.monotonic()
@@ -78,7 +79,8 @@ class Progress:
     def __enter__(self) -> Progress:
         self._bar.start()
         if self.total:
-            log.info("%s: %d iterations%s", self.title, self.total, f", {self.done} already done" if self.done else "")
+            done = f", {self.done} already done" if self.done else ""
+            log.info("%s: %d %s%s", self.title, self.total, self.unit, done)
         else:
             log.info("%s: started", self.title)
         self._last_step = time.monotonic()
@@ -100,12 +102,12 @@ class Progress:
         if not self._live:
             log.info("%s: %s", self.title, text)
 
-    def step(self, metrics: Mapping[str, float]) -> None:
-        """One iteration is done; shows its `metrics` in the order given."""
+    def step(self, metrics: Mapping[str, float], count: int = 1) -> None:
+        """`count` iterations are done; shows their `metrics` in the order given."""
         now = time.monotonic()
-        took, self._last_step = now - self._last_step, now
+        took, self._last_step = (now - self._last_step) / count, now
         self._mean_s = took if self._mean_s is None else (1 - SMOOTHING) * self._mean_s + SMOOTHING * took
-        self.done += 1
+        self.done += count
         shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         self._bar.update(self._task, completed=self.done, eta=f"{duration(self.left_s)} left", shown=shown)
         if not self._live and (now - self._last_line >= LINE_EVERY_S or self.done >= self.total):

@@ -187,7 +187,7 @@ class Run:
             log.info("no held-out evaluation: ShapeWorld's is for its own executor")
         else:
             with self.trainer.ema.applied(self.policies.executor.parameters()):
-                evaluate(self.config, self.folder, self.policies)
+                evaluate(self.config, self.folder, self.policies, f"step-{self.trainer.done:06d}")
         track_videos(self.folder, self.config.wandb_project)
 
     def iterate(self, stop: StopRequest, callbacks: Sequence[Callback]) -> None:
@@ -292,13 +292,17 @@ def newest(folder: Path) -> Checkpoint:
 
 
 def use_newest(folder: Path, checkpoint: Checkpoint, use: Callable[[Checkpoint], None]) -> Checkpoint:
-    """Calls `use` with `checkpoint` and returns it, or the then newest one of a run that has removed it meanwhile."""
+    """Calls `use` with `checkpoint` and returns it, or the then newest one where the run has removed or replaced it
+    meanwhile."""
     for _ in range(LOAD_ATTEMPTS):
+        fault: Exception | None = None
         try:
             use(checkpoint)
+        except (UserError, OSError) as error:
+            fault = error
+        if checkpoint.current:
+            if fault is not None:
+                raise fault
             return checkpoint
-        except (UserError, OSError):
-            if checkpoint.path.is_dir():
-                raise
         checkpoint = newest(folder)
     raise UserError(f"{folder}: its checkpoints change faster than they can be read; accepted: a run that is finished")

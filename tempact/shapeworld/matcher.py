@@ -1,15 +1,19 @@
-"""ShapeWorld's held-out judge: a small learned model that scores the share of an instruction that a video shows.
+"""ShapeWorld's held-out judges: a small learned model that scores the share of an instruction that a video shows, and
+`clearness` of pictures.
 
-The judge is never a training reward and shares nothing with the verifier. From pixels and the raw instruction it
-predicts the share of the events told right, in order and at the right pace, with an intact picture, as learned from
-renderings (`pretraining/matcher.py`). A convolutional frame encoder and a text transformer feed a few queries, one for
-each event and one for the whole, which read first the text and then the video.
+Neither is ever a training reward, and they share nothing with the verifier. From pixels and the raw instruction the
+model predicts the share of the events told right, in order and at the right pace, with an intact picture, as learned
+from renderings (`pretraining/matcher.py`). A convolutional frame encoder and a text transformer feed a few queries, one
+for each event and one for the whole, which read first the text and then the video.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -19,7 +23,20 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from tempact.errors import UserError
-from tempact.shapeworld.story import FRAMES, ROWS, SIZE
+from tempact.shapeworld.story import (
+    COLOURS,
+    COLUMN_X,
+    FRAMES,
+    JUMP_HEIGHT,
+    RADII,
+    ROW_Y,
+    ROWS,
+    SHAPES,
+    SIZE,
+    SLOW_FRAMES,
+    TRACK,
+    coverage,
+)
 
 WEIGHTS = Path(__file__).parent / "weights" / "judge"
 PAD = 0  # token id
@@ -192,3 +209,76 @@ class ShapeWorldJudge:
         parts = zip(frames.split(SCORE_BATCH), tokens.split(SCORE_BATCH), strict=True)
         scores = [self.model(video.to(device, torch.float32), text)[0].sigmoid() for video, text in parts]
         return torch.cat(scores).to(frames.device)
+
+
+BANDS = (slice(0, 11), slice(11, SIZE))  # pixel lines of the rows, which a shape does not leave, also while it jumps
+GRID = 0.25  # pixels between two drawings of a shape that moves, grows or jumps
+VIDEOS_A_PASS = 4  # bounds memory, and fits caches
+
+
+@torch.no_grad()
+def clearness(frames: Tensor) -> Tensor:
+    """How close videos are to exact drawings of ShapeWorld: [V] in [0, 1], on the frames' device.
+
+    1 - sqrt(error / drawn): each row of each frame is compared with all drawings of one shape, in the middle of any
+    event too. `error` is the squared distance to the closest one, `drawn` the energy of that one, each summed over the
+    video. So fainter pictures are no clearer: an empty video scores 0, and an empty frame counts for nothing.
+
+    frames [V, F, 3, 24, 24] in [0, 1]. No shape is tracked and no story is known.
+    """
+    return torch.cat([_clearness(videos.float()) for videos in frames.split(VIDEOS_A_PASS)])
+
+
+def _clearness(frames: Tensor) -> Tensor:
+    error, drawn = frames.square().sum((1, 2, 3, 4)), torch.zeros(len(frames), device=frames.device)
+    pure, mixed = _colours(frames.device)
+    for row, lines in enumerate(BANDS):
+        drawings, still = _drawings(row, frames.device)
+        reach = drawings.norm(dim=0)
+        seen = frames[:, :, :, lines].flatten(3) @ (drawings / reach)  # [V, F, 3, D]
+        found = [_closest(seen, reach, pure), _closest(seen[..., :still], reach[:still], mixed)]
+        explained, amount = (torch.stack(each) for each in zip(*found, strict=True))
+        best, which = explained.max(0)
+        error -= best.sum(1)
+        drawn += amount.gather(0, which[None])[0].square().sum(1)
+    return (1.0 - (error.clamp_min(0.0) / drawn.clamp_min(1e-6)).sqrt()).clamp_min(0.0) * (drawn > 0.0)
+
+
+def _closest(seen: Tensor, reach: Tensor, colours: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the drawing that is closest: the energy of the picture that it explains, and its own norm. Both [V, F].
+
+    seen [V, F, 3, D]: products with drawings of unit norm; reach [D]: their norms at full opacity; colours [C, 3].
+    """
+    norms = colours.norm(dim=1, keepdim=True)
+    wanted = (colours / norms) @ seen  # [V, F, C, D]: the norm that explains most
+    amount = torch.minimum(wanted, norms * reach).clamp_min(0.0)  # at no more than full opacity
+    best, which = (amount * (2.0 * wanted - amount)).flatten(2).max(-1)
+    return best, amount.flatten(2).gather(2, which[..., None])[..., 0]
+
+
+@cache
+def _drawings(row: int, device: torch.device) -> tuple[Tensor, int]:
+    """Drawings [pixels of the row, D] in white, and how many of them, the first ones, are of shapes that stand."""
+
+    def steps(values: Sequence[float]) -> list[float]:
+        return torch.arange(min(values), max(values) + GRID, GRID).tolist()
+
+    y, radii = ROW_Y[row], tuple(RADII.values())
+    looks = [(x, y, radius) for x in COLUMN_X for radius in radii]
+    still = len(looks) * len(SHAPES)
+    looks += [(x, y, radius) for x in steps(COLUMN_X) for radius in radii]
+    looks += [(x, y, radius) for x in COLUMN_X for radius in steps(radii)]
+    looks += [(x, y - up, radius) for x in COLUMN_X for radius in radii for up in steps((0.0, JUMP_HEIGHT))]
+    tracks = torch.ones(len(looks), len(SHAPES), TRACK)
+    tracks[..., :3] = torch.tensor(looks)[:, None]
+    drawings = coverage(tracks, torch.arange(len(SHAPES)).expand(len(looks), -1))[..., BANDS[row], :].flatten(2)
+    return drawings.flatten(0, 1).T.contiguous().to(device), still
+
+
+@cache
+def _colours(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Colours and, for shapes that turn, mixtures of two: [C, 3]."""
+    pure = torch.tensor(list(COLOURS.values()))
+    shares = torch.arange(1, SLOW_FRAMES)[:, None] / SLOW_FRAMES
+    mixed = torch.cat([a + (b - a) * shares for a, b in combinations(pure, 2)])
+    return pure.to(device), mixed.to(device)

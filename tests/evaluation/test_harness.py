@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tempact.errors import UserError
+from tempact.errors import Stopped, UserError
 from tempact.evaluation import METHODS, Method, harness
 from tempact.evaluation import tables as vbench
-from tempact.evaluation.harness import LOSSLESS, Evaluation, Suite, VideoFormat
+from tempact.evaluation.harness import LOSSLESS, Evaluation, Suite, VideoFormat, mp4_format
 from tempact.evaluation.judges import JudgedVideo, Verdict
 from tempact.evaluation.ledger import Ledger
 from tempact.evaluation.prompts import OrderPrompt
@@ -62,6 +62,7 @@ class FakeExecutor:
     settings: Settings = Settings()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     started: bool = False
+    brightness: float = 0
     made: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
 
@@ -73,7 +74,7 @@ class FakeExecutor:
         assert drawn.shape[0] == len(plans) == len(switch_frames)
         self.made += [f"{plan.instruction} | {plan.steps[-1].prompt}" for plan in plans]
         self.lengths.append(self.settings.frames)
-        level = 100 + 40 * drawn[:, 0, 0, 0, 0, 0, 0].tanh() - (0 if self.started else 50)
+        level = self.brightness + 100 + 40 * drawn[:, 0, 0, 0, 0, 0, 0].tanh() - (0 if self.started else 50)
         frames = level[:, None, None, None, None].expand(-1, self.settings.frames, 3, SIDE, SIDE).to(torch.uint8)
         return Rollout(frames[:, None])
 
@@ -158,12 +159,12 @@ class Bench:
         frames = dict(zip(sets, self.frames, strict=True))
         return Suite(sets, frames, self.methods, self.seeds, self.judges, 7, 2, self.batched)
 
-    def evaluation(self, suite: Suite | None = None) -> Evaluation:
-        return Evaluation(self.folder, suite or self.suite, self.planner, self.executor, noise, self.files)
+    def evaluation(self, suite: Suite | None = None, again: bool = False) -> Evaluation:
+        return Evaluation(self.folder, suite or self.suite, self.planner, self.executor, noise, self.files, again)
 
-    def run(self, policies: str = "w", suite: Suite | None = None, **options) -> Evaluation:
-        evaluation = self.evaluation(suite)
-        evaluation.run(policies, lambda text: None, **options)
+    def run(self, policies: str = "w", suite: Suite | None = None, again: bool = False) -> Evaluation:
+        evaluation = self.evaluation(suite, again)
+        evaluation.run(policies, lambda text: None)
         return evaluation
 
     def levels(self, method: Method, seed: int = 0) -> list[float]:
@@ -188,7 +189,43 @@ def test_every_video_is_made_once_and_scored_once_by_every_judge(bench: Bench) -
     assert Counter(bench.executor.lengths) == {6: 3 * 2 * 2, 9: 3 * 2}
 
 
-def test_conditions_share_noise_but_not_prompts_and_seeds(bench: Bench) -> None:
+def test_what_the_conditions_are() -> None:
+    """The baselines are made by both policies as they were before training."""
+    found = {method.name: (method.planner, method.executor) for method in METHODS}
+    assert found == {
+        "single-prompt": (None, "start"),
+        "step-prompt": ("start", "start"),
+        "planner only": ("trained", "start"),
+        "executor only": ("start", "trained"),
+        "+ TempAct": ("trained", "trained"),
+    }
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_condition_is_made_by_the_policies_that_it_names(bench: Bench, batched: bool) -> None:
+    bench.methods, bench.batched, bench.seeds = METHODS, batched, 1
+    bench.run()
+    single, step, planner_only, executor_only, both = (bench.levels(method) for method in METHODS)
+    assert single == step == planner_only and executor_only == both
+    assert [a - b for a, b in zip(step, both, strict=True)] == pytest.approx([50] * 5, abs=2)
+    rows = Ledger(bench.folder / "videos.jsonl", ("prompt_id", "condition", "seed"))
+    told = {(row["condition"], row["steps"][0]["prompt"].split()[0]) for row in rows}
+    assert told == {
+        ("single-prompt", "simple"), ("single-prompt", "hard"), ("step-prompt", "start"), ("planner only", "trained"),
+        ("executor only", "start"), ("+ TempAct", "trained"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_conditions_share_noise_but_not_prompts_and_seeds(bench: Bench, batched: bool) -> None:
+    bench.batched = batched
+    if batched:  # one draw a batch, and the seeds of a suite that has one
+        bench.seeds = 1
+        bench.run()
+        single, step, both = (bench.levels(method) for method in bench.methods)
+        assert single == step and len({round(level) for level in single}) == 5
+        assert [a - b for a, b in zip(step, both, strict=True)] == pytest.approx([50] * 5, abs=2)
+        return
     bench.run()
     single, step, both = (bench.levels(method) for method in bench.methods)
     assert single == step and len({round(level) for level in single}) == 5
@@ -201,6 +238,13 @@ def test_noise_does_not_depend_on_the_batch(bench: Bench, tmp_path: Path) -> Non
     other = Bench(tmp_path / "other", counts=(2, 2))  # other batches from the second prompt on
     other.run()
     assert other.levels(STEP)[:2] == bench.levels(STEP)[:2] and other.levels(STEP)[2:] == bench.levels(STEP)[3:]
+
+
+def test_a_batch_of_plans_has_the_same_seed_for_planner_and_start(bench: Bench) -> None:
+    bench.batched, bench.seeds = True, 1
+    bench.run()
+    asked = {who: [(p, seed) for p, start, seed in bench.planner.asked if start is who] for who in (True, False)}
+    assert asked[True] == asked[False] and len({seed for _, seed in asked[True]}) == 3  # batches of 2, 1 and 2
 
 
 def test_planner_and_start_are_asked_with_the_same_seeds(bench: Bench) -> None:
@@ -242,6 +286,106 @@ def test_videos_that_were_made_but_not_scored_are_scored_from_their_files(bench:
     assert len(again.run().scores) == 60 and again.executor.made == []
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def replaced(path: Path) -> None:
+    path.write_bytes(path.with_name("simple-1-0" + path.suffix).read_bytes())
+
+
+DAMAGE = {
+    "cut": cut,
+    "emptied": lambda path: path.write_bytes(b""),
+    "replaced": replaced,
+    "removed": lambda path: path.unlink(),
+    "garbage": lambda path: path.write_bytes(b"no video"),
+}
+MP4 = mp4_format(8.0)
+
+
+@pytest.mark.parametrize("files", [LOSSLESS, MP4, PLAIN], ids=["safetensors", "mp4", "plain"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_video_that_is_not_as_it_was_made_is_made_again(bench: Bench, damage: str, files: VideoFormat) -> None:
+    """Before and after its scoring; a judge is never shown the damaged file, nor asked again about the same one."""
+    bench.files, bench.counts, bench.seeds, bench.methods = files, (2, 1), 1, (STEP,)
+    judges, bench.judges = bench.judges, []
+    evaluation = bench.run()
+    row = evaluation.video(STEP, bench.suite.all_prompts[0], 0)
+    assert row is not None
+    path = bench.folder / row["file"]
+    whole = path.read_bytes()
+    DAMAGE[damage](path)
+    assert evaluation.video(STEP, bench.suite.all_prompts[0], 0) is None
+    bench.judges = judges
+    bench.run()
+    assert path.read_bytes() == whole and len(bench.executor.made) == 4
+    asked = [list(judge.asked) for judge in judges]
+    assert [len(each) for each in asked] == [3, 3]
+    DAMAGE[damage](path)
+    results = gather(bench.run(), 10)
+    assert path.read_bytes() == whole and len(bench.executor.made) == 5
+    assert [judge.asked for judge in judges] == asked
+    assert not results.missing and bench.run().left == 0
+
+
+def test_a_score_counts_for_the_file_that_was_scored(bench: Bench) -> None:
+    """A video that comes out otherwise the second time is scored again."""
+    bench.counts, bench.seeds, bench.methods = (2, 1), 1, (STEP,)
+    evaluation = bench.run()
+    row = evaluation.video(STEP, bench.suite.all_prompts[0], 0)
+    assert row is not None
+    (bench.folder / row["file"]).unlink()
+    before = evaluation.score("simple-0", STEP, 0, "in-domain", "combined")
+    bench.executor = FakeExecutor(brightness=-30)
+    evaluation = bench.run()
+    assert [judge.asked for judge in bench.judges] == [["simple-0", "simple-1", "hard-0", "simple-0"]] * 2
+    assert evaluation.score("simple-0", STEP, 0, "in-domain", "combined") < before - 0.05
+    assert bench.run().left == 0 and len(bench.executor.made) == 1
+
+
+def test_a_stop_keeps_the_verdicts_that_came(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, made = Evaluation._make, list[int]()
+
+    def stopped(self, *given) -> None:
+        made.append(1)
+        if len(made) == 3:
+            raise Stopped("SIGTERM")
+        real(self, *given)
+
+    class Late(FakeJudge):
+        """The verdict comes while the next video is made."""
+
+        def submit(self, videos: Sequence[JudgedVideo]) -> list[Future[Verdict]]:
+            futures = [Future() for _ in videos]
+            workers.submit(lambda: [f.set_result(self.verdict(v)) for f, v in zip(futures, videos, strict=True)])
+            return futures
+
+    with ThreadPoolExecutor(1) as workers:
+        bench.judges = [Late()]
+        monkeypatch.setattr(Evaluation, "_make", stopped)
+        with pytest.raises(Stopped):
+            bench.run()
+        monkeypatch.setattr(Evaluation, "_make", real)
+        again = Bench(bench.folder, judges=bench.judges)
+        assert again.evaluation().left == 30 - 3 and len(again.run().scores) == 30
+    assert len(bench.executor.made) == 3 and len(again.executor.made) == 27
+
+
+def test_progress_counts_what_is_left(bench: Bench) -> None:
+    bench.judges = bench.judges[:1]
+    bench.judges[0].outage_after = 7
+    with pytest.raises(JudgeOutage):
+        bench.run()
+    again, steps = Bench(bench.folder, judges=[FakeJudge()]).evaluation(), list[int]()
+    left = again.left
+    again.run("w", lambda text: None, steps.append)
+    assert left == 30 - 7 == sum(steps) and again.left == 0 and max(steps) <= 2
+    steps.clear()
+    again.run("w", lambda text: None, steps.append)
+    assert steps == []
+
+
 def test_more_prompts_seeds_and_judges_can_be_added(bench: Bench) -> None:
     bench.judges, bench.counts, bench.seeds = bench.judges[:1], (2, 1), 1
     assert len(bench.run().scores) == 9
@@ -277,7 +421,7 @@ def test_missing_scores_are_kept_until_they_are_asked_for_again(bench: Bench) ->
     again = Bench(bench.folder)
     again.run()
     assert again.judges[0].asked == []
-    ledger = again.run(retry_missing=True).scores
+    ledger = again.run(again=True).scores
     assert sorted(again.judges[0].asked) == ["hard-1"] * 6 + ["simple-0"] * 6 and again.judges[1].asked == []
     assert all(row["scores"] for row in ledger)
 
@@ -344,6 +488,18 @@ def test_the_result_files_say_what_was_measured(bench: Bench) -> None:
     assert picture.startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("missing", [["simple-0", "simple-1", "simple-2", "hard-0", "hard-1"], ["hard-0", "hard-1"]])
+def test_results_without_scores_have_no_numbers(bench: Bench, missing: list[str]) -> None:
+    for judge in bench.judges:
+        judge.missing = tuple(missing)
+    paths = bench.results(bench.run(), strips=1)
+    json.loads(paths[0].read_text(), parse_constant=pytest.fail)
+    for path in paths[1:]:
+        text = re.sub(r"base64,[^\"]*", "", path.read_text())
+        assert not re.search(r"\bnan\b|\[\]|\[, \]", text), path
+    assert "+ TempAct against step-prompt, video by video: no video has the scores of both." in paths[1].read_text()
+
+
 def test_strips_tell_the_scores_of_what_they_show(bench: Bench) -> None:
     bench.judges = [FakeJudge(missing=("hard-0",)), FakeJudge("held-out", "m"), FakeJudge(PICKSCORE, "clip")]
     page = bench.results(bench.run(), strips=1)[2].read_text(encoding="utf-8")
@@ -385,6 +541,24 @@ def test_the_page_escapes_prompts(bench: Bench) -> None:
     suite = Suite({"simple": [own]}, {"simple": 6}, (STEP,), 1, bench.judges, 7, 2)
     page = bench.results(bench.run(suite=suite), strips=1)[2].read_text()
     assert "<script" not in page and "<b>" not in page and "&lt;script&gt;" in page
+
+
+def test_vbench_gets_every_video_where_two_prompts_want_one_name(bench: Bench) -> None:
+    """One text in two sets, and a text that is the prompt_id of another."""
+    own = {
+        "a": [OrderPrompt("a-1", "a", "", "A cat sits."), OrderPrompt("a-2", "a", "", "b-2")],
+        "b": [OrderPrompt("b-1", "b", "", "A cat sits."), OrderPrompt("b-2", "b", "", "x/y")],
+    }
+    evaluation = bench.run(suite=Suite(own, {"a": 6, "b": 6}, (STEP,), 2, (), 7, 2))
+    for _ in range(2):
+        (folder,) = export_vbench(evaluation)
+    names = {f"{stem}-{seed}.mp4" for stem in ("A cat sits.", "a-2", "b-1", "b-2") for seed in (0, 1)}
+    assert {path.name for path in folder.iterdir()} == names
+    told = json.loads((bench.folder / "vbench" / "step-prompt-prompts.json").read_text())
+    assert set(told) == names and told["b-1-1.mp4"] == "A cat sits." and told["a-2-0.mp4"] == "b-2"
+    for prompt, stem in zip([*own["a"], *own["b"]], ("A cat sits.", "a-2", "b-1", "b-2"), strict=True):
+        row = evaluation.video(STEP, prompt, 1)
+        assert row and (folder / f"{stem}-1.mp4").read_bytes() == (bench.folder / row["file"]).read_bytes()
 
 
 def test_vbench_gets_its_names(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

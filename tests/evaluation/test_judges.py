@@ -35,7 +35,7 @@ from tempact.evaluation.judges import (
     shapeworld_judges,
 )
 from tempact.evaluation.prompts import OrderPrompt
-from tempact.evaluation.statistics import DUPLICATES, PICKSCORE, PICTURE_QUALITY
+from tempact.evaluation.statistics import CLEARNESS, DUPLICATES, PICKSCORE, PICTURE_QUALITY
 from tempact.rewards import media_hash
 from tempact.rewards.judged import HELD_OUT, VideoVerdict, rubric_version, video_fields
 from tempact.rewards.judges import JudgeCall, JudgeOutage, JudgeResult
@@ -216,7 +216,7 @@ def test_shapeworlds_judges_score_renderings_high_and_noise_low() -> None:
     noise = torch.randint(256, (24, 3, 24, 24), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     videos = [JudgedVideo(prompt, frames) for prompt, frames in zip(prompts, told, strict=True)]
     judges = shapeworld_judges(torch.device("cpu"))
-    assert [judge.name for judge in judges] == ["verifier", "matcher", PICTURE_QUALITY, DUPLICATES]
+    assert [judge.name for judge in judges] == ["verifier", "matcher", PICTURE_QUALITY, CLEARNESS, DUPLICATES]
     pixels = torch.stack(told).float() / 255.0
     scores = {}
     for judge in judges:
@@ -224,6 +224,6 @@ def test_shapeworlds_judges_score_renderings_high_and_noise_low() -> None:
         assert all(list(verdict.scores) == [judge.name] and not verdict.missing for verdict in verdicts)
         scores[judge.name] = [verdict.scores[judge.name] for verdict in verdicts]
     assert scores["verifier"][:3] == pytest.approx(verify(pixels, stories).score.tolist(), abs=1e-6)
-    for name in ("verifier", "matcher", PICTURE_QUALITY):
+    for name in ("verifier", "matcher", PICTURE_QUALITY, CLEARNESS):
         assert min(scores[name][:3]) > 0.8 > scores[name][3], name
     assert max(scores[DUPLICATES][:3]) < 0.2

@@ -56,6 +56,14 @@ def test_a_line_that_is_no_row_is_refused_with_its_number(tmp_path: Path, line: 
         Ledger(path, KEY)
 
 
+@pytest.mark.parametrize("line", [row("a", file="x"), row("a", sha256="y"), [1], "x"])
+def test_a_row_without_what_its_ledger_needs_is_refused(tmp_path: Path, line: object) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{json.dumps(line)}\n")
+    with pytest.raises(UserError, match=r"line 1: found .*accepted: a JSON object with prompt_id, seed, file, sha256"):
+        Ledger(path, KEY, ("file", "sha256"))
+
+
 def test_settings_may_grow_but_not_change(tmp_path: Path) -> None:
     path = tmp_path / "settings.json"
     register(path, {"seed": 1, "judge.a": "m 1"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from tempact.evaluation.statistics import (
     Bootstrap,
     Comparison,
     MethodScores,
+    Origin,
     Row,
     read_evaluation,
+    read_origin,
     relative_change,
     write_evaluation,
 )
@@ -148,14 +151,127 @@ def test_files_hold_what_was_computed(tmp_path: Path) -> None:
     scores = cells("step-prompt", 0.4, 0.4, 0.2, 0.2) + cells("+ TempAct", 0.6, 0.5, 0.3, 0.4)
     scores[0].scores[1] = NAN
     scores[3] = MethodScores("step-prompt", *CELLS[3], [NAN] * 8)
-    rows = write_evaluation(tmp_path, scores, Bootstrap(100, 0))
+    rows, comparisons = write_evaluation(tmp_path, scores, Bootstrap(100, 0))
     listed = json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=pytest.fail)
     assert all(set(row) == {"method", "set", "judge", "score", "ci95", "n"} for row in listed)
     assert listed[0] == {
         "method": "step-prompt", "set": "simple", "judge": "verifier", "score": 0.4, "ci95": [0.4, 0.4], "n": 7,
     }  # fmt: skip
     assert found(read_evaluation(tmp_path, Row), method="+ TempAct", set="average").score == pytest.approx(0.45)
-    assert len(read_evaluation(tmp_path, Row)) == len(rows) == 10
+    assert len(read_evaluation(tmp_path, Row)) == len(rows) == 10 and read_origin(tmp_path) is None
+    assert [one.n for one in read_evaluation(tmp_path, Comparison)] == [one.n for one in comparisons]
     assert [one.missing for one in read_evaluation(tmp_path, MethodScores)] == [one.missing for one in scores]
     assert found(read_evaluation(tmp_path, Comparison), set="simple", judge="verifier").difference == pytest.approx(0.2)
     assert read_evaluation(tmp_path / "absent", Row) == []
+
+
+ORIGIN = Origin("test", 7, {"simple": 8, "hard": 8}, "step-000040", "0123456789ab", "ba9876543210")
+
+
+def test_every_row_says_what_it_was_obtained_with(tmp_path: Path) -> None:
+    scores = cells("step-prompt", 0.4, 0.4, 0.2, 0.2) + cells("+ TempAct", 0.6, 0.5, 0.3, 0.4)
+    write_evaluation(tmp_path, scores, Bootstrap(100, 0), ORIGIN)
+    listed = [json.loads((tmp_path / name).read_text()) for name in ("evaluation.json", "comparisons.json")]
+    listed.append([json.loads(line) for line in (tmp_path / "evaluation_scores.jsonl").read_text().splitlines()])
+    for row in (row for rows in listed for row in rows):
+        assert (row["split"], row["seed"], row["videos"]) == ("test", 7, {"simple": 8, "hard": 8})
+        assert (row["checkpoint"], row["weights"], row["suite"]) == ("step-000040", "0123456789ab", "ba9876543210")
+    assert read_origin(tmp_path) == ORIGIN and read_origin(tmp_path / "absent") is None
+    assert read_evaluation(tmp_path, MethodScores) == [replace(one, scores=tuple(one.scores)) for one in scores]
+    assert len(read_evaluation(tmp_path, Row)) == 10 and len(read_evaluation(tmp_path, Comparison)) == 5
+
+
+def test_comparisons_of_an_older_version_are_read(tmp_path: Path) -> None:
+    scores = cells("step-prompt", 0.4, 0.4, 0.2, 0.2) + cells("+ TempAct", 0.6, 0.5, 0.3, 0.4)
+    write_evaluation(tmp_path, scores, Bootstrap(100, 0))
+    file = tmp_path / "comparisons.json"
+    file.write_text(
+        json.dumps([{k: v for k, v in row.items() if k != "means"} for row in json.loads(file.read_text())])
+    )
+    one = found(read_evaluation(tmp_path, Comparison), set="average")
+    assert one.relative == pytest.approx(0.5) and all(map(math.isnan, one.means))
+
+
+def made_up(method: str, level: float, rng: np.random.Generator) -> list[MethodScores]:
+    """Two judges of order and one of quality; 3 prompts simple and 5 hard with two seeds each, a tenth missing."""
+    scores = []
+    for name, videos in (("simple", 6), ("hard", 10)):
+        for judge in ("verifier", "matcher", "picture quality"):
+            own = level + rng.uniform(size=videos)
+            own[rng.uniform(size=videos) < 0.1] = NAN
+            scores.append(MethodScores(method, name, judge, own.tolist()))
+    return scores
+
+
+def by_hand(base: list[MethodScores], own: list[MethodScores], resamples: int, seed: int) -> dict[str, list[float]]:
+    """The bootstrap of the averages as loops: means of `own`, and changes against `base` of the videos of both."""
+    rng, sets = np.random.default_rng(seed), {}
+    for one in own:
+        sets.setdefault(one.set, len(one.scores) // 2)
+    drawn = {name: rng.integers(0, prompts, (resamples, prompts)) for name, prompts in sets.items()}
+
+    def mean(scores: list[MethodScores], left_out: list[MethodScores], i: int) -> float:
+        cells = []
+        for one, other in zip(scores, left_out, strict=True):
+            videos = [2 * prompt + s for prompt in drawn[one.set][i] for s in (0, 1)]
+            some = [one.scores[v] for v in videos if not math.isnan(one.scores[v] + other.scores[v])]
+            cells.append(sum(some) / len(some) if some else NAN)
+        return sum(cells) / len(cells)
+
+    pairs = [(mean(base, own, i), mean(own, base, i)) for i in range(resamples)]
+    return {
+        "rows": [mean(own, own, i) for i in range(resamples)],
+        "differences": [b - a for a, b in pairs],
+        "changes": [b / a - 1 for a, b in pairs],
+    }
+
+
+@pytest.mark.parametrize("judge", ["average", "picture quality"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_bootstrap_draws_each_prompt_with_its_seeds_alike_for_judges_and_methods(seed: int, judge: str) -> None:
+    rng = np.random.default_rng(3)
+    base, own = made_up("step-prompt", 0.4, rng), made_up("+ TempAct", 0.6, rng)
+    bootstrap = Bootstrap(200, seed, 2)
+    row = found(bootstrap.rows(base + own), method="+ TempAct", set="average", judge=judge)
+    one = found(bootstrap.compare(base + own), set="average", judge=judge)
+    chosen = [[s for s in scores if (s.judge == "picture quality") == (judge != "average")] for scores in (base, own)]
+    expected = by_hand(*chosen, 200, seed)
+
+    def ends(values: list[float]) -> tuple[float, float]:
+        some = np.array(values)[~np.isnan(values)]
+        return tuple(np.percentile(some, [2.5, 97.5]))  # type: ignore[return-value]
+
+    assert row.ci95 == pytest.approx(ends(expected["rows"]), abs=1e-12)
+    assert one.ci95 == pytest.approx(ends(expected["differences"]), abs=1e-12)
+    assert one.relative_ci95 == pytest.approx(ends(expected["changes"]), abs=1e-12)
+    other = Bootstrap(200, seed + 1, 2).compare(base + own)
+    assert found(other, set="average", judge=judge).ci95 != one.ci95
+    assert one.n == sum(
+        any(not math.isnan(a.scores[v] + b.scores[v]) for a, b in zip(*chosen, strict=True) if a.set == name)
+        for name, videos in (("simple", 6), ("hard", 10))
+        for v in range(videos)
+    )
+
+
+def test_quality_is_compared_beside_temporal_order_not_in_it() -> None:
+    def both(method: str, order: float, quality: float) -> list[MethodScores]:
+        judged = {"verifier": order, "picture quality": quality, "clearness": quality, "duplicates": 1 - quality}
+        return [
+            MethodScores(method, name, judge, [v] * 4) for name in ("simple", "hard") for judge, v in judged.items()
+        ]
+
+    found_ones = Bootstrap(50, 0).compare(both("step-prompt", 0.4, 0.9) + both("+ TempAct", 0.6, 0.45))
+    averages = {one.judge: one for one in found_ones if one.set == "average"}
+    assert set(averages) == {"average", "picture quality", "clearness", "duplicates"}
+    assert averages["average"].relative == pytest.approx(0.5) and averages["average"].n == 8
+    assert averages["average"].means == pytest.approx((0.4, 0.6))
+    assert averages["picture quality"].relative == averages["clearness"].relative == pytest.approx(-0.5)
+
+
+def test_with_missing_scores_change_and_interval_are_both_those_of_the_pairs() -> None:
+    """The unpaired means fall by 55% although every video that both have gains 25%."""
+    base = MethodScores("step-prompt", "simple", "verifier", [0.2, 0.2, 0.9, 0.9])
+    own = MethodScores("+ TempAct", "simple", "verifier", [0.25, 0.25, NAN, NAN])
+    one = found(Bootstrap(200, 0).compare([base, own]), set="average")
+    assert one.relative == pytest.approx(0.25) and one.relative_ci95 == pytest.approx((0.25, 0.25))
+    assert one.means == pytest.approx((0.2, 0.25)) and one.n == 2

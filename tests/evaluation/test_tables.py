@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from tempact.evaluation.statistics import Bootstrap, MethodScores
-from tempact.evaluation.tables import build_table, markdown_table
+import re
+
+from tempact.evaluation.statistics import Bootstrap, Comparison, MethodScores, Row
+from tempact.evaluation.tables import average_change, build_table, markdown_table
 
 LEVELS = {"executor only": 0.5, "shuffled": 0.4, "+ TempAct": 0.6, "single-prompt": 0.3, "step-prompt": 0.4}
+NAN = float("nan")
 JUDGES = ("verifier", "matcher", "picture quality")
 
 
-def rows() -> list:
+def measured() -> tuple[list[Row], list[Comparison]]:
     scores = [
         MethodScores(method, name, judge, [level + (0.1 if name == "simple" else 0.0)] * 4)
         for method, level in LEVELS.items()
@@ -17,11 +20,11 @@ def rows() -> list:
         for judge in JUDGES
         if (method, judge) != ("shuffled", "picture quality")
     ]
-    return Bootstrap(50, 0).rows(scores)
+    return Bootstrap(50, 0).rows(scores), Bootstrap(50, 0).compare(scores)
 
 
 def test_layout_of_the_paper() -> None:
-    table = build_table(rows())
+    table = build_table(*measured())
     assert table.columns == (
         "simple, verifier", "hard, verifier", "simple, matcher", "hard, matcher", "average", "picture quality",
     )  # fmt: skip
@@ -40,11 +43,33 @@ def test_layout_of_the_paper() -> None:
 
 
 def test_markdown_is_aligned_and_carries_interval_and_change() -> None:
-    lines = markdown_table(rows()).splitlines()
+    lines = markdown_table(*measured()).splitlines()
     assert len(lines) == 2 + len(LEVELS) and len({len(line) for line in lines}) == 1
     assert "| 0.650 [0.650, 0.650] +44.4% |" in lines[4] and lines[4].startswith("| + TempAct ")
 
 
 def test_without_baseline_there_is_no_change() -> None:
-    alone = [row for row in rows() if row.method == "+ TempAct"]
+    alone = [row for row in measured()[0] if row.method == "+ TempAct"]
     assert "%" not in markdown_table(alone)
+
+
+def scored(**levels: list[float]) -> tuple[list[Row], list[Comparison]]:
+    methods = {"step": "step-prompt", "own": "+ TempAct"}
+    scores = [MethodScores(methods[name], "simple", "verifier", own) for name, own in levels.items()]
+    return Bootstrap(50, 0).rows(scores), Bootstrap(50, 0).compare(scores)
+
+
+def test_the_change_is_that_of_the_videos_that_both_have() -> None:
+    """The means of the table, 0.55 and 0.25, would say -54.5%."""
+    table = markdown_table(*scored(step=[0.2, 0.2, 0.9, 0.9], own=[0.25, 0.25, NAN, NAN]))
+    assert "0.250 [0.250, 0.250] +25.0%" in table and "-54.5%" not in table
+
+
+def test_what_nobody_scored_is_a_dash_without_numbers() -> None:
+    rows, comparisons = scored(step=[0.2, 0.3], own=[NAN, NAN])
+    table = markdown_table(rows, comparisons)
+    assert re.search(r"\+ TempAct .*\| \u2013 +\| \u2013 +\|", table) and "nan" not in table and "[]" not in table
+    assert average_change(comparisons, "+ TempAct") is None
+    # scores of either, none of both
+    rows, comparisons = scored(step=[0.2, NAN], own=[NAN, 0.4])
+    assert average_change(comparisons, "+ TempAct") is None and "%" not in markdown_table(rows, comparisons)

@@ -149,12 +149,13 @@ def test_videos_play_and_strips_compare_the_methods(finished: Path) -> None:
 
 def test_evaluation_has_a_row_for_every_method_set_and_judge(finished: Path) -> None:
     rows = json.loads((finished / "evaluation.json").read_text())
-    assert all(row.keys() == {"method", "set", "judge", "score", "ci95", "n"} for row in rows)
+    told = {"split", "seed", "videos", "checkpoint", "weights", "suite"}
+    assert all(row.keys() == {"method", "set", "judge", "score", "ci95", "n"} | told for row in rows)
     cells = {(row["method"], row["set"], row["judge"]): row for row in rows}
     assert len(cells) == len(rows)
     for method in METHODS:
         for category in ("simple", "hard"):
-            for judge in ("verifier", "matcher", "picture quality", "duplicates"):
+            for judge in ("verifier", "matcher", "picture quality", "clearness", "duplicates"):
                 row = cells[method.name, category, judge]
                 low, high = row["ci95"]
                 assert row["n"] == 2 and 0 <= low <= row["score"] + 1e-6 and row["score"] <= high + 1e-6 <= 1.001

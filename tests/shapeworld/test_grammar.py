@@ -18,6 +18,7 @@ from tempact.shapeworld.grammar import (
     read_step,
     reference_plan,
     sample_story,
+    split_of,
     write_instruction,
 )
 from tempact.shapeworld.story import CHUNKS, FRAMES, KINDS, Story, states
@@ -83,6 +84,21 @@ def test_prompts_are_the_same_for_the_same_seed_and_stay_in_their_split() -> Non
     assert held_out == held_out_prompts("hard", 20, 1)
     train = {event_sequence(parse_instruction(p.text)) for seed in range(40) for p in source.draw(8, seed)}
     assert not train & {event_sequence(parse_instruction(p.text)) for p in held_out}
+
+
+@pytest.mark.parametrize("category", ["simple", "hard"])
+def test_held_out_instructions_are_of_their_split_and_of_no_other(category: str) -> None:
+    """The test split is what is evaluated on unless another one is named."""
+    usual = held_out_prompts(category, 60, 3)
+    assert usual == held_out_prompts(category, 60, 3, "test")
+    for split in ("validation", "test"):
+        prompts = held_out_prompts(category, 60, 3, split)
+        told = [parse_instruction(prompt.text) for prompt in prompts]
+        assert {split_of(story) for story in told} == {split}
+        assert {len(story.events) > 2 for story in told} == {category == "hard"}
+        assert all(prompt.prompt_id.startswith(f"{split}-{category}-") for prompt in prompts)
+    train = [parse_instruction(p.text) for p in ShapeWorldPrompts().draw(60, 3)]
+    assert {split_of(story) for story in train} == {"train"}
 
 
 def test_merged_steps_are_read_as_two_events() -> None:

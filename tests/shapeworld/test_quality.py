@@ -1,4 +1,4 @@
-"""Picture quality and the count of extra and misplaced shapes."""
+"""Picture quality, clearness and the count of extra and misplaced shapes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from shapeworld_films import picture, shape_indices, tell
 from torch import Tensor
 
 from tempact.shapeworld.grammar import sample_story
+from tempact.shapeworld.matcher import clearness
 from tempact.shapeworld.pretraining.clips import relaxed_cues
 from tempact.shapeworld.pretraining.matcher import corrupt, draw_corrupted
 from tempact.shapeworld.story import CHUNK, Entity, Event, Story
@@ -65,6 +66,47 @@ def test_damage_lowers_quality(name: str, truth: Tensor) -> None:
     change, most = DAMAGE[name]
     full = truth.amax((2, 3, 4)) > 0.9  # an empty frame has nothing to smear
     assert picture_quality(change(truth))[full].mean() < most
+
+
+CLEAR: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "noise": (lambda f: noise(f, 0.05), 0.8),
+    "strong noise": (lambda f: noise(f, 0.2), 0.2),
+    "blur": (blur, 0.8),
+    "smear": (lambda f: torch.maximum(f, 0.5 * f.roll(3, -1)), 0.7),
+    "ghost": (lambda f: torch.maximum(f, 0.5 * f.roll(9, -1)), 0.55),
+    "tint": (lambda f: (f + 0.1).clamp(0.0, 1.0), 0.6),
+    "white noise": (lambda f: torch.rand(f.shape, generator=torch.Generator().manual_seed(0)), 0.01),
+    "nothing": (torch.zeros_like, 0.0),
+    "grey": (lambda f: torch.full_like(f, 0.5), 0.0),
+}
+
+
+@pytest.mark.parametrize("name", CLEAR)
+def test_damage_lowers_clearness(name: str, truth: Tensor) -> None:
+    change, most = CLEAR[name]
+    found = clearness(change(truth))
+    assert found.shape == truth.shape[:1] and found.min() >= 0.0 and found.max() <= 1.0 and found.mean() <= most
+
+
+def test_exact_drawings_are_clear_in_every_phase_of_an_event(truth: Tensor) -> None:
+    found = clearness(truth)
+    assert found.min() > 0.95 and found.mean() > 0.98 and found.max() <= 1.0
+    torch.testing.assert_close(clearness(truth[20:21]), found[20:21], atol=1e-5, rtol=0.0)  # whatever the batch
+
+
+def test_what_raises_the_reward_without_a_better_picture_does_not_raise_clearness(truth: Tensor) -> None:
+    """Fainter and emptier pictures, and colours that the world has not, are clean to picture quality."""
+    worn = noise(truth[:24], 0.04)
+    faint, half_empty = 0.3 * truth[:24], worn.clone()
+    half_empty[:, ::2] = 0.0
+    assert picture_quality(noise(faint, 0.04)).mean() >= picture_quality(worn).mean() - 0.01
+    assert clearness(noise(faint, 0.04)).mean() < clearness(worn).mean() - 0.2
+    assert picture_quality(half_empty).mean() > picture_quality(worn).mean() + 0.1
+    assert clearness(half_empty).mean() == pytest.approx(clearness(worn).mean().item(), abs=0.03)
+    assert picture_quality(torch.zeros_like(truth[:1])).min() == 1.0 and clearness(torch.zeros_like(truth[:1])) == 0.0
+    white = truth[:24, :, [0, 0, 0]]
+    seen = white.amax((1, 2, 3, 4)) > 0
+    assert picture_quality(white[seen]).mean() > 0.97 and clearness(white[seen]).mean() < 0.5
 
 
 def test_quality_falls_with_the_damage(truth: Tensor) -> None:
