@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import shutil
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 
 ORDER = (SINGLE, STEP, BOTH, PLANNER_ONLY, EXECUTOR_ONLY)  # of the paper's rows; whatever else was evaluated follows
 JSON, MARKDOWN = "temporal-order.json", "temporal-order.md"
+NAME_WIDTH, METHOD_WIDTH = 20, 9  # columns of a table in a terminal
 RANDOM_WEIGHTS = "random weights"  # in the name of policies that have no others
 # the published table does not say which of the two it shows (docs/algorithm.md section 7): both are reported
 METRICS = {COMBINED: "Combined score", TEMPORAL_ORDER: "Temporal order alone"}
@@ -81,6 +83,25 @@ def build_table(rows: Sequence[Row], comparisons: Sequence[Comparison] = ()) -> 
         lines.append((method, tuple(cells)))
     headings = (judge if name == AVERAGE else f"{name}, {judge}" for name, judge in keys)
     return Table(tuple(headings), tuple(lines))
+
+
+def narrow_table(rows: Sequence[Row], comparisons: Sequence[Comparison]) -> list[str]:
+    """Lines of at most 80 characters: a column for every method, the mean scores by set and judge below."""
+    table = build_table(rows, comparisons)
+    methods = [method for method, _ in table.rows]
+    heads = [textwrap.wrap(method, METHOD_WIDTH) for method in methods]
+    depth = max(map(len, heads))
+    lines = [("", *column) for column in zip(*([""] * (depth - len(head)) + head for head in heads), strict=True)]
+    for i, column in enumerate(table.columns):
+        lines.append((column, *(cells[i].score for _, cells in table.rows)))
+        if any(cells[i].change for _, cells in table.rows):
+            lines.append(("  change", *(cells[i].change for _, cells in table.rows)))
+    shown = [f"{line[0]:<{NAME_WIDTH}}" + "".join(f"{cell:>{METHOD_WIDTH + 1}}" for cell in line[1:]) for line in lines]
+    one = average_change(comparisons, BOTH)
+    if one is not None:
+        change = ranged(percent(one.relative), span(one.relative_ci95, percent))
+        shown.append(f"{BOTH} against {one.baseline}, video by video: {change}")
+    return shown
 
 
 def average_change(comparisons: Sequence[Comparison], method: str, judge: str = AVERAGE) -> Comparison | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -38,9 +37,9 @@ from tempact.evaluation.tables import (
     average_change,
     build_table,
     gained,
+    narrow_table,
     origin_text,
     percent,
-    ranged,
     span,
     write_tables,
 )
@@ -182,7 +181,6 @@ def _values(rows: Sequence[dict], name: str) -> np.ndarray:
 
 log = logging.getLogger(__name__)
 
-NAME_WIDTH, METHOD_WIDTH = 20, 9  # columns of a table in a terminal
 REPORT, CONFIG, RESULTS = "report.html", "config.yaml", "temporal-order.html"
 # keys of weights, and values in whose place random weights stand
 WEIGHTS, RANDOM = ("planner.weights", "executor.weights"), ("random", "random-tiny")
@@ -278,25 +276,6 @@ def leave_report(run_folder: Path | str) -> list[str]:
         log.debug("no report", exc_info=True)
         log.warning("%s: found no way to write the report: %s", run, " ".join(str(error).split()))
         return []
-
-
-def narrow_table(rows: Sequence[Row], comparisons: Sequence[Comparison]) -> list[str]:
-    """Lines of at most 80 characters: a column for every method, the mean scores by set and judge below."""
-    table = build_table(rows, comparisons)
-    methods = [method for method, _ in table.rows]
-    heads = [textwrap.wrap(method, METHOD_WIDTH) for method in methods]
-    depth = max(map(len, heads))
-    lines = [("", *column) for column in zip(*([""] * (depth - len(head)) + head for head in heads), strict=True)]
-    for i, column in enumerate(table.columns):
-        lines.append((column, *(cells[i].score for _, cells in table.rows)))
-        if any(cells[i].change for _, cells in table.rows):
-            lines.append(("  change", *(cells[i].change for _, cells in table.rows)))
-    shown = [f"{line[0]:<{NAME_WIDTH}}" + "".join(f"{cell:>{METHOD_WIDTH + 1}}" for cell in line[1:]) for line in lines]
-    one = average_change(comparisons, BOTH)
-    if one is not None:
-        change = ranged(percent(one.relative), span(one.relative_ci95, percent))
-        shown.append(f"{BOTH} against {one.baseline}, video by video: {change}")
-    return shown
 
 
 def write_results(evaluation: Evaluation, results: Results, strips: int) -> list[Path]:
