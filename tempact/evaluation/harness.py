@@ -285,16 +285,17 @@ class Evaluation:
         noise = NoiseSource((len(missing), *shape(1, 1)[1:]), draw)
 
         with self.executor.reference() if method.executor == "start" else nullcontext():
-            videos = self.executor.rollout(chosen, [0] * len(chosen), noise).frames[:, 0]
+            made = self.executor.rollout(chosen, [0] * len(chosen), noise)
+        broken = [False] * len(chosen) if made.broken is None else made.broken[:, 0].tolist()
         rows = []
-        for i, plan, frames in zip(missing, chosen, videos, strict=True):
+        for i, plan, frames, bad in zip(missing, chosen, made.frames[:, 0], broken, strict=True):
             name = f"videos/{safe_name(method.name)}/{prompts[i].prompt_id}-{seed}{self.files.suffix}"
             self.files.save(frames, self.folder / name)
             rows.append(
                 {
                     "prompt_id": prompts[i].prompt_id, "condition": method.name, "seed": seed, "file": name,
                     "frames": len(frames), "sha256": file_hash(self.folder / name), "prompt": prompts[i].text,
-                    "steps": [asdict(step) for step in plan.steps],
+                    "steps": [asdict(step) for step in plan.steps], "broken": bad,
                 }
             )  # fmt: skip
         self._videos.add(rows, again=True)  # a file may have been removed or changed
@@ -338,7 +339,10 @@ class Evaluation:
                 }
                 for made, video in due
             ]  # fmt: skip
-            self._waiting |= zip(judge.submit([video for _, video in due]) if due else (), asked, strict=True)
+            sound = [video for made, video in due if not made.get("broken")]
+            verdicts = iter(judge.submit(sound) if sound else ())
+            for (made, _), row in zip(due, asked, strict=True):
+                self._waiting[_no_verdict() if made.get("broken") else next(verdicts)] = row
         self._write_down(block=False)
         while len(self._waiting) >= WAITING:
             self._write_down(block=True)
@@ -357,6 +361,13 @@ class Evaluation:
         self.scores.add(rows, again=True)  # a video may have been made anew, a missing score asked for again
         if errors:
             raise errors[0]
+
+
+def _no_verdict() -> Future[Verdict]:
+    """On a video whose latents were NaN or infinite: a black one may look clean."""
+    verdict: Future[Verdict] = Future()
+    verdict.set_result(Verdict({}, "the video's latents are not finite"))
+    return verdict
 
 
 def _steps(row: Row) -> tuple[Step, ...]:

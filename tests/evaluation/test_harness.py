@@ -426,6 +426,27 @@ def test_missing_scores_are_kept_until_they_are_asked_for_again(bench: Bench) ->
     assert all(row["scores"] for row in ledger)
 
 
+def test_videos_whose_latents_are_not_numbers_have_no_score(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout = FakeExecutor.rollout
+
+    def partly(self: FakeExecutor, plans: list[Plan], switch_frames: list[int], noise) -> Rollout:
+        made = rollout(self, plans, switch_frames, noise)
+        made.broken = torch.zeros(len(plans), 1, dtype=torch.bool)
+        made.broken[0] = not self.started
+        return made
+
+    monkeypatch.setattr(FakeExecutor, "rollout", partly)
+    whole = bench.run()
+    rows = list(whole.scores)
+    broken = [row for row in rows if row["scores"] is None]
+    assert broken and len(broken) < len(rows)
+    assert {row["condition"] for row in broken} == {BOTH.name}
+    assert {row["missing"] for row in broken} == {"the video's latents are not finite"}
+    asked = [list(judge.asked) for judge in bench.judges]
+    again = bench.run()  # kept
+    assert [judge.asked for judge in bench.judges] == asked and list(again.scores) == rows
+
+
 def test_the_makers_do_not_run_away_from_slow_judges(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "WAITING", 4)
     most = 0
