@@ -94,7 +94,7 @@ def read_rows(path: Path, columns: tuple[str, ...] = ()) -> list[PromptRow]:
     return _checked(path, readers[path.suffix.lower()](path, COLUMNS + columns), COLUMNS + columns)
 
 
-def read_text(path: Path, accepted: str) -> str:
+def decoded_text(path: Path, accepted: str) -> str:
     """A text file in UTF-8, or in UTF-16 with its mark; line ends as they are. UserError with what else is `accepted`
     for a file that cannot be read."""
     try:
@@ -214,7 +214,7 @@ def _with_steps(path: Path, number: int, row: dict[str, Any], columns: tuple[str
 
 
 def _table_rows(path: Path, columns: tuple[str, ...], text: str | None = None) -> Iterator[tuple[int, Cells]]:
-    text = read_text(path, "a file of prompts") if text is None else text
+    text = decoded_text(path, "a file of prompts") if text is None else text
     first, _, rest = text.partition("\n")
     if first.startswith("sep=") and len(first.rstrip("\r")) == 5:  # a spreadsheet's own line
         delimiter, text = first[4], rest
@@ -255,7 +255,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _jsonl_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Cells]]:
-    lines = io.StringIO(read_text(path, "a file of prompts"), newline=None)
+    lines = io.StringIO(decoded_text(path, "a file of prompts"), newline=None)
     for number, line in enumerate(lines, 1):
         if not line.strip():
             yield number, {}
@@ -273,7 +273,7 @@ def _jsonl_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Cel
 
 
 def _text_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Cells]]:
-    text = read_text(path, "a file of prompts")
+    text = decoded_text(path, "a file of prompts")
     if any("prompt" in _header(text, mark, columns) for mark in DELIMITERS):  # a spreadsheet's text
         yield from _table_rows(path, columns, text)
         return

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 from test_imports import REPOSITORY
 
+nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
 NOTEBOOK = REPOSITORY / "docs" / "quickstart.ipynb"
 
 
@@ -17,7 +16,7 @@ def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client = NotebookClient(notebook, timeout=250, resources={"metadata": {"path": str(REPOSITORY)}})
+    client = nbclient.NotebookClient(notebook, timeout=250, resources={"metadata": {"path": str(REPOSITORY)}})
     client.execute()  # raises CellExecutionError with the cell and its traceback
     shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     pictures = [output for output in shown if "image/png" in output.get("data", {})]

@@ -544,7 +544,7 @@ def test_methods_share_noise_so_untrained_policies_score_alike(evaluated: Evalua
     assert set(scores) == {SINGLE, STEP, PLANNER_ONLY, EXECUTOR_ONLY, BOTH}
     assert scores[STEP] == scores[PLANNER_ONLY] == scores[EXECUTOR_ONLY] == scores[BOTH]
     assert scores[SINGLE] != scores[STEP]
-    judges = ("verifier", "matcher", "picture quality", "duplicates")
+    judges = ("verifier", "matcher", "picture quality", "clearness", "duplicates")
     assert set(scores[STEP]) == {(category, judge) for category in ("simple", "hard") for judge in judges}
 
 

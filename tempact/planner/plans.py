@@ -44,7 +44,7 @@ from typing import Any
 from tempact.config import LARGEST_SEED
 from tempact.errors import UserError
 from tempact.planner import UNREAD, number, plan_entries, step_fields
-from tempact.prompt_file import SHOWN, PromptRow, blank, check_ids, read_rows, read_text, whole_number
+from tempact.prompt_file import SHOWN, PromptRow, blank, check_ids, decoded_text, read_rows, whole_number
 from tempact.types import Plan, Prompt, Step
 
 log = logging.getLogger(__name__)
@@ -237,7 +237,7 @@ def read_plan(path: Path, instruction: str, frames: int, chunk: int, rounding: s
     Arguments as for `parse_plan`. Logs repairs. Raises UserError for an unreadable file, one without a step, mistakes
     in the JSON (with line and column) and steps or bounds that cannot be read.
     """
-    return _given_plan(read_text(path, ACCEPTED), str(path), instruction, frames, chunk, rounding)
+    return _given_plan(decoded_text(path, ACCEPTED), str(path), instruction, frames, chunk, rounding)
 
 
 def _given_plan(text: str, where: str, instruction: str, frames: int, chunk: int, rounding: str) -> Plan:

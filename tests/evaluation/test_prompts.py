@@ -88,7 +88,7 @@ def test_a_prompt_given_twice_is_taken_once(tmp_path: Path, caplog: pytest.LogCa
         ("a.jsonl", '{"prompt": "a", "steps": [1]}\n', "row 1: steps: found '[1]'"),
         ("a.jsonl", '{"prompt": "a", "prompt_id": "i"}\n{"prompt": "b", "prompt_id": "i"}\n', "found 'i' again"),
         ("a.txt", "\n", "found no prompts"),
-        ("a.xlsx", "", "found the ending '.xlsx'; accepted: .csv, .jsonl, .parquet, .txt"),
+        ("a.xlsx", "", "found the ending '.xlsx'; accepted: .csv, .tsv, .jsonl, .parquet, .txt"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_place(tmp_path: Path, name: str, text: str, words: str) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tempact import __version__
+
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = REPOSITORY / "csrc_triton"
 README = REPOSITORY / "README.md"
@@ -108,7 +110,7 @@ def test_its_own_distribution_has_every_package_and_the_same_needs(installed: Pa
     whole = (REPOSITORY / "setup.py").read_text(encoding="utf-8")
     for need in project["project"]["dependencies"]:
         assert f'"{need}"' in whole, f"{need} is not what setup.py asks for"
-    assert f'version="{project["project"]["version"]}"' in whole
+    assert project["project"]["version"] == __version__
     assert (installed / "csrc_triton" / "py.typed").is_file()
 
 
