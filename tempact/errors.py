@@ -61,7 +61,13 @@ class StopRequest:
 
     def close(self, finishing: str) -> None:
         """What follows is finished first."""
+        self.handled()
         self.opened, self.finishing = False, finishing
+
+    def handled(self) -> None:
+        """`Stopped` has arrived: it is not raised again."""
+        if threading.current_thread() is threading.main_thread():
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:

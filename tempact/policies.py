@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -78,11 +79,20 @@ def build_trainer(
     return Trainer(config, policies.planner, policies.executor, rewards, prompts)
 
 
+def refuse_ranks() -> None:
+    """UserError under torchrun, as long as a command has one process."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks != "1":
+        found = f"WORLD_SIZE: found {ranks} processes, as torchrun starts them"
+        raise UserError(f"{found}; accepted: one, python -m tempact.train (a run has one process and one GPU)")
+
+
 def device_of(config: RunConfig) -> torch.device:
     """The device of a run; also sets threads, determinism and the backend of csrc_triton's ops.
 
-    UserError for a GPU that is not there and kernels that cannot serve on the device.
+    UserError for a GPU that is not there, kernels that cannot serve on the device and several processes.
     """
+    refuse_ranks()
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.deterministic:

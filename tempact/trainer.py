@@ -60,6 +60,10 @@ class NothingLearned(Aborted):
     """A policy had nothing to learn from for `trainer.max_idle_iterations` iterations in a row."""
 
 
+class VideosNotFinite(Aborted):
+    """No video of an iteration has finite latents: the executor's last step was no good."""
+
+
 class WeightsNotFinite(Aborted):
     """A step gave a policy weights that are NaN or infinite."""
 
@@ -109,6 +113,7 @@ class Trainer:
         self.idle = {"planner": 0, "executor": 0}  # iterations in a row without anything to learn from
         self.wide_gap = ""  # why the last executor update was refused, if it was for that
         self._before: dict | None = None  # state before the first optimiser step of the latest iteration
+        self._earlier: dict | None = None  # the same of the iteration before, until its policies have made videos
         self.planner_policy = PolicyOptimizer(dict(planner.parameters()), config.planner.optim)
         self.executor_policy = PolicyOptimizer(executor.parameters(), config.executor.optim)
         self.ema = EMA(executor.parameters(), config.executor.ema_decay)
@@ -152,11 +157,9 @@ class Trainer:
             shape = self.executor.noise_shape(len(plans.plans), executor.continuations)
             noise = gaussian_noise(self._seed("noise"), shape, self.executor.device)
             rollout = self.executor.rollout(plans.plans, forks, noise, score)
+            self._check_videos(rollout)
         timing["timing_s/rollout"] -= timing["timing_s/rewards"]  # what was scored in the meantime
         with timed("rewards"):
-            broken = 0 if rollout.broken is None else int(rollout.broken.sum())
-            if broken:
-                log.warning("iteration %d: %d videos have latents that are not finite", self.done + 1, broken)
             scored = scoring.result()
             batch, metrics = self._advantages(plans, rollout, scored)
         with timed("update"):
@@ -195,18 +198,33 @@ class Trainer:
 
     def confirm(self) -> None:
         """The latest iteration is recorded: `rollback` no longer takes it back."""
-        self._before = None
+        self._earlier, self._before = self._before, None
 
     def rollback(self) -> None:
         """Takes back the optimiser steps of the latest iteration, finished or not, unless it is confirmed."""
-        if self._before is None:
-            return
-        state, planner = self._before["state"], self._before["planner"]
-        with torch.no_grad():
-            for name, value in planner.items():
-                self.planner_policy.parameters[name].copy_(value)
-        self.load_state(state)
-        self._before = None
+        self._restore(self._before)
+
+    def _restore(self, before: dict | None) -> None:
+        if before is not None:
+            with torch.no_grad():
+                for name, value in before["planner"].items():
+                    self.planner_policy.parameters[name].copy_(value)
+            self.load_state(before["state"])
+        self._before = self._earlier = None
+
+    def _check_videos(self, rollout: Rollout) -> None:
+        broken = 0 if rollout.broken is None else int(rollout.broken.sum())
+        if rollout.broken is not None and bool(rollout.broken.all()):
+            number = self.done + 1
+            self._restore(self._earlier)
+            lr = self.config.executor.optim.lr
+            raise VideosNotFinite(
+                f"iteration {number}: found no video whose latents are finite, so the policies are those after "
+                f"iteration {self.done} again; accepted: steps of less than executor.optim.lr {lr:g}"
+            )
+        if broken:
+            log.warning("iteration %d: %d videos have latents that are not finite", self.done + 1, broken)
+        self._earlier = None
 
     def _seed(self, purpose: str) -> int:
         return derive_seed(self.config.seed, self.done, purpose)
@@ -294,7 +312,7 @@ class Trainer:
         for name, policy in self._trained_policies().items():
             if policy.skipped > settings.max_skipped_updates:
                 raise TooManySkippedUpdates(f"{name}: {policy.skipped} updates in a row had non-finite gradients")
-            if self.idle[name] >= settings.max_idle_iterations:
+            if self.idle[name] >= min(settings.max_idle_iterations, settings.iterations):
                 raise NothingLearned(
                     f"{name}: {self.idle[name]} iterations in a row without a group whose rewards can be compared "
                     f"(all missing or all equal; trainer.max_idle_iterations)"

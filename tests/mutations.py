@@ -34,7 +34,11 @@ MUTATIONS = [
             "or name in files or name ==",
             "or files or name ==",
         ),
-        ("test_a_renamed_checkpoint_is_not_taken_for_another_step", "if step != step_of(_stem(path)):", "if not step:"),
+        (
+            "test_a_renamed_checkpoint_is_not_taken_for_another_step",
+            "if step != step_of(stem_of(path)):",
+            "if not step:",
+        ),
         ("test_a_link_is_no_part_of_a_checkpoint", "if file.is_symlink() or", "if"),
         ("test_a_save_recovers_first_and_syncs_all_it_writes", "        recover(run_folder)\n", ""),
         ("test_a_save_recovers_first_and_syncs_all_it_writes", "    for file in files:\n        sync(file)\n", ""),
@@ -46,7 +50,7 @@ MUTATIONS = [
         ),
         (
             "test_what_belongs_to_another_course_is_set_aside_and_the_newest_save_stays",
-            "if later <= step and _course(manifest) == course:",
+            "if later <= step and course_of(path) == course:",
             "if later <= step:",
         ),
     ),
@@ -97,7 +101,11 @@ MUTATIONS = [
         TRAINING,
         ("test_two_updates_take_halves_and_only_the_second_is_off_policy", "{f'@{i + 1}' if i else ''}", ""),
         ("test_weights_that_a_step_made_infinite_are_taken_back", "elif not policy.finite():", "elif policy is None:"),
-        ("test_a_rollback_takes_back_what_is_not_confirmed_to_the_bit", "        self.load_state(state)\n", ""),
+        (
+            "test_a_rollback_takes_back_what_is_not_confirmed_to_the_bit",
+            '            self.load_state(before["state"])\n',
+            "",
+        ),
         (
             "test_a_rollback_takes_back_what_is_not_confirmed_to_the_bit",
             'value.detach().to("cpu", copy=True)',
@@ -112,6 +120,20 @@ MUTATIONS = [
             "test_one_scored_group_starts_the_count_of_idle_iterations_anew",
             "0 if bool(advantages[name].any()) else",
             "self.idle[name] if bool(advantages[name].any()) else",
+        ),
+    ),
+    *faults(
+        TRAINER,
+        ENDINGS,
+        (
+            "test_a_step_that_ruins_the_executor_is_taken_back_and_its_checkpoint_set_aside",
+            "            self._restore(self._earlier)\n",
+            "",
+        ),
+        (
+            "test_a_run_shorter_than_the_limit_that_learned_nothing_does_not_end_well",
+            "min(settings.max_idle_iterations, settings.iterations)",
+            "settings.max_idle_iterations",
         ),
     ),
     *faults(
@@ -139,11 +161,29 @@ MUTATIONS = [
             "                pass\n",
         ),
         (
-            "test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside",
-            "        if set_aside(folder, checkpoint.step, checkpoint.course):",
-            "        if not folder:",
+            "test_going_on_from_an_earlier_checkpoint_sets_the_later_course_aside",
+            "            records_aside(folder, checkpoint.step)\n",
+            "",
         ),
+    ),
+    *faults(
+        "tempact/policies.py",
+        ENDINGS,
         ("test_several_processes_of_torchrun_are_refused_in_one_line", '    if ranks != "1":', "    if not ranks:"),
+    ),
+    *faults(
+        "tempact/errors.py",
+        ENDINGS,
+        (
+            "test_a_signal_that_was_handled_does_not_come_again",
+            "        if threading.current_thread() is threading.main_thread():\n",
+            "        if not self:\n",
+        ),
+        (
+            "test_a_signal_that_comes_in_a_destructor_is_not_lost",
+            "            signal.setitimer(signal.ITIMER_REAL, REMIND_S, REMIND_S)\n",
+            "",
+        ),
     ),
     *faults(
         "tempact/models/wan/checkpoints/files.py",

@@ -194,8 +194,8 @@ def read_origin(run_folder: Path) -> Origin | None:
     if not path.is_file():
         return None
     with reading(path):
-        row = json.loads(path.read_text(encoding="utf-8"))[0]
-        return _read_as(Origin, row) if "suite" in row else None
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return _read_as(Origin, rows[0]) if rows and "suite" in rows[0] else None
 
 
 def _read_as(kind: type[T], row: dict[str, Any]) -> T:

@@ -100,6 +100,8 @@ def narrow_table(rows: Sequence[Row], comparisons: Sequence[Comparison]) -> list
     one = average_change(comparisons, BOTH)
     if one is not None:
         change = ranged(percent(one.relative), span(one.relative_ci95, percent))
+        if math.isnan(one.relative):  # of a baseline of 0
+            change = ranged(f"{one.difference:+.3f}", span(one.ci95, "{:+.3f}".format))
         shown.append(f"{BOTH} against {one.baseline}, video by video: {change}")
     return shown
 

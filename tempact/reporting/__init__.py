@@ -61,9 +61,11 @@ def read_environment(run_folder: Path) -> list[Session]:
     """Sessions of a run in order, none if nothing was noted."""
     path = Path(run_folder) / ENVIRONMENT
     with reading(path):
-        return (
-            [Session(**session) for session in json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []
-        )
+        noted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        for session in noted:
+            if not (isinstance(session["versions"], dict) and isinstance(session["gpus"], list)):
+                raise TypeError("versions or gpus of another kind")
+        return [Session(**session) for session in noted]
 
 
 def _this_session(from_step: int) -> Session:

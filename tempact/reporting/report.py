@@ -271,7 +271,9 @@ def leave_report(run_folder: Path | str) -> list[str]:
         if not is_run(run):
             return []
         rows, comparisons = read_evaluation(run, Row), read_evaluation(run, Comparison)
-        return [*(narrow_table(rows, comparisons) if rows else ()), f"report: {write_report(run)}"]
+        origin = read_origin(run)
+        made_by = [f"table of {origin.checkpoint}"] if origin is not None and origin.checkpoint else []
+        return [*([*narrow_table(rows, comparisons), *made_by] if rows else ()), f"report: {write_report(run)}"]
     except Exception as error:  # whatever it is, the run is saved and has an exit code of its own
         log.debug("no report", exc_info=True)
         log.warning("%s: found no way to write the report: %s", run, " ".join(str(error).split()))

@@ -19,7 +19,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import pickle
 import random
 import re
 import secrets
@@ -31,7 +30,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from tempact.config import RunConfig, flatten
 from tempact.errors import UserError
@@ -165,9 +164,9 @@ def set_aside(run_folder: Path, step: int, course: str) -> list[str]:
     parent, moved = Path(run_folder) / FOLDER, []
     for later, path in reversed(listed(parent)):
         manifest = path / COMPLETE
-        if later <= step and _course(manifest) == course:
+        if later <= step and course_of(path) == course:
             continue
-        target = parent / ASIDE / f"{_stem(path)}-{file_hash(manifest)[:12] if manifest.is_file() else new_course()}"
+        target = parent / ASIDE / f"{stem_of(path)}-{file_hash(manifest)[:12] if manifest.is_file() else new_course()}"
         if target.exists():  # the very same files
             shutil.rmtree(path)
         else:
@@ -179,10 +178,11 @@ def set_aside(run_folder: Path, step: int, course: str) -> list[str]:
     return moved
 
 
-def _course(manifest: Path) -> str:
+def course_of(path: Path) -> str:
+    """The course of a checkpoint folder; "" where it has none or cannot be read."""
     try:
-        return str(json.loads(manifest.read_bytes()).get("course", ""))
-    except (OSError, ValueError, AttributeError):
+        return str(json.loads((path / COMPLETE).read_bytes()).get("course", ""))
+    except (OSError, ValueError, AttributeError, RecursionError):
         return ""
 
 
@@ -193,7 +193,7 @@ def verify(path: Path) -> Checkpoint:
     if reason:
         raise CorruptCheckpoint(f"{path}: {reason}; accepted: a checkpoint as it was saved")
     digest = file_hash(path / COMPLETE)[:12]
-    return Checkpoint(path, int(_stem(path).removeprefix("step-")), digest, _course(path / COMPLETE))
+    return Checkpoint(path, int(stem_of(path).removeprefix("step-")), digest, course_of(path))
 
 
 def latest(run_folder: Path) -> Checkpoint | None:
@@ -227,16 +227,23 @@ def defect(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, None if it holds the files of its saving and nothing else, each with the
     size and hash it had."""
     try:
+        return _manifest_defect(path) or _content_defect(path)
+    except OSError as error:  # a name that no file can have
+        return f"{COMPLETE} is damaged ({error.strerror})"
+
+
+def _manifest_defect(path: Path) -> str | None:
+    try:
         manifest = json.loads((path / COMPLETE).read_bytes())
         files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
         step, version = manifest["step"], manifest.get("format", 1)
     except FileNotFoundError:
         return f"{COMPLETE} is missing (the save did not finish)"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         return f"{COMPLETE} is damaged"
     if version not in range(1, FORMAT + 1):
         return f"{COMPLETE} is of format {version}, which is later than this version's {FORMAT}"
-    if step != step_of(_stem(path)):
+    if step != step_of(stem_of(path)):
         return f"{COMPLETE} is for step {step}"
     if NEEDED - files.keys():
         return f"{COMPLETE} does not list {', '.join(sorted(NEEDED - files.keys()))}"
@@ -254,16 +261,29 @@ def defect(path: Path) -> str | None:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
         if file_hash(file) != digest:
             return f"{name} does not have the hash it was saved with"
-    return next((f"{name} holds more than tensors" for name in TENSOR_FILES if not _only_tensors(path / name)), None)
+    return None
 
 
-def _only_tensors(file: Path) -> bool:
-    """Can torch read a file without running code of the file? Tensors themselves are not read."""
+def _content_defect(path: Path) -> str | None:
+    """What is wrong with files that are as they were written: each is read as far as tells its kind."""
+    for name in TENSOR_FILES:
+        try:  # without running code of the file; tensors themselves are not read
+            value = torch.load(path / name, map_location="cpu", weights_only=True, mmap=True)
+        except FileNotFoundError:
+            raise
+        except Exception:  # noqa: BLE001 - an odd pickle raises whatever it comes to
+            return f"{name} holds more than tensors, or is cut"
+        if not isinstance(value, dict) or not value:
+            return f"{name} holds no state"
     try:
-        torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError):
-        return False
-    return True
+        config = json.loads((path / "state" / "config.json").read_bytes())
+        for policy in (PLANNER, EXECUTOR):
+            json.loads((path / policy / "adapter_config.json").read_bytes())
+            with safe_open(path / policy / "adapter_model.safetensors", "pt") as tensors:
+                tensors.keys()
+    except (ValueError, RuntimeError, SafetensorError) as error:  # a RecursionError is a RuntimeError
+        return f"a file cannot be read ({' '.join(str(error).split())[:80]})"
+    return None if isinstance(config, dict) else "state/config.json holds no configuration"
 
 
 def _fill(
@@ -327,12 +347,13 @@ def listed(parent: Path) -> list[tuple[int, Path]]:
         return []
     found = {path.name: path for path in parent.iterdir() if step_of(path.name) is not None}
     for path in parent.glob(f"step-*{REPLACED}"):
-        found.setdefault(_stem(path), path)
+        found.setdefault(stem_of(path), path)
     return sorted(((step, path) for name, path in found.items() if (step := step_of(name)) is not None), reverse=True)
 
 
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(REPLACED)
+def stem_of(path: Path) -> str:
+    """The name "step-000040" of a checkpoint folder, also of one that is being replaced or was set aside."""
+    return re.sub(r"(?<=\d)-[0-9a-f]{12}$", "", path.name.removesuffix(REPLACED))
 
 
 def _name(step: int) -> str:

@@ -125,9 +125,9 @@ def make_videos(config: RunConfig, requests: Sequence[Request], asked: Asked, so
     peft = source is not None and (source / CONFIG).is_file()
     checkpoint = None if source is None or peft else newest(source)
     with claim_run_folder(asked.output) as folder:
-        executor, planner, adapter = _loaded(config, source, checkpoint, any(each.plan is None for each in requests))
+        planned = any(each.plan is None for each in requests)
+        executor, planner, adapter, weights = _loaded(config, source, checkpoint, planned)
         latents = latent_of_frames(executor.codec, executor.settings.frames)
-        weights = [] if adapter is None else [file_hash(file) for file in sorted(adapter.glob("adapter_model.*"))]
         with Progress("making chunks", len(requests) * asked.count * executor.settings.chunks) as progress:
             for number, request in enumerate(requests):
                 _warn_of_unseen(executor, request)
@@ -145,22 +145,31 @@ def make_videos(config: RunConfig, requests: Sequence[Request], asked: Asked, so
 
 def _loaded(
     config: RunConfig, source: Path | None, checkpoint: Checkpoint | None, planned: bool
-) -> tuple[Executor, Planner | None, Path | None]:
-    """Executor, planner if `planned`, and the executor's adapter: of a run's checkpoint, or the folder `source`."""
+) -> tuple[Executor, Planner | None, Path | None, list[str]]:
+    """Executor, planner if `planned`, and the executor's adapter with its hashes: of a run's checkpoint, or the folder
+    `source`."""
     device = device_of(config)
     executor = build_executor(config, device, preview=True)
     planner = build_planner(config, device) if planned else None
 
+    weights: list[str] = []
+
     def use(found: Checkpoint) -> None:
         executor.load_adapter(found.executor_dir)
+        weights[:] = _hashes(found.executor_dir)  # here, while the folder is known to be there
         if planner is not None:
             planner.load_adapter(found.planner_dir)
 
     if source is not None and checkpoint is not None:
-        return executor, planner, use_newest(source, checkpoint, use).executor_dir
+        return executor, planner, use_newest(source, checkpoint, use).executor_dir, weights
     if source is not None:
         executor.load_adapter(source)
-    return executor, planner, source
+        weights = _hashes(source)
+    return executor, planner, source, weights
+
+
+def _hashes(adapter: Path) -> list[str]:
+    return [file_hash(file) for file in sorted(adapter.glob("adapter_model.*"))]
 
 
 def _digest(config: RunConfig, plan: Plan, weights: list[str]) -> str:

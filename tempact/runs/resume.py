@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import shutil
 from dataclasses import MISSING
 from pathlib import Path
 
 from tempact.config import RESUME_MAY_CHANGE, RunConfig, flatten, keys_of
 from tempact.errors import UserError
-from tempact.runs.checkpoint import FOLDER, Checkpoint, latest, listed, step_of, verify
+from tempact.reporting import ENVIRONMENT, METRICS, SAMPLES
+from tempact.runs.checkpoint import ASIDE, FOLDER, Checkpoint, course_of, latest, listed, stem_of, step_of, verify
 
 log = logging.getLogger(__name__)
+
+# of a run's last evaluation, and the page that shows it
+EVALUATED = ("evaluation.json", "evaluation_scores.jsonl", "comparisons.json", "videos", "report.html")
 
 
 def resolve_resume(value: str, run_folder: Path) -> Checkpoint | None:
@@ -43,7 +49,7 @@ def resolve_resume(value: str, run_folder: Path) -> Checkpoint | None:
             raise UserError(
                 f"resume: {path} holds no intact checkpoint; accepted: auto, none, a checkpoint or run folder"
             )
-    elif not path.is_dir() or step_of(path.name) is None:
+    elif not path.is_dir() or step_of(stem_of(path)) is None:
         raise UserError(f"resume: {value} is no checkpoint; accepted: auto, none, .../step-000040 or a run folder")
     else:
         found = verify(path)
@@ -53,6 +59,40 @@ def resolve_resume(value: str, run_folder: Path) -> Checkpoint | None:
             f"with that, or another --output"
         )
     return found
+
+
+def continues(run_folder: Path, checkpoint: Checkpoint) -> bool:
+    """Is a checkpoint of the run its newest, and all others of its course?"""
+    parent = Path(run_folder) / FOLDER
+    return all(step <= checkpoint.step and course_of(path) == checkpoint.course for step, path in listed(parent))
+
+
+def records_aside(run_folder: Path, step: int) -> None:
+    """Puts what another course has recorded in the run's folder into `checkpoints/aside`.
+
+    Its metrics are copied, for rows up to `step` belong to both courses; samples after `step`, evaluations and their
+    videos are moved. step 0: nothing is shared, and metrics are moved too.
+    """
+    run = Path(run_folder)
+    aside = run / FOLDER / ASIDE
+    numbered = (aside / f"records-{number}" for number in itertools.count(1))
+    target = next(path for path in numbered if not path.exists())
+    samples = [path for path in (run / SAMPLES).glob("step-*") if int(path.name[5:11]) > step]
+    moved = [path for path in (*map(run.joinpath, EVALUATED), *samples) if path.exists()]
+    shared = [path for path in (run / METRICS, run / ENVIRONMENT) if path.exists()]
+    if not moved and not shared:
+        return
+    target.mkdir(parents=True)
+    for path in shared:
+        if step:
+            shutil.copy(path, target)
+        else:
+            path.rename(target / path.name)
+    for path in moved:
+        place = target / path.relative_to(run)
+        place.parent.mkdir(exist_ok=True)
+        path.rename(place)
+    log.warning("%s: records of another course are set aside in %s", run, target)
 
 
 def check_config(checkpoint: Checkpoint, config: RunConfig) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,14 +14,13 @@ from tempact.cli import EXIT_ABORTED, fingerprint, from_yaml, to_yaml
 from tempact.config import RunConfig, validate
 from tempact.errors import EXIT_STOPPED, Stopped, StopRequest, UserError
 from tempact.files import claim_run_folder, write_atomic
-from tempact.policies import PolicyPair, build_policies, build_trainer, device_of
-from tempact.reporting import METRICS, model_card, write_samples
+from tempact.policies import PolicyPair, build_policies, build_trainer, device_of, refuse_ranks
+from tempact.reporting import model_card, write_samples
 from tempact.reporting.report import leave_report
 from tempact.reporting.strips import write_extremes
 from tempact.rewards import Reward
 from tempact.rewards.judges import JudgeOutage
 from tempact.runs.checkpoint import (
-    ASIDE,
     EXECUTOR,
     PLANNER,
     Checkpoint,
@@ -34,10 +31,9 @@ from tempact.runs.checkpoint import (
     save,
     set_aside,
 )
-from tempact.runs.checkpoint import FOLDER as CHECKPOINTS
 from tempact.runs.evaluation import evaluate
 from tempact.runs.logs import MetricsLogger, Progress, track_videos
-from tempact.runs.resume import check_config, resolve_resume
+from tempact.runs.resume import check_config, continues, records_aside, resolve_resume
 from tempact.trainer import Aborted, Iteration, Trainer
 from tempact.worlds import world_of
 
@@ -86,20 +82,25 @@ def train(
         try:
             run = Run.begin(config, folder, resume, rewards, opened)
         except Stopped as stopped:
+            stop.handled()
             log.warning("%s: stopped before the first iteration; nothing is lost", stopped)
             return RunResult(folder, EXIT_STOPPED)
         except JudgeOutage as error:
             log.error("%s; no iteration was started", error)
             return RunResult(folder, EXIT_ABORTED)
+        except UserError:
+            raise
+        except Exception as error:
+            raise failed(folder, error, "no iteration was started") from error
         return RunResult(folder, run.go(stop, callbacks), tuple(leave_report(folder)))
 
 
-def refuse_ranks() -> None:
-    """UserError under torchrun, as long as a run has one process."""
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    if ranks != "1":
-        found = f"WORLD_SIZE: found {ranks} processes, as torchrun starts them"
-        raise UserError(f"{found}; accepted: one, python -m tempact.train (a run has one process and one GPU)")
+def failed(folder: Path, error: Exception, kept: str) -> RunFailed:
+    """Notes the traceback in the run's folder; the exception in a line, with what is `kept`."""
+    with (folder / TRACEBACKS).open("a", encoding="utf-8") as file:
+        file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')}\n{traceback.format_exc()}\n")
+    found = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_ERROR]
+    return RunFailed(f"{found}; {kept}; traceback in {folder / TRACEBACKS}")
 
 
 @dataclass
@@ -129,10 +130,14 @@ class Run:
             restore(checkpoint, config, policies, trainer)
         log.info("run folder %s, seed %d, configuration %s", folder, config.seed, fingerprint(config))
         write_atomic(folder / "config.yaml", to_yaml(config))
-        if checkpoint is None or not checkpoint.within(folder):
+        if checkpoint is None:
             return Run(config, folder, policies, trainer, new_course(), 0)
-        if set_aside(folder, checkpoint.step, checkpoint.course):
-            shutil.copy(folder / METRICS, folder / CHECKPOINTS / ASIDE / f"{checkpoint.course}-{METRICS}")
+        if not checkpoint.within(folder):
+            records_aside(folder, 0)
+            return Run(config, folder, policies, trainer, new_course(), 0)
+        if not continues(folder, checkpoint):
+            records_aside(folder, checkpoint.step)
+            set_aside(folder, checkpoint.step, checkpoint.course)
         return Run(config, folder, policies, trainer, checkpoint.course, checkpoint.step)
 
     def go(self, stop: StopRequest, callbacks: Sequence[Callback]) -> int:
@@ -149,6 +154,7 @@ class Run:
             log.warning("stopped after iteration %d; `--resume auto` goes on from there", self.trainer.done)
             return EXIT_STOPPED
         except Stopped as stopped:
+            stop.handled()
             log.warning("%s: %s", stopped, self.kept(stop))
             return EXIT_STOPPED
         except (Aborted, JudgeOutage) as error:
@@ -158,12 +164,9 @@ class Run:
             log.error("%s", self.kept(stop))
             raise
         except Exception as error:
-            kept = self.kept(stop)
-            with (self.folder / TRACEBACKS).open("a", encoding="utf-8") as file:
-                file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')}\n{traceback.format_exc()}\n")
+            failure = failed(self.folder, error, self.kept(stop))
             leave_report(self.folder)
-            found = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_ERROR]
-            raise RunFailed(f"{found}; {kept}; traceback in {self.folder / TRACEBACKS}") from error
+            raise failure from error
 
     def kept(self, stop: StopRequest) -> str:
         """Saves the state of the last whole iteration; says what is saved, or what is lost."""

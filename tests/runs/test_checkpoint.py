@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 import os
 import pickle
 import random
 import traceback
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -309,6 +311,7 @@ def test_what_belongs_to_another_course_is_set_aside_and_the_newest_save_stays(t
     assert names(tmp_path) == ["step-000030"] and latest(tmp_path).path == path
     (aside,) = (tmp_path / "checkpoints" / "aside").iterdir()
     assert aside.name.startswith("step-000040-") and (aside / "COMPLETE").read_bytes() == old
+    assert resolve_resume(str(aside), tmp_path / "new").step == 40  # what was set aside can be gone on with elsewhere
     other = store(tmp_path, 2, keep=1, course="second")
     assert names(tmp_path) == ["step-000002"] and latest(tmp_path).path == other and latest(tmp_path).course == "second"
     assert len(names(tmp_path, "aside")) == 2
@@ -396,6 +399,70 @@ def test_a_pickle_with_the_right_hashes_is_passed_over_and_never_executed(
     with pytest.raises(pickle.UnpicklingError):
         loaded.state if file == "state.pt" else loaded.rng  # noqa: B018
     assert not (tmp_path / "attacked").exists()
+
+
+def resealed(path: Path, file: str, content: bytes) -> None:
+    """A file of other content, with its right size and hash in COMPLETE."""
+    (path / file).write_bytes(content)
+    manifest = json.loads((path / "COMPLETE").read_text())
+    manifest["files"][file] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (path / "COMPLETE").write_text(json.dumps(manifest))
+
+
+def torch_file(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def odd_pickle(code: bytes) -> bytes:
+    """torch's archive with another pickle in it."""
+    source, target = zipfile.ZipFile(io.BytesIO(torch_file({"done": 1}))), io.BytesIO()
+    with zipfile.ZipFile(target, "w") as archive:
+        for name in source.namelist():
+            archive.writestr(name, code if name.endswith("data.pkl") else source.read(name))
+    return target.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("state/state.pt", torch_file([1, 2])),
+        ("state/state.pt", odd_pickle(b"R.")),
+        ("state/state.pt", odd_pickle(b".")),
+        ("state/state.pt", odd_pickle(b"ccollections\nOrderedDict\n(K\x01tR.")),
+        ("state/rng.pt", b""),
+        ("state/config.json", b"{"),
+        ("state/config.json", b"[]"),
+        ("planner/adapter_config.json", b"[" * 100_000),
+        ("executor/adapter_model.safetensors", b"cut"),
+    ],
+)
+def test_an_odd_file_with_the_right_hash_is_passed_over(tmp_path: Path, file: str, content: bytes) -> None:
+    good, bad = store(tmp_path, 20), store(tmp_path, 40)
+    resealed(bad, file, content)
+    assert latest(tmp_path).path == good and defect(bad)
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        b"[" * 100_000,
+        b'{"step": 40, "files": {"x": {"bytes": Infinity, "sha256": ""}}}',
+        b'{"step": 40, "files": {"' + b"x" * 5000 + b'": {"bytes": 1, "sha256": ""}}}',
+        b"[]",
+        b'{"step": 40, "files": 3}',
+    ],
+)
+def test_an_odd_manifest_is_passed_over(tmp_path: Path, manifest: bytes) -> None:
+    good, bad = store(tmp_path, 20), store(tmp_path, 40)
+    (bad / "COMPLETE").write_bytes(manifest)
+    assert latest(tmp_path).path == good and defect(bad)
+    if b"x" * 5000 in manifest:
+        whole = json.loads((good / "COMPLETE").read_text())
+        whole["files"]["x" * 5000] = {"bytes": 1, "sha256": ""}
+        (good / "COMPLETE").write_text(json.dumps(whole))
+        assert defect(good)
 
 
 def test_a_reader_beside_a_trainer_harms_no_save(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -270,6 +271,69 @@ def test_rewards_that_are_no_use_end_the_run_saved(
     assert start(tmp_path, "--trainer.max_idle_iterations", "2") == 0  # judges that answer again
 
 
+def test_a_run_shorter_than_the_limit_that_learned_nothing_does_not_end_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unevaluated: None
+) -> None:
+    plain = Scoring.result
+
+    def refused(scoring: Scoring):
+        scored = plain(scoring)
+        scored.temporal_following[:] = scored.step_following[:] = float("nan")
+        return scored
+
+    monkeypatch.setattr(Scoring, "result", refused)
+    assert start(tmp_path, "--trainer.max_idle_iterations", "50") == EXIT_ABORTED
+    assert steps(tmp_path) == ["step-000003"]
+
+
+def test_a_step_that_ruins_the_executor_is_taken_back_and_its_checkpoint_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], unevaluated: None
+) -> None:
+    plain, calls = PolicyOptimizer.step, [0]
+
+    def ruin(policy: PolicyOptimizer, progress: float) -> dict[str, float]:
+        metrics = plain(policy, progress)
+        calls[0] += 1
+        if calls[0] == 4:  # the executor's step of the second iteration: finite weights, useless latents
+            with torch.no_grad():
+                for parameter in policy.parameters.values():
+                    parameter.fill_(1e19)
+        return metrics
+
+    monkeypatch.setattr(PolicyOptimizer, "step", ruin)
+    assert start(tmp_path, "--trainer.checkpoint_every", "1", "--trainer.keep_checkpoints", "1") == EXIT_ABORTED
+    told = capsys.readouterr().err
+    assert "iteration 3: found no video whose latents are finite" in told and "saved after iteration 1" in told
+    assert steps(tmp_path) == ["step-000001"]
+    assert all(
+        bool((v.abs() < 100).all()) for v in verify(tmp_path / "checkpoints/step-000001").state["executor"].values()
+    )
+
+
+def test_an_exception_in_start_up_is_one_line_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise KeyError("weights")
+
+    once(monkeypatch, run_module, "build_policies", 1, fail)
+    assert start(tmp_path) == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(told) == 1 and told[0].startswith("error: KeyError: 'weights'; no iteration was started; traceback in ")
+    assert "in fail" in (tmp_path / "tracebacks.txt").read_text()
+
+
+def test_a_signal_that_was_handled_does_not_come_again() -> None:
+    with StopRequest().listening() as stop:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Stopped:
+            stop.handled()
+        ends = time.monotonic() + 3 * REMIND_S
+        while time.monotonic() < ends:
+            pass
+
+
 def test_several_processes_of_torchrun_are_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -282,23 +346,41 @@ def test_several_processes_of_torchrun_are_refused_in_one_line(
     assert start(tmp_path / "run", "--trainer.iterations", "1") == 0
 
 
-def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], unevaluated: None
+def test_going_on_from_an_earlier_checkpoint_sets_the_later_course_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ["--trainer.checkpoint_every", "1", "--trainer.keep_checkpoints", "1"]
-    assert start(tmp_path / "run", *more[:2], "--trainer.keep_checkpoints", "3") == 0
-    old = read_metrics(tmp_path / "run")
-    first = tmp_path / "run" / "checkpoints" / "step-000001"
-    assert start(tmp_path / "run", *more, "--resume", str(first), "--trainer.iterations", "2") == 0
-    assert steps(tmp_path / "run") == ["step-000002"]
-    aside = tmp_path / "run" / "checkpoints" / "aside"
-    kept = sorted(path.name[:11] for path in aside.iterdir() if path.is_dir())
-    assert kept == ["step-000002", "step-000003"]
-    (rows,) = aside.glob("*-metrics.jsonl")
-    assert rows.read_text().count("\n") == len(old) == 3
-    assert "set aside" in capsys.readouterr().err
-    assert start(tmp_path / "run", *more) == 0  # auto goes on from the new step 2, not from the abandoned 3
-    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
-    assert start(tmp_path / "other", *more, "--trainer.iterations", "2") == 0
-    code = start(tmp_path / "run", *more, "--resume", str(tmp_path / "other" / "checkpoints" / "step-000002"))
+    run = tmp_path / "run"
+    assert start(run, *more[:2], "--trainer.keep_checkpoints", "3") == 0
+    first, text = run / "checkpoints" / "step-000001", (run / "metrics.jsonl").read_text()
+    table = (run / "evaluation.json").read_bytes()
+    capsys.readouterr()
+    assert start(run, *more, "--resume", str(first), "--trainer.iterations", "1") == 0
+    assert steps(run) == ["step-000001"] and [row["step"] for row in read_metrics(run)] == [1]
+    aside = run / "checkpoints" / "aside"
+    assert sorted(path.name[:11] for path in aside.glob("step-*")) == ["step-000002", "step-000003"]
+    records = aside / "records-1"
+    assert (records / "metrics.jsonl").read_text() == text and (records / "evaluation.json").read_bytes() == table
+    assert (records / "samples" / "step-000003.jsonl").is_file() and (records / "videos" / "index.json").is_file()
+    assert {path.name[:11] for path in (run / "samples").iterdir()} == {"step-000001"}
+    told = capsys.readouterr()
+    assert "set aside" in told.err and "table of step-000001" in told.out
+    (run / "metrics.jsonl").unlink()  # nothing to put aside is no fault
+    assert start(run, *more, "--trainer.iterations", "2") == 0  # auto goes on from step 1, not from the abandoned 3
+    assert [row["step"] for row in read_metrics(run)] == [2] and steps(run) == ["step-000002"]
+
+
+def test_a_run_that_goes_on_from_another_run_keeps_its_records_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], unevaluated: None
+) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert start(one, "--trainer.iterations", "2", "--trainer.checkpoint_every", "1") == 0
+    shutil.copytree(one, other)
+    shutil.rmtree(other / "checkpoints")  # ended before its first save
+    marked = (other / "metrics.jsonl").read_text().replace('"step": 1,', '"step": 1, "mark": -99,')
+    (other / "metrics.jsonl").write_text(marked)
+    assert start(other, "--resume", str(one / "checkpoints" / "step-000002")) == 0
+    assert [row["step"] for row in read_metrics(other)] == [3]
+    assert "-99" in (other / "checkpoints" / "aside" / "records-1" / "metrics.jsonl").read_text()
+    code = start(other, "--resume", str(one / "checkpoints" / "step-000002"))
     assert code == EXIT_USER_ERROR and "holds step-000003 of its own" in capsys.readouterr().err
