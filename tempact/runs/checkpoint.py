@@ -273,7 +273,7 @@ def _content_defect(path: Path) -> str | None:
             raise
         except Exception:  # noqa: BLE001 - an odd pickle raises whatever it comes to
             return f"{name} holds more than tensors, or is cut"
-        if not isinstance(value, dict) or not value:
+        if not isinstance(value, dict):
             return f"{name} holds no state"
     try:
         config = json.loads((path / "state" / "config.json").read_bytes())
