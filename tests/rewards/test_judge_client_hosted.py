@@ -21,7 +21,7 @@ from tempact.rewards.judges import JudgeRefusal, JudgeResult, Repeated
 from tempact.rewards.judges.client import JudgeClient
 from tempact.rewards.judges.config import EndpointConfig, JudgeConfig
 from tempact.rewards.judges.endpoints import Dispatcher, Endpoint, Pool
-from tempact.rewards.judges.replies import optional_fields, response_format
+from tempact.rewards.judges.replies import optional_fields, refused_fields, response_format
 from tempact.types import Missing
 
 OPTIONAL = {"max_tokens", "max_completion_tokens", "temperature", "response_format"}
@@ -120,6 +120,20 @@ def test_a_call_that_is_too_long_changes_nothing_for_the_others() -> None:
             "temperature",
             "response_format",
         }
+
+
+@pytest.mark.parametrize(
+    ("told", "refused"),
+    [
+        ("response_format of type json_schema is not supported with this model in this context", {"response_format"}),
+        ("max_tokens is not allowed in the context of this deployment", {"max_tokens"}),
+        ("max_tokens is too large: it exceeds the model's Context Window", set()),
+        ("context_length_exceeded: lower max_tokens", set()),
+        ("max_tokens and the prompt exceed the available context size", set()),
+    ],
+)
+def test_a_context_that_is_no_length_hides_no_refused_field(told: str, refused: set[str]) -> None:
+    assert refused_fields({"max_tokens", "response_format"}, told, True) == refused
 
 
 def test_a_400_that_names_no_field_at_a_server_that_has_answered_is_of_the_call() -> None:

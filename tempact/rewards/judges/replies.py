@@ -21,6 +21,7 @@ MAX_REPLY_CHARACTERS = 65_536
 RESPONSE_FORMAT = "response_format"
 MAX_TOKENS = ("max_tokens", "max_completion_tokens")  # servers know one of them or both
 WORDS = {RESPONSE_FORMAT: (RESPONSE_FORMAT, "schema", "grammar", "structured")}  # a refusal of a field has one of them
+TOO_LONG = re.compile(r"context[\W_]+(?:length|window|size|limit)", re.IGNORECASE)  # an error of a call, of no field
 THINKING = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷"))
 REASONING = ("reasoning_content", "reasoning")  # where servers put what a reasoning parser has taken for thoughts
 WRAPPERS = (("<|begin_of_box|>", "<|end_of_box|>"), ("<answer>", "</answer>"), ("<output>", "</output>"),
@@ -65,7 +66,7 @@ def refused_fields(sent: Set[str], told: str, proven: bool) -> set[str]:
 
     proven: the server has answered before. One that has not, and does not say what is wrong, may know no schemas.
     """
-    if "context" in told.lower():
+    if TOO_LONG.search(told):
         return set()
     named = {name for name in sent if any(re.search(rf"\b{word}", told) for word in WORDS.get(name, (name,)))}
     return named or ({RESPONSE_FORMAT} & sent if not proven else set())
