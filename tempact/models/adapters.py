@@ -258,8 +258,12 @@ def read_settings(found: Mapping[str, Any], file: Path, own: LoraConfig | None =
         pattern = found.get(key) or {}
         if not isinstance(pattern, dict) or not all(map(good, pattern.values())):
             raise UserError(f"{file}: {key}: found {pattern!r}; accepted: names, each with such a number")
-    if not isinstance(targets, str | list | tuple):
-        raise UserError(f"{file}: target_modules: found {targets!r}; accepted: names of linears")
+    named = {"target_modules": targets} | {key: found.get(key) or () for key in ("exclude_modules", "layers_pattern")}
+    for key, names in named.items():
+        if not _are(str, names):
+            raise UserError(f"{file}: {key}: found {names!r}; accepted: names of linears")
+    if not _are(int, layers := found.get("layers_to_transform") or ()):
+        raise UserError(f"{file}: layers_to_transform: found {layers!r}; accepted: numbers of layers")
     followed = {key: _unwrapped(value) for key, value in found.items() if key in FOLLOWED and value is not None}
     try:
         return LoraConfig(**followed)
@@ -273,6 +277,11 @@ def _is_rank(value: Any) -> bool:
 
 def _is_alpha(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
+
+
+def _are(kind: type, value: Any) -> bool:
+    """Whether a setting is one of a kind or a list of them."""
+    return all(type(one) is kind for one in (value if isinstance(value, list | tuple) else [value]))
 
 
 def _unwrapped(value: Any) -> Any:

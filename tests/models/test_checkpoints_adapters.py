@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tempact.cli import lora_options
 from tempact.errors import UserError
 from tempact.models.wan.checkpoints.load import load_transformer, open_checkpoint
 from tempact.models.wan.checkpoints.lora import open_adapter
@@ -201,6 +202,11 @@ def test_diffusers_own_files_are_read_with_their_scale(tmp_path: Path, base: Pat
         ({"target_modules": ["q_proj", "v_proj"]}, "target_modules: found q_proj, v_proj; accepted: names of linears"),
         ({"target_modules": ["patch_embedding"]}, "missing"),
         ({"target_modules": None}, "target_modules: found None"),
+        ({"target_modules": [1]}, r"target_modules: found \[1\]; accepted: names of linears"),
+        ({"exclude_modules": [1]}, r"exclude_modules: found \[1\]; accepted: names of linears"),
+        ({"exclude_modules": 1}, "exclude_modules: found 1; accepted: names of linears"),
+        ({"layers_to_transform": ["a"]}, r"layers_to_transform: found \['a'\]; accepted: numbers of layers"),
+        ({"layers_to_transform": [0], "layers_pattern": [1]}, r"layers_pattern: found \[1\]; accepted: names of l"),
         ({"layers_to_transform": [0], "layers_pattern": "blocks"}, r"24 tensors extra \(blocks.\{1-2\}.ffn"),
         ({"peft_type": "LOHA"}, "peft_type: found 'LOHA'; accepted: 'LORA'"),
         ({"use_dora": True}, "use_dora: found True; accepted: False"),
@@ -221,6 +227,18 @@ def test_settings_that_do_not_fit_are_refused(folder: Path, base: Path, change: 
         load_transformer(base, device=CPU, adapters=[folder])
     assert str(error.value).startswith(str(folder))
     assert "\n" not in str(error.value)
+
+
+def test_settings_nested_too_deeply_are_refused(folder: Path, base: Path) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text("[" * 100_000)
+    for read in (
+        lambda: load_transformer(base, device=CPU, adapters=[folder]),
+        lambda: lora_options(folder, "executor"),
+    ):
+        with pytest.raises(UserError, match="accepted: (a|the) JSON") as error:
+            read()
+        assert str(error.value).startswith(f"{file}: ") and "\n" not in str(error.value)
 
 
 def test_a_convolution_is_merged_as_peft_merges_it(tmp_path: Path, base: Path) -> None:

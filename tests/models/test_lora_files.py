@@ -254,6 +254,17 @@ def test_a_header_is_followed_as_diffusers_follows_it(tmp_path: Path, base: Path
             assert torch.allclose(found[f"{module}.weight"], theirs, rtol=1e-5, atol=1e-5), module
 
 
+def test_a_header_nested_too_deeply_is_refused(tmp_path: Path, base: Path) -> None:
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    content = keys(by_diffusers, "lora_A.weight", "lora_B.weight", None, LINEARS, RANK)
+    save_file(content, file, metadata={"format": "pt", "lora_adapter_metadata": "[" * 100_000})
+    with pytest.raises(
+        UserError, match="lora_adapter_metadata: found no JSON object; accepted: PEFT's settings"
+    ) as error:
+        load_transformer(base, device=CPU, adapters=[tmp_path])
+    assert str(error.value).startswith(f"{file}: ") and "\n" not in str(error.value)
+
+
 A, B = (f"diffusion_model.blocks.0.self_attn.q.lora_{side}.weight" for side in "AB")
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "one half": ({B: ...}, r"found 1 tensors missing \(blocks.0.self_attn.q.lora_B.weight\); accepted: an adapter of"),

@@ -162,7 +162,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; UserError for anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); accepted: a JSON object") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: found {type(content).__name__}; accepted: a JSON object")

@@ -188,7 +188,7 @@ def _settings_of(file: Path) -> LoraConfig | None:
         return None
     try:
         found = {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in json.loads(header).items()}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: {DIFFUSERS_METADATA}: found no JSON object; accepted: PEFT's settings") from error
     return read_settings({"peft_type": "LORA", "target_modules": ()} | found, file)
 
