@@ -110,7 +110,7 @@ def parse_run(argv: Sequence[str] | None, program: str) -> tuple[RunConfig, RunO
     """[PRESET] [--config FILE] [--resume auto|none|PATH] [--dry-run] [--gpu-gib GIB] [--section.field value ...].
 
     The file's values go over the preset's, single values over both. Raises UserError in one line for what cannot be
-    read or cannot work; --help prints and exits with code 0.
+    read or cannot work; --help and --version print and exit with code 0.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     refuse_named(arguments, program, ("preset",))
@@ -119,6 +119,8 @@ def parse_run(argv: Sequence[str] | None, program: str) -> tuple[RunConfig, RunO
     if "-h" in arguments or "--help" in arguments:
         sys.stdout.write(help_text(config, program))
         sys.exit(0)
+    if "--version" in arguments:
+        sys.exit(_verb("--version")([]))
     keys, others = keys_of(RunConfig), keys_of(RunOptions)
     for name, words in sorted(_options(arguments).items(), key=lambda option: option[0] not in others):  # these first
         positive = name.replace(".no_", ".") if "." in name else name.removeprefix("no_")
@@ -353,7 +355,7 @@ def lora_options(folder: Path, policy: str) -> list[str]:
         settings = json.loads(file.read_text(encoding="utf-8"))
         rank, alpha, targets = settings["r"], settings["lora_alpha"], settings["target_modules"]
         rank = max([rank, *(settings.get("rank_pattern") or {}).values()])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not readable ({error}); accepted: the JSON that PEFT writes") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: found no {error}; accepted: r, lora_alpha and target_modules of a LoRA") from error

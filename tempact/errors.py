@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +105,10 @@ class StopRequest:
 
 class LineParser(argparse.ArgumentParser):
     """An argument parser for `guarded` actions: a wrong option is a UserError."""
+
+    def __init__(self, *words: Any, **options: Any):
+        super().__init__(*words, **options)
+        self.add_argument("--version", action="version", version=f"tempact {sys.modules['tempact'].__version__}")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; accepted: {' '.join(self.format_usage().split()).removeprefix('usage: ')}")

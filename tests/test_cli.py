@@ -11,7 +11,7 @@ from subprocess import PIPE
 
 import pytest
 
-from tempact import cli
+from tempact import __version__, cli
 from tempact.cli import from_yaml
 from tempact.errors import EXIT_STOPPED, EXIT_UNREAD, EXIT_USER_ERROR, UserError, guarded
 from tempact.presets import PRESETS, get_preset
@@ -86,6 +86,12 @@ def test_the_script_and_the_module_list_their_commands(start: tuple[str, ...]) -
     told = re.findall(r"^version: (.+)$", (REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
     assert (shown.returncode, shown.stdout) == (0, f"tempact {told[0]}\n")
     assert command(*start, "report", "nowhere").returncode == EXIT_USER_ERROR
+
+
+@pytest.mark.parametrize("module", [*(f"tempact.{verb}" for verb in cli.VERBS), "tempact.shapeworld.pretrain"])
+def test_every_command_tells_the_version(module: str) -> None:
+    shown = command("-m", module, "--version")
+    assert (shown.returncode, shown.stdout, shown.stderr) == (0, f"tempact {__version__}\n", "")
 
 
 MODULES = [*(f"tempact.{verb}" for verb in cli.VERBS), "tempact", "tempact.evaluation.prompts",
