@@ -27,6 +27,7 @@ from tempact.types import Prompt
 log = logging.getLogger(__name__)
 
 COLUMNS = ("prompt", "category", "prompt_id")
+MORE_COLUMNS = ("plan", "seed", "steps")  # that some readers ask for
 LONGEST = 10_000  # characters of a prompt; a longer one is a file that was cut wrongly
 SHOWN = 80  # characters of a wrong value in a message
 DELIMITERS = ",;\t|"
@@ -274,7 +275,10 @@ def _jsonl_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Cel
 
 def _text_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Cells]]:
     text = decoded_text(path, "a file of prompts")
-    if any("prompt" in _header(text, mark, columns) for mark in DELIMITERS):  # a spreadsheet's text
+    known = {*COLUMNS, *MORE_COLUMNS, ""}
+    headers = {mark: _header(text, mark, COLUMNS + MORE_COLUMNS) for mark in DELIMITERS}
+    # a spreadsheet's text; a prompt may have a cell "prompt" between commas, but no tabs
+    if any("prompt" in header and (mark == "\t" or known.issuperset(header)) for mark, header in headers.items()):
         yield from _table_rows(path, columns, text)
         return
     yield from ((number, {"prompt": line.strip()}) for number, line in enumerate(io.StringIO(text, newline=None), 1))

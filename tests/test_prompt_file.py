@@ -83,6 +83,19 @@ def test_a_table_of_one_column_as_text(tmp_path: Path) -> None:
     assert [prompt.text for prompt in read_prompts(path)] == ["A prompt, and then\tanother"]
 
 
+@pytest.mark.parametrize(
+    "first", ["prompt, he said", "Prompt; a cat", "a cat | prompt", "A fox, prompt, leaps, category"]
+)
+def test_a_first_line_with_the_word_prompt_is_no_header(tmp_path: Path, first: str) -> None:
+    path = write(tmp_path, "a.txt", f"{first}\nA dog\n")
+    assert [prompt.text for prompt in read_prompts(path)] == [first, "A dog"]
+
+
+@pytest.mark.parametrize("header", ["Prompt,Seed,Plan,", "prompt;prompt-id;category", "prompt\tcategory\tsource"])
+def test_a_text_files_header_has_names_of_columns_or_tabs(tmp_path: Path, header: str) -> None:
+    assert [prompt.text for prompt in read_prompts(write(tmp_path, "a.txt", f"{header}\nA dog\n"))] == ["A dog"]
+
+
 def test_whole_numbers_that_a_table_made_fractions(tmp_path: Path) -> None:
     text = '{"prompt": "x", "prompt_id": 7.0, "category": 2.0}\n{"prompt": "y", "prompt_id": NaN}\n'
     assert read_prompts(write(tmp_path, "a.jsonl", text)) == [Prompt("7", "x", "2"), Prompt("row-2", "y")]
