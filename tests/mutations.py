@@ -419,7 +419,7 @@ MUTATIONS = [
     ),
     Mutation(
         "tempact/planner/__init__.py",
-        "        if not step or wrapper or any(each.starts and each.told for each in nested):",
+        "        if not step or wrapper or any(each.starts and each.told for each in (listed if whole else nested)):",
         "        if not step:",
         ("tests/planner/test_plans.py::test_both_steps_are_read_and_the_repair_is_named",),
     ),
@@ -467,8 +467,8 @@ MUTATIONS = [
     ),
     Mutation(
         "tempact/planner/plans.py",
-        '    if repairs.keys() >= {"keys ignored", "bounds filled"}:',
-        "    if False:",
+        '    if repairs.keys() >= {"keys ignored", "bounds filled"} and (found :=',
+        "    if False and (found :=",
         ("tests/planner/test_requests.py::test_what_a_users_plan_would_lose_is_refused",),
     ),
     Mutation(

@@ -17,15 +17,15 @@ from typing import Any
 
 from tempact.prompt_file import unique_keys
 
-NAMES = {  # of a step's parts, in any case, with or without spaces, dashes and FRAMES in them; the first counts
-    "start": ("start", "from", "begin", "first"),
-    "end": ("end", "to", "until", "stop", "last"),
+NAMES = {  # of a step's parts, in any case, with or without spaces, dashes, and `FRAMED`; the first counts
+    "start": ("start", "starting", "from", "begin", "first"),
+    "end": ("end", "ending", "to", "until", "stop", "last"),
     "span": ("span", "range", "interval", "frames"),
     "prompt": ("prompt", "description", "caption", "text", "content", "action", "scene", "event", "step"),
 }
 FIELDS = {name: field for field, names in NAMES.items() for name in names}
 LISTS = ("steps", "prompts", "plan", "scenes", "shots", "segments")  # names of lists of steps
-FRAMES = re.compile("latent|frames?")
+FRAMED = re.compile(rf"(?:latents?|frames?)*({'|'.join(FIELDS.keys() - {'frames'})})(?:latents?|frames?)*")
 BOUND = re.compile(r"(?:frames?\s*)?([-+]?[\d.]+(?:e\+?\d)?)\s*(?:f|frames?)?", re.IGNORECASE)
 BETWEEN = re.compile(r"\s*(?:-|\u2013|\u2014|to|:|,)\s*")  # the two bounds of a span in a text
 UNREAD = ...  # stands where something stood that is no value
@@ -314,18 +314,20 @@ def _search(value: Any, name: str = "", depth: int = 0) -> list[_Found]:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):  # JSON in a string
         return [each for inner in json_values(value)[0] for each in _search(inner, name, depth + DEEPEST // 2)]
     if isinstance(value, dict):
-        inner = {key: _search(own, _plain(key), depth + 1) for key, own in value.items()}
-        listed = [each for key, own in inner.items() if _plain(key) in LISTS for each in own]
-        nested = listed or [each for own in inner.values() for each in own]
+        inner = {key: _search(part, _plain(key), depth + 1) for key, part in value.items()}
+        listed = [each for key, part in inner.items() if _plain(key) in LISTS for each in part]
+        nested = listed or [each for part in inner.values() for each in part]
         fields = step_fields(value)[0]
         bounded = fields.keys() & {"start", "end"}
         step = bounded or not isinstance(fields.get("prompt", []), list | dict)
         wrapper = not bounded and any(
-            _plain(key) in LISTS and (own is UNREAD or isinstance(own, list)) for key, own in value.items()
+            _plain(key) in LISTS and (part is UNREAD or isinstance(part, list)) for key, part in value.items()
         )
-        if not step or wrapper or any(each.starts and each.told for each in nested):
+        own = _Found([value], False)
+        whole = isinstance(fields.get("prompt"), str) and (own.starts or own.ends)  # what it holds is part of this step
+        if not step or wrapper or any(each.starts and each.told for each in (listed if whole else nested)):
             return nested
-        return [_Found([value], False)]
+        return [own]
     if not isinstance(value, list):
         return []
     entries = [_triple(entry) for entry in value]
@@ -355,7 +357,8 @@ def step_fields(entry: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[
     named: dict[str, list[str]] = {}
     for key in entry:
         plain = _plain(key)
-        named.setdefault(plain if plain in FIELDS else FRAMES.sub("", plain), []).append(key)
+        framed = None if plain in FIELDS else FRAMED.fullmatch(plain)
+        named.setdefault(framed[1] if framed else plain, []).append(key)
     chosen = {}
     for field, names in NAMES.items():
         keys = [key for name in names for key in named.get(name, ())]

@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -55,6 +56,10 @@ MAX_PROMPT_CHARS = 600  # of a planner's step
 UNUSABLE = "unusable"
 ACCEPTED = 'a JSON file with steps: "start" and "end" (latent frames), "prompt"'
 ROUND_BY = {"nearest": lambda chunk: chunk // 2, "up": lambda chunk: chunk - 1}  # added before a floor division
+UNITS = "to|and|frames?|f|(?:milli)?sec(?:ond)?s?|m?s|min(?:ute)?s?|m"
+TIMES = re.compile(rf"(?=.*\d)(?:[\d\s.,:+~\u2013\u2014-]|{UNITS})++", re.IGNORECASE)  # numbers, times, spans
+PART = "step|scene|shot|segment"
+ORDINAL = re.compile(rf"(?:(?:{PART}|prompt)[\s_-]?)?(?:id|index|number|order|{PART})", re.IGNORECASE)
 LOST = {  # what a planner's answer may lose and a user's plan may not, and what is accepted there
     "keys repeated": "each key once",
     "mended": ACCEPTED,
@@ -243,8 +248,8 @@ def read_plan(path: Path, instruction: str, frames: int, chunk: int, rounding: s
 def _given_plan(text: str, where: str, instruction: str, frames: int, chunk: int, rounding: str) -> Plan:
     """The plan in JSON that a user gave; messages call it `where`."""
     plan, repairs = _parsed(text, instruction, frames, chunk, rounding, given=True)
-    if repairs.keys() >= {"keys ignored", "bounds filled"}:  # a bound may stand under another name
-        repairs["bounds unread"] = repairs["keys ignored"]
+    if repairs.keys() >= {"keys ignored", "bounds filled"} and (found := _bounds_elsewhere(plan_entries(text, {}))):
+        repairs["bounds unread"] = found
     for name, accepted in LOST.items():
         if name in repairs:
             raise UserError(f"{where}: {repairs[name]}; accepted: {accepted}")
@@ -253,6 +258,32 @@ def _given_plan(text: str, where: str, instruction: str, frames: int, chunk: int
     if plan.repairs:
         log.warning("%s: %s", where, ", ".join(plan.repairs))
     return plan
+
+
+def _bounds_elsewhere(entries: list[Any]) -> str:
+    """The first step without a bound that may have the bound under another name, and that name; "" if none has."""
+    steps = [entry for entry in entries if isinstance(entry, dict)]
+    for place, entry in enumerate(steps, 1):
+        fields, _, ignored = step_fields(entry)
+        if fields.get("start") is None or fields.get("end") is None:
+            held = [key for key in ignored if _holds_bound(entry[key]) and not _counts(key, steps)]
+            if held:
+                return f"step {place}: found the keys {', '.join(held)[:SHOWN]}"
+    return ""
+
+
+def _holds_bound(value: Any) -> bool:
+    """Whether a value is a number or time, or holds nothing else."""
+    if isinstance(value, str):
+        return bool(TIMES.fullmatch(value))
+    inner = list(value.values()) if isinstance(value, dict) else value
+    return bool(inner) and all(map(_holds_bound, inner)) if isinstance(inner, list) else number(value) is not None
+
+
+def _counts(key: str, steps: list[dict[str, Any]]) -> bool:
+    """Whether a key numbers the steps from 0 or 1 on."""
+    numbers = [number(step.get(key)) for step in steps]
+    return bool(ORDINAL.fullmatch(key)) and any(numbers == [*range(n, n + len(steps))] for n in (0, 1))
 
 
 @dataclass(frozen=True)

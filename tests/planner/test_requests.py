@@ -155,6 +155,37 @@ OFF = [  # what is lost in a user's plan, as it is said
 ]
 
 
+HARMLESS = [  # keys of steps without all bounds that hold no bound
+    *([{key: first, "prompt": "a"}, {key: first + 1, "prompt": "b"}] for key in ("id", "Step", "shot_index", "order")
+      for first in (0, 1)),
+    [{"id": "1", "prompt": "a"}, {"id": "2", "prompt": "b"}],
+    [{"start": 0, "prompt": "a", "camera": "pan"}, {"start": 9, "prompt": "b", "fade": True, "note": None}],
+    [{"prompt": "a", "camera": {"start": 0, "end": 6, "prompt": "zoom"}, "start": 0}, {"prompt": "b", "tags": []}],
+    [{"start": 0, "end": 9, "prompt": "a", "fps": 16}, {"start": 9, "prompt": "b", "camera": "2 pans to 1 side"}],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", HARMLESS)
+def test_keys_that_hold_no_bound_are_passed_over(tmp_path: Path, steps: list, caplog: pytest.LogCaptureFixture) -> None:
+    plan = read_plan(written(tmp_path, json.dumps(steps), "plan.json"), "x", 18, 3)
+    assert plan.steps == (Step(0, 9, "a"), Step(9, 18, "b")) and "keys ignored" in caplog.text
+
+
+MAY_BE_BOUNDS = [
+    ("id", 6), ("id", 0), ("time", "0:06"), ("time", "0-6 s"), ("at", [0, 6]), ("seconds", {"a": 0, "b": 6}),
+    ("frame_number", 1), ("start_time", 0.5), ("end_time", "6 seconds"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), MAY_BE_BOUNDS)
+def test_a_bound_under_another_name_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    path = written(
+        tmp_path, json.dumps([{"prompt": "a", "camera": "pan", key: value}, {"prompt": "b", key: 9}]), "p.json"
+    )
+    with pytest.raises(UserError, match=rf"step 1: found the keys {key}; accepted: \"start\" and \"end\", whole"):
+        read_plan(path, "x", 18, 3)
+
+
 @pytest.mark.parametrize(("text", "words"), OFF)
 def test_what_a_users_plan_would_lose_is_refused(tmp_path: Path, text: str, words: str) -> None:
     path = written(tmp_path, text, "plan.json")
