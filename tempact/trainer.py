@@ -312,7 +312,7 @@ class Trainer:
         for name, policy in self._trained_policies().items():
             if policy.skipped > settings.max_skipped_updates:
                 raise TooManySkippedUpdates(f"{name}: {policy.skipped} updates in a row had non-finite gradients")
-            if self.idle[name] >= min(settings.max_idle_iterations, settings.iterations):
+            if self.idle[name] >= min(settings.max_idle_iterations, max(2, settings.iterations)):
                 raise NothingLearned(
                     f"{name}: {self.idle[name]} iterations in a row without a group whose rewards can be compared "
                     f"(all missing or all equal; trainer.max_idle_iterations)"

@@ -132,7 +132,7 @@ MUTATIONS = [
         ),
         (
             "test_a_run_shorter_than_the_limit_that_learned_nothing_does_not_end_well",
-            "min(settings.max_idle_iterations, settings.iterations)",
+            "min(settings.max_idle_iterations, max(2, settings.iterations))",
             "settings.max_idle_iterations",
         ),
     ),
