@@ -44,7 +44,7 @@ from typing import Any
 
 from tempact.config import LARGEST_SEED
 from tempact.errors import UserError
-from tempact.planner import UNREAD, number, plan_entries, step_fields
+from tempact.planner.answers import UNREAD, number, plan_entries, step_fields
 from tempact.prompt_file import SHOWN, PromptRow, blank, check_ids, decoded_text, read_rows, whole_number
 from tempact.types import Plan, Prompt, Step
 

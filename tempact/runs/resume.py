@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import re
 import shutil
 from dataclasses import MISSING
 from pathlib import Path
@@ -77,7 +78,8 @@ def records_aside(run_folder: Path, step: int) -> None:
     aside = run / FOLDER / ASIDE
     numbered = (aside / f"records-{number}" for number in itertools.count(1))
     target = next(path for path in numbered if not path.exists())
-    samples = [path for path in (run / SAMPLES).glob("step-*") if int(path.name[5:11]) > step]
+    numbers = {path: re.match(r"step-(\d+)", path.name) for path in (run / SAMPLES).glob("step-*")}
+    samples = [path for path, number in numbers.items() if number and int(number[1]) > step]
     moved = [path for path in (*map(run.joinpath, EVALUATED), *samples) if path.exists()]
     shared = [path for path in (run / METRICS, run / ENVIRONMENT) if path.exists()]
     if not moved and not shared:

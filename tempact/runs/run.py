@@ -172,14 +172,14 @@ class Run:
         """Saves the state of the last whole iteration; says what is saved, or what is lost."""
         trainer = self.trainer
         trainer.rollback()
-        if not trainer.done:
+        if not trainer.done and not self.saved:  # what was saved and taken back is set aside by a save at 0
             return "no iteration was finished"
         stop.close(f"saving after iteration {trainer.done}")
         try:
             if trainer.done != self.saved:
                 self.save()
         except (Stopped, OSError, RuntimeError, ValueError) as error:
-            return f"not saved ({error}), iterations {self.saved + 1} to {trainer.done} are lost"
+            return f"not saved ({error}), iterations after {self.saved} are lost"
         again = "goes on from there" if trainer.done < self.config.trainer.iterations else "goes on with the evaluation"
         return f"saved after iteration {trainer.done}; the same command {again}"
 

@@ -161,10 +161,14 @@ def test_one_account_without_credit_leaves_the_other() -> None:
 
 def test_a_router_that_says_429_in_a_body_of_status_200_is_slowed_for() -> None:
     error = {"error": {"code": 429, "message": "rate limited"}}
-    granted = Bucket(20.0)
+    granted, refused = Bucket(20.0), list[str]()
 
     def answer(text: str) -> tuple[int, object]:
-        return (200, json.dumps({"score": score_of(text)})) if granted.grants() else (200, error)
+        if granted.grants():
+            return 200, json.dumps({"score": score_of(text)})
+        refused.append(text)
+        return 200, error
 
     with Server(answer, whole=lambda reply: reply is error) as server:
-        used_rate(server, 40, 20.0)
+        used_rate(server, 40, 20.0)  # asserts that no reply is missing
+    assert refused
