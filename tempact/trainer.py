@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tempact.config import RunConfig
 from tempact.executor.executor import Executor
-from tempact.executor.sampler import derive_seed, gaussian_noise
+from tempact.executor.sampler import gaussian_noise
 from tempact.planner.planner import Planner
 from tempact.rewards import RewardSet
 from tempact.rl import EMA, PolicyOptimizer
@@ -33,6 +33,7 @@ from tempact.rl.advantages import (
     plan_rewards,
     shuffled,
 )
+from tempact.seeds import derive_seed
 from tempact.types import Batch, PlanBatch, Prompt, Rollout, Scored
 
 log = logging.getLogger(__name__)

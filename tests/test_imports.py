@@ -18,7 +18,7 @@ PROJECT = ("csrc_triton", "tempact")
 
 # each layer may import those before it; parts of one layer do not know of each other
 LAYERS = (
-    ("types", "errors"),
+    ("types", "errors", "seeds"),
     ("config", "files"),
     ("presets", "prompt_file", "video"),
     ("cli", "models", "rl"),

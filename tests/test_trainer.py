@@ -19,10 +19,11 @@ from tempact.evaluation import BOTH, EXECUTOR_ONLY, PLANNER_ONLY, SINGLE, STEP
 from tempact.evaluation.harness import LOSSLESS, Evaluation
 from tempact.evaluation.statistics import MethodScores
 from tempact.executor import executor as executor_module
-from tempact.executor.sampler import derive_seed, gaussian_noise
+from tempact.executor.sampler import gaussian_noise
 from tempact.policies import build_policies, build_trainer
 from tempact.presets import get_preset
 from tempact.runs.evaluation import shapeworld_suite
+from tempact.seeds import derive_seed
 from tempact.trainer import (
     Iteration,
     NothingLearned,
@@ -180,7 +181,7 @@ def test_iterations_draw_anew(learned: Learned) -> None:
     assert learned.first.plans.prompts[0].text != learned.second.plans.prompts[0].text
     assert not torch.equal(learned.first.rollout.transition.noises, learned.second.rollout.transition.noises)
     seeds = {derive_seed(s, i, p) for s in range(5) for i in range(50) for p in ("plans", "noise", "prompts")}
-    assert len(seeds) == 750 and all(0 <= seed < 2**31 for seed in seeds)
+    assert len(seeds) == 750 and all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_metrics_describe_the_iteration(learned: Learned) -> None:

@@ -30,8 +30,8 @@ from tempact.evaluation.judges import PICKSCORE_FRAMES, JudgedVideo, Verdict, Vi
 from tempact.evaluation.ledger import Ledger, Row, register
 from tempact.evaluation.prompts import OrderPrompt
 from tempact.evaluation.statistics import MethodScores
-from tempact.executor.sampler import derive_seed
 from tempact.files import file_hash, safe_name, writing
+from tempact.seeds import derive_seed
 from tempact.types import Plan, Prompt, Step
 from tempact.video import read_mp4, save_mp4
 

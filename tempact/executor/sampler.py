@@ -12,7 +12,6 @@ The sampler of a few-step distilled model: settings of a roll-out, noise levels,
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -147,12 +146,6 @@ class NoiseSource:
         """The source of consecutive plans among these."""
         own = range(self.shape[0])[plans]
         return replace(self, shape=(len(own), *self.shape[1:]), first=self.first + own.start)
-
-
-def derive_seed(seed: int, number: int, purpose: str) -> int:
-    """A 31-bit seed; different for every (seed, number, purpose)."""
-    digest = hashlib.blake2b(f"{seed}/{number}/{purpose}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest) >> 1
 
 
 def gaussian_noise(seed: int, shape: tuple[int, ...], device: torch.device) -> NoiseSource:

@@ -26,9 +26,10 @@ from tempact.evaluation.ledger import Ledger
 from tempact.evaluation.prompts import OrderPrompt
 from tempact.evaluation.statistics import PICKSCORE
 from tempact.evaluation.tables import export_vbench, gather
-from tempact.executor.sampler import WINDOWS, derive_seed
+from tempact.executor.sampler import WINDOWS
 from tempact.reporting.report import write_results
 from tempact.rewards.judges import JudgeOutage
+from tempact.seeds import derive_seed
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Step
 
 SINGLE, STEP, PLANNER_ONLY, EXECUTOR_ONLY, BOTH = METHODS
