@@ -11,6 +11,7 @@ rows at fixed addresses for CUDA graphs).
 """
 
 from csrc_triton.adaln import adaln, gated_residual, gated_residual_adaln, gated_residual_norm
+from csrc_triton.decode_attention import decode_attention
 from csrc_triton.feature_maps import enlarge, norm_silu
 from csrc_triton.flow_policy_loss import FlowPolicyTerms, flow_policy_loss, flow_policy_loss_and_grad
 from csrc_triton.flow_sde import FlowStep, flow_sde_step
@@ -26,6 +27,7 @@ __all__ = [
     "ForkableKVCache",
     "LayerViews",
     "adaln",
+    "decode_attention",
     "enlarge",
     "flow_policy_loss",
     "flow_policy_loss_and_grad",
