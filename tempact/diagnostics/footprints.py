@@ -96,18 +96,21 @@ def make_executor(sizes: Sizes) -> Executor:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers and bytes of a policy's frozen weights, numbers of its trained adapter."""
+    """Numbers and bytes of a policy's frozen weights, bytes of those under adapters, numbers of its trained adapter."""
 
     weights: int
     weight_bytes: int
+    adapted_bytes: int
     trained: int
 
     @classmethod
     def of(cls, peft: nn.Module) -> Parameters:
-        own = [p for name, p in peft.named_parameters() if ".lora_" not in name]
+        own = {name: p for name, p in peft.named_parameters() if ".lora_" not in name}
+        sizes = {name: p.numel() * p.element_size() for name, p in own.items()}
         return cls(
-            sum(p.numel() for p in own),
-            sum(p.numel() * p.element_size() for p in own),
+            sum(p.numel() for p in own.values()),
+            sum(sizes.values()),
+            sum(size for name, size in sizes.items() if name.endswith(".base_layer.weight")),
             sum(p.numel() for p in peft.parameters() if p.requires_grad),
         )
 

@@ -274,6 +274,8 @@ def _weights(run: Run) -> list[Item]:
     parameters = footprint.parameters_of(run.sizes)
     items = [Item("executor's weights", parameters.weight_bytes, EXACT)]
     items += _adapter("executor", parameters.trained * FP32, ema=True)
+    if run.on_gpu and run.sizes.kernels:
+        items.append(Item("executor's weights with the adapter merged", parameters.adapted_bytes, EXACT))
     if run.planner is not None:
         items.append(Item("planner's weights", run.planner.weights, EXACT))
         items += _adapter("planner", run.planner.trained * FP32)

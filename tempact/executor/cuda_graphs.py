@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from csrc_triton import CacheRows, ForkableKVCache, LayerViews, fork_attention, runtime
 from csrc_triton.fork_attention import HEAD_DIMS
 from csrc_triton.kv_cache import Reservation
+from tempact.executor.lora import LoraLinear
 from tempact.models.wan.transformer import ChunkAttention, TextKV, WanTransformer
 
 SLOTS = 4  # segment tables are widened to a multiple of it, so that their width seldom changes
@@ -175,8 +175,7 @@ class CudaGraphRunner:
                 self.forget()
             self._pools = pools
         shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
-        layer = self._adapted
-        adapter = () if layer is None or layer.disable_adapters else tuple(layer.active_adapters)
+        adapter = () if self._adapted is None else self._adapted.mode
         key = name, torch.is_grad_enabled(), adapter, views is None, shapes, runtime.get_backend()
         graph = self._graphs.setdefault(key, _Graph())
         graph.calls += 1
@@ -267,9 +266,9 @@ class CudaGraphRunner:
         self._memory = None  # freed with the last of them
 
     @cached_property
-    def _adapted(self) -> BaseTunerLayer | None:
+    def _adapted(self) -> LoraLinear | None:
         """A layer with adapters: they are switched together."""
-        return next((module for module in self.model.modules() if isinstance(module, BaseTunerLayer)), None)
+        return next((module for module in self.model.modules() if isinstance(module, LoraLinear)), None)
 
 
 def _flat(text: TextKV) -> list[Tensor]:

@@ -9,7 +9,7 @@ iteration of 64 plans, and making it anew takes a few percent of the update.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from csrc_triton import ForkableKVCache
 from tempact.config import ExecutorConfig
 from tempact.executor.cuda_graphs import CudaGraphRunner
 from tempact.executor.kv_history import FIRST_FRAMES, KVHistory
-from tempact.executor.lora import LoraLinear
+from tempact.executor.lora import LoraLinear, merged
 from tempact.executor.rollout import PromptKV, chunk_prompts, joined, on_device, rebuild_context, roll_out
 from tempact.executor.sampler import NoiseSource, RolloutSettings
 from tempact.models.adapters import adapted, load_adapter, reference_active, save_adapter
@@ -36,6 +36,7 @@ from tempact.rl.flow_grpo import clip_epsilon, flow_grpo_gradient, rollout_gap
 from tempact.types import Batch, Plan, Rollout, Transition
 
 TEXTS_KEPT = 1024  # prompts whose text rows stay at hand: under a GB at full size
+MERGED_TRAINING = True  # merged weights in roll-outs that are trained on, too: the rollout_gap then holds their rounding
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,9 @@ class Executor:
         self, plans: list[Plan], switch_frames: list[int], noise: NoiseSource
     ) -> tuple[Tensor, Transition | None]:
         """Latents [P, N, C, F, H, W] of the videos of all plans together, and their transitions, as `rollout`."""
-        with self.precision(), self.history() as history:
+        trained = all(switch_frames)
+        weights = self.merged() if MERGED_TRAINING or not trained else nullcontext()
+        with weights, self.precision(), self.history() as history:
             latents, transition = roll_out(history, self.encode, plans, switch_frames, noise)
         if transition is not None:  # zeros, because a gradient of 0 through NaN is NaN
             for values in (transition.states, transition.prefix):
@@ -186,6 +189,10 @@ class Executor:
         """Inside, the model is the frozen starting policy."""
         with reference_active(self.peft):
             yield
+
+    def merged(self) -> AbstractContextManager[None]:
+        """Inside, videos are made with the adapter merged into the weights, where the kernels serve (`lora.merged`)."""
+        return merged(self.model)
 
     def precision(self) -> AbstractContextManager[Any]:
         """Inside, latents and adapters, which are fp32, are used in the precision of the model's weights."""

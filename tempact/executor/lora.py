@@ -1,13 +1,19 @@
-"""PEFT's LoRA linear in fewer passes over memory, where the executor runs on kernels.
+"""PEFT's LoRA linear in fewer passes over memory, where the executor runs on kernels, and merged for generation.
 
 PEFT computes W x + b, then casts x to the adapter's fp32, scales and adds in separate passes, and autograd keeps the
 cast copy. Here the adapter is cast to the precision of the weights and its product is accumulated onto the output; the
 backward keeps the input alone. A feed-forward part also keeps its input alone: the hidden rows, six times as wide in
 Wan, are computed again. Same parameters, same formula: W x + b + (alpha / r) B A x (Hu et al., LoRA, arXiv 2106.09685).
+
+Inside `merged`, passes without gradients use W + (alpha / r) B A, rounded once to the precision of W: a sum beside the
+base weights, which are not touched. Rounding keeps of a weight's change what is above half of the weight's last place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
@@ -20,20 +26,35 @@ from csrc_triton import runtime
 from tempact.models.wan.transformer import has_epilogue, up_gelu
 
 
+@dataclass
+class _Merged:
+    """W + (alpha / r) B A of one adapter, with the base's bias, in memory of its own that is refilled in place."""
+
+    linear: nn.Linear
+    state: tuple[object, ...] = ()  # of what it is the sum
+
+
 class LoraLinear(Linear):
     """PEFT's layer; on the torch path, and with anything but one plain adapter active, it computes as PEFT does."""
+
+    merging = False  # use the merged weights where they are those of the active adapter
+    _merged: _Merged | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         served = self._served(x)
         if served is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
+        if (linear := self._in_force) is not None:
+            return linear(x.to(linear.weight.dtype))
         return _Linear.apply(_rows(x, served[0]), *served).unflatten(0, x.shape[:-1])
 
     def feed_forward(self, up: nn.Module, x: Tensor) -> Tensor:
         """self(gelu(up(x))), tanh approximation; `up` is the linear before."""
         first, second = up._served(x) if isinstance(up, LoraLinear) else None, self._served(x)
-        if first is None or second is None:
+        if first is None or second is None or not isinstance(up, LoraLinear):
             return self(up_gelu(up.get_base_layer() if self._idle(up) else up, x))
+        if (linear := up._in_force) is not None and self._in_force is not None:
+            return self(up_gelu(linear, x.to(linear.weight.dtype)))
         return _FeedForward.apply(_rows(x, first[0]), *first, *second).unflatten(0, x.shape[:-1])
 
     @staticmethod
@@ -55,6 +76,53 @@ class LoraLinear(Linear):
         if not plain or a.bias is not None or b.bias is not None:
             return None
         return base.weight, base.bias, a.weight, b.weight, self.scaling[name]
+
+
+    @property
+    def mode(self) -> tuple[object, ...]:
+        """What decides, beside shapes and the backend, how a call is computed: adapters in use, and if merged."""
+        return () if self.disable_adapters else (*self.active_adapters, self._in_force is not None)
+
+    @property
+    def _in_force(self) -> nn.Linear | None:
+        """The merged linear where it is used now."""
+        if self._merged is None or not self.merging or torch.is_grad_enabled() or self.disable_adapters:
+            return None
+        return self._merged.linear if self._merged.state[:1] == tuple(self.active_adapters) else None
+
+    @torch.no_grad()
+    def merge_beside(self) -> None:
+        """Fills the merged weights, unless they are the sum of just these; nothing, where the kernels do not serve."""
+        served = self._served(self.get_base_layer().weight)
+        if served is None:
+            return
+        weight, bias, a, b, scaling = served
+        tensors = [number for tensor in (weight, a, b) for number in (tensor.data_ptr(), tensor._version)]
+        state = *self.active_adapters, scaling, *tensors
+        if self._merged is None or self._merged.linear.weight.dtype != weight.dtype:
+            linear = nn.Linear(1, 1, device="meta")
+            linear.weight, linear.bias = nn.Parameter(torch.empty_like(weight), requires_grad=False), bias
+            self._merged = _Merged(linear)
+        if self._merged.state != state:
+            self._merged.state = ()
+            with torch.autocast(weight.device.type, enabled=False):
+                self._merged.linear.weight.copy_(torch.addmm(weight.float(), b.float(), a.float(), alpha=scaling))
+            self._merged.state = state
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """Inside, passes without gradients use merged weights of the adapters that are active now, where kernels serve."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLinear)]
+    before = [layer.merging for layer in layers]
+    try:
+        for layer in layers:
+            layer.merge_beside()
+            layer.merging = True
+        yield
+    finally:
+        for layer, merging in zip(layers, before, strict=True):
+            layer.merging = merging
 
 
 def _rows(x: Tensor, weight: Tensor) -> Tensor:

@@ -41,12 +41,12 @@ def stream_latents(executor: Executor, plan: Plan, noise: NoiseSource) -> Iterat
         return clean
 
     with executor.history() as history:
-        # neither gradients nor precision are switched while the caller has the floor
-        with torch.no_grad(), executor.precision():
+        # neither gradients, weights nor precision are switched while the caller has the floor
+        with torch.no_grad(), executor.merged(), executor.precision():
             text = PromptKV(executor.model, executor.encode, prompts)
         chunks = walk_chunks(history, [prompts], text, make, lambda *_: seen[0])
         while True:
-            with torch.no_grad(), executor.precision():
+            with torch.no_grad(), executor.merged(), executor.precision():
                 clean = next(chunks, None)
             if clean is None:
                 return
