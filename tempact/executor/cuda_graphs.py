@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from tempact.executor.lora import LoraLinear
 from tempact.models.wan.transformer import ChunkAttention, TextKV, WanTransformer
 
 SLOTS = 4  # segment tables are widened to a multiple of it, so that their width seldom changes
-MOST_GRAPHS = 24  # each holds its inputs and outputs; calls of other shapes run as they are
+MOST_GRAPHS = 24  # each holds its inputs and outputs; the one used longest ago gives way
 
 # K/V before a chunk: in the cache, or K and V [P, Lp, heads, head_dim] of each layer; None before the first chunk
 Context = LayerViews | Sequence[tuple[Tensor, Tensor]] | None
@@ -59,7 +60,7 @@ class StoringAttention(CachedAttention):
 class _Graph:
     """One call: run as it is at first, then recorded, then replayed."""
 
-    calls: int = 0
+    calls: deque[int]  # numbers of the latest calls of this shape
     inputs: list[Tensor] = field(default_factory=list)
     output: Tensor | None = None
     forward: torch.cuda.CUDAGraph | None = None
@@ -101,10 +102,10 @@ class CudaGraphRunner:
     """The calls of one transformer, recorded as CUDA graphs and replayed.
 
     parameters: the trained ones. graphs: use CUDA graphs where the model is on a GPU and the kernels serve; a call is
-    recorded after `warm_calls` of its shape, since recording takes as long as many calls.
+    recorded after `warm_calls` of its shape, the first of which compiles what must be compiled.
     """
 
-    warm_calls = 5
+    warm_calls = 2
 
     def __init__(self, model: WanTransformer, parameters: Callable[[], Iterable[nn.Parameter]], *, graphs: bool = True):
         self.model, self.parameters = model, parameters
@@ -112,6 +113,7 @@ class CudaGraphRunner:
         served = model.config.head_dim in HEAD_DIMS and runtime.why_not_triton(model.device, model.dtype) is None
         self.graphs = graphs and served
         self._graphs: dict[Hashable, _Graph] = {}
+        self._calls = 0  # so far, of all shapes
         self._grads: dict[nn.Parameter, Tensor] = {}
         self._pools: tuple[int, ...] = ()
         self._memory: Any = None
@@ -166,10 +168,13 @@ class CudaGraphRunner:
         usable = self.graphs and inputs[0].is_cuda and runtime.get_backend() != "torch"
         if not usable or views is not context:
             return call(context, *inputs)
-        given = inputs
         if views is not None:
             pools = views.addresses
             inputs = [*inputs, F.pad(views.table, (0, 0, 0, -views.table.shape[1] % SLOTS))]
+
+        def run(*own: Tensor) -> Tensor:
+            return call(None, *own) if views is None else call(views.with_table(own[-1]), *own[:-1])
+
         if pools and pools != self._pools:  # recordings read and write the cache's pools where they lay
             if self._pools:
                 self.forget()
@@ -177,23 +182,32 @@ class CudaGraphRunner:
         shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
         adapter = () if self._adapted is None else self._adapted.mode
         key = name, torch.is_grad_enabled(), adapter, views is None, shapes, runtime.get_backend()
-        graph = self._graphs.setdefault(key, _Graph())
-        graph.calls += 1
-        if graph.forward is None and (graph.calls <= self.warm_calls or self._recorded() >= MOST_GRAPHS):
-            return self._plain(partial(call, context), given)  # also compiles what must be compiled
-        if graph.forward is None:
-
-            def recorded(*own: Tensor) -> Tensor:
-                return call(None, *own) if views is None else call(views.with_table(own[-1]), *own[:-1])
-
-            self._record(graph, recorded, inputs)
-        else:
+        graph = self._graphs.setdefault(key, _Graph(deque(maxlen=self.warm_calls + 1)))
+        self._calls += 1
+        graph.calls.append(self._calls)
+        if graph.forward is not None:
             graph.load(inputs)
+        elif len(graph.calls) > self.warm_calls and self._has_room(graph.calls[0]):
+            self._record(graph, run, inputs)
+        else:
+            return self._plain(run, inputs)
         assert graph.forward is not None and graph.output is not None
         if torch.is_grad_enabled():
             return _Replay.apply(self._anchor, graph, self._use_own_gradients)
         graph.forward.replay()
         return graph.output.clone()
+
+    def _has_room(self, since: int) -> bool:
+        """Whether one more may be recorded; where there are MOST_GRAPHS, one gives way that was not used `since`."""
+        recorded = {key: graph.calls[-1] for key, graph in self._graphs.items() if graph.forward is not None}
+        if len(recorded) < MOST_GRAPHS:
+            return True
+        oldest = min(recorded, key=recorded.__getitem__)
+        if recorded[oldest] >= since:
+            return False
+        torch.cuda.synchronize()  # it may be running
+        del self._graphs[oldest]
+        return True
 
     def _plain(self, call: Callable[..., Tensor], inputs: list[Tensor]) -> Tensor:
         """The call as it is. With gradients it runs on the stream that recordings are made on: autograd adds to a
@@ -231,10 +245,12 @@ class CudaGraphRunner:
 
     @contextmanager
     def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-        """As `torch.cuda.graph`, which also gives the host's pinned memory back: that of an iteration's videos is
-        gigabytes, and takes over a second to pin again."""
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+        """As `torch.cuda.graph`, but memory goes back to the device only where it may be short there: what the plain
+        call before took lies idle, and the recording takes as much. The host's pinned memory is kept: that of an
+        iteration's videos is gigabytes, and takes over a second to pin again."""
+        if torch.cuda.memory_reserved() - torch.cuda.memory_allocated() > torch.cuda.mem_get_info()[0]:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
         with torch.cuda.stream(self._side_stream):
             graph.capture_begin(pool=self._memory)
             try:

@@ -36,7 +36,7 @@ from tempact.rl.flow_grpo import clip_epsilon, flow_grpo_gradient, rollout_gap
 from tempact.types import Batch, Plan, Rollout, Transition
 
 TEXTS_KEPT = 1024  # prompts whose text rows stay at hand: under a GB at full size
-MERGED_TRAINING = True  # merged weights in roll-outs that are trained on, too: the rollout_gap then holds their rounding
+MERGED_TRAINING = True  # roll-outs that are trained on use merged weights, too: rollout_gap then has their rounding
 
 
 @dataclass(frozen=True)

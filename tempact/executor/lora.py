@@ -77,15 +77,14 @@ class LoraLinear(Linear):
             return None
         return base.weight, base.bias, a.weight, b.weight, self.scaling[name]
 
-
     @property
     def mode(self) -> tuple[object, ...]:
-        """What decides, beside shapes and the backend, how a call is computed: adapters in use, and if merged."""
+        """What decides, beside shapes and the backend, how a call is computed: the adapters, and whether merged."""
         return () if self.disable_adapters else (*self.active_adapters, self._in_force is not None)
 
     @property
     def _in_force(self) -> nn.Linear | None:
-        """The merged linear where it is used now."""
+        """The merged linear, where it is used now."""
         if self._merged is None or not self.merging or torch.is_grad_enabled() or self.disable_adapters:
             return None
         return self._merged.linear if self._merged.state[:1] == tuple(self.active_adapters) else None
@@ -93,15 +92,16 @@ class LoraLinear(Linear):
     @torch.no_grad()
     def merge_beside(self) -> None:
         """Fills the merged weights, unless they are the sum of just these; nothing, where the kernels do not serve."""
-        served = self._served(self.get_base_layer().weight)
+        base: nn.Linear = self.get_base_layer()
+        served = self._served(base.weight)
         if served is None:
             return
-        weight, bias, a, b, scaling = served
+        weight, _, a, b, scaling = served
         tensors = [number for tensor in (weight, a, b) for number in (tensor.data_ptr(), tensor._version)]
         state = *self.active_adapters, scaling, *tensors
         if self._merged is None or self._merged.linear.weight.dtype != weight.dtype:
-            linear = nn.Linear(1, 1, device="meta")
-            linear.weight, linear.bias = nn.Parameter(torch.empty_like(weight), requires_grad=False), bias
+            linear = nn.Linear(0, 0, device="meta")
+            linear.weight, linear.bias = nn.Parameter(torch.empty_like(weight), requires_grad=False), base.bias
             self._merged = _Merged(linear)
         if self._merged.state != state:
             self._merged.state = ()
