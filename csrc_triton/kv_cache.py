@@ -199,6 +199,19 @@ class ForkableKVCache:
         self._open.add(reservation)
         return reservation
 
+    def grow(self, rows: int) -> None:
+        """Grows smaller pools to `rows` rows now, so that reservations of so many need not; they move once.
+
+        Raises:
+            ValueError: for more rows than the pools may have.
+        """
+        limit = self._limit if self._grow else self.rows_total
+        if rows > limit:
+            raise ValueError(f"rows: found {rows}; accepted: up to {limit}")
+        if rows > self.rows_total:
+            self._counts.resize(rows)
+            self._grow_pools()
+
     def rows_of(self, reservation: Reservation, layer: int) -> CacheRows:
         """Rows of one layer of an open reservation, for kernels that write K and V themselves."""
         self._check_own(reservation)

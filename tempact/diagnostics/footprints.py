@@ -21,14 +21,11 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from csrc_triton import ForkableKVCache, LayerViews
+from csrc_triton import LayerViews
 from tempact.config import ExecutorConfig, PlannerConfig
 from tempact.diagnostics.trace import FAKE, fake, on_meta, recomputed, traced
 from tempact.executor.cuda_graphs import Context
 from tempact.executor.executor import Executor
-from tempact.executor.kv_history import FIRST_FRAMES, KVHistory
-from tempact.executor.rollout import Branch, walk_chunks
-from tempact.executor.sampler import RolloutSettings
 from tempact.models.adapters import freeze_reference
 from tempact.models.wan.checkpoints.load import set_precision
 from tempact.models.wan.transformer import TextKV, WanConfig, WanTransformer
@@ -213,41 +210,6 @@ def _context(sizes: Sizes, frames: int, contexts: int) -> Context:
         return [(_empty(sizes, contexts, rows, *head), _empty(sizes, contexts, rows, *head)) for _ in layers]
     pools = [(_empty(sizes, rows, *head), _empty(sizes, rows, *head)) for _ in layers]
     return LayerViews.of(pools, [[(0, rows)]] * contexts)
-
-
-def cache_rows(settings: RolloutSettings, plans: int, continuations: int, fork: int, frame_tokens: int) -> int:
-    """Rows of the cache's pools after a roll-out whose plans all fork at frame `fork`, by the books of a cache."""
-    rows = FIRST_FRAMES * frame_tokens
-    cache = ForkableKVCache(1, 1, 1, rows=rows, dtype=torch.bfloat16, device=torch.device("cpu"))
-    # a switch at every chunk is the most there can be
-    prompts = [[str(chunk) for chunk in range(settings.chunks)]] * plans
-    nothing = torch.empty(plans * continuations, 0, settings.frames)
-    with _Bookkeeping(cast(Any, None), cache, settings, frame_tokens) as history:
-
-        def make(start: int, branches: list[Branch], _: TextKV) -> Tensor:
-            history.context([branch.cached for branch in branches], start)
-            return nothing
-
-        def past(*_: object) -> Tensor:
-            return nothing
-
-        loop = walk_chunks(
-            history, prompts, lambda _: TextKV([]), make, past,
-            continuations=continuations, switch_frames=[fork] * plans,
-        )  # fmt: skip
-        for _ in loop:
-            pass
-        return cache.rows_total
-
-
-class _Bookkeeping(KVHistory):
-    """A history whose rows are reserved and dropped, and never written."""
-
-    def _turn(self, *_: object) -> None:
-        pass
-
-    def _write(self, *_: object) -> None:
-        pass
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from tempact.config import RunConfig
 from tempact.diagnostics import footprints as footprint
 from tempact.diagnostics.sizes import Decoder, video_bytes
 from tempact.executor.executor import TEXTS_KEPT
+from tempact.executor.rollout import cache_rows
 from tempact.executor.sampler import RolloutSettings
 
 GIB = 2**30
@@ -299,7 +300,7 @@ def _kept_of_a_rollout(run: Run) -> list[Item]:
     """The cache keeps its size; text rows stay at hand; latents and transitions live until the update is done."""
     sizes, settings, n = run.sizes, run.settings, run.config.executor.continuations
     tokens = sizes.frame_tokens
-    rows = footprint.cache_rows(settings, run.together // n, n, run.fork, tokens)
+    rows = cache_rows(settings, run.together // n, n, run.fork, tokens)
     texts = min(TEXTS_KEPT, run.plans * run.texts) * PROMPT_ROWS * sizes.model.text_dim * sizes.dtype.itemsize
     transitions = settings.schedule.transitions
     recorded = run.branches * sizes.latent_bytes(settings.frames) + _transitions(run, 2 * transitions + 1)

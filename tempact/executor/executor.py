@@ -25,7 +25,7 @@ from tempact.config import ExecutorConfig
 from tempact.executor.cuda_graphs import CudaGraphRunner
 from tempact.executor.kv_history import FIRST_FRAMES, KVHistory
 from tempact.executor.lora import LoraLinear, merged
-from tempact.executor.rollout import PromptKV, chunk_prompts, joined, on_device, rebuild_context, roll_out
+from tempact.executor.rollout import PromptKV, cache_rows, chunk_prompts, joined, on_device, rebuild_context, roll_out
 from tempact.executor.sampler import NoiseSource, RolloutSettings
 from tempact.models.adapters import adapted, load_adapter, reference_active, save_adapter
 from tempact.models.wan.codec import Codec
@@ -94,8 +94,12 @@ class Executor:
             config.layers, config.heads, config.head_dim, rows=rows, dtype=self.model.dtype, device=self.device
         )
 
-    def history(self) -> KVHistory:
-        """An empty history."""
+    def history(self, plans: int = 0, continuations: int = 1) -> KVHistory:
+        """An empty history; for CUDA graphs, which read the cache where it lies, the cache grows at once to what the
+        videos of so many plans x continuations need at most."""
+        if plans and self.runner.graphs:
+            first = self.settings.chunk
+            self.cache.grow(cache_rows(self.settings, plans, continuations, first, self.frame_tokens))
         return KVHistory(self.runner, self.cache, self.settings, self.frame_tokens)
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -177,7 +181,7 @@ class Executor:
         """Latents [P, N, C, F, H, W] of the videos of all plans together, and their transitions, as `rollout`."""
         trained = all(switch_frames)
         weights = self.merged() if MERGED_TRAINING or not trained else nullcontext()
-        with weights, self.precision(), self.history() as history:
+        with weights, self.precision(), self.history(*noise.shape[:2]) as history:
             latents, transition = roll_out(history, self.encode, plans, switch_frames, noise)
         if transition is not None:  # zeros, because a gradient of 0 through NaN is NaN
             for values in (transition.states, transition.prefix):

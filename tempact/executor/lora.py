@@ -100,7 +100,7 @@ class LoraLinear(Linear):
         tensors = [number for tensor in (weight, a, b) for number in (tensor.data_ptr(), tensor._version)]
         state = *self.active_adapters, scaling, *tensors
         if self._merged is None or self._merged.linear.weight.dtype != weight.dtype:
-            linear = nn.Linear(0, 0, device="meta")
+            linear = nn.Linear(1, 1, device="meta")
             linear.weight, linear.bias = nn.Parameter(torch.empty_like(weight), requires_grad=False), base.bias
             self._merged = _Merged(linear)
         if self._merged.state != state:

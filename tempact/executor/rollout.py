@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from csrc_triton import ForkableKVCache
 from tempact.config import ExecutorConfig
-from tempact.executor.kv_history import KVHistory
+from tempact.executor.kv_history import FIRST_FRAMES, KVHistory
 from tempact.executor.sampler import NoiseSource, RolloutSettings, denoise_chunk
 from tempact.models.wan.transformer import TextKV, WanTransformer
 from tempact.types import Plan, Transition
@@ -204,4 +207,40 @@ def rebuild_context(history: KVHistory, text: PromptKV, prefix: Tensor, prompts:
         return prefix[[b.plan for b in branches], :, :start]
 
     for _ in walk_chunks(history, prompts, text, make, past, frames=prefix.shape[2]):
+        pass
+
+
+@lru_cache
+def cache_rows(settings: RolloutSettings, plans: int, continuations: int, fork: int, frame_tokens: int) -> int:
+    """Rows of the cache's pools after a roll-out whose plans all fork at frame `fork`, by the books of a cache."""
+    rows = FIRST_FRAMES * frame_tokens
+    cache = ForkableKVCache(1, 1, 1, rows=rows, dtype=torch.bfloat16, device=torch.device("cpu"))
+    # a switch at every chunk is the most there can be
+    prompts = [[str(chunk) for chunk in range(settings.chunks)]] * plans
+    nothing = torch.empty(plans * continuations, 0, settings.frames)
+    with _Bookkeeping(cast(Any, None), cache, settings, frame_tokens) as history:
+
+        def make(start: int, branches: list[Branch], _: TextKV) -> Tensor:
+            history.context([branch.cached for branch in branches], start)
+            return nothing
+
+        def past(*_: object) -> Tensor:
+            return nothing
+
+        loop = walk_chunks(
+            history, prompts, lambda _: TextKV([]), make, past,
+            continuations=continuations, switch_frames=[fork] * plans,
+        )  # fmt: skip
+        for _ in loop:
+            pass
+        return cache.rows_total
+
+
+class _Bookkeeping(KVHistory):
+    """A history whose rows are reserved and dropped, and never written."""
+
+    def _turn(self, *_: object) -> None:
+        pass
+
+    def _write(self, *_: object) -> None:
         pass

@@ -40,7 +40,7 @@ def stream_latents(executor: Executor, plan: Plan, noise: NoiseSource) -> Iterat
             seen[:] = [torch.cat([*seen, clean], dim=2)[:, :, -kept:]]
         return clean
 
-    with executor.history() as history:
+    with executor.history(plans=1) as history:
         # neither gradients, weights nor precision are switched while the caller has the floor
         with torch.no_grad(), executor.merged(), executor.precision():
             text = PromptKV(executor.model, executor.encode, prompts)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from executor.window_policies import POLICIES
 
-from tempact.diagnostics.footprints import cache_rows
+from tempact.executor.rollout import cache_rows
 from tempact.executor.executor import Executor
 from tempact.executor.sampler import RolloutSettings, gaussian_noise
 from tempact.presets import get_preset
