@@ -182,12 +182,10 @@ class CudaGraphRunner:
         shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
         adapter = () if self._adapted is None else self._adapted.mode
         key = name, torch.is_grad_enabled(), adapter, views is None, shapes, runtime.get_backend()
-        graph = self._graphs.setdefault(key, _Graph(deque(maxlen=self.warm_calls + 1)))
-        self._calls += 1
-        graph.calls.append(self._calls)
+        graph = self._called(key)
         if graph.forward is not None:
             graph.load(inputs)
-        elif len(graph.calls) > self.warm_calls and self._has_room(graph.calls[0]):
+        elif self._worth_recording(graph):
             self._record(graph, run, inputs)
         else:
             return self._plain(run, inputs)
@@ -197,13 +195,20 @@ class CudaGraphRunner:
         graph.forward.replay()
         return graph.output.clone()
 
-    def _has_room(self, since: int) -> bool:
-        """Whether one more may be recorded; where there are MOST_GRAPHS, one gives way that was not used `since`."""
+    def _called(self, key: Hashable) -> _Graph:
+        graph = self._graphs.setdefault(key, _Graph(deque(maxlen=self.warm_calls + 1)))
+        self._calls += 1
+        graph.calls.append(self._calls)
+        return graph
+
+    def _worth_recording(self, graph: _Graph) -> bool:
+        """Whether a shape's calls, this one included, are more than `warm_calls`. Where there are MOST_GRAPHS, one
+        gives way that was not used meanwhile, if there is one."""
         recorded = {key: graph.calls[-1] for key, graph in self._graphs.items() if graph.forward is not None}
-        if len(recorded) < MOST_GRAPHS:
-            return True
+        if len(graph.calls) <= self.warm_calls or len(recorded) < MOST_GRAPHS:
+            return len(graph.calls) > self.warm_calls
         oldest = min(recorded, key=recorded.__getitem__)
-        if recorded[oldest] >= since:
+        if recorded[oldest] > graph.calls[0]:
             return False
         torch.cuda.synchronize()  # it may be running
         del self._graphs[oldest]

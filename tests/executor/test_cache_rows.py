@@ -9,8 +9,8 @@ import pytest
 import torch
 from executor.window_policies import POLICIES
 
-from tempact.executor.rollout import cache_rows
 from tempact.executor.executor import Executor
+from tempact.executor.rollout import cache_rows
 from tempact.executor.sampler import RolloutSettings, gaussian_noise
 from tempact.presets import get_preset
 from tempact.types import Plan, Step
