@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -198,6 +199,37 @@ class Update:
         other.executor.peft.to(dtype)
         other.latents, other.text = self.latents.to(dtype), self.text.to(dtype)
         return other
+
+
+@torch.no_grad()
+def test_chunk_forward_with_adapter(bench: Bench) -> None:
+    """One denoiser call of a roll-out, 12 key frames with its own: the adapter merged, beside the weights, and none."""
+    scene = Scene(bench, BRANCHES, 9)
+    update, (latents, sigma, positions) = Update(bench, scene), scene.inputs()
+    executor, views, text = update.executor, scene.views(), scene.model.project_text(scene.text)
+
+    def run(weights: Callable[[], AbstractContextManager[Any]]) -> Tensor:
+        with weights(), executor.precision():
+            return executor.runner.velocity(latents, sigma, text, positions, views)
+
+    dtype = torch.float32 if bench.real else torch.float64
+    with backend("torch"):
+        other = update.in_precision(dtype).executor
+        own = other.model.project_text(scene.text[:1].to(dtype))
+        exact = other.runner.velocity(
+            latents[:1].to(dtype), sigma[:1], own, positions, scene.exact_context(dtype)
+        )  # fmt: skip
+        del other, own
+        same = first_branch(run(nullcontext))
+    beside, none = "adapter beside the weights", "no adapter"
+    contenders = [
+        Contender(OURS, lambda: run(executor.merged), first_branch),
+        Contender(beside, lambda: run(nullcontext), first_branch),
+        Contender(none, lambda: run(executor.peft.disable_adapter), None),
+    ]
+    rank = executor.config.lora.rank
+    case = f"chunk forward, a branch, B={BRANCHES}, 12 key frames, LoRA r={rank} merged"
+    bench.measure("step", case, contenders, {"velocity": exact}, same, parts=BRANCHES)
 
 
 def update_outputs(found: tuple[Tensor, dict[str, Tensor]]) -> Outputs:

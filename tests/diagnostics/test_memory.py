@@ -99,6 +99,7 @@ def test_weights_adapters_and_caches_have_the_published_sizes() -> None:
     parameters = footprint.parameters_of(FULL)
     assert parameters.weights == 1_418_996_800 and parameters.weight_bytes == 2 * 1_418_996_800
     assert parameters.trained == 255_590_400  # "256 M"
+    assert parameters.adapted_bytes == 2 * 30 * (4 * 1536**2 + 2 * 1536 * 8960)
     everything = replace(FULL, settings=replace(SETTINGS, lora=replace(LORA, targets=EXECUTOR_TARGETS)))
     assert footprint.parameters_of(everything).trained == 349_962_240  # "350 M"
     assert FULL.frame_bytes == 287_539_200 and FULL.text_bytes == 94_371_840
@@ -300,6 +301,7 @@ def test_more_continuations_and_frames_need_more_and_graphs_hold_activations() -
     four, eight = (needs_of(run.changed(continuations=n)) for n in (4, 8))
     kept = [{item.what.split(",")[0]: item.bytes for item in found.kept} for found in (four, eight)]
     assert four.peak < eight.peak and kept[0]["executor's weights"] == kept[1]["executor's weights"]
+    assert kept[0]["executor's weights with the adapter merged"] == 2_217_738_240
     assert kept[0]["K/V cache"] < kept[1]["K/V cache"] and "activations of rollout and update" in kept[0]
     assert eight.host[0].bytes == 32 * 117 * 480 * 832 * 3
     stays = replace(run, config=replace(run.config, executor=replace(run.config.executor, offload_text_encoder=False)))
