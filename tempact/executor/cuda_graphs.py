@@ -251,9 +251,10 @@ class CudaGraphRunner:
     @contextmanager
     def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
         """As `torch.cuda.graph`, but memory goes back to the device only where it may be short there: what the plain
-        call before took lies idle, and the recording takes as much. The host's pinned memory is kept: that of an
+        call before took lies idle, and the recording takes about as much. The host's pinned memory is kept: that of an
         iteration's videos is gigabytes, and takes over a second to pin again."""
-        if torch.cuda.memory_reserved() - torch.cuda.memory_allocated() > torch.cuda.mem_get_info()[0]:
+        idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        if torch.cuda.mem_get_info()[0] < 2 * idle:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
         with torch.cuda.stream(self._side_stream):
