@@ -205,12 +205,18 @@ class ForkableKVCache:
         Raises:
             ValueError: for more rows than the pools may have.
         """
-        limit = self._limit if self._grow else self.rows_total
+        total = self.rows_total
+        limit = self._limit if self._grow else total
         if rows > limit:
             raise ValueError(f"rows: found {rows}; accepted: up to {limit}")
-        if rows > self.rows_total:
-            self._counts.resize(rows)
+        if rows <= total:
+            return
+        self._counts.resize(rows)
+        try:
             self._grow_pools()
+        except BaseException:
+            self._counts.resize(total)
+            raise
 
     def rows_of(self, reservation: Reservation, layer: int) -> CacheRows:
         """Rows of one layer of an open reservation, for kernels that write K and V themselves."""

@@ -268,6 +268,28 @@ def test_pools_grow_by_an_eighth_or_as_needed_up_to_their_limit() -> None:
         own.reserve([branch], 2)
 
 
+def test_pools_grow_when_they_are_told_and_keep_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = cache(rows=4, max_rows=20)
+    branch = own.new_branch()
+    fill(own, [branch], 3, 1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "new_empty", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            own.grow(12)
+    assert own.rows_total == 4 and own.free_rows == [(3, 1)]
+    own.grow(12)
+    places = own.addresses
+    fill(own, [branch], 9, 2.0)
+    own.grow(6)  # they are larger
+    assert own.addresses == places and own.nbytes == 12 * own.row_nbytes
+    assert keys(own, branch, (2, 4)) == [1.0, 2.0]
+    with pytest.raises(ValueError, match="rows: found 21; accepted: up to 20"):
+        own.grow(21)
+    own.bind(1, 1)
+    with pytest.raises(ValueError, match="rows: found 13; accepted: up to 12"):
+        own.grow(13)
+
+
 @pytest.mark.parametrize("bound", [False, True])
 def test_fixed_pools_refuse_what_does_not_fit_and_change_nothing(bound: bool) -> None:
     own = cache(rows=8, grow=bound)
