@@ -798,7 +798,7 @@ MUTATIONS = [
         "tests/executor/test_cuda_graphs.py",
         (
             "test_graphs_give_way_to_shapes_in_use",
-            "        if recorded[oldest] > graph.calls[0]:\n            return False\n",
+            "        if used[oldest] > graph.calls[0]:\n            return False\n",
             "",
         ),
     ),

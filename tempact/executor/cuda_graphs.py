@@ -203,12 +203,14 @@ class CudaGraphRunner:
 
     def _worth_recording(self, graph: _Graph) -> bool:
         """Whether a shape's calls, this one included, are more than `warm_calls`. Where there are MOST_GRAPHS, one
-        gives way that was not used meanwhile, if there is one."""
-        recorded = {key: graph.calls[-1] for key, graph in self._graphs.items() if graph.forward is not None}
-        if len(graph.calls) <= self.warm_calls or len(recorded) < MOST_GRAPHS:
-            return len(graph.calls) > self.warm_calls
-        oldest = min(recorded, key=recorded.__getitem__)
-        if recorded[oldest] > graph.calls[0]:
+        gives way that was not used since the first of these calls, if there is one."""
+        if len(graph.calls) <= self.warm_calls:
+            return False
+        used = {key: graph.calls[-1] for key, graph in self._graphs.items() if graph.forward is not None}
+        if len(used) < MOST_GRAPHS:
+            return True
+        oldest = min(used, key=used.__getitem__)
+        if used[oldest] > graph.calls[0]:
             return False
         torch.cuda.synchronize()  # it may be running
         del self._graphs[oldest]

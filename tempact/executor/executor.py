@@ -98,8 +98,8 @@ class Executor:
         """An empty history; for CUDA graphs, which read the cache where it lies, the cache grows at once to what the
         videos of so many plans x continuations need at most."""
         if plans and self.runner.graphs:
-            first = self.settings.chunk
-            self.cache.grow(cache_rows(self.settings, plans, continuations, first, self.frame_tokens))
+            earliest = self.settings.chunk  # of the forks, which takes most
+            self.cache.grow(cache_rows(self.settings, plans, continuations, earliest, self.frame_tokens))
         return KVHistory(self.runner, self.cache, self.settings, self.frame_tokens)
 
     def parameters(self) -> dict[str, nn.Parameter]:
