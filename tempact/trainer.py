@@ -38,6 +38,8 @@ from tempact.types import Batch, PlanBatch, Prompt, Rollout, Scored
 
 log = logging.getLogger(__name__)
 
+GIB = 2**30
+
 
 class PromptSource(Protocol):
     def draw(self, count: int, seed: int) -> list[Prompt]:
@@ -99,6 +101,49 @@ class Iteration:
     metrics: dict[str, float]
 
 
+class Meter:
+    """Seconds of an iteration's phases and, on a GPU, the most memory that tensors took in each.
+
+    What happens in a phase within another one counts in the inner one alone.
+    """
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+        self._peak_gib = self._since = 0.0  # since the process began; time of the last lap
+        self._running: list[str] = []
+
+    def begin(self) -> None:
+        """Forgets the iteration before, which may have ended within a phase."""
+        self._running = []
+        self._lap()
+        self.metrics = {"memory/held_gib": torch.cuda.memory_allocated() / GIB} if torch.cuda.is_available() else {}
+
+    @contextmanager
+    def timed(self, told: Callable[[str], None], name: str) -> Iterator[None]:
+        """Measures the phase `name`; `told` hears it begin, and the outer one go on."""
+        self._lap()
+        self._running.append(name)
+        told(name)
+        yield
+        self._lap()
+        self._running.pop()
+        if self._running:
+            told(self._running[-1])
+
+    def _lap(self) -> None:
+        """Counts what has been since the last lap in the phase that is running."""
+        metrics, now = self.metrics, time.monotonic()
+        for name in self._running[-1:]:
+            metrics[f"timing_s/{name}"] = metrics.get(f"timing_s/{name}", 0.0) + now - self._since
+        self._since = now
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated() / GIB
+            torch.cuda.reset_peak_memory_stats()
+            for name in self._running[-1:]:
+                metrics[f"memory/{name}_gib"] = max(metrics.get(f"memory/{name}_gib", 0.0), peak)
+            metrics["memory/peak_gib"] = self._peak_gib = max(self._peak_gib, peak)
+
+
 class Trainer:
     """Trains a planner and an executor; `iterations()` yields after each one.
 
@@ -110,6 +155,7 @@ class Trainer:
     ):
         self.config, self.rewards, self.prompts = config, rewards, prompts
         self.planner, self.executor = planner, executor
+        self.meter = Meter()
         self.done = 0
         self.idle = {"planner": 0, "executor": 0}  # iterations in a row without anything to learn from
         self.wide_gap = ""  # why the last executor update was refused, if it was for that
@@ -133,20 +179,13 @@ class Trainer:
 
     def iterate(self, phase: Callable[[str], None]) -> Iteration:
         """One iteration of the method."""
-        timing: dict[str, float] = {}
+        self.meter.begin()
+        timed = partial(self.meter.timed, phase)
         self._before = None
-
-        @contextmanager
-        def timed(name: str) -> Iterator[None]:
-            phase(name)
-            started = time.monotonic()
-            yield
-            timing[f"timing_s/{name}"] = timing.get(f"timing_s/{name}", 0.0) + time.monotonic() - started
 
         def score(part: Rollout) -> None:
             with timed("rewards"):
                 scoring.add(part)
-            phase("rollout")
 
         data, planner, executor = self.config.data, self.config.planner, self.config.executor
         with timed("plan"):
@@ -159,7 +198,6 @@ class Trainer:
             noise = gaussian_noise(self._seed("noise"), shape, self.executor.device)
             rollout = self.executor.rollout(plans.plans, forks, noise, score)
             self._check_videos(rollout)
-        timing["timing_s/rollout"] -= timing["timing_s/rewards"]  # what was scored in the meantime
         with timed("rewards"):
             scored = scoring.result()
             batch, metrics = self._advantages(plans, rollout, scored)
@@ -169,10 +207,8 @@ class Trainer:
             phase("step")  # there was none, but from here on the iteration counts
         self._note_idle(batch)
         self.done += 1
-        metrics |= self.rewards.metrics()
-        if torch.cuda.is_available():
-            metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return Iteration(self.done, plans, rollout, scored, batch, metrics | timing)
+        metrics |= self.rewards.metrics() | self.meter.metrics
+        return Iteration(self.done, plans, rollout, scored, batch, metrics)
 
     def state(self) -> dict:
         """All that a resumed run needs beside the adapters."""

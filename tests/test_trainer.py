@@ -25,7 +25,9 @@ from tempact.presets import get_preset
 from tempact.runs.evaluation import shapeworld_suite
 from tempact.seeds import derive_seed
 from tempact.trainer import (
+    GIB,
     Iteration,
+    Meter,
     NothingLearned,
     TooManySkippedUpdates,
     Trainer,
@@ -117,7 +119,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor], who: str = "") -> bo
 
 
 def untimed(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if not name.startswith("timing_s/")}
+    return {name: value for name, value in metrics.items() if not name.startswith(("timing_s/", "memory/"))}
 
 
 @dataclass
@@ -196,6 +198,76 @@ def test_metrics_describe_the_iteration(learned: Learned) -> None:
     for name, advantage in (("planner", batch.plan_advantage), ("executor", batch.execution_advantage)):
         assert (advantage.sum(-1) * metrics[f"{name}/reward_std"]).abs().max() < 1e-6
     assert {f"timing_s/{phase}" for phase in ("plan", "rollout", "rewards", "update")} <= metrics.keys()
+
+
+class FakeDevice:
+    """Stands in for torch.cuda; `held` and `peak` are bytes."""
+
+    held = peak = 0
+
+    def is_available(self) -> bool:
+        return True
+
+    def take(self, gib: int) -> None:
+        self.held += gib * GIB
+        self.peak = max(self.peak, self.held)
+
+    def memory_allocated(self) -> int:
+        return self.held
+
+    def max_memory_allocated(self) -> int:
+        return self.peak
+
+    def reset_peak_memory_stats(self) -> None:
+        self.peak = self.held
+
+
+def test_each_phase_has_its_own_peak_and_the_process_the_highest(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, meter, told = FakeDevice(), Meter(), list[str]()
+    monkeypatch.setattr(torch, "cuda", device)
+
+    def passing(name: str, gib: int) -> None:
+        with meter.timed(told.append, name):
+            device.take(gib)
+            device.take(-gib)
+
+    device.take(9)
+    device.take(-7)  # as weights are loaded
+    meter.begin()
+    passing("plan", 3)
+    with meter.timed(told.append, "rollout"):
+        device.take(4)
+        passing("rewards", 2)
+        device.take(-3)
+        passing("rewards", 1)
+    passing("rewards", 1)
+    assert told == ["plan", "rollout", "rewards", "rollout", "rewards", "rollout", "rewards"]
+    found = {name: value for name, value in meter.metrics.items() if name.startswith("memory/")}
+    assert found == {
+        "memory/held_gib": 2, "memory/plan_gib": 5, "memory/rollout_gib": 6, "memory/rewards_gib": 8,
+        "memory/peak_gib": 9,
+    }  # fmt: skip
+    with pytest.raises(RuntimeError), meter.timed(told.append, "update"):
+        device.take(20)
+        raise RuntimeError
+    device.take(-20)
+    meter.begin()
+    passing("plan", 1)
+    assert meter.metrics.keys() == {*(f"memory/{name}_gib" for name in ("held", "plan", "peak")), "timing_s/plan"}
+    assert [meter.metrics[f"memory/{name}_gib"] for name in ("held", "plan", "peak")] == [3, 4, 23]
+
+
+def test_a_phase_within_another_takes_its_seconds_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, meter = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0, 21.0]), Meter()
+    monkeypatch.setattr("tempact.trainer.time.monotonic", lambda: next(clock))
+    meter.begin()
+    for name in ("rollout", "rewards"):
+        with meter.timed(lambda name: None, name):
+            if name == "rollout":
+                with meter.timed(lambda name: None, "rewards"):
+                    pass
+    seconds = {name: value for name, value in meter.metrics.items() if name.startswith("timing_s/")}
+    assert seconds == {"timing_s/rollout": 2.0 + 4.0, "timing_s/rewards": 3.0 + 6.0}
 
 
 def plan(*bounds: int) -> Plan:

@@ -280,5 +280,7 @@ MEANINGS = {
     "judge/ROLE/latency_p95_s": "95th percentile of these",
     "judge/ROLE/latency_max_s": "longest of these",
     "timing_s/PHASE": "seconds of a phase: plan, rollout, rewards (beyond what overlaps with it), update",
+    "memory/PHASE_gib": "most GPU memory that tensors have taken in a phase, with what is held all the time, GiB",
+    "memory/held_gib": "GPU memory that tensors take as an iteration begins, GiB",
     "memory/peak_gib": "most GPU memory that tensors have taken since the process began, GiB",
 }
