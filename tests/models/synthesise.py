@@ -28,15 +28,17 @@ CONFIG_JSON = {  # that of Wan's release; sizes are put in
 }  # fmt: skip
 
 
-def random_state(config: WanConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def random_state(
+    config: WanConfig, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> dict[str, Tensor]:
     """Tensors by Wan name, of such sizes that every one of them shows in the velocity."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in WanTransformer(config).state_dict().items()}
     state = {}
     for name, shape in shapes.items():
         fan_in = shape[1:].numel() if len(shape) > 1 and not name.endswith("modulation") else 16
-        noise = torch.empty(shape).normal_(generator=generator) / fan_in**0.5
+        noise = torch.empty(shape, device=device).normal_(generator=generator) / fan_in**0.5
         scale = name.endswith(".weight") and "norm" in name
         state[name] = (1.0 + noise if scale else noise).to(dtype)
     return state
@@ -98,23 +100,37 @@ def diffusers_folder(folder: Path, state: Mapping[str, Tensor], config: WanConfi
 
 def pipeline_folder(folder: Path, state: Mapping[str, Tensor], config: WanConfig) -> Path:
     """A whole pipeline's folder of diffusers: transformer, and VAE, text encoder and tokenizer of small widths."""
+    return release_folder(diffusers_folder(folder, state, config), SMALL_UMT5 | {"d_model": config.text_dim}, 8)
+
+
+SMALL_UMT5 = {"vocab_size": 8, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
+WORDS = ("a", "circle", "square")
+
+
+def release_folder(
+    folder: Path, text: Mapping[str, Any], vae_width: int, words: Iterable[str] = WORDS, *,
+    device: str = "cpu", dtype: torch.dtype = torch.float32, shard: str = "10GB",
+) -> Path:  # fmt: skip
+    """VAE, text encoder and tokenizer of a pipeline's folder of diffusers.
+
+    text: settings of UMT5's encoder. words: those that the tokenizer knows. device: where weights are drawn. dtype: of
+    the text encoder; the VAE is fp32 as published.
+    """
     from diffusers import AutoencoderKLWan
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-    diffusers_folder(folder, state, config)
-    AutoencoderKLWan(base_dim=8).save_pretrained(folder / "vae")
-    words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "a", "circle", "square"])}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    with torch.device(device):
+        AutoencoderKLWan(base_dim=vae_width).save_pretrained(folder / "vae")
+        encoder = UMT5EncoderModel(UMT5Config(**text)).to(dtype)
+    encoder.save_pretrained(folder / "text_encoder", max_shard_size=shard)
+    known = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    tokenizer = Tokenizer(WordLevel(known, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder / "tokenizer")
-    sizes = UMT5Config(
-        vocab_size=8, d_model=config.text_dim, d_kv=4, d_ff=24, num_layers=1, num_heads=2, dropout_rate=0.0
-    )
-    UMT5EncoderModel(sizes).save_pretrained(folder / "text_encoder")
     return folder
 
 
