@@ -1,5 +1,6 @@
-"""Whole training iterations at the published sizes, on this machine: `PYTHONPATH=tests python -m bench.bench_iteration`.
+"""Whole training iterations at the published sizes, on this machine.
 
+    PYTHONPATH=tests python -m bench.bench_iteration
     [--prompts 16] [--plans 4] [--continuations 8] [--frames 30] [--iterations 2] [--save [FILE]] [--memory-only]
     [--tiny] [--folder FOLDER] [--judge-delay 1.0] [--section.key value ...]
 
@@ -25,7 +26,6 @@ import contextlib
 import csv
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -42,12 +42,12 @@ import torch
 from rewards.fault_proxy import Apart, Behaviour
 
 from bench import report, stories
-from bench.harness import Bench, version
+from bench.harness import Bench
 from tempact.cli import parse_run
 from tempact.diagnostics.dry_run import run_of
 from tempact.diagnostics.memory import GIB, needs_of, total
 from tempact.files import write_atomic
-from tempact.reporting import read_metrics
+from tempact.reporting import read_environment, read_metrics
 
 ROOT = Path(__file__).parents[1]
 REAL = {"prompts": 16, "plans": 4, "continuations": 8, "frames": 30, "iterations": 2}
@@ -107,7 +107,7 @@ def measured(row: dict[str, Any], before_s: float, host_gib: float) -> dict[str,
     peaks = {name.partition("/")[2]: value for name, value in row.items() if name.startswith("memory/")}
     return {
         "iteration": row["step"],
-        "seconds": seconds | {"all": sum(seconds.values()), "with records": row["time_s"] - before_s},
+        "seconds": seconds | {"all": sum(seconds.values()), "between rows": row["time_s"] - before_s},
         "gpu_hours": sum(seconds.values()) / 3600,
         "peak_gib": {name.removesuffix("_gib"): value for name, value in peaks.items()},
         "host_gib": host_gib,
@@ -183,28 +183,29 @@ def run(work: Work, folder: Path, save: Callable[[dict[str, Any]], None], write:
     process = subprocess.Popen([*python, "bench.stories", *options], env=environment)
     try:
         planned = work.plan(folder)
-        results = about(work) | {"dry_run_peak_gib": planned, "iterations": []}
+        found: list[dict[str, Any]] = []
         before_s = 0.0
         for row, memory in rows_of(process, made / "run"):
-            results["iterations"].append(measured(row, before_s, memory))
+            found.append(measured(row, before_s, memory))
             before_s = row["time_s"]
-            write(table(results["iterations"][-1], planned))
-            save(results)
+            write(table(found[-1], planned))
+            save(about(work, made / "run") | {"dry_run_peak_gib": planned, "measured": found})
         return process.wait()
     finally:
-        process.terminate()
+        process.kill()  # told to stop it would finish the iteration
         process.wait()
         server.stop()
 
 
-def about(work: Work) -> dict[str, Any]:
-    """What was run, on what."""
-    packages = ("torch", "triton", "transformers", "diffusers", "peft")
+def about(work: Work, run: Path) -> dict[str, Any]:
+    """What was run, on what; run: its folder."""
+    session = read_environment(run)[-1]
     return {
         "command": f"PYTHONPATH=tests python -m bench.bench_iteration {' '.join(sys.argv[1:])}".rstrip(),
         "commit": report.commit(),
-        "device": device_name(work.tiny),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "device": "cpu" if work.tiny else ", ".join(session.gpus),
+        "hardware": f"{session.cpu} ({session.cores} cores), {session.memory_gib:.0f} GiB memory",
+        "versions": session.versions,
         "memory_only": work.memory_only,
         "videos": work.sizes["prompts"] * work.sizes["plans"] * work.sizes["continuations"],
         "judge_delay_s": work.judge_delay_s,
@@ -212,16 +213,11 @@ def about(work: Work) -> dict[str, Any]:
     }
 
 
-def device_name(tiny: bool) -> str:
-    return "cpu" if tiny or not torch.cuda.is_available() else torch.cuda.get_device_name()
-
-
 def printed(text: str) -> None:
     print(text, flush=True)
 
 
 def main(argv: list[str] | None = None, write: Callable[[str], None] = printed) -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `finally` ends what was started
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     for name, value in REAL.items():
         parser.add_argument(f"--{name}", type=int, help=f"{value}; {TINY[name]} of --tiny")
@@ -234,13 +230,11 @@ def main(argv: list[str] | None = None, write: Callable[[str], None] = printed) 
     usual = TINY if own.tiny else REAL
     sizes = {name: value if (asked := getattr(own, name)) is None else asked for name, value in usual.items()}
     work = Work(sizes, own.tiny, own.memory_only, own.judge_delay, given)
-    path = own.save
-    if path == Path():
-        path = ROOT / "bench" / "baselines" / f"iteration-{report.slug(device_name(own.tiny))}.json"
 
     def save(results: dict[str, Any]) -> None:
-        if path is not None:
-            write_atomic(path, json.dumps(results, indent=1) + "\n")
+        if own.save is not None:
+            usual = ROOT / "bench" / "baselines" / f"iteration-{report.slug(results['device'])}.json"
+            write_atomic(usual if own.save == Path() else own.save, json.dumps(results, indent=1) + "\n")
 
     with contextlib.ExitStack() as opened:
         folder = own.folder or Path(opened.enter_context(tempfile.TemporaryDirectory()))
@@ -257,4 +251,5 @@ def test_iteration(bench: Bench, tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # `finally` ends what was started
     sys.exit(main())

@@ -1,6 +1,6 @@
 """Random weights of all models of a `self-forcing` run, in published layouts: `python -m bench.weights FOLDER`.
 
-    planner/    Qwen3-1.7B, bf16 in two shards, with a tokenizer of 151,669 tokens     3.2 GiB
+    planner/    Qwen3-1.7B, bf16 in two shards, with a tokenizer of 151,650 tokens     3.2 GiB
     executor/   Wan2.1-T2V-1.3B's transformer, fp32                                    5.3 GiB
     release/    its VAE, fp32, and UMT5-XXL's encoder, bf16 in shards                 11.1 GiB
     scorer/     PickScore's CLIP-H, fp32                                               3.7 GiB
