@@ -27,7 +27,6 @@ import csv
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -44,8 +43,10 @@ from rewards.fault_proxy import Apart, Behaviour
 from bench import report, stories
 from bench.harness import Bench
 from tempact.cli import parse_run
+from tempact.config import RunConfig
 from tempact.diagnostics.dry_run import run_of
 from tempact.diagnostics.memory import GIB, needs_of, total
+from tempact.errors import guarded
 from tempact.files import write_atomic
 from tempact.reporting import read_environment, read_metrics
 
@@ -88,9 +89,13 @@ class Work:
         options = [word for key, value in keys.items() for word in (f"--{key}", *str(value).split(" "))]
         return ["self-forcing", *options, *self.given]
 
+    def config(self, folder: Path) -> RunConfig:
+        """UserError for numbers and keys that are not accepted."""
+        return parse_run(self.arguments(folder), "python -m tempact.train")[0]
+
     def plan(self, folder: Path) -> dict[str, float]:
         """Peak GiB of each phase by the dry run."""
-        config, _ = parse_run(self.arguments(folder), "python -m tempact.train")
+        config = self.config(folder)
         needs = needs_of(run_of(config, on_gpu=not self.tiny))
         peaks: dict[str, float] = {}
         for phase in needs.phases:
@@ -130,12 +135,14 @@ def table(found: dict[str, Any], planned: dict[str, float]) -> str:
         more = f"{peak / plan - 1:+.1%}" if peak and plan else ""
         cells = ("" if value is None else f"{value:.1f}" for value in (seconds, peak, plan))
         lines.append("  {:<12}{:>9}{:>10}{:>9}{:>8}".format(name, *cells, more).rstrip())
-    gaps = ", ".join(f"{name} {value:.3g}" for name, value in found["gaps"].items() if value is not None)
+    groups = {"missing rewards": "missing", "gradient norms": "grad_norm", "gaps": "gaps"}
     lines += [
         f"  {found['gpu_hours']:.3f} GPU-hours; host {found['host_gib']:.1f} GiB at most; judges: "
         f"{found['judge_calls']} calls, {found['judge_missing']} missing; usable plans {found['usable_plans']:.0%}",
-        f"  rewards missing {found['missing']}, gradients {found['grad_norm']}; gaps in clips: {gaps}",
     ]
+    for title, group in groups.items():
+        told = (f"{name} {'none' if value is None else f'{value:.3g}'}" for name, value in found[group].items())
+        lines.append(f"  {title}: {', '.join(told)}")
     return "\n".join(lines)
 
 
@@ -165,6 +172,7 @@ def rows_of(process: subprocess.Popen[bytes], run: Path) -> Iterator[tuple[dict[
 
 def run(work: Work, folder: Path, save: Callable[[dict[str, Any]], None], write: Callable[[str], None]) -> int:
     """Runs the work in the folder; returns the exit code of the product. `save` gets all results after each row."""
+    work.config(folder)
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
     python, tiny = (sys.executable, "-m"), ["--tiny"] * work.tiny
@@ -229,6 +237,8 @@ def main(argv: list[str] | None = None, write: Callable[[str], None] = printed) 
     own, given = parser.parse_known_args(argv)
     usual = TINY if own.tiny else REAL
     sizes = {name: value if (asked := getattr(own, name)) is None else asked for name, value in usual.items()}
+    if own.save is not None:
+        own.save.parent.mkdir(parents=True, exist_ok=True)
     work = Work(sizes, own.tiny, own.memory_only, own.judge_delay, given)
 
     def save(results: dict[str, Any]) -> None:
@@ -251,5 +261,4 @@ def test_iteration(bench: Bench, tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # `finally` ends what was started
-    sys.exit(main())
+    sys.exit(guarded(main))  # a signal is an exception, and `finally` ends what was started

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -132,17 +134,23 @@ def write(folder: Path, *, tiny: bool) -> None:
     if (folder / DONE).is_file() and json.loads((folder / DONE).read_text()) == done:
         return
     shutil.rmtree(folder, ignore_errors=True)
-    transformers_logging.disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() and not tiny else "cpu"
-    torch.manual_seed(0)
-    for part in PARTS:
-        began, own = time.monotonic(), folder / part.__name__
-        part(own, TINY if tiny else REAL, device)
-        gib = sum(file.stat().st_size for file in own.rglob("*") if file.is_file()) / 2**30
-        print(f"{own}: {gib:.1f} GiB in {time.monotonic() - began:.0f} s", flush=True)
-        if device == "cuda":
-            torch.cuda.empty_cache()
+    if tiny or not torch.cuda.is_available():
+        for part in PARTS:
+            written(part, folder, tiny, "cpu")
+    else:  # a process each: most of the time is one processor's, which copies
+        with ProcessPoolExecutor(len(PARTS), multiprocessing.get_context("spawn")) as pool:
+            for future in [pool.submit(written, part, folder, tiny, "cuda") for part in PARTS]:
+                future.result()
     (folder / DONE).write_text(json.dumps(done))
+
+
+def written(part: Callable[[Path, Sizes, str], None], folder: Path, tiny: bool, device: str) -> None:
+    began, own = time.monotonic(), folder / part.__name__
+    transformers_logging.disable_progress_bar()
+    torch.manual_seed(0)
+    part(own, TINY if tiny else REAL, device)
+    gib = sum(file.stat().st_size for file in own.rglob("*") if file.is_file()) / 2**30
+    print(f"{own}: {gib:.1f} GiB in {time.monotonic() - began:.0f} s", flush=True)
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ import torch
 from transformers import CLIPConfig, CLIPModel, Qwen3Config, Qwen3ForCausalLM, UMT5Config, UMT5EncoderModel
 
 from bench import stories, weights
-from bench.bench_iteration import TINY, Work, measured, table
+from bench.bench_iteration import TINY, Work, main, measured, table
+from tempact.errors import EXIT_STOPPED, EXIT_USER_ERROR, guarded
 from tempact.models.wan.transformer import WanTransformer
 from tempact.planner.plans import parse_plan
 
@@ -76,6 +77,13 @@ def test_figures_of_a_row_stand_beside_the_dry_run() -> None:
     assert ["peak", "64.0"] in lines and ["all", "90.0"] in lines
 
 
+def test_a_number_that_the_run_refuses_is_one_line_before_weights_are_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert guarded(lambda: main(["--tiny", "--frames", "31", "--folder", str(tmp_path)])) == EXIT_USER_ERROR
+    assert capsys.readouterr().err.startswith("error: executor.frames: found 31") and not any(tmp_path.iterdir())
+
+
 def test_keys_that_are_given_go_to_the_run() -> None:
     given = ["--executor.window", "longlive"]
     words = Work(TINY, tiny=True, memory_only=False, judge_delay_s=0.0, given=given).arguments(Path("/x"))
@@ -108,7 +116,7 @@ def test_a_run_that_is_cut_off_leaves_what_it_finished_and_no_process(tmp_path: 
     finally:
         process.send_signal(signal.SIGTERM)
         told, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == EXIT_STOPPED
     assert len(started) == 2 and not any(Path(f"/proc/{child}").exists() for child in started)
     found = json.loads(result.read_text())
     first = found["measured"][0]
