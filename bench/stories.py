@@ -6,29 +6,25 @@ A planner with random weights never answers with a plan, and without plans the e
 all its work; then the text that is read as a plan is one of these stories, and tokens and their losses stay those that
 were sampled. Nothing else of the run is changed.
 
-With --memory-only the run is cut short in time, not in what is held: the planner samples one batch, whose tokens serve
-for all plans; two plans, those with the latest and the earliest switch, are rolled out, their transitions copied to
-the others and their scores repeated; the executor's update rebuilds every context, and computes the first MICRO_BATCHES
-micro-batches of each switch frame. On the host, videos of all plans are views of these two's, so that its memory is
-not that of a run.
+With --memory-only the run is cut short in time, not in what the GPU holds: the planner samples one batch, whose tokens
+serve for all plans; two plans, those with the latest and the earliest switch, are rolled out, and the others have their
+transitions and scores; the executor's update computes the first MICRO_BATCHES micro-batches of each switch frame.
+What it does not show: the host's memory (the videos of all plans are views of one plan's), holes between tensors that
+grow over hundreds of roll-outs, and what only a switch frame between those two would record as CUDA graphs.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from itertools import count, islice, pairwise
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from tempact import train
 from tempact.executor import executor
 from tempact.executor.executor import Executor
-from tempact.executor.rollout import chunk_prompts, joined
+from tempact.executor.rollout import chunk_prompts
 from tempact.executor.sampler import NoiseSource
 from tempact.planner import planner
 from tempact.planner.planner import Planner
@@ -36,8 +32,7 @@ from tempact.planner.plans import parse_plan, plan_json
 from tempact.rewards import Scoring
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Scored, Step, Transition
 
-SAMPLE, ROLLOUT, RESULT = Planner.sample, Executor.rollout, Scoring.result
-FORWARD, GROUP, MICRO = Executor._forward, Executor._forward_group, executor.micro_batches
+SAMPLE, ROLLOUT, RESULT, MICRO = Planner.sample, Executor.rollout, Scoring.result, executor.micro_batches
 STEPS = 5
 MICRO_BATCHES = 8  # of a shape: a call is recorded as a CUDA graph at its sixth
 SUBJECTS = ("a red fox with a white tail", "an old sailor in a yellow coat", "a small robot with one green eye",
@@ -86,99 +81,66 @@ class Script:
         return parse_plan(answer(next(self.stories), frames, chunk), instruction, frames, chunk)
 
 
-class Short:
-    """The stand-ins of --memory-only. `made` counts the micro-batches of each switch frame in a pass of an update."""
-
-    def __init__(self, script: Script) -> None:
-        self.script, self.made, self.start = script, Counter[int](), 0
-
-    def sample(self, own: Planner, prompts: list[Prompt], plans_per_prompt: int, seed: int) -> PlanBatch:
-        total = len(prompts) * plans_per_prompt
-        few = max(1, (own.config.sampled_together or total) // plans_per_prompt)
-        batch = SAMPLE(own, prompts[:few], plans_per_prompt, seed)
-        assert batch.tokens is not None
-        sampled = len(batch.plans)
-        more = [self.script("", p.text, own.frames, own.chunk) for p in prompts[few:] for _ in range(plans_per_prompt)]
-        tokens = batch.tokens.select([i % sampled for i in range(total)])
-        return PlanBatch(prompts, [*batch.plans, *more], plans_per_prompt, tokens)
-
-    def rollout(
-        self, own: Executor, plans: list[Plan], switches: list[int], noise: NoiseSource,
-        made: Callable[[Rollout], None],
-    ) -> Rollout:  # fmt: skip
-        if len(plans) <= 2:
-            return ROLLOUT(own, plans, switches, noise, made)
-        by_switch = sorted(range(len(plans)), key=lambda plan: switches[plan])
-        last, first = by_switch[-1], by_switch[0]  # what is held is most, and the others are there, in the first one's
-        with own.precision():
-            own.encode([prompt for plan in plans for prompt in chunk_prompts(plan, own.settings)])
-
-        def rolled_out(p: int) -> Rollout:
-            return ROLLOUT(own, [plans[p]], [switches[p]], noise.part(slice(p, p + 1)), made)
-
-        late = rolled_out(last)
-        parts = [self.copied(late.transition, own, plan, switch) for plan, switch in zip(plans, switches, strict=True)]
-        parts[last], parts[first] = late.transition, None
-        early = rolled_out(first)
-        parts[first] = early.transition
-        shape = early.frames.shape[1:]
-        return Rollout(early.frames.expand(len(plans), *shape), joined(parts), early.broken.expand(len(plans), -1))
-
-    def copied(self, transition: Transition | None, own: Executor, plan: Plan, switch: int) -> Transition | None:
-        """A transition at `switch` with the states of another; its context is noise."""
-        assert transition is not None
-        prefix = transition.prefix
-        prompts = chunk_prompts(plan, own.settings)[: switch // own.settings.chunk + 1]
-        return replace(
-            transition, states=transition.states.clone(), noises=transition.noises.clone(),
-            start=torch.tensor([switch]), prefix=torch.randn_like(prefix[:, :, :1].expand(-1, -1, switch, -1, -1)),
-            prompts=[prompts],
-        )  # fmt: skip
-
-    def result(self, scoring: Scoring) -> Scored:
-        """With the scores of the videos that were made for all others, too."""
-        made = len(scoring.parts)
-        for kept in (scoring.parts, scoring.shapes, scoring.broken):
-            kept += [kept[i % made] for i in range(len(scoring.plans.plans) - sum(n for n, _ in scoring.shapes[:made]))]
-        return RESULT(scoring)
-
-    def forward(
-        self, own: Executor, transition: Transition, plans: list[int], *, grad: bool
-    ) -> Iterator[tuple[Any, Tensor]]:
-        self.made.clear()
-        yield from FORWARD(own, transition, plans, grad=grad)
-
-    def group(
-        self, own: Executor, transition: Transition, group: list[int], start: int, grad: bool
-    ) -> Iterator[tuple[Any, Tensor]]:
-        self.start = start
-        yield from GROUP(own, transition, group, start, grad)
-
-    def micro_batches(self, *given: Any) -> Iterator[Any]:
-        for entries in islice(MICRO(*given), MICRO_BATCHES - self.made[self.start]):
-            self.made[self.start] += 1
-            yield entries
-
-    def install(self) -> None:
-        """Puts the stand-ins into the product's classes, for the rest of the process."""
-        for kind, name, own in (
-            (Planner, "sample", self.sample), (Executor, "rollout", self.rollout), (Scoring, "result", self.result),
-            (Executor, "_forward", self.forward), (Executor, "_forward_group", self.group),
-        ):  # fmt: skip
-            setattr(kind, name, method(own))
-        executor.micro_batches = self.micro_batches
+def few_plans(own: Planner, prompts: list[Prompt], plans_per_prompt: int, seed: int) -> PlanBatch:
+    """Plans of as many prompts as are sampled together; their tokens serve for the others, too."""
+    total = len(prompts) * plans_per_prompt
+    few = max(1, (own.config.sampled_together or total) // plans_per_prompt)
+    batch = SAMPLE(own, prompts[:few], plans_per_prompt, seed)
+    assert batch.tokens is not None
+    more = [prompt.text for prompt in prompts[few:] for _ in range(plans_per_prompt)]
+    plans = [*batch.plans, *(planner.parse_plan("", text, own.frames, own.chunk) for text in more)]
+    tokens = batch.tokens.select([i % len(batch.plans) for i in range(total)])
+    return PlanBatch(prompts, plans, plans_per_prompt, tokens)
 
 
-def method(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A bound method as a plain function, which a class binds to its instances."""
-    return lambda *given, **named: function(*given, **named)
+def few_videos(
+    own: Executor, plans: list[Plan], switches: list[int], noise: NoiseSource, made: Callable[[Rollout], None]
+) -> Rollout:
+    """Videos of the plans with the latest and the earliest switch, which are those of all plans."""
+    if len(plans) <= 2:
+        return ROLLOUT(own, plans, switches, noise, made)
+    by_switch = sorted(range(len(plans)), key=lambda plan: switches[plan])
+    first, last = by_switch[0], by_switch[-1]
+    with own.precision():  # of all plans, as one roll-out does
+        own.encode([prompt for plan in plans for prompt in chunk_prompts(plan, own.settings)])
+
+    def rolled_out(p: int) -> Rollout:
+        return ROLLOUT(own, [plans[p]], [switches[p]], noise.part(slice(p, p + 1)), made)
+
+    late = rolled_out(last).transition
+    assert late is not None
+    states, noises = (torch.cat([values] * len(plans)) for values in (late.states, late.noises))
+    prefix = torch.randn_like(late.prefix.expand(len(plans), *late.prefix.shape[1:]))
+    upto = [
+        chunk_prompts(plan, own.settings)[: switch // own.settings.chunk + 1]
+        for plan, switch in zip(plans, switches, strict=True)
+    ]
+    record = Transition(states, noises, torch.tensor(switches), prefix, upto)
+    early = rolled_out(first)  # most is held in this one, and the record of all others is there
+    assert early.transition is not None and early.broken is not None
+    states[first], noises[first] = early.transition.states[0], early.transition.noises[0]
+    frames, broken = (values.expand(len(plans), *values.shape[1:]) for values in (early.frames, early.broken))
+    return Rollout(frames, record, broken)
+
+
+def repeated_scores(scoring: Scoring) -> Scored:
+    """With the scores of the videos that were made for all others, too."""
+    made, missing = len(scoring.parts), len(scoring.plans.plans) - sum(plans for plans, _ in scoring.shapes)
+    for kept in (scoring.parts, scoring.shapes, scoring.broken):
+        kept += [kept[i % made] for i in range(missing)]
+    return RESULT(scoring)
+
+
+def shorten() -> None:
+    """Puts the stand-ins of --memory-only in the place of the product's functions, for the rest of the process."""
+    Planner.sample, Executor.rollout, Scoring.result = few_plans, few_videos, repeated_scores
+    executor.micro_batches = lambda *given: islice(MICRO(*given), MICRO_BATCHES)
 
 
 def main(argv: list[str]) -> int:
-    script = Script()
-    planner.parse_plan = script
+    planner.parse_plan = Script()
     if argv[:1] == ["--memory-only"]:
-        Short(script).install()
+        shorten()
         argv = argv[1:]
     return train.main(argv)
 
