@@ -43,7 +43,7 @@ from rewards.fault_proxy import Apart, Behaviour
 from bench import report, stories
 from bench.harness import Bench
 from tempact.cli import parse_run
-from tempact.config import RunConfig
+from tempact.config import RunConfig, keys_of
 from tempact.diagnostics.dry_run import run_of
 from tempact.diagnostics.memory import GIB, needs_of, total
 from tempact.errors import guarded
@@ -54,12 +54,13 @@ ROOT = Path(__file__).parents[1]
 REAL = {"prompts": 16, "plans": 4, "continuations": 8, "frames": 30, "iterations": 2}
 TINY = REAL | {"prompts": 2, "plans": 2, "continuations": 2, "frames": 15}
 TINY_KEYS = {
-    "device": "cpu", "executor.video_size": "16 32", "executor.lora.rank": "4", "planner.lora.rank": "4",
+    "device": "cpu", "executor.video_size": (16, 32), "executor.lora.rank": "4", "planner.lora.rank": "4",
     "planner.max_new_tokens": "6", "planner.sampled_together": "2", "executor.rollout_videos": "2",
 }  # fmt: skip
 ROOM_GIB = 75.0  # of a GPU's memory that the real sizes need
 WEIGHTS, MADE = "weights", "made"  # folders: the one is kept for the next time, the other begins empty
 PHASES = ("plan", "rollout", "rewards", "update")
+NOTE = "\n  cut short: of its figures only the GPU's memory is that of a run"
 UPDATES = "update"  # end of the dry run's names for the phases of that one; others but "plan" are parts of the roll-out
 
 
@@ -84,10 +85,11 @@ class Work:
             "executor.wan_folder": weights / "release", "judges.aesthetics_weights": weights / "scorer",
             "judges.aesthetics_processor": weights / "scorer", "judges.cache": made / "judges.sqlite",
             "executor.text_cache": made / "text", "output": made / "run",
-            "executor.max_rollout_gap": 1e9,  # of random weights; it is reported
         } | (TINY_KEYS if self.tiny else {})  # fmt: skip
-        options = [word for key, value in keys.items() for word in (f"--{key}", *str(value).split(" "))]
-        return ["self-forcing", *options, *self.given]
+        # gaps of random weights end no run here; they are reported
+        keys |= {name: 1e9 for name in keys_of(RunConfig) if name.endswith("_gap")}
+        options = [(f"--{key}", *(value if isinstance(value, tuple) else (value,))) for key, value in keys.items()]
+        return ["self-forcing", *(str(word) for option in options for word in option), *self.given]
 
     def config(self, folder: Path) -> RunConfig:
         """UserError for numbers and keys that are not accepted."""
@@ -196,7 +198,7 @@ def run(work: Work, folder: Path, save: Callable[[dict[str, Any]], None], write:
         for row, memory in rows_of(process, made / "run"):
             found.append(measured(row, before_s, memory))
             before_s = row["time_s"]
-            write(table(found[-1], planned))
+            write(table(found[-1], planned) + NOTE * work.memory_only)
             save(about(work, made / "run") | {"dry_run_peak_gib": planned, "measured": found})
         return process.wait()
     finally:
