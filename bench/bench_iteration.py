@@ -46,7 +46,7 @@ from tempact.cli import parse_run
 from tempact.config import RunConfig, keys_of
 from tempact.diagnostics.dry_run import run_of
 from tempact.diagnostics.memory import GIB, needs_of, total
-from tempact.errors import guarded
+from tempact.errors import UserError, guarded
 from tempact.files import write_atomic
 from tempact.reporting import read_environment, read_metrics
 
@@ -175,6 +175,8 @@ def rows_of(process: subprocess.Popen[bytes], run: Path) -> Iterator[tuple[dict[
 def run(work: Work, folder: Path, save: Callable[[dict[str, Any]], None], write: Callable[[str], None]) -> int:
     """Runs the work in the folder; returns the exit code of the product. `save` gets all results after each row."""
     work.config(folder)
+    if not work.tiny and not torch.cuda.is_available():
+        raise UserError("bench_iteration: found no GPU; accepted: one of 80 GB or more, --tiny")
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
     python, tiny = (sys.executable, "-m"), ["--tiny"] * work.tiny

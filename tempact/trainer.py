@@ -107,10 +107,12 @@ class Meter:
     What happens in a phase within another one counts in the inner one alone.
     """
 
+    peak_gib = 0.0  # of all meters, since the process began
+
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
-        self._peak_gib = self._since = 0.0  # since the process began; time of the last lap
         self._running: list[str] = []
+        self._since = 0.0
 
     def begin(self) -> None:
         """Forgets the iteration before, which may have ended within a phase."""
@@ -141,7 +143,7 @@ class Meter:
             torch.cuda.reset_peak_memory_stats()
             for name in self._running[-1:]:
                 metrics[f"memory/{name}_gib"] = max(metrics.get(f"memory/{name}_gib", 0.0), peak)
-            metrics["memory/peak_gib"] = self._peak_gib = max(self._peak_gib, peak)
+            metrics["memory/peak_gib"] = Meter.peak_gib = max(Meter.peak_gib, peak)
 
 
 class Trainer:

@@ -99,6 +99,10 @@ MUTATIONS = [
     *faults(
         TRAINER,
         TRAINING,
+        ("test_each_phase_has_its_own_peak", "            torch.cuda.reset_peak_memory_stats()\n", ""),
+        ("test_each_phase_has_its_own_peak", "= max(Meter.peak_gib, peak)", "= peak"),
+        ("test_each_phase_has_its_own_peak", "        self._running = []\n        self._lap()", "        self._lap()"),
+        ("test_an_inner_phase_takes_its_seconds", 'one go on."""\n        self._lap()\n', 'one go on."""\n'),
         ("test_two_updates_take_halves_and_only_the_second_is_off_policy", "{f'@{i + 1}' if i else ''}", ""),
         ("test_weights_that_a_step_made_infinite_are_taken_back", "elif not policy.finite():", "elif policy is None:"),
         (

@@ -222,9 +222,10 @@ class FakeDevice:
         self.peak = self.held
 
 
-def test_each_phase_has_its_own_peak_and_the_process_the_highest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_phase_has_its_own_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     device, meter, told = FakeDevice(), Meter(), list[str]()
     monkeypatch.setattr(torch, "cuda", device)
+    monkeypatch.setattr(Meter, "peak_gib", 0.0)
 
     def passing(name: str, gib: int) -> None:
         with meter.timed(told.append, name):
@@ -255,9 +256,26 @@ def test_each_phase_has_its_own_peak_and_the_process_the_highest(monkeypatch: py
     passing("plan", 1)
     assert meter.metrics.keys() == {*(f"memory/{name}_gib" for name in ("held", "plan", "peak")), "timing_s/plan"}
     assert [meter.metrics[f"memory/{name}_gib"] for name in ("held", "plan", "peak")] == [3, 4, 23]
+    later = Meter()  # of another run in this process
+    later.begin()
+    with later.timed(told.append, "plan"):
+        pass
+    assert later.metrics["memory/peak_gib"] == 23
 
 
-def test_a_phase_within_another_takes_its_seconds_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.gpu
+def test_peaks_are_those_of_the_gpu() -> None:
+    meter = Meter()
+    meter.begin()
+    for name, gib in (("rollout", 2), ("update", 1)):
+        with meter.timed(lambda name: None, name):
+            torch.empty(gib * GIB, dtype=torch.uint8, device="cuda")
+    held, *peaks = (meter.metrics[f"memory/{name}_gib"] for name in ("held", "rollout", "update"))
+    assert [peak - held for peak in peaks] == pytest.approx([2, 1], abs=0.01)
+    assert meter.metrics["memory/peak_gib"] >= peaks[0]
+
+
+def test_an_inner_phase_takes_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, meter = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0, 21.0]), Meter()
     monkeypatch.setattr("tempact.trainer.time.monotonic", lambda: next(clock))
     meter.begin()
