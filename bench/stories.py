@@ -34,7 +34,7 @@ from tempact.types import Plan, PlanBatch, Prompt, Rollout, Scored, Step, Transi
 
 SAMPLE, ROLLOUT, RESULT, MICRO = Planner.sample, Executor.rollout, Scoring.result, executor.micro_batches
 STEPS = 5
-MICRO_BATCHES = 8  # of a shape: a call is recorded as a CUDA graph at its sixth
+MICRO_BATCHES = 8  # of a switch frame: more calls of a shape than its recording as a CUDA graph waits for
 SUBJECTS = ("a red fox with a white tail", "an old sailor in a yellow coat", "a small robot with one green eye",
             "a girl in a blue dress", "a grey horse with a braided mane", "a baker with flour on both hands",
             "two children with paper lanterns", "a black cat with a torn ear")  # fmt: skip
