@@ -99,7 +99,7 @@ def qwen3_planner(size: str) -> PlannerConfig:
         optim=OptimConfig(lr=1e-5),
         precision="bf16",
         max_new_tokens=2024,
-        sampled_together=32,
+        sampled_together=64,
         micro_batch=QWEN3_MICRO_BATCH[size],
         checkpoint_activations=True,
     )

@@ -65,15 +65,17 @@ class PlanTokens:
     input_ids      [P, L] int64, prompt then response
     attention_mask [P, L] bool, False on padding
     response_mask  [P, L] bool, True on the tokens whose log-probs count (docs/algorithm.md 2.4)
+    log_probs      [P, L] fp32, of the counted tokens when they were drawn, 0 elsewhere
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     response_mask: Tensor
+    log_probs: Tensor
 
     def select(self, plans: list[int]) -> PlanTokens:
         """The sequences of the given plans."""
-        return PlanTokens(self.input_ids[plans], self.attention_mask[plans], self.response_mask[plans])
+        return PlanTokens(*(own[plans] for own in vars(self).values()))
 
 
 @dataclass

@@ -24,10 +24,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tempact.config import PlannerConfig
 from tempact.errors import UserError
 from tempact.models.adapters import adapted, load_adapter, reference_active, save_adapter
+from tempact.planner import decode
 from tempact.planner import language_model as liger
+from tempact.planner.decode import ROWS, Response
 from tempact.planner.language_model import check_head, chosen_log_probs, load_chat_model, opens_thought, thought_length
 from tempact.planner.plans import THINK_START, parse_plan, plan_messages
 from tempact.rl.gspo import gspo_loss
+from tempact.seeds import derive_seed
 from tempact.types import Batch, PlanBatch, PlanTokens, Prompt
 
 log = logging.getLogger(__name__)
@@ -68,6 +71,7 @@ class Planner:
         self.peft = adapted(model, lora, "planner", adapter)
         self.peft.eval()  # no dropout: the policy that samples is the one that is trained
         check_head(model)
+        self.stepwise = decode.steps(model, self.generation)
         self.head = model.get_output_embeddings()
         self.fused_loss = serves == "all"
         if config.checkpoint_activations:
@@ -111,32 +115,31 @@ class Planner:
 
     @torch.no_grad()
     def sample(self, prompts: list[Prompt], plans_per_prompt: int, seed: int, *, reference: bool = False) -> PlanBatch:
-        """Samples `plans_per_prompt` plans a prompt, the same for the same seed and `config.sampled_together`.
+        """Samples `plans_per_prompt` plans a prompt; plan m of prompts[b] depends on (seed, b, m) and its prompt alone.
 
         Leaves the global random state as it was. `reference` samples from the frozen start.
         """
         asking = [self.prompt_text(p.text) for p in prompts]
         opening = THINK_START if opens_thought(asking[0]) else ""
+        each = [(b, m) for b in range(len(prompts)) for m in range(plans_per_prompt)]
         ids = self.tokenizer(asking, add_special_tokens=False)["input_ids"]
-        ids = [row for row in ids for _ in range(plans_per_prompt)]
-        longest = max(map(len, ids))
-        inputs = torch.full((len(ids), longest), self.generation.pad_token_id)
-        mask = torch.zeros_like(inputs)
-        for row, own in enumerate(ids):
-            inputs[row, longest - len(own) :] = torch.tensor(own)
-            mask[row, longest - len(own) :] = 1
-        size = self.config.sampled_together or len(ids)
-        responses: list[list[int]] = []
-        with _seeded(seed, self.device), self._policy(reference), self._autocast():
-            for own, seen in zip(inputs.to(self.device).split(size), mask.to(self.device).split(size), strict=True):
-                out = self.peft.generate(input_ids=own, attention_mask=seen, generation_config=self.generation)
-                responses += [self._until_end(row) for row in out[:, longest:].tolist()]
-        ends = self.generation.eos_token_id
-        bare = [response[:-1] if response[-1] in ends else response for response in responses]
-        texts = [opening + self.tokenizer.decode(response, clean_up_tokenization_spaces=False) for response in bare]
-        asked = [prompt.text for prompt in prompts for _ in range(plans_per_prompt)]
-        plans = [parse_plan(text, own, self.frames, self.chunk) for text, own in zip(texts, asked, strict=True)]
-        return PlanBatch(prompts, plans, plans_per_prompt, self.tokens(ids, responses))
+        asked = [ids[b] for b, _ in each]
+        responses = self.respond(asked, [derive_seed(seed, b, "plan", m) for b, m in each], reference=reference)
+        plans = []
+        for (b, _), (tokens, _) in zip(each, responses, strict=True):
+            bare = tokens[:-1] if tokens[-1] in self.generation.eos_token_id else tokens
+            text = opening + self.tokenizer.decode(bare, clean_up_tokenization_spaces=False)
+            plans.append(parse_plan(text, prompts[b].text, self.frames, self.chunk))
+        return PlanBatch(prompts, plans, plans_per_prompt, self.tokens(asked, responses))
+
+    def respond(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, reference: bool = False
+    ) -> list[Response]:
+        """A response to each prompt, token ids; it depends on its prompt and its seed alone, on a CPU to the last bit."""
+        rows = self.config.sampled_together or ROWS
+        with self._policy(reference), self._autocast():
+            model = self.peft.get_base_model()
+            return decode.respond(model, self.generation, prompts, seeds, rows=rows, stepwise=self.stepwise)
 
     def log_probs(self, tokens: PlanTokens, *, reference: bool = False) -> Tensor:
         """Log-softmax (temperature 1) of every counted token given the tokens before it: [P, L] fp32.
@@ -256,27 +259,22 @@ class Planner:
     def _policy(self, reference: bool) -> AbstractContextManager[None]:
         return reference_active(self.peft) if reference else nullcontext()
 
-    def _until_end(self, response: list[int]) -> list[int]:
-        """The response up to and with its end token; all of it when it was cut off."""
-        ends = self.generation.eos_token_id
-        stop = next((i for i, token in enumerate(response) if token in ends), len(response) - 1)
-        return response[: stop + 1]
-
-    def tokens(self, prompts: list[list[int]], responses: list[list[int]]) -> PlanTokens:
-        """Prompts and their responses, token ids, as a right-padded batch; `config.loss_tokens` decides what counts."""
-        shape = len(prompts), max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-        ids = torch.full(shape, self.generation.pad_token_id)
+    def tokens(self, prompts: Sequence[Sequence[int]], responses: Sequence[Response]) -> PlanTokens:
+        """Prompts, token ids, and their responses as a right-padded batch; `config.loss_tokens` decides what counts."""
+        shape = len(prompts), max(len(p) + len(r.tokens) for p, r in zip(prompts, responses, strict=True))
+        ids, log_probs = torch.full(shape, self.generation.pad_token_id), torch.zeros(shape)
         attention, counted = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
-        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        for row, (prompt, (response, drawn_at)) in enumerate(zip(prompts, responses, strict=True)):
             end = len(prompt) + len(response)
             ids[row, :end] = torch.tensor([*prompt, *response])
+            log_probs[row, len(prompt) : end] = torch.tensor(drawn_at)
             attention[row, :end] = True
             first = len(prompt)
             if self.config.loss_tokens == "json":
                 opened = opens_thought(self.tokenizer.decode(prompt[-8:]))
                 first += thought_length(self.tokenizer, response, opened=opened)
             counted[row, first:end] = True
-        return PlanTokens(*(x.to(self.device) for x in (ids, attention, counted)))
+        return PlanTokens(*(x.to(self.device) for x in (ids, attention, counted, log_probs * counted)))
 
 
 def _plain_head(model: PreTrainedModel, targets: Sequence[str]) -> bool:
@@ -290,21 +288,13 @@ def _plain_head(model: PreTrainedModel, targets: Sequence[str]) -> bool:
 def trimmed(tokens: PlanTokens) -> PlanTokens:
     """The same sequences without the columns at the right that are padding in all of them."""
     length = int(tokens.attention_mask.any(0).nonzero()[-1]) + 1
-    return PlanTokens(tokens.input_ids[:, :length], tokens.attention_mask[:, :length], tokens.response_mask[:, :length])
+    return PlanTokens(*(own[:, :length] for own in vars(tokens).values()))
 
 
 def _counted(tokens: PlanTokens, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows and columns of the counted tokens, without first tokens: nothing before them predicts them."""
     rows, columns = tokens.response_mask[:, 1:].nonzero(as_tuple=True)
     return rows.to(device), columns.to(device) + 1
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, torch's global generators start from `seed`; their states are restored afterwards."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def _generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PlannerConfig) -> GenerationConfig:
