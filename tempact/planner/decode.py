@@ -37,8 +37,9 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 ATTENTION = "tempact_decode"
-ROWS = 32  # of a step; on a CPU never fewer: matrix products of few rows round otherwise
-BUCKET = 512  # lengths of the cache that a step attends to are multiples; CPU attention goes by blocks of this length
+ROWS = {"cpu": 16, "cuda": 32}  # of a step; a CPU has these alone: products of other numbers of rows round otherwise
+BUCKET = 512  # lengths of the cache that a step attends to are multiples
+SHORT = (128, 256)  # and these, on a CPU that rounds there as it does at the first multiple
 STEPS = 16  # between two looks at which responses have ended, on a GPU
 BLOCK = 128  # tokens of the vocabulary that are summed before the cumulative sums
 ONE = 2.0**44  # weight of the likeliest token; 2^18 such weights are still an int64
@@ -110,13 +111,13 @@ def respond(
         model: a causal language model in eval mode, with or without PEFT's LoRA layers, whose active adapter acts.
         settings: temperature, top_k, top_p, max_new_tokens, eos_token_id (a list), pad_token_id.
         prompts, seeds: token ids, at least one, and a seed for each response.
-        rows: responses decoded together.
+        rows: responses decoded together on a GPU; 0: 32.
         stepwise: the model has been found to be one that `steps` accepts.
 
     Raises FloatingPointError for logits that are NaN or infinite.
     """
     on_gpu = model.device.type == "cuda"
-    rows = rows if on_gpu else max(rows, ROWS)
+    rows = rows_of(model.device, rows)
     asked = [Asked(*each) for each in zip(range(len(seeds)), prompts, seeds, strict=True)]
     asked.sort(key=lambda each: list(each.prompt))  # equal ones are neighbours
     with lean_adapters(model), torch.no_grad(), _side_stream(model.device) if on_gpu else nullcontext():
@@ -130,6 +131,11 @@ def respond(
     if not all(math.isfinite(value) for response in made.values() for value in response.log_probs):
         raise FloatingPointError("planner: found logits that are not finite")
     return [made[i] for i in range(len(prompts))]
+
+
+def rows_of(device: torch.device, asked: int) -> int:
+    """Rows of a step where `asked` are configured (`planner.sampled_together`)."""
+    return asked if asked and device.type == "cuda" else ROWS[device.type]
 
 
 @contextmanager
@@ -187,6 +193,22 @@ def _attend(
 AttentionInterface.register(ATTENTION, _attend)
 
 
+@cache
+def _short_lengths(query_heads: int, heads: int, head_dim: int, dtype: torch.dtype) -> list[int]:
+    """Those of SHORT at which this CPU's attention gives the bits of the first multiple."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (query_heads, 1), (heads, BUCKET), (heads, BUCKET)
+    query, key, value = (torch.randn(1, *own, head_dim, generator=generator).to(dtype) for own in shapes)
+    found = []
+    for length in SHORT:
+        mask = torch.zeros(1, 1, 1, BUCKET, dtype=dtype)
+        mask[..., length:] = -math.inf
+        whole, _ = _attend(nn.Identity(), query, key, value, mask)
+        short, _ = _attend(nn.Identity(), query, key[:, :, :length], value[:, :, :length], mask[..., :length])
+        found += [length] if torch.equal(short, whole) else []
+    return found
+
+
 class _Place:
     """Where a step writes and reads the cache: `index` [R] of the flat (row, position), `length` positions are read."""
 
@@ -232,12 +254,17 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, settings: GenerationConfig, rows: int, longest: int):
-        device, most = model.device, settings.max_new_tokens
+        device, config, most = model.device, model.config, settings.max_new_tokens
         self.model, self.rows, self.most = model, rows, most
         self.body, self.head = model.base_model, model.get_output_embeddings()
         self.warp = warpers(settings)
         self.ends = torch.tensor(settings.eos_token_id, device=device)
-        self.length = -(-longest // BUCKET) * BUCKET
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        key_heads = getattr(config, "num_key_value_heads", None) or heads
+        short = [] if device.type == "cuda" else _short_lengths(heads, key_heads, head_dim, model.dtype)
+        self.lengths = [*short, *range(BUCKET, longest + BUCKET, BUCKET)]
+        self.length = self.lengths[-1]
         self.ids, self.position, self.step = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
         self.done = torch.ones(rows, dtype=torch.bool, device=device)
         self.uniforms = torch.zeros(rows, most + 1, dtype=torch.float64, device=device)
@@ -268,7 +295,7 @@ class Decoder:
             if not held:
                 return made
             for _ in range(STEPS if self.done.is_cuda else 1):
-                self.advance(min(-(-max(needed.values()) // BUCKET) * BUCKET, self.length))
+                self.advance(next(length for length in self.lengths if length >= min(max(needed.values()), self.length)))
                 needed = {row: count + 1 for row, count in needed.items()}
             done = self.done.tolist()
             for row in [row for row in held if done[row]]:

@@ -26,7 +26,7 @@ from tempact.errors import UserError
 from tempact.models.adapters import adapted, load_adapter, reference_active, save_adapter
 from tempact.planner import decode
 from tempact.planner import language_model as liger
-from tempact.planner.decode import ROWS, Response
+from tempact.planner.decode import Response
 from tempact.planner.language_model import check_head, chosen_log_probs, load_chat_model, opens_thought, thought_length
 from tempact.planner.plans import THINK_START, parse_plan, plan_messages
 from tempact.rl.gspo import gspo_loss
@@ -136,10 +136,9 @@ class Planner:
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, reference: bool = False
     ) -> list[Response]:
         """A response to each prompt, token ids; it depends on its prompt and its seed alone, on a CPU to the last bit."""
-        rows = self.config.sampled_together or ROWS
         with self._policy(reference), self._autocast():
             model = self.peft.get_base_model()
-            return decode.respond(model, self.generation, prompts, seeds, rows=rows, stepwise=self.stepwise)
+            return decode.respond(model, self.generation, prompts, seeds, rows=self.config.sampled_together, stepwise=self.stepwise)
 
     def log_probs(self, tokens: PlanTokens, *, reference: bool = False) -> Tensor:
         """Log-softmax (temperature 1) of every counted token given the tokens before it: [P, L] fp32.
