@@ -206,7 +206,12 @@ class PlannerConfig:
     kl_weight: float = key(5e-4, TRAINING, "weight of the divergence from the reference", NOT_NEGATIVE)
     advantage_clip: float = key(1.0, TRAINING, "largest size of an advantage", POSITIVE)
     loss_tokens: str = key("all", TRAINING, "tokens in the loss: all, or those after </think>", choice("all", "json"))
-    sampled_together: int = key(0, VIDEO, "plans sampled in one batch, which bounds their K and V", OR_ALL)
+    max_sampling_gap: float = key(
+        0.1, RUN, "log-probs of sampling and training, mean nats a token apart, that stop a run", POSITIVE
+    )
+    sampled_together: int = key(
+        0, SPEED, "plans decoded together on a GPU, which bounds their K and V", at_least(0, "0 (32), or at least 1")
+    )
     micro_batch: int = key(0, SPEED, "plans of a backward pass", OR_ALL)
     checkpoint_activations: bool = key(False, SPEED, "layers are recomputed in the backward pass")
     liger: str = key(

@@ -56,7 +56,8 @@ class TooManySkippedUpdates(Aborted):
 
 
 class RolloutGapTooWide(Aborted):
-    """Roll-out and training do not compute the same log-probs (`executor.max_rollout_gap`)."""
+    """What made videos or plans and what is trained do not compute the same log-probs (`executor.max_rollout_gap`,
+    `planner.max_sampling_gap`)."""
 
 
 class NothingLearned(Aborted):
@@ -160,7 +161,7 @@ class Trainer:
         self.meter = Meter()
         self.done = 0
         self.idle = {"planner": 0, "executor": 0}  # iterations in a row without anything to learn from
-        self.wide_gap = ""  # why the last executor update was refused, if it was for that
+        self.wide_gap = ""  # why the last updates were refused, if it was for that
         self._before: dict | None = None  # state before the first optimiser step of the latest iteration
         self._earlier: dict | None = None  # the same of the iteration before, until its policies have made videos
         self.planner_policy = PolicyOptimizer(dict(planner.parameters()), config.planner.optim)
@@ -305,8 +306,9 @@ class Trainer:
             if self.config.executor.train:
                 rows = [later.index(plan) for plan in part] if i else []
                 found["executor"] = self.executor.update(batch, part, old_velocities[rows] if i else None)
+            self.wide_gap = self.wide_gap or too_wide(found, self.config)
             for name, values in found.items():  # both gradients first: until here the iteration can be dropped
-                values |= self._step(name, values, stepping) if values else {}
+                values |= self._step(name, stepping) if values else {}
                 metrics |= {f"{name}/{key}{f'@{i + 1}' if i else ''}": value for key, value in values.items()}
         return metrics
 
@@ -314,14 +316,12 @@ class Trainer:
         both = {"planner": self.planner_policy, "executor": self.executor_policy}
         return {name: policy for name, policy in both.items() if getattr(self.config, name).train}
 
-    def _step(self, name: str, found: dict[str, float], stepping: Callable[[], None]) -> dict[str, float]:
-        """An optimiser step of the policy `name`, unless the metrics `found` say that its videos are not its own."""
+    def _step(self, name: str, stepping: Callable[[], None]) -> dict[str, float]:
+        """An optimiser step of the policy `name`, unless plans or videos are those of another policy than the trained."""
         policy = self._trained_policies()[name]
-        if name == "executor":
-            self.wide_gap = self.wide_gap or too_wide(found, self.config.executor.max_rollout_gap)
-            if self.wide_gap:  # the videos are those of another policy than the one that would be trained on them
-                policy.clear()
-                return {}
+        if self.wide_gap:
+            policy.clear()
+            return {}
         if self._before is None:
             self._before = {"state": copied(self.state()), "planner": copied(dict(self.planner_policy.parameters))}
             stepping()
@@ -367,13 +367,24 @@ def copied(value: Any) -> Any:
     return [copied(inner) for inner in value] if isinstance(value, list) else value
 
 
-def too_wide(metrics: dict[str, float], limit: float) -> str:
-    """Which `rollout_gap/<sigma>` is wider than `limit` clips, in words; "" if none is. NaN is not a gap."""
-    found = {name.partition("/")[2]: gap for name, gap in metrics.items() if name.startswith("rollout_gap/")}
-    wide = ", ".join(f"{gap:.3g} clips at sigma {sigma}" for sigma, gap in found.items() if gap > limit)
-    return wide and (
-        f"executor.max_rollout_gap: log-probs of roll-out and training differ by {wide}; accepted: at most {limit:g}"
-    )
+def too_wide(found: dict[str, dict[str, float]], config: RunConfig) -> str:
+    """Which gaps in the metrics of `planner` and `executor` are wider than allowed, in words; "" if none is.
+
+    NaN is not a gap.
+    """
+    told = []
+    for policy, metric, unit, of in (
+        ("planner", "sampling_gap", "nats a token", "sampling"),
+        ("executor", "rollout_gap", "clips", "roll-out"),
+    ):
+        key = f"max_{metric}"
+        limit = getattr(getattr(config, policy), key)
+        gaps = {name.partition("/")[2]: gap for name, gap in found.get(policy, {}).items() if name.startswith(metric)}
+        wide = [f"{gap:.3g} {unit}" + (f" at sigma {at}" if at else "") for at, gap in gaps.items() if gap > limit]
+        if wide:
+            differ = f"log-probs of {of} and training differ by {', '.join(wide)}"
+            told.append(f"{policy}.{key}: {differ}; accepted: at most {limit:g}")
+    return "; ".join(told)
 
 
 def split(count: int, parts: int) -> list[list[int]]:

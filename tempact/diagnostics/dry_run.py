@@ -29,6 +29,7 @@ from tempact.diagnostics.memory import (
     work_of,
 )
 from tempact.diagnostics.sizes import INSTRUCTION_TOKENS, Decoder, planner_sizes, scorer_bytes, text_encoder_bytes
+from tempact.planner.decode import rows_of
 from tempact.policies import missing_planner
 from tempact.reporting import duration
 from tempact.worlds import world_of
@@ -37,8 +38,8 @@ LEAST_CONTINUATIONS = 2  # of an execution group
 MOST_BRANCHES = 256  # tried: the cache's bookkeeping takes its time
 
 
-# operations a second of a whole iteration, and seconds a planned token: an H200's (docs/costs.md), two CPU cores'
-GPU_RATE, GPU_TOKEN_S, CPU_RATE = 588e12, 0.117, 75e9
+# operations a second of a whole iteration, and seconds of a decoding step: an H200's (docs/costs.md), two CPU cores'
+GPU_RATE, GPU_TOKEN_S, CPU_RATE = 588e12, 0.013, 75e9
 
 
 def dry_run(config: RunConfig, gpu_gib: float) -> tuple[list[str], bool]:
@@ -117,7 +118,7 @@ def _time(run: Run, operations: float) -> str:
     seconds, how = operations / CPU_RATE, f"{tera(CPU_RATE)}/s, as two CPU cores in ShapeWorld"
     if run.on_gpu:
         config = run.config.planner
-        batches = math.ceil(run.plans / (config.sampled_together or run.plans))
+        batches = math.ceil(run.plans / rows_of(config, on_gpu=True))
         planning = GPU_TOKEN_S * config.max_new_tokens * batches if run.planner is not None else 0.0
         seconds, how = operations / GPU_RATE + planning, f"{tera(GPU_RATE)}/s and {GPU_TOKEN_S} s a token, as one H200"
     count = run.config.trainer.iterations

@@ -16,6 +16,7 @@ from tempact.diagnostics.sizes import Decoder, video_bytes
 from tempact.executor.executor import TEXTS_KEPT
 from tempact.executor.rollout import cache_rows
 from tempact.executor.sampler import RolloutSettings
+from tempact.planner.decode import BUCKET, rows_of
 
 GIB = 2**30
 # not in torch's count of tensors: the CUDA context with libraries' workspaces, and holes between tensors
@@ -144,6 +145,7 @@ CHUNKS_A_PROMPT = 2
 PROMPT_ROWS = 128  # text rows of a prompt of a step, without padding
 ADAPTER_COPIES = 2  # trained and reference
 ADAM_STATES = 2
+DRAWING = 3 * FP32 + 3 * 8  # bytes of a token of the vocabulary while one is drawn: fp32 and int64
 PLANNING = ("plan", "planner update")  # phases of the planner
 
 
@@ -356,9 +358,14 @@ def _planner_phases(run: Run) -> list[Phase]:
     if run.planner is None:
         return []
     sizes, tokens = run.planner, run.planner.tokens
-    together = min(run.plans, run.config.planner.sampled_together or run.plans)
-    cached = together * tokens * sizes.cached
-    phases = [Phase(PLANNING[0], (Item(f"K/V of {together} plans, {tokens} tokens each", cached, ESTIMATED),))]
+    rows = rows_of(run.config.planner, on_gpu=run.on_gpu)
+    length = math.ceil(tokens / BUCKET) * BUCKET
+    drawing = rows * sizes.vocabulary * (sizes.dtype.itemsize + DRAWING)
+    items = [
+        Item(f"K/V of {rows} plans, {length} tokens each", rows * length * sizes.cached, EXACT),
+        Item("logits of a step, and the weights of their tokens", drawing, ESTIMATED),
+    ]
+    phases = [Phase(PLANNING[0], tuple(items))]
     if run.config.planner.train:
         rows = math.ceil(run.plans / run.config.trainer.updates_per_iteration)
         rows = min(rows, run.config.planner.micro_batch or rows)

@@ -36,8 +36,11 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from tempact.config import PlannerConfig
+
 ATTENTION = "tempact_decode"
-ROWS = {"cpu": 16, "cuda": 32}  # of a step; a CPU has these alone: products of other numbers of rows round otherwise
+GPU_ROWS = 32  # of a step, where none are configured
+CPU_ROWS = 16  # always: products of other numbers of rows round otherwise
 BUCKET = 512  # lengths of the cache that a step attends to are multiples
 SHORT = (128, 256)  # and these, on a CPU that rounds there as it does at the first multiple
 STEPS = 16  # between two looks at which responses have ended, on a GPU
@@ -111,13 +114,12 @@ def respond(
         model: a causal language model in eval mode, with or without PEFT's LoRA layers, whose active adapter acts.
         settings: temperature, top_k, top_p, max_new_tokens, eos_token_id (a list), pad_token_id.
         prompts, seeds: token ids, at least one, and a seed for each response.
-        rows: responses decoded together on a GPU; 0: 32.
+        rows: responses decoded together, as `rows_of` gives them.
         stepwise: the model has been found to be one that `steps` accepts.
 
     Raises FloatingPointError for logits that are NaN or infinite.
     """
     on_gpu = model.device.type == "cuda"
-    rows = rows_of(model.device, rows)
     asked = [Asked(*each) for each in zip(range(len(seeds)), prompts, seeds, strict=True)]
     asked.sort(key=lambda each: list(each.prompt))  # equal ones are neighbours
     with lean_adapters(model), torch.no_grad(), _side_stream(model.device) if on_gpu else nullcontext():
@@ -133,9 +135,9 @@ def respond(
     return [made[i] for i in range(len(prompts))]
 
 
-def rows_of(device: torch.device, asked: int) -> int:
-    """Rows of a step where `asked` are configured (`planner.sampled_together`)."""
-    return asked if asked and device.type == "cuda" else ROWS[device.type]
+def rows_of(config: PlannerConfig, *, on_gpu: bool) -> int:
+    """Rows of a decoding step."""
+    return (config.sampled_together or GPU_ROWS) if on_gpu else CPU_ROWS
 
 
 @contextmanager

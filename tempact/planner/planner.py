@@ -3,7 +3,7 @@
 Log-probs are those of the distribution that plans are sampled from (docs/algorithm.md decision 8): temperature 1,
 top-p 1, no top-k. A planner in training refuses other settings.
 
-Sequences are sampled with padding on the left and trained with padding on the right. The update goes by micro-batches
+Sequences are sampled without padding (`decode`) and trained with padding on the right. The update goes by micro-batches
 and never holds the logits of whole sequences.
 """
 
@@ -136,9 +136,10 @@ class Planner:
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, reference: bool = False
     ) -> list[Response]:
         """A response to each prompt, token ids; it depends on its prompt and its seed alone, on a CPU to the last bit."""
+        rows = decode.rows_of(self.config, on_gpu=self.device.type == "cuda")
         with self._policy(reference), self._autocast():
             model = self.peft.get_base_model()
-            return decode.respond(model, self.generation, prompts, seeds, rows=self.config.sampled_together, stepwise=self.stepwise)
+            return decode.respond(model, self.generation, prompts, seeds, rows=rows, stepwise=self.stepwise)
 
     def log_probs(self, tokens: PlanTokens, *, reference: bool = False) -> Tensor:
         """Log-softmax (temperature 1) of every counted token given the tokens before it: [P, L] fp32.
@@ -168,7 +169,9 @@ class Planner:
             plans: the batch's rows of this update.
             old: [len(plans), L] log-probs before the first of several updates; None in the first, whose ratio is 1.
 
-        Returns the metrics of `gspo_loss`, none where no plan is scored.
+        Returns the metrics of `gspo_loss`, none where no plan is scored. In the first update also the gap between the
+        log-probs at sampling and those that are trained, a mean over tokens: sampling_gap |difference| in nats,
+        sampling_k3 the estimate k3 of the divergence.
         """
         assert batch.tokens is not None
         config, scored = self.config, [i for i, plan in enumerate(plans) if batch.plan_mask[plan]]
@@ -179,20 +182,22 @@ class Planner:
             lengths = batch.tokens.attention_mask.sum(1).tolist()
             scored.sort(key=lambda i: lengths[plans[i]])
         shares: list[dict[str, float]] = []
+        counted = int(batch.tokens.response_mask[[plans[i] for i in scored]].sum())
         for first in range(0, len(scored), size):
             rows = scored[first : first + size]
             tokens = trimmed(batch.tokens.select([plans[i] for i in rows]))
             advantage = batch.plan_advantage[[plans[i] for i in rows]]
             before = None if old is None else old[rows, : tokens.input_ids.shape[1]]
-            loss, metrics = self._loss(tokens, advantage, before, len(scored))
+            loss, metrics = self._loss(tokens, advantage, before, len(scored), counted)
             loss.backward()
             shares.append(metrics)
         return {name: math.fsum(share[name] for share in shares) for share in shares[:1] for name in share}
 
     def _loss(
-        self, tokens: PlanTokens, advantage: Tensor, old: Tensor | None, terms: int
+        self, tokens: PlanTokens, advantage: Tensor, old: Tensor | None, terms: int, counted: int
     ) -> tuple[Tensor, dict[str, float]]:
-        """The share of a micro-batch in an update's loss and metrics; `terms` plans are in the update.
+        """The share of a micro-batch in an update's loss and metrics; `terms` plans are in the update, with `counted`
+        tokens in the loss.
 
         With Liger's fused loss the metrics come from log-probs all the same: Liger averages its own over tokens and
         shows no ratio.
@@ -209,6 +214,10 @@ class Planner:
         loss, metrics = gspo_loss(
             log_probs, before, reference, tokens.response_mask, advantage, every, **clips, terms=terms
         )
+        if old is None:
+            moves = (log_probs.detach() - tokens.log_probs.to(self.device))[tokens.response_mask.to(self.device)]
+            gaps = {"sampling_gap": moves.abs(), "sampling_k3": moves.expm1() - moves}
+            metrics |= {name: own.sum().item() / max(1, counted) for name, own in gaps.items()}
         if not self.fused_loss:
             return loss, metrics
         rows, columns = _counted(tokens, self.device)

@@ -267,6 +267,8 @@ MEANINGS = {
     "POLICY/clip_ratio/high": "share of terms whose ratio the upper clip stops, at positive advantages",
     "POLICY/grad_norm": "global norm of the gradient before its clip; null where it is not finite",
     "POLICY/skipped_updates": "updates in a row that were left out for gradients that are not finite",
+    "planner/sampling_gap": "mean difference of log-probs between sampling and training, nats a token",
+    "planner/sampling_k3": "divergence (k3) between the two distributions, nats a token",
     "executor/rollout_gap/SIGMA": "difference of log-probs between roll-out and training at that noise level, in clips",
     "rewards/REWARD/mean": "mean of a raw reward, from 0 to 1",
     "rewards/REWARD/std": "deviation of a raw reward",

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tempact.errors import UserError
+from tempact.planner.decode import Response
 from tempact.planner.planner import Planner
 from tempact.types import PlanTokens, Prompt
 
@@ -26,6 +27,7 @@ def padded(tokens: PlanTokens, left: int, right: int, token: int) -> PlanTokens:
         torch.nn.functional.pad(tokens.input_ids, pad, value=token),
         torch.nn.functional.pad(tokens.attention_mask, pad, value=False),
         torch.nn.functional.pad(tokens.response_mask, pad, value=False),
+        torch.nn.functional.pad(tokens.log_probs, pad),
     )
 
 
@@ -46,21 +48,28 @@ def test_sampling_repeats_for_a_seed_and_leaves_global_randomness_alone(make_pla
     assert [p.response for p in first.plans] != [p.response for p in other.plans]
 
 
-def test_plans_sampled_in_parts_differ_and_belong_to_their_prompts(make_planner, monkeypatch):
-    planner = make_planner(sampled_together=2)
-    generate, rows = planner.peft.generate, []
+def test_plans_differ_and_depend_on_their_place_alone(make_planner):
+    """More plans than rows of a step; plan m of prompt b is the same in a smaller batch."""
+    planner = make_planner()
+    batch = planner.sample(PROMPTS, 30, seed=11)
+    assert len({p.response for p in batch.plans}) == len(batch.plans) == 60  # none repeats another's draws
+    assert [p.instruction for p in batch.plans] == [prompt.text for prompt in PROMPTS for _ in range(30)]
+    few, one = planner.sample(PROMPTS, 3, seed=11), planner.sample(PROMPTS[:1], 2, seed=11)
+    assert few.plans == batch.plans[:3] + batch.plans[30:33] and one.plans == few.plans[:2]
+    swapped = planner.sample([PROMPTS[0], PROMPTS[0]], 3, seed=11)
+    assert swapped.plans[:3] == few.plans[:3] and swapped.plans[3:] != few.plans[:3]
 
-    def noted(**given):
-        rows.append(len(given["input_ids"]))
-        return generate(**given)
 
-    monkeypatch.setattr(planner.peft, "generate", noted)
-    batch = planner.sample(PROMPTS, 3, seed=11)
-    count = 3 * len(PROMPTS)
-    assert rows == [2] * (count // 2) + [1] * (count % 2)
-    assert len({p.response for p in batch.plans}) == len(batch.plans) == count  # no part repeats another's draws
-    assert [p.instruction for p in batch.plans] == [prompt.text for prompt in PROMPTS for _ in range(3)]
-    assert planner.sample(PROMPTS, 3, seed=11).plans == batch.plans
+def test_log_probs_at_sampling_are_those_that_are_trained(make_planner, move):
+    for settings in ({}, {"loss_tokens": "json"}):
+        planner = make_planner(**settings)
+        move(planner)
+        tokens = planner.sample(PROMPTS, 3, seed=11).tokens
+        assert tokens.log_probs.dtype == torch.float32
+        torch.testing.assert_close(planner.log_probs(tokens), tokens.log_probs, atol=1e-5, rtol=1e-5)
+        start = planner.sample(PROMPTS, 3, seed=11, reference=True).tokens
+        torch.testing.assert_close(planner.log_probs(start, reference=True), start.log_probs, atol=1e-5, rtol=1e-5)
+        assert (planner.log_probs(start) - start.log_probs).abs().max() > 1e-2
 
 
 def test_plans_belong_to_their_prompts_and_tokens_to_their_plans(make_planner, tokenizer):
@@ -233,12 +242,14 @@ def test_json_loss_counts_what_follows_the_thought(make_planner, tokenizer, thou
     planner.config = replace(planner.config, loss_tokens="json")
     prompt, end = tokenizer("moves")["input_ids"], tokenizer.eos_token_id
     head, tail = (tokenizer(text)["input_ids"] for text in (thought, "[{}]"))
-    tokens = planner.tokens([prompt, [*prompt, *prompt]], [[*head, *tail, end], [*tail, end]])
+    responses = [Response(own, [-1.0] * len(own)) for own in ([*head, *tail, end], [*tail, end])]
+    tokens = planner.tokens([prompt, [*prompt, *prompt]], responses)
+    assert torch.equal(tokens.log_probs, -tokens.response_mask.float())
     counted = tokens.response_mask.tolist()
     first = len(prompt) + len(head)
     assert counted[0] == [first <= i < first + len(tail) + 1 for i in range(len(counted[0]))]
     first = 2 * len(prompt)
     assert counted[1] == [first <= i < first + len(tail) + 1 for i in range(len(counted[1]))]
     planner.config = replace(planner.config, loss_tokens="all")
-    everything = planner.tokens([prompt], [[*head, *tail, end]]).response_mask[0].tolist()
+    everything = planner.tokens([prompt], responses[:1]).response_mask[0].tolist()
     assert everything == [i >= len(prompt) for i in range(len(everything))]

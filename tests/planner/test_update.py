@@ -54,6 +54,11 @@ def test_micro_batches_add_up_to_the_loss_of_all(make_planner, move, first, micr
     planner.peft.zero_grad()
     found = planner.update(batch, plans, old)
     close(gradients(planner), wanted, atol=1e-6, rtol=1e-3)
+    if first:  # the adapter has moved since the plans were sampled
+        counted = tokens.response_mask & SCORED[plans][:, None]
+        moves = (log_probs.detach() - tokens.log_probs)[counted].double()
+        expected |= {"sampling_gap": moves.abs().mean(), "sampling_k3": (moves.exp() - 1 - moves).mean()}
+        assert expected["sampling_gap"] > 0.01
     assert found == pytest.approx(expected, abs=2e-6, rel=1e-4)
     if first:
         assert found["ratio"] == pytest.approx(1.0, abs=1e-12) and found["ratio_deviation"] == 0.0
@@ -137,7 +142,7 @@ def test_padding_is_never_attended_in_bf16(make_planner, move):
         alone = tokens.select([row])
         alone.input_ids[:, length:] = 9
         torch.testing.assert_close(planner.log_probs(alone)[0], expected[row], atol=0.05, rtol=0.02)
-    pads = {"input_ids": 9, "attention_mask": False, "response_mask": False}
+    pads = {"input_ids": 9, "attention_mask": False, "response_mask": False, "log_probs": 0.0}
     left = PlanTokens(*(torch.nn.functional.pad(getattr(tokens, k), (40, 0), value=v) for k, v in pads.items()))
     torch.testing.assert_close(planner.log_probs(left)[:, 40:], expected, atol=0.05, rtol=0.02)
 
