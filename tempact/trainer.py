@@ -317,7 +317,7 @@ class Trainer:
         return {name: policy for name, policy in both.items() if getattr(self.config, name).train}
 
     def _step(self, name: str, stepping: Callable[[], None]) -> dict[str, float]:
-        """An optimiser step of the policy `name`, unless plans or videos are those of another policy than the trained."""
+        """An optimiser step of the policy `name`, unless another policy than the trained has made plans or videos."""
         policy = self._trained_policies()[name]
         if self.wide_gap:
             policy.clear()

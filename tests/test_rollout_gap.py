@@ -10,6 +10,7 @@ import torch
 
 from tempact import train
 from tempact.executor.executor import Executor
+from tempact.planner.planner import Planner
 from tempact.policies import build_policies, build_trainer
 from tempact.presets import get_preset
 from tempact.reporting import read_metrics
@@ -85,6 +86,48 @@ def test_the_run_is_saved_and_ends_with_its_own_exit_code(
     assert [row["step"] for row in read_metrics(folder)] == [1, 2]
 
 
+@pytest.fixture
+def another_planner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are sampled from another adapter than the one that is trained."""
+    sample = Planner.sample
+
+    def moved(self: Planner, *given, **named):
+        made = sample(self, *given, **named)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in self.parameters().values():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        return made
+
+    monkeypatch.setattr(Planner, "sample", moved)
+
+
+def test_plans_are_trained_with_the_log_probs_that_they_were_sampled_with() -> None:
+    own = trainer()
+    (one, _) = own.iterations(lambda phase: None)
+    assert one.metrics["planner/sampling_gap"] < 1e-5 and abs(one.metrics["planner/sampling_k3"]) < 1e-6
+    assert "planner/sampling_gap@2" not in one.metrics
+
+
+def test_plans_of_another_planner_leave_both_policies_as_they_were(another_planner: None) -> None:
+    own = trainer()
+    executor = {name: p.detach().clone() for name, p in own.executor_policy.parameters.items()}
+    iterations = own.iterations(lambda phase: None)
+    one = next(iterations)
+    assert one.metrics["planner/sampling_gap"] > 0.1 and one.metrics["planner/sampling_k3"] > 0.01
+    assert "planner/grad_norm" not in one.metrics and own._before is None
+    assert all(torch.equal(executor[name], p) for name, p in own.executor_policy.parameters.items())
+    assert all(p.grad is None for p in own.planner_policy.parameters.values())
+    with pytest.raises(
+        RolloutGapTooWide, match="planner.max_sampling_gap: .* sampling .* nats a token; .*at most 0.1$"
+    ):
+        next(iterations)
+
+
 def test_a_missing_number_is_no_gap() -> None:
-    assert too_wide({"rollout_gap/1.000": float("nan"), "rollout_gap/0.938": 1.0, "kl": 9.0}, 1.0) == ""
-    assert too_wide({"rollout_gap/1.000": 2.0, "rollout_gap/0.938": 0.5}, 1.0).count("sigma") == 1
+    config = get_preset("shapeworld-smoke")
+    gaps = {"rollout_gap/1.000": float("nan"), "rollout_gap/0.938": 1.0, "kl": 9.0}
+    assert too_wide({"executor": gaps, "planner": {"sampling_gap": float("nan"), "sampling_k3": 9.0}}, config) == ""
+    assert too_wide({"executor": {"rollout_gap/1.000": 2.0, "rollout_gap/0.938": 0.5}}, config).count("sigma") == 1
+    both = too_wide({"executor": {"rollout_gap/1.000": 2.0}, "planner": {"sampling_gap": 0.2}}, config)
+    assert both.count("accepted") == 2 and "differ by 0.2 nats a token; accepted: at most 0.1" in both

@@ -21,20 +21,9 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import (
-    AttentionInterface,
-    Cache,
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StaticLayer,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-from transformers.cache_utils import DynamicLayer
+from transformers import AttentionInterface, Cache, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.generation import logits_process as scoring
 
 from tempact.config import PlannerConfig
 
@@ -92,15 +81,15 @@ def _first_above(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return place, target - (sums - weights).gather(1, place)
 
 
-def warpers(settings: GenerationConfig) -> LogitsProcessorList:
+def warpers(settings: GenerationConfig) -> scoring.LogitsProcessorList:
     """What temperature, top-k and top-p do to scores, in the order of `generate`; empty for the full distribution."""
-    found = LogitsProcessorList()
+    found = scoring.LogitsProcessorList()
     if settings.temperature != 1.0:
-        found.append(TemperatureLogitsWarper(settings.temperature))
+        found.append(scoring.TemperatureLogitsWarper(settings.temperature))
     if settings.top_k:
-        found.append(TopKLogitsWarper(settings.top_k))
+        found.append(scoring.TopKLogitsWarper(settings.top_k))
     if settings.top_p < 1.0:
-        found.append(TopPLogitsWarper(settings.top_p))
+        found.append(scoring.TopPLogitsWarper(settings.top_p))
     return found
 
 
@@ -140,24 +129,22 @@ def rows_of(config: PlannerConfig, *, on_gpu: bool) -> int:
     return (config.sampled_together or GPU_ROWS) if on_gpu else CPU_ROWS
 
 
+_cached_stream = cache(torch.cuda.Stream)  # by device: each stream has a workspace of cuBLAS
+
+
 @contextmanager
 def _side_stream(device: torch.device) -> Iterator[None]:
     """Inside, work is queued on a stream that CUDA graphs can be recorded on."""
-    stream, current = _stream(device), torch.cuda.current_stream(device)
+    stream, current = _cached_stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         yield
     current.wait_stream(stream)
 
 
-@cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
 @contextmanager
 def lean_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside, LoRA layers use copies of their active adapter in the precision of the layer, scaled, in one product less."""
+    """Inside, LoRA layers use copies of their active adapter, scaled, in the precision of the layer."""
     layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
     for layer in layers:
         (name,) = layer.active_adapters
@@ -195,11 +182,12 @@ def _attend(
 AttentionInterface.register(ATTENTION, _attend)
 
 
-@cache
-def _short_lengths(query_heads: int, heads: int, head_dim: int, dtype: torch.dtype) -> list[int]:
+def _short_lengths(config: PreTrainedConfig, dtype: torch.dtype) -> list[int]:
     """Those of SHORT at which this CPU's attention gives the bits of the first multiple."""
+    heads = config.num_attention_heads
+    shapes = (heads, 1), *[(getattr(config, "num_key_value_heads", None) or heads, BUCKET)] * 2
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     generator = torch.Generator().manual_seed(0)
-    shapes = (query_heads, 1), (heads, BUCKET), (heads, BUCKET)
     query, key, value = (torch.randn(1, *own, head_dim, generator=generator).to(dtype) for own in shapes)
     found = []
     for length in SHORT:
@@ -226,10 +214,8 @@ class _Layer(StaticLayer):
         self.place, self.rows = place, rows
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values = (
-            own.new_zeros(self.rows, self.max_cache_len, own.shape[1], own.shape[3])
-            for own in (key_states, value_states)
-        )
+        sizes = ((self.rows, self.max_cache_len, *own.shape[1::2]) for own in (key_states, value_states))
+        self.keys, self.values = (key_states.new_zeros(size) for size in sizes)
         self.is_initialized = True
 
     def fill(self, row: int, keys: Tensor, values: Tensor) -> None:
@@ -261,10 +247,7 @@ class Decoder:
         self.body, self.head = model.base_model, model.get_output_embeddings()
         self.warp = warpers(settings)
         self.ends = torch.tensor(settings.eos_token_id, device=device)
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        key_heads = getattr(config, "num_key_value_heads", None) or heads
-        short = [] if device.type == "cuda" else _short_lengths(heads, key_heads, head_dim, model.dtype)
+        short = [] if device.type == "cuda" else _short_lengths(config, model.dtype)
         self.lengths = [*short, *range(BUCKET, longest + BUCKET, BUCKET)]
         self.length = self.lengths[-1]
         self.ids, self.position, self.step = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
@@ -275,7 +258,7 @@ class Decoder:
         self.first = torch.arange(rows, device=device) * self.length  # of a row in the flat cache
         self.columns = torch.arange(self.length, device=device)
         self.place = _Place()
-        layers = len(DynamicCache(config=model.config).layers)
+        layers = len(DynamicCache(config=config).layers)
         self.cache = Cache(layers=[_Layer(self.place, rows, self.length) for _ in range(layers)])
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.pool: Any = None
@@ -297,7 +280,8 @@ class Decoder:
             if not held:
                 return made
             for _ in range(STEPS if self.done.is_cuda else 1):
-                self.advance(next(length for length in self.lengths if length >= min(max(needed.values()), self.length)))
+                longest = min(max(needed.values()), self.length)  # a row that has ended is counted on
+                self.advance(next(length for length in self.lengths if length >= longest))
                 needed = {row: count + 1 for row, count in needed.items()}
             done = self.done.tolist()
             for row in [row for row in held if done[row]]:
@@ -393,10 +377,10 @@ def steps(model: PreTrainedModel, settings: GenerationConfig) -> bool:
     return bool(off <= 0.05 * whole.abs().max())
 
 
-class _Drawn(LogitsProcessor):
+class _Drawn(scoring.LogitsProcessor):
     """Leaves the token that is drawn from the scores alone; log_probs: those of the drawn tokens, a step each."""
 
-    def __init__(self, warp: LogitsProcessorList, uniform: Tensor):
+    def __init__(self, warp: scoring.LogitsProcessorList, uniform: Tensor):
         self.warp, self.uniform = warp, uniform
         self.log_probs: list[Tensor] = []
 
@@ -410,7 +394,7 @@ class _Drawn(LogitsProcessor):
 def _generate(
     model: PreTrainedModel, settings: GenerationConfig, asked: Iterable[Asked], rows: int
 ) -> dict[int, Response]:
-    """As `Decoder.run`, by `generate`: each call has `rows` rows of one prompt, the last response in those left over."""
+    """As `Decoder.run`, by `generate`: a call has `rows` rows of one prompt, the last response in those left over."""
     made = dict[int, Response]()
     greedy = GenerationConfig(
         do_sample=False, max_new_tokens=settings.max_new_tokens, eos_token_id=settings.eos_token_id,
@@ -424,7 +408,7 @@ def _generate(
             ids = torch.tensor([prompt], device=model.device).expand(rows, -1)
             out = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy,
-                logits_processor=LogitsProcessorList([drawn]),
+                logits_processor=scoring.LogitsProcessorList([drawn]),
             )  # fmt: skip
             log_probs = torch.cat(drawn.log_probs, 1).tolist()
             for one, tokens, values in zip(part, out[:, len(prompt) :].tolist(), log_probs, strict=False):

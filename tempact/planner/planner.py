@@ -135,7 +135,7 @@ class Planner:
     def respond(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, reference: bool = False
     ) -> list[Response]:
-        """A response to each prompt, token ids; it depends on its prompt and its seed alone, on a CPU to the last bit."""
+        """A response to each prompt, token ids; it depends on prompt and seed alone, on a CPU to the last bit."""
         rows = decode.rows_of(self.config, on_gpu=self.device.type == "cuda")
         with self._policy(reference), self._autocast():
             model = self.peft.get_base_model()

@@ -6,18 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from transformers import (
-    LogitsProcessorList,
-    MistralConfig,
-    MistralForCausalLM,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tempact.planner import decode
-from tempact.planner.decode import BUCKET, Response, draw, lean_adapters, uniforms
+from tempact.config import LoraConfig, OptimConfig, PlannerConfig
+from tempact.planner.decode import BUCKET, Response, _attend, draw, steps, uniforms
+from tempact.planner.planner import Planner
 
 CHI_SQUARE = 1.5  # of its degrees of freedom: 5 standard deviations at 200 of them
 
@@ -141,3 +135,163 @@ def test_both_ways_draw_the_same_tokens(make_planner, move, prompts):
     for ours, theirs in zip(expected, planner.respond(prompts, range(8)), strict=True):
         assert ours.tokens == theirs.tokens
         torch.testing.assert_close(torch.tensor(ours.log_probs), torch.tensor(theirs.log_probs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_temperature_and_cuts_act_on_what_is_drawn(make_planner, fallback):
+    """Log-probs stay those of the full distribution."""
+    planner = make_planner(train=False, max_new_tokens=1, temperature=0.7, top_k=40, top_p=0.8)
+    planner.stepwise = not fallback
+    prompt = planner.tokenizer("The red circle")["input_ids"]
+    made = planner.respond([prompt] * 3000, range(3000))
+    drawn = torch.tensor([each.tokens[0] for each in made])
+    with torch.no_grad():
+        logits = planner.peft(input_ids=torch.tensor([prompt])).logits[0, -1].float()
+    kept, ids = (logits / 0.7).topk(40)
+    kept = kept.softmax(-1)
+    kept[kept.cumsum(-1) - kept >= 0.8] = 0.0  # the first that reach the mass
+    expected = torch.zeros(len(logits)).index_put((ids,), kept / kept.sum())
+    assert 3 < (expected > 0).sum() < 40 and (expected[drawn] > 0).all()
+    assert chi_square(torch.bincount(drawn, minlength=len(logits)), expected) < 2.5  # of fewer degrees of freedom
+    found = torch.tensor([each.log_probs[0] for each in made])
+    torch.testing.assert_close(found, logits.log_softmax(-1)[drawn], atol=1e-5, rtol=1e-5)
+
+
+def test_query_heads_of_a_group_read_the_same_keys():
+    """As transformers' attention does, which copies K and V for each head."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 6, 1, 8, generator=generator)
+    key, value = torch.randn(2, 3, 2, 11, 8, generator=generator)
+    mask = torch.zeros(3, 1, 1, 11).masked_fill(
+        torch.arange(11) > torch.tensor([4, 10, 0])[:, None, None, None], -torch.inf
+    )
+    module = torch.nn.Module()
+    module.num_key_value_groups = 3
+    found, _ = _attend(module, query, key, value, mask, scaling=0.3)
+    expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+    assert found.shape == expected.shape == (3, 1, 6, 8)
+    torch.testing.assert_close(found, expected)
+
+
+def planner_of(model, tokenizer, **settings) -> Planner:
+    lora = LoraConfig(4, 8, ("q_proj", "v_proj", "down_proj"))
+    config = PlannerConfig("tiny", lora, OptimConfig(lr=1e-2), **settings)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, 7]
+    return Planner(model, tokenizer, config, 24, 3)
+
+
+@pytest.mark.parametrize("kind", ["window", "rope", "eager"])
+def test_models_without_such_a_cache_are_generated_from(tokenizer, move, prompts, kind):
+    """With log-probs of their own forward pass: where a window moves, and where a rope's frequencies do."""
+    torch.manual_seed(0)
+    sizes = dict(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, initializer_range=0.2, max_position_embeddings=256,
+    )  # fmt: skip
+    if kind == "window":
+        model = MistralForCausalLM(MistralConfig(**sizes, sliding_window=8))
+    else:
+        rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0} if kind == "rope" else None
+        config = Qwen3Config(**sizes, **({"rope_parameters": rope} if rope else {}))
+        config._attn_implementation = "eager" if kind == "eager" else "sdpa"
+        model = Qwen3ForCausalLM(config)
+    planner = planner_of(model.eval(), tokenizer, max_new_tokens=30)
+    move(planner)
+    assert not planner.stepwise
+    found = planner.respond(prompts, range(8))
+    assert planner.respond(prompts[4:5], [4]) == found[4:5]
+    for prompt, response in zip(prompts, found, strict=True):
+        values = torch.tensor(response.log_probs)
+        torch.testing.assert_close(values, given(planner, prompt, response), atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_attends_otherwise_is_seen(make_planner, monkeypatch):
+    """A decoded token that does not have the states of a whole sequence."""
+    model = make_planner().peft.get_base_model()
+    planner = make_planner()
+    layer = model.model.layers[1].self_attn
+    layer.scaling *= 8
+    usual = type(layer).forward
+
+    def capped(self, *args, past_key_values=None, **kwargs):
+        out, weights = usual(self, *args, past_key_values=past_key_values, **kwargs)
+        return out if past_key_values is None else 3 * out, weights
+
+    assert steps(model, planner.generation)
+    monkeypatch.setattr(type(layer), "forward", capped)
+    assert not steps(model, planner.generation)
+
+
+def test_adapters_and_attention_are_as_before(make_planner, move, prompts):
+    planner = make_planner(max_new_tokens=4)
+    move(planner)
+    planner.respond(prompts, range(8))
+    assert planner.peft.get_base_model().config._attn_implementation == "sdpa"
+    assert not any("forward" in vars(module) for module in planner.peft.modules())
+
+
+def test_broken_weights_are_told(make_planner, prompts):
+    planner = make_planner()
+    with torch.no_grad():
+        planner.peft.get_base_model().model.norm.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="planner: found logits that are not finite"):
+        planner.respond(prompts, range(8))
+
+
+def test_bf16_stays_near_the_trained_log_probs(make_planner, move, prompts):
+    planner = make_planner(dtype=torch.bfloat16, precision="bf16", max_new_tokens=40)
+    move(planner)
+    tokens = planner.tokens(prompts, planner.respond(prompts, range(8)))
+    off = (planner.log_probs(tokens).detach() - tokens.log_probs)[tokens.response_mask]
+    assert off.abs().mean() < 0.02
+
+
+@pytest.mark.gpu
+def test_graphs_replay_the_plain_steps(make_planner, move, prompts, monkeypatch):
+    """On a GPU in fp32: the CPU's log-probs along the same tokens, and those of steps without graphs."""
+    planner = make_planner(max_new_tokens=40)
+    move(planner)
+    expected = planner.respond(prompts, range(8))
+    planner.peft.cuda()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    graphed = planner.respond(prompts, range(8))
+    monkeypatch.setattr("tempact.planner.decode.Decoder.advance", lambda self, length: self.decode(length))
+    plain = planner.respond(prompts, range(8))
+    assert graphed == plain
+    assert sum(a.tokens == b.tokens for a, b in zip(graphed, expected, strict=True)) >= 7
+    for prompt, response in zip(prompts, graphed, strict=True):
+        values = torch.tensor(response.log_probs, device="cuda")
+        torch.testing.assert_close(values, given(planner, prompt, response), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_plans_of_a_bf16_model_do_not_depend_on_neighbours_on_a_gpu(tokenizer, move, deterministic):
+    """Rows are fixed; the cache grows over a bucket, rows are taken again, and its memory is given back."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=4000, hidden_size=1024, intermediate_size=2048, num_hidden_layers=4, head_dim=64)
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, num_attention_heads=16, num_key_value_heads=8)).bfloat16().eval()
+    planner = planner_of(model, tokenizer, precision="bf16", max_new_tokens=300, sampled_together=24)
+    with torch.no_grad():
+        for name, parameter in planner.parameters().items():
+            parameter.add_(0.01 * torch.randn(parameter.shape) if "lora_B" in name else 0.0)
+    planner.peft.cuda()
+    generator = torch.Generator().manual_seed(1)
+    own = [torch.randint(4000, (300 + 17 * b,), generator=generator).tolist() for b in range(8)]
+    prompts = [own[i % 8] for i in range(64)]
+    planner.respond(prompts[:1], [0])
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    try:
+        many = planner.respond(prompts, range(64))
+        assert torch.cuda.memory_allocated() - before < 2**20
+        for i in (0, 7, 40):
+            assert planner.respond(prompts[i : i + 1], [i])[0].tokens == many[i].tokens
+        assert planner.respond(prompts[::-1], range(63, -1, -1))[::-1] == many
+    finally:
+        torch.use_deterministic_algorithms(False)
+    tokens = planner.tokens(prompts, many)
+    with torch.no_grad():
+        off = (planner.log_probs(tokens) - tokens.log_probs)[tokens.response_mask]
+    assert off.abs().mean() < 0.05

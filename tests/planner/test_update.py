@@ -57,7 +57,9 @@ def test_micro_batches_add_up_to_the_loss_of_all(make_planner, move, first, micr
     if first:  # the adapter has moved since the plans were sampled
         counted = tokens.response_mask & SCORED[plans][:, None]
         moves = (log_probs.detach() - tokens.log_probs)[counted].double()
-        expected |= {"sampling_gap": moves.abs().mean(), "sampling_k3": (moves.exp() - 1 - moves).mean()}
+        expected |= {
+            "sampling_gap": moves.abs().mean().item(), "sampling_k3": (moves.exp() - 1 - moves).mean().item(),
+        }  # fmt: skip
         assert expected["sampling_gap"] > 0.01
     assert found == pytest.approx(expected, abs=2e-6, rel=1e-4)
     if first:
