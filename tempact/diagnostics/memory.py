@@ -361,9 +361,9 @@ def _planner_phases(run: Run) -> list[Phase]:
     rows = rows_of(run.config.planner, on_gpu=run.on_gpu)
     length = math.ceil(tokens / BUCKET) * BUCKET
     drawing = rows * sizes.vocabulary * (sizes.dtype.itemsize + DRAWING)
-    cache = Item(f"K/V of {rows} plans, {length} tokens each", rows * length * sizes.cached, EXACT)
-    logits = Item("logits of a step, and the weights of their tokens", drawing, ESTIMATED)
-    phases = [Phase(PLANNING[0], (cache, logits))]
+    cached = Item(f"K/V of {rows} plans, {length} tokens each", rows * length * sizes.cached, EXACT)
+    drawn = Item("logits of a step, and the weights of their tokens", drawing, ESTIMATED)
+    phases = [Phase(PLANNING[0], (cached, drawn))]
     if run.config.planner.train:
         rows = math.ceil(run.plans / run.config.trainer.updates_per_iteration)
         rows = min(rows, run.config.planner.micro_batch or rows)

@@ -12,11 +12,14 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -104,6 +107,28 @@ def _activate(model: PeftModel, name: str) -> None:
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module._active_adapter = [name]
+
+
+@contextmanager
+def lean_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside, LoRA layers use copies of their active adapter, scaled, in the precision of the layer."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    for layer in layers:
+        (name,) = layer.active_adapters
+        dtype = layer.base_layer.weight.dtype
+        down, up = layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]
+        layer.forward = partial(_lean, layer.base_layer, down.detach().to(dtype), up.detach().to(dtype))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _lean(base: nn.Module, down: Tensor, up: Tensor, x: Tensor) -> Tensor:
+    out: Tensor = base(x)
+    out.flatten(0, -2).addmm_(F.linear(x, down).flatten(0, -2), up.t())
+    return out
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

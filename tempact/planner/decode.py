@@ -1,10 +1,10 @@
 """Sampling of responses: each has random numbers of its own, and none depends on those sampled beside it.
 
-A token is drawn by inverse CDF from a uniform of its response. On models with a plain K/V cache a step decodes one token
-of a fixed number of rows: rows without a response idle, and a row whose response has ended takes the next one. Rows do
-not see each other, and the arithmetic of a row depends neither on its place nor on the others: matrix products are of one
-shape, and attention over a longer cache adds exact zeros. On a GPU a step is one CUDA graph for each length of the cache.
-Other models go through transformers' `generate`, the responses to one prompt at a time, with the same draws.
+A token is drawn by inverse CDF from a uniform of its response. On models with a plain K/V cache a step decodes a token
+of each of a fixed number of rows: rows without a response idle, and a row whose response has ended takes the next one.
+Rows do not see each other, and the arithmetic of a row depends neither on its place nor on the others: matrix products
+are of one shape, and attention over a longer cache adds exact zeros. On a GPU a step is a CUDA graph for each length of
+the cache. Other models go through transformers' `generate`, one prompt's responses at a time, with the same draws.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache, partial
+from functools import cache
 from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, Cache, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -26,6 +25,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.generation import logits_process as scoring
 
 from tempact.config import PlannerConfig
+from tempact.models.adapters import lean_adapters
 
 ATTENTION = "tempact_decode"
 GPU_ROWS = 32  # of a step, where none are configured
@@ -140,28 +140,6 @@ def _side_stream(device: torch.device) -> Iterator[None]:
     with torch.cuda.stream(stream):
         yield
     current.wait_stream(stream)
-
-
-@contextmanager
-def lean_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside, LoRA layers use copies of their active adapter, scaled, in the precision of the layer."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
-    for layer in layers:
-        (name,) = layer.active_adapters
-        dtype = layer.base_layer.weight.dtype
-        down, up = layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]
-        layer.forward = partial(_lean, layer.base_layer, down.detach().to(dtype), up.detach().to(dtype))
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def _lean(base: nn.Module, down: Tensor, up: Tensor, x: Tensor) -> Tensor:
-    out: Tensor = base(x)
-    out.flatten(0, -2).addmm_(F.linear(x, down).flatten(0, -2), up.t())
-    return out
 
 
 def _attend(
