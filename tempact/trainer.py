@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -71,15 +71,16 @@ class WeightsNotFinite(Aborted):
     """A step gave a policy weights that are NaN or infinite."""
 
 
-def switch_frames(batch: PlanBatch, chunk: int, rng: random.Random) -> list[int]:
+def switch_frames(batch: PlanBatch, chunk: int, rngs: Sequence[random.Random]) -> list[int]:
     """The fork frame of every plan: the start of one of its steps, never 0.
 
-    The step's ordinal is drawn once per planning group, over the steps its longest plan has; shorter plans
-    use their last step. A plan of one step has no switch: it forks after its first chunk, and because no
-    step starts there its continuations are not trained on.
+    The step's ordinal is drawn once per planning group, by the prompt's own `rng`, over the steps its longest plan
+    has; shorter plans use their last step. A plan of one step has no switch: it forks after its first chunk, and
+    because no step starts there its continuations are not trained on.
     """
     frames = []
-    for first in range(0, len(batch.plans), batch.plans_per_prompt):
+    for prompt, rng in zip(range(len(batch.prompts)), rngs, strict=True):
+        first = prompt * batch.plans_per_prompt
         group = batch.plans[first : first + batch.plans_per_prompt]
         longest = max(len(plan.steps) for plan in group)
         ordinal = rng.randrange(1, longest) if longest > 1 else 1
@@ -195,7 +196,8 @@ class Trainer:
             plans = self.planner.sample(prompts, planner.plans_per_prompt, self._seed("plans"))
             scoring = self.rewards.begin(plans)
         with timed("rollout"):
-            forks = switch_frames(plans, executor.chunk_frames, random.Random(self._seed("switch")))
+            rngs = [random.Random(self._seed("switch", prompt)) for prompt in range(len(prompts))]
+            forks = switch_frames(plans, executor.chunk_frames, rngs)
             shape = self.executor.noise_shape(len(plans.plans), executor.continuations)
             noise = gaussian_noise(self._seed("noise"), shape, self.executor.device)
             rollout = self.executor.rollout(plans.plans, forks, noise, score)
@@ -265,8 +267,8 @@ class Trainer:
             log.warning("iteration %d: %d videos have latents that are not finite", self.done + 1, broken)
         self._earlier = None
 
-    def _seed(self, purpose: str) -> int:
-        return derive_seed(self.config.seed, self.done, purpose)
+    def _seed(self, purpose: str, *index: int) -> int:
+        return derive_seed(self.config.seed, self.done, purpose, *index)
 
     def _advantages(self, plans: PlanBatch, rollout: Rollout, scored: Scored) -> tuple[Batch, dict[str, float]]:
         """Plan level and execution level, with the metrics of both and of the raw rewards."""

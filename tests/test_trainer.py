@@ -292,12 +292,16 @@ def plan(*bounds: int) -> Plan:
     return Plan("i", tuple(Step(a, b, f"step at {a}") for a, b in pairwise(bounds)))
 
 
+def rngs(seed: int) -> list[random.Random]:
+    return [random.Random(2 * seed + prompt) for prompt in range(2)]
+
+
 def test_every_switch_is_the_start_of_a_step_and_never_0() -> None:
     plans = [plan(0, 3, 12, 24), plan(0, 6, 9, 15, 24), plan(0, 12, 24), plan(0, 21, 24)]
     batch = PlanBatch([Prompt("0", "i"), Prompt("1", "i")], plans, 2)
     seen: list[set[int]] = [set() for _ in plans]
     for seed in range(200):
-        frames = switch_frames(batch, 3, random.Random(seed))
+        frames = switch_frames(batch, 3, rngs(seed))
         for each, own, frame in zip(seen, plans, frames, strict=True):
             assert frame > 0 and frame in {step.start for step in own.steps}
             each.add(frame)
@@ -311,14 +315,25 @@ def test_a_plan_of_one_step_forks_after_its_first_chunk() -> None:
     prompts = [Prompt("0", "i"), Prompt("1", "i")]
     batch = PlanBatch(prompts, [plan(0, 24), plan(0, 24), plan(0, 24), plan(0, 9, 24)], 2)
     for seed in range(20):
-        assert switch_frames(batch, 3, random.Random(seed)) == [3, 3, 3, 9]
+        assert switch_frames(batch, 3, rngs(seed)) == [3, 3, 3, 9]
 
 
 def test_the_switches_of_a_group_are_drawn_apart_from_other_groups() -> None:
     plans = [plan(0, 3, 6, 9, 24), plan(0, 3, 6, 9, 24)]
     batch = PlanBatch([Prompt("0", "i"), Prompt("1", "i")], plans, 1)
-    drawn = {tuple(switch_frames(batch, 3, random.Random(seed))) for seed in range(200)}
+    drawn = {tuple(switch_frames(batch, 3, rngs(seed))) for seed in range(200)}
     assert drawn == {(a, b) for a in (3, 6, 9) for b in (3, 6, 9)}
+
+
+def test_a_groups_switch_is_the_same_whatever_the_groups_beside_it() -> None:
+    """A group of one-step plans draws nothing, and a longer group may draw more often."""
+    own = [plan(0, 3, 6, 9, 24)]
+    for seed in range(20):
+        found = set()
+        for others in ([plan(0, 24)], [plan(0, 12, 24)], [plan(0, 3, 6, 9, 12, 15, 18, 21, 24)]):
+            batch = PlanBatch([Prompt("0", "i"), Prompt("1", "i")], others + own, 1)
+            found.add(switch_frames(batch, 3, rngs(seed))[1])
+        assert len(found) == 1
 
 
 def test_split_cuts_consecutive_parts_of_near_equal_length() -> None:

@@ -122,9 +122,7 @@ def denoised(
 
     Until its fork a branch follows the noise of its first continuation.
     """
-    drawn = noise(start // history.chunk)
-    own = torch.stack([drawn[b.plan, b.continuations[0]] for b in branches])
-    del drawn
+    own = noise(start // history.chunk, [(b.plan, b.continuations[0]) for b in branches])
     context, positions = history.context([b.cached for b in branches], start), history.positions(start)
     schedule = history.settings.schedule_at(start)
     return *denoise_chunk(history.runner, own, text, positions, context, schedule), own
