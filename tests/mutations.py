@@ -603,8 +603,8 @@ MUTATIONS = [
     ),
     Mutation(
         "tempact/evaluation/harness.py",
-        'f"{prompts[0].set} plans")',
-        'f"{asked[0].prompt_id} plans")',
+        'f"{prompt.prompt_id} noise")',
+        'f"{missing[0].prompt_id} noise")',
         ("tests/evaluation/test_harness.py::test_neither_noise_nor_plans_depend_on_the_batch",),
     ),
     Mutation(
