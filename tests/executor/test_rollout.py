@@ -120,15 +120,15 @@ def test_latents_of_one_part_are_gone_while_the_next_is_made(
     make_executor: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     executor, made, alive = make_executor(rollout_videos=3), [], []
-    roll_out = executor.roll_out
+    roll_out = executor._roll_out
 
     def watched(*given):
         alive.append([ref() is not None for ref in made])
-        latents, transition = roll_out(*given)
+        latents = roll_out(*given)
         made.append(weakref.ref(latents))
-        return latents, transition
+        return latents
 
-    monkeypatch.setattr(executor, "roll_out", watched)
+    monkeypatch.setattr(executor, "_roll_out", watched)
     executor.rollout([*PLANS, PLANS[0]], [3, 12, 3], gaussian_noise(1, executor.noise_shape(3, 3), CPU))
     assert alive == [[], [False], [False, False]] and made[-1]() is None
 
