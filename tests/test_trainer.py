@@ -171,6 +171,26 @@ def test_one_seed_gives_one_run_bit_for_bit(learned: Learned) -> None:
         assert mine.plans.plans == other.plans.plans and same_videos(mine.rollout, other.rollout)
 
 
+def test_an_iteration_is_the_same_however_many_videos_advance_together() -> None:
+    """Videos, records and rewards in every bit, and with them the advantages."""
+    found = []
+    for together in (0, 2, 5):
+        config = smoke(prompts=2)
+        config = replace(config, executor=replace(config.executor, rollout_videos=together))
+        trainer = make(config)
+        done = iterate(trainer)
+        found.append((done, trainer.executor.cache.rows_total))
+    whole, most = found[0]
+    for done, rows in found[1:]:
+        assert done.plans.plans == whole.plans.plans and same_videos(done.rollout, whole.rollout) and rows < most
+        mine, other = (each.rollout.transition for each in (done, whole))
+        assert mine.prompts == other.prompts and torch.equal(mine.start, other.start)
+        assert torch.equal(mine.noises, other.noises) and torch.equal(mine.prefix, other.prefix)
+        for (name, scores), (_, expected) in zip(done.scored.named(), whole.scored.named(), strict=True):
+            assert torch.equal(scores, expected), name
+        assert torch.equal(done.batch.execution_advantage, whole.batch.execution_advantage)
+
+
 def test_another_seed_gives_another_run(learned: Learned) -> None:
     trainer = make(smoke(seed=1))
     start, first = weights(trainer), iterate(trainer)

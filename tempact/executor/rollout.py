@@ -199,7 +199,9 @@ def _record(place: Tensor, values: Tensor) -> None:
     place.copy_(values.nan_to_num(0.0, 0.0, 0.0), non_blocking=True)
 
 
-def rebuild_context(history: KVHistory, text: PromptKV, prefix: Tensor, prompts: list[list[str]]) -> None:
+def rebuild_context(
+    history: KVHistory, text: Callable[[list[str]], TextKV], prefix: Tensor, prompts: list[list[str]]
+) -> None:
     """Fills an empty history with a shared context [P, C, S, H, W], under the current weights, without gradient.
 
     prompts[p] holds the prompt of each of plan p's chunks up to and including the one at frame S. The history's
@@ -240,6 +242,18 @@ def cache_rows(settings: RolloutSettings, plans: int, continuations: int, fork: 
         for _ in loop:
             pass
         return cache.rows_total
+
+
+def update_cache_rows(settings: RolloutSettings, plans: int, frame_tokens: int, rows: int) -> int:
+    """Rows of pools of `rows` after an update that makes the contexts of so many plans at a time, for a switch at any
+    frame, by the books of a cache."""
+    cache = ForkableKVCache(1, 1, 1, rows=rows, dtype=torch.bfloat16, device=torch.device("cpu"))
+    prompts = [[str(chunk) for chunk in range(settings.chunks)]] * plans
+    for start in range(settings.chunk, settings.frames, settings.chunk):
+        with _Bookkeeping(cast(Any, None), cache, settings, frame_tokens) as history:
+            rebuild_context(history, lambda _: TextKV([]), torch.empty(plans, 0, start), prompts)
+            history.context(history.branches, start)
+    return cache.rows_total
 
 
 class _Bookkeeping(KVHistory):
