@@ -128,9 +128,10 @@ def measured(row: dict[str, Any], before_s: float, host_gib: float) -> dict[str,
 
 
 def table(found: dict[str, Any], planned: dict[str, float]) -> str:
-    """An iteration's figures as lines."""
+    """An iteration's figures as lines; peaks hold what CUDA graphs keep, too."""
     lines = [f"iteration: number {found['iteration']}", f"  {'phase':<12}{'s':>9}{'peak GiB':>10}{'dry run':>9}{'':>8}"]
-    peaks = found["peak_gib"]
+    graphs = found["peak_gib"].get("graphs", 0.0)
+    peaks = {name: value + graphs * (name in PHASES) for name, value in found["peak_gib"].items()}
     names = dict.fromkeys((*PHASES, *found["seconds"], *peaks))
     for name in names:
         seconds, peak, plan = found["seconds"].get(name), peaks.get(name), planned.get(name)

@@ -293,7 +293,7 @@ class OnePrompt:
         def advance(branch: int, continuation: int, first: int, last: int) -> None:
             for chunk in range(first, last):
                 start, end = chunk * settings.chunk, (chunk + 1) * settings.chunk
-                text, drawn = book([prompts[chunk]]), self.noise(chunk)[0, continuation][None]
+                text, drawn = book([prompts[chunk]]), self.noise(chunk, [(0, continuation)])
                 context, positions = history.context([branch], start), history.positions(start)
                 clean, seen = denoise_chunk(runner, drawn, text, positions, context, settings.schedule)
                 latents[continuation, :, start:end] = clean[0]

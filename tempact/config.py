@@ -256,8 +256,7 @@ class ExecutorConfig:
     ema_decay: float = key(0.99, TRAINING, "decay of the averaged weights", DECAY)
     micro_batch: int = key(64, SPEED, "(continuation, transition) pairs of a backward pass", COUNT)
     checkpoint_activations: bool = key(False, SPEED, "blocks are recomputed in the backward pass")
-    # TRAINING: plans that do not advance together draw their noise apart
-    rollout_videos: int = key(0, TRAINING, "videos that advance together, by whole plans: bounds the KV cache", OR_ALL)
+    rollout_videos: int = key(0, SPEED, "videos that advance together, by whole plans: bounds the KV cache", OR_ALL)
     cuda_graphs: bool = key(True, SPEED, "a CUDA graph for each shape of a call, where the kernels serve")
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -22,6 +20,7 @@ from torch import Tensor
 from tempact.config import RunConfig
 from tempact.executor.executor import Executor
 from tempact.executor.sampler import gaussian_noise
+from tempact.meter import Meter
 from tempact.planner.planner import Planner
 from tempact.rewards import RewardSet
 from tempact.rl import EMA, PolicyOptimizer
@@ -37,8 +36,6 @@ from tempact.seeds import derive_seed
 from tempact.types import Batch, PlanBatch, Prompt, Rollout, Scored
 
 log = logging.getLogger(__name__)
-
-GIB = 2**30
 
 
 class PromptSource(Protocol):
@@ -72,15 +69,16 @@ class WeightsNotFinite(Aborted):
     """A step gave a policy weights that are NaN or infinite."""
 
 
-def switch_frames(batch: PlanBatch, chunk: int, rng: random.Random) -> list[int]:
+def switch_frames(batch: PlanBatch, chunk: int, rngs: Sequence[random.Random]) -> list[int]:
     """The fork frame of every plan: the start of one of its steps, never 0.
 
-    The step's ordinal is drawn once per planning group, over the steps its longest plan has; shorter plans
-    use their last step. A plan of one step has no switch: it forks after its first chunk, and because no
-    step starts there its continuations are not trained on.
+    The step's ordinal is drawn once per planning group, by the prompt's own `rng`, over the steps its longest plan
+    has; shorter plans use their last step. A plan of one step has no switch: it forks after its first chunk, and
+    because no step starts there its continuations are not trained on.
     """
     frames = []
-    for first in range(0, len(batch.plans), batch.plans_per_prompt):
+    for prompt, rng in zip(range(len(batch.prompts)), rngs, strict=True):
+        first = prompt * batch.plans_per_prompt
         group = batch.plans[first : first + batch.plans_per_prompt]
         longest = max(len(plan.steps) for plan in group)
         ordinal = rng.randrange(1, longest) if longest > 1 else 1
@@ -100,51 +98,6 @@ class Iteration:
     scored: Scored
     batch: Batch
     metrics: dict[str, float]
-
-
-class Meter:
-    """Seconds of an iteration's phases and, on a GPU, the most memory that tensors took in each.
-
-    What happens in a phase within another one counts in the inner one alone.
-    """
-
-    peak_gib = 0.0  # of all meters, since the process began
-
-    def __init__(self) -> None:
-        self.metrics: dict[str, float] = {}
-        self._running: list[str] = []
-        self._since = 0.0
-
-    def begin(self) -> None:
-        """Forgets the iteration before, which may have ended within a phase."""
-        self._running = []
-        self._lap()
-        self.metrics = {"memory/held_gib": torch.cuda.memory_allocated() / GIB} if torch.cuda.is_available() else {}
-
-    @contextmanager
-    def timed(self, told: Callable[[str], None], name: str) -> Iterator[None]:
-        """Measures the phase `name`; `told` hears it begin, and the outer one go on."""
-        self._lap()
-        self._running.append(name)
-        told(name)
-        yield
-        self._lap()
-        self._running.pop()
-        if self._running:
-            told(self._running[-1])
-
-    def _lap(self) -> None:
-        """Counts what has been since the last lap in the phase that is running."""
-        metrics, now = self.metrics, time.monotonic()
-        for name in self._running[-1:]:
-            metrics[f"timing_s/{name}"] = metrics.get(f"timing_s/{name}", 0.0) + now - self._since
-        self._since = now
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated() / GIB
-            torch.cuda.reset_peak_memory_stats()
-            for name in self._running[-1:]:
-                metrics[f"memory/{name}_gib"] = max(metrics.get(f"memory/{name}_gib", 0.0), peak)
-            metrics["memory/peak_gib"] = Meter.peak_gib = max(Meter.peak_gib, peak)
 
 
 class Trainer:
@@ -196,7 +149,8 @@ class Trainer:
             plans = self.planner.sample(prompts, planner.plans_per_prompt, self._seed("plans"))
             scoring = self.rewards.begin(plans)
         with timed("rollout"):
-            forks = switch_frames(plans, executor.chunk_frames, random.Random(self._seed("switch")))
+            rngs = [random.Random(self._seed("switch", prompt)) for prompt in range(len(prompts))]
+            forks = switch_frames(plans, executor.chunk_frames, rngs)
             shape = self.executor.noise_shape(len(plans.plans), executor.continuations)
             noise = gaussian_noise(self._seed("noise"), shape, self.executor.device)
             rollout = self.executor.rollout(plans.plans, forks, noise, score)
@@ -266,8 +220,8 @@ class Trainer:
             log.warning("iteration %d: %d videos have latents that are not finite", self.done + 1, broken)
         self._earlier = None
 
-    def _seed(self, purpose: str) -> int:
-        return derive_seed(self.config.seed, self.done, purpose)
+    def _seed(self, purpose: str, *index: int) -> int:
+        return derive_seed(self.config.seed, self.done, purpose, *index)
 
     def _advantages(self, plans: PlanBatch, rollout: Rollout, scored: Scored) -> tuple[Batch, dict[str, float]]:
         """Plan level and execution level, with the metrics of both and of the raw rewards."""

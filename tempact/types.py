@@ -96,12 +96,12 @@ class PlanBatch:
 
 @dataclass
 class Transition:
-    """The trained chunk of every continuation (P plans x N continuations).
+    """The trained chunk of every continuation (P plans x N continuations), on the host: pinned, where a GPU made it.
 
     states  [P, N, T+1, C, c, H, W] fp32, x at sigma_0 .. sigma_T (sigma_T is the last noisy one)
     noises  [P, N, T, C, c, H, W] fp32, the Gaussian draw of each stochastic transition
     start   [P] int64, first latent frame s of the chunk (the switch frame)
-    prefix  [P, C, S, H, W] fp32 with S = max(start): the shared clean context, zeros past start[p]
+    prefix  [P, C, S, H, W] fp32 with S = max(start) of the roll-out: the shared clean context, zeros past start[p]
     prompts executor prompt of every chunk of the plan up to and including the trained one;
             prompts[p][k] holds on chunk k
     """
@@ -111,6 +111,10 @@ class Transition:
     start: Tensor
     prefix: Tensor
     prompts: list[list[str]]
+
+    def part(self, plans: slice) -> Transition:
+        """The record of consecutive plans; tensors are views."""
+        return Transition(*(values[plans] for values in vars(self).values()))
 
 
 @dataclass

@@ -97,12 +97,17 @@ MUTATIONS = [
         (f"{CHECKPOINTS}::test_a_learning_rate_is_not_changed_by_a_resume",),
     ),
     *faults(
-        TRAINER,
+        "tempact/meter.py",
         TRAINING,
         ("test_each_phase_has_its_own_peak", "            torch.cuda.reset_peak_memory_stats()\n", ""),
         ("test_each_phase_has_its_own_peak", "= max(Meter.peak_gib, peak)", "= peak"),
         ("test_each_phase_has_its_own_peak", "        self._running = []\n        self._lap()", "        self._lap()"),
         ("test_an_inner_phase_takes_its_seconds", 'one go on."""\n        self._lap()\n', 'one go on."""\n'),
+        ("test_each_phase_has_its_own_peak", "!= (0, 0)", "== (0, 0)"),
+    ),
+    *faults(
+        TRAINER,
+        TRAINING,
         ("test_two_updates_take_halves_and_only_the_second_is_off_policy", "{f'@{i + 1}' if i else ''}", ""),
         ("test_weights_that_a_step_made_infinite_are_taken_back", "elif not policy.finite():", "elif policy is None:"),
         (
@@ -597,30 +602,27 @@ MUTATIONS = [
     ),
     Mutation(
         "tempact/evaluation/harness.py",
-        'self.noise(suite.seed_of("noise", first, group, seed), shape(len(group), 1), device)',
-        'self.noise(suite.seed_of(f"noise {method.name}", first, group, seed), shape(len(group), 1), device)',
+        'f"{prompt.prompt_id} noise") for prompt in missing]',
+        'f"{prompt.prompt_id} noise {method.name}") for prompt in missing]',
         ("tests/evaluation/test_harness.py::test_conditions_share_noise_but_not_prompts_and_seeds",),
     ),
     Mutation(
         "tempact/evaluation/harness.py",
-        'return derive_seed(self.seed, first, f"{prompts[0].set} {purpose}")',
-        'return derive_seed(self.seed, first + id(prompts), f"{prompts[0].set} {purpose}")',
+        'f"{prompt.prompt_id} noise")',
+        'f"{missing[0].prompt_id} noise")',
+        ("tests/evaluation/test_harness.py::test_neither_noise_nor_plans_depend_on_the_batch",),
+    ),
+    Mutation(
+        "tempact/evaluation/harness.py",
+        'derive_seed(self.suite.seed, seed, f"{prompt.prompt_id} noise")',
+        'derive_seed(self.suite.seed, 0, f"{prompt.prompt_id} noise")',
         ("tests/evaluation/test_harness.py::test_conditions_share_noise_but_not_prompts_and_seeds",),
     ),
     Mutation(
         "tempact/evaluation/harness.py",
-        'return derive_seed(self.seed, seed, f"{prompts[0].prompt_id} {purpose}")',
-        'return derive_seed(self.seed, 0, f"{prompts[0].prompt_id} {purpose}")',
-        ("tests/evaluation/test_harness.py::test_conditions_share_noise_but_not_prompts_and_seeds",),
-    ),
-    Mutation(
-        "tempact/evaluation/harness.py",
-        'number = self.suite.seed_of("plans", first, prompts, seed)',
-        'number = self.suite.seed_of(f"plans {who}", first, prompts, seed)',
-        (
-            "tests/evaluation/test_harness.py::test_a_batch_of_plans_has_the_same_seed_for_planner_and_start",
-            "tests/evaluation/test_harness.py::test_planner_and_start_are_asked_with_the_same_seeds",
-        ),
+        'f"{prompts[0].set} plans")',
+        'f"{prompts[0].set} plans {who}")',
+        ("tests/evaluation/test_harness.py::test_planner_and_start_are_asked_with_the_same_seeds",),
     ),
     Mutation(
         "tempact/evaluation/harness.py",
@@ -633,8 +635,8 @@ MUTATIONS = [
     ),
     Mutation(
         "tempact/evaluation/harness.py",
-        'sampled = self.planner.sample(asked, 1, number, reference=who == "start").plans',
-        "sampled = self.planner.sample(asked, 1, number, reference=False).plans",
+        'sampled = self.planner.sample(of_set, 1, number, reference=who == "start").plans',
+        "sampled = self.planner.sample(of_set, 1, number, reference=False).plans",
         (
             "tests/evaluation/test_harness.py::test_a_condition_is_made_by_the_policies_that_it_names",
             "tests/runs/test_evaluation.py::test_the_baselines_of_a_run_are_those_of_the_untrained_policies",

@@ -359,10 +359,9 @@ def test_flattened_values_are_those_of_the_sections() -> None:
 def test_what_a_key_sets() -> None:
     sets = {name: key.sets for name, key in keys_of(RunConfig).items()}
     assert set(sets.values()) == {VIDEO, TRAINING, SPEED, RUN}
-    same = ("micro_batch", "cuda_graphs", "text_cache", "checkpoint_activations")
+    same = ("micro_batch", "rollout_videos", "cuda_graphs", "text_cache", "checkpoint_activations")
     assert {sets[f"executor.{name}"] for name in same} == {sets["device"], sets["kernels"]} == {SPEED}
     assert sets["planner.sampled_together"] == SPEED  # a plan is drawn from numbers of its own
-    assert sets["executor.rollout_videos"] == TRAINING  # plans in other parts draw other noise
     assert sets["executor.kl_weight"] == sets["data.prompts"] == TRAINING
     assert all(value in RESUME_MAY_CHANGE for name, value in sets.items() if name.startswith("evaluation."))
     assert {name.split(".")[0] for name, value in sets.items() if value == VIDEO} == {"planner", "executor", "seed"}

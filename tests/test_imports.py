@@ -18,7 +18,7 @@ PROJECT = ("csrc_triton", "tempact")
 
 # each layer may import those before it; parts of one layer do not know of each other
 LAYERS = (
-    ("types", "errors", "seeds"),
+    ("types", "errors", "seeds", "meter"),
     ("config", "files"),
     ("presets", "prompt_file", "video"),
     ("cli", "models", "rl"),

@@ -20,14 +20,13 @@ from tempact.evaluation.harness import LOSSLESS, Evaluation
 from tempact.evaluation.statistics import MethodScores
 from tempact.executor import executor as executor_module
 from tempact.executor.sampler import gaussian_noise
+from tempact.meter import GIB, Meter
 from tempact.policies import build_policies, build_trainer
 from tempact.presets import get_preset
 from tempact.runs.evaluation import shapeworld_suite
 from tempact.seeds import derive_seed
 from tempact.trainer import (
-    GIB,
     Iteration,
-    Meter,
     NothingLearned,
     TooManySkippedUpdates,
     Trainer,
@@ -171,6 +170,26 @@ def test_one_seed_gives_one_run_bit_for_bit(learned: Learned) -> None:
         assert mine.plans.plans == other.plans.plans and same_videos(mine.rollout, other.rollout)
 
 
+def test_an_iteration_is_the_same_however_many_videos_advance_together() -> None:
+    """Videos, records and rewards in every bit, and with them the advantages."""
+    found = []
+    for together in (0, 2, 5):
+        config = smoke(prompts=2)
+        config = replace(config, executor=replace(config.executor, rollout_videos=together))
+        trainer = make(config)
+        done = iterate(trainer)
+        found.append((done, trainer.executor.cache.rows_total))
+    whole, most = found[0]
+    for done, rows in found[1:]:
+        assert done.plans.plans == whole.plans.plans and same_videos(done.rollout, whole.rollout) and rows < most
+        mine, other = (each.rollout.transition for each in (done, whole))
+        assert mine.prompts == other.prompts and torch.equal(mine.start, other.start)
+        assert torch.equal(mine.noises, other.noises) and torch.equal(mine.prefix, other.prefix)
+        for (name, scores), (_, expected) in zip(done.scored.named(), whole.scored.named(), strict=True):
+            assert torch.equal(scores, expected), name
+        assert torch.equal(done.batch.execution_advantage, whole.batch.execution_advantage)
+
+
 def test_another_seed_gives_another_run(learned: Learned) -> None:
     trainer = make(smoke(seed=1))
     start, first = weights(trainer), iterate(trainer)
@@ -221,6 +240,11 @@ class FakeDevice:
     def reset_peak_memory_stats(self) -> None:
         self.peak = self.held
 
+    def memory_snapshot(self) -> list[dict[str, object]]:
+        """A pool of tensors, and one of a graph that keeps 5 GiB."""
+        tensors = {"total_size": 20 * GIB, "allocated_size": self.held, "segment_pool_id": (0, 0)}
+        return [tensors, {"total_size": 6 * GIB, "allocated_size": GIB, "segment_pool_id": (0, 1)}]
+
 
 def test_each_phase_has_its_own_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     device, meter, told = FakeDevice(), Meter(), list[str]()
@@ -246,7 +270,7 @@ def test_each_phase_has_its_own_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {name: value for name, value in meter.metrics.items() if name.startswith("memory/")}
     assert found == {
         "memory/held_gib": 2, "memory/plan_gib": 5, "memory/rollout_gib": 6, "memory/rewards_gib": 8,
-        "memory/peak_gib": 9,
+        "memory/peak_gib": 9, "memory/graphs_gib": 5,
     }  # fmt: skip
     with pytest.raises(RuntimeError), meter.timed(told.append, "update"):
         device.take(20)
@@ -292,12 +316,16 @@ def plan(*bounds: int) -> Plan:
     return Plan("i", tuple(Step(a, b, f"step at {a}") for a, b in pairwise(bounds)))
 
 
+def rngs(seed: int) -> list[random.Random]:
+    return [random.Random(2 * seed + prompt) for prompt in range(2)]
+
+
 def test_every_switch_is_the_start_of_a_step_and_never_0() -> None:
     plans = [plan(0, 3, 12, 24), plan(0, 6, 9, 15, 24), plan(0, 12, 24), plan(0, 21, 24)]
     batch = PlanBatch([Prompt("0", "i"), Prompt("1", "i")], plans, 2)
     seen: list[set[int]] = [set() for _ in plans]
     for seed in range(200):
-        frames = switch_frames(batch, 3, random.Random(seed))
+        frames = switch_frames(batch, 3, rngs(seed))
         for each, own, frame in zip(seen, plans, frames, strict=True):
             assert frame > 0 and frame in {step.start for step in own.steps}
             each.add(frame)
@@ -311,14 +339,25 @@ def test_a_plan_of_one_step_forks_after_its_first_chunk() -> None:
     prompts = [Prompt("0", "i"), Prompt("1", "i")]
     batch = PlanBatch(prompts, [plan(0, 24), plan(0, 24), plan(0, 24), plan(0, 9, 24)], 2)
     for seed in range(20):
-        assert switch_frames(batch, 3, random.Random(seed)) == [3, 3, 3, 9]
+        assert switch_frames(batch, 3, rngs(seed)) == [3, 3, 3, 9]
 
 
 def test_the_switches_of_a_group_are_drawn_apart_from_other_groups() -> None:
     plans = [plan(0, 3, 6, 9, 24), plan(0, 3, 6, 9, 24)]
     batch = PlanBatch([Prompt("0", "i"), Prompt("1", "i")], plans, 1)
-    drawn = {tuple(switch_frames(batch, 3, random.Random(seed))) for seed in range(200)}
+    drawn = {tuple(switch_frames(batch, 3, rngs(seed))) for seed in range(200)}
     assert drawn == {(a, b) for a in (3, 6, 9) for b in (3, 6, 9)}
+
+
+def test_a_groups_switch_is_the_same_whatever_the_groups_beside_it() -> None:
+    """A group of one-step plans draws nothing, and a longer group may draw more often."""
+    own = [plan(0, 3, 6, 9, 24)]
+    for seed in range(20):
+        found = set()
+        for others in ([plan(0, 24)], [plan(0, 12, 24)], [plan(0, 3, 6, 9, 12, 15, 18, 21, 24)]):
+            batch = PlanBatch([Prompt("0", "i"), Prompt("1", "i")], others + own, 1)
+            found.add(switch_frames(batch, 3, rngs(seed))[1])
+        assert len(found) == 1
 
 
 def test_split_cuts_consecutive_parts_of_near_equal_length() -> None:

@@ -14,7 +14,7 @@ from tempact.config import RunConfig
 from tempact.diagnostics import footprints as footprint
 from tempact.diagnostics.sizes import Decoder, video_bytes
 from tempact.executor.executor import TEXTS_KEPT
-from tempact.executor.rollout import cache_rows
+from tempact.executor.rollout import cache_rows, update_cache_rows
 from tempact.executor.sampler import RolloutSettings
 from tempact.planner.decode import BUCKET, rows_of
 
@@ -220,6 +220,12 @@ class Run:
         return min(self.settings.window.sink, frames[0] if frames else 0), len(frames)
 
     @property
+    def context_plans(self) -> int:
+        """Plans whose contexts an update holds at a time: those of a micro-batch."""
+        each = self.config.executor.continuations * self.settings.schedule.transitions
+        return min(self.plans, max(1, self.config.executor.micro_batch // each)) if each else 0
+
+    @property
     def update_rows(self) -> int:
         """(continuation, transition) pairs of the largest micro-batch."""
         steps = self.settings.schedule.transitions
@@ -243,8 +249,15 @@ def needs_of(run: Run, *, planning: bool = True) -> Needs:
     activations = _rollout_activations(run)
     training = update_cost(run).bytes
     kept = [*_weights(run), *_kept_of_a_rollout(run)]
-    rollout = [*_rollout(run)]
-    update = [Item("velocities of the reference", _transitions(run, run.settings.schedule.transitions), EXACT)]
+    latents = Item(
+        f"latents of {run.together} videos", run.together * run.sizes.latent_bytes(run.settings.frames), EXACT
+    )
+    rollout = [latents, *_rollout(run)]
+    words = run.context_plans * (run.texts + 1) * run.sizes.text_bytes
+    update = [
+        Item("velocities of the reference", _transitions(run, run.settings.schedule.transitions), EXACT),
+        Item("K/V of a context's prompts, and a copy", words, ESTIMATED),
+    ]
     if run.graphs:
         held = max(activations, training)
         kept.append(Item("activations of rollout and update, held by CUDA graphs", held, TRACED))
@@ -258,9 +271,10 @@ def needs_of(run: Run, *, planning: bool = True) -> Needs:
         text = Item("text encoder", run.text_bytes, EXACT)
         host.append(text)
         phases.append(Phase("text", (text,)))
+    host.append(Item("recorded transitions", _recorded(run), EXACT))
     phases.append(Phase("rollout", tuple(rollout)))
     if run.decoder is not None:
-        phases.append(_decoding(run, run.decoder))
+        phases.append(_decoding(run, run.decoder, latents))
     if run.config.executor.train:
         phases.append(Phase("executor update", tuple(update)))
     return Needs(tuple(kept), tuple(phases), tuple(host))
@@ -299,18 +313,23 @@ def _adapter(who: str, trained: int, *, ema: bool = False) -> list[Item]:
 
 
 def _kept_of_a_rollout(run: Run) -> list[Item]:
-    """The cache keeps its size; text rows stay at hand; latents and transitions live until the update is done."""
+    """The cache keeps its size, the largest that roll-out or update needs; text rows stay at hand."""
     sizes, settings, n = run.sizes, run.settings, run.config.executor.continuations
     tokens = sizes.frame_tokens
     rows = cache_rows(settings, run.together // n, n, run.fork, tokens)
+    if run.config.executor.train and run.context_plans:
+        rows = update_cache_rows(settings, run.context_plans, tokens, rows)
     texts = min(TEXTS_KEPT, run.plans * run.texts) * PROMPT_ROWS * sizes.model.text_dim * sizes.dtype.itemsize
-    transitions = settings.schedule.transitions
-    recorded = run.branches * sizes.latent_bytes(settings.frames) + _transitions(run, 2 * transitions + 1)
     return [
         Item(f"K/V cache, {rows / tokens:.0f} latent frames", rows * sizes.frame_bytes // tokens, EXACT),
         Item("text rows of prompts seen", texts, ESTIMATED),
-        Item("latents and recorded transitions", recorded, EXACT),
     ]
+
+
+def _recorded(run: Run) -> int:
+    """Bytes of states, noises and contexts of all plans, with the latest switch."""
+    context = run.plans * run.sizes.latent_bytes(run.settings.frames - run.settings.chunk)
+    return _transitions(run, 2 * run.settings.schedule.transitions + 1) + context
 
 
 def _transitions(run: Run, each: int) -> int:
@@ -339,14 +358,15 @@ def _rollout(run: Run) -> list[Item]:
     return [
         Item("K/V of the prompts, and copies a branch", (prompts + copies) * sizes.text_bytes, ESTIMATED),
         Item("noise of a chunk, and its rows in a batch", noise, EXACT),
-        Item("states of this chunk, and the record's copy", _transitions(run, steps + 2 * steps), ESTIMATED),
+        Item("states of this chunk, one by one and stacked", noise, ESTIMATED),
     ]
 
 
-def _decoding(run: Run, decoder: Decoder) -> Phase:
+def _decoding(run: Run, decoder: Decoder, latents: Item) -> Phase:
     videos = min(decoder.videos, run.config.executor.continuations)
     frames = videos * video_bytes(run.sizes.latent, decoder.latents + 1, decoder)
     items = (
+        latents,
         Item(f"decoder's state of {videos} videos and their beginning", (videos + 1) * decoder.state, TRACED),
         Item(f"a call of {videos} x {decoder.latents} latent frames, at most", videos * decoder.call, TRACED),
         Item("frames on their way to the host", frames, EXACT),

@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # reports read scores without loading what makes videos
 log = logging.getLogger(__name__)
 
 SETTINGS, PLANS, VIDEOS, SCORES = "settings.json", "plans.jsonl", "videos.jsonl", "scores.jsonl"
+DRAWS, DRAWS_OF_OLD = {"draws": "a seed a video"}, {"draws": "a seed a batch"}  # of a folder that does not name them
 WAITING = 128  # verdicts on their way before the next video is made: their frames are held in memory
 
 
@@ -74,10 +75,10 @@ LOSSLESS = VideoFormat(".safetensors", _save_frames, lambda path: load_file(path
 class Suite:
     """What is evaluated: the prompts of every set, each set's length in latent frames, methods, seeds and judges.
 
-    seed     of the videos' noise and plans
+    seed     of the videos' noise, which belongs to prompt and seed, and of the plans, which belong to a prompt's number
+             in its set and to the seed: neither depends on the batch
     batch    videos made together
-    batched  False: noise belongs to prompt and seed, whatever the batch, and a judge is shown one video at a time.
-             True: a batch's noise is one draw, and a judge is shown the batch. The scores of both follow from these.
+    batched  a judge is shown a batch at a time, and rounds as the batch has it; else one video
     """
 
     prompts: Mapping[str, Sequence[OrderPrompt]]
@@ -95,7 +96,7 @@ class Suite:
 
     def settings(self, policies: str) -> dict[str, str | int | float]:
         """What scores depend on. policies: which weights and sampler settings make the videos."""
-        found: dict[str, str | int | float] = {"seed": self.seed, "policies": policies}
+        found: dict[str, str | int | float] = {"seed": self.seed, **DRAWS, "policies": policies}
         found |= {"batch": self.batch} if self.batched else {"frames.PickScore": PICKSCORE_FRAMES}
         for name, prompts in self.prompts.items():
             found |= {f"latent_frames.{name}": self.frames[name], f"judged_frames.{name}": judged_frames(name)}
@@ -104,15 +105,9 @@ class Suite:
                 found[f"prompt.{prompt.prompt_id}"] = digest
         return found | {f"judge.{judge.name}": judge.version for judge in self.judges}
 
-    def groups(self, prompts: Sequence[OrderPrompt]) -> list[Sequence[OrderPrompt]]:
-        """Of a batch, the prompts that share a draw of noise and are judged together."""
+    def judged_together(self, prompts: Sequence[OrderPrompt]) -> list[Sequence[OrderPrompt]]:
+        """A batch's prompts, by what a judge is shown at a time."""
         return [prompts] if self.batched else [[prompt] for prompt in prompts]
-
-    def seed_of(self, purpose: str, first: int, prompts: Sequence[OrderPrompt], seed: int) -> int:
-        """Of the draw for `prompts`, the first of which is number `first` of its set."""
-        if self.batched:
-            return derive_seed(self.seed, first, f"{prompts[0].set} {purpose}")
-        return derive_seed(self.seed, seed, f"{prompts[0].prompt_id} {purpose}")
 
 
 @dataclass(frozen=True)
@@ -162,7 +157,7 @@ class Evaluation:
         length that the window cannot make. Whatever ends this early, what a judge raises too, is raised once the
         verdicts that came are written.
         """
-        register(self.folder / SETTINGS, self.suite.settings(policies))
+        register(self.folder / SETTINGS, self.suite.settings(policies), DRAWS_OF_OLD)
         if len(self.scores):
             log.info("%s: goes on with %d scores", self.scores.path, len(self.scores))
         try:
@@ -259,68 +254,66 @@ class Evaluation:
             some = prompts[first : first + self.suite.batch]
             left = self._left(method, some, seed)
             if left:
-                self._make(method, first, some, seed)
-                for group in self.suite.groups(some):
+                self._make(method, some, prompts, seed)
+                for group in self.suite.judged_together(some):
                     self._judge(method, group, seed)
                 step(len(left))
 
-    def _make(self, method: Method, first: int, prompts: Sequence[OrderPrompt], seed: int) -> None:
-        """The missing videos of a batch."""
+    def _make(self, method: Method, some: Sequence[OrderPrompt], prompts: Sequence[OrderPrompt], seed: int) -> None:
+        """Those videos that are missing of `some` of a set's prompts."""
         from tempact.executor.sampler import NoiseSource
 
-        missing = [i for i, prompt in enumerate(prompts) if self.video(method, prompt, seed) is None]
+        missing = [prompt for prompt in some if self.video(method, prompt, seed) is None]
         if not missing:
             return
-        plans = self._planned(method.planner, first, prompts, seed)
-        chosen = [plans[i] for i in missing]
-        shape, device, suite = self.executor.noise_shape, self.executor.device, self.suite
-        sources = [
-            self.noise(suite.seed_of("noise", first, group, seed), shape(len(group), 1), device)
-            for group in suite.groups(prompts)
-        ]
-
-        def draw(chunk: int, own: range) -> Tensor:
-            return torch.cat([source(chunk) for source in sources])[[missing[plan] for plan in own]]
-
-        noise = NoiseSource((len(missing), *shape(1, 1)[1:]), draw)
-
+        chosen = self._planned(method.planner, missing, prompts, seed)
+        shape, device = self.executor.noise_shape(1, 1), self.executor.device
+        seeds = [derive_seed(self.suite.seed, seed, f"{prompt.prompt_id} noise") for prompt in missing]
+        sources = [self.noise(own, shape, device) for own in seeds]
+        noise = NoiseSource((len(missing), *shape[1:]), lambda plan, *video: sources[plan].draw(0, *video))
         with self.executor.reference() if method.executor == "start" else nullcontext():
             made = self.executor.rollout(chosen, [0] * len(chosen), noise)
         broken = [False] * len(chosen) if made.broken is None else made.broken[:, 0].tolist()
         rows = []
-        for i, plan, frames, bad in zip(missing, chosen, made.frames[:, 0], broken, strict=True):
-            name = f"videos/{safe_name(method.name)}/{prompts[i].prompt_id}-{seed}{self.files.suffix}"
+        for prompt, plan, frames, bad in zip(missing, chosen, made.frames[:, 0], broken, strict=True):
+            name = f"videos/{safe_name(method.name)}/{prompt.prompt_id}-{seed}{self.files.suffix}"
             self.files.save(frames, self.folder / name)
             rows.append(
                 {
-                    "prompt_id": prompts[i].prompt_id, "condition": method.name, "seed": seed, "file": name,
-                    "frames": len(frames), "sha256": file_hash(self.folder / name), "prompt": prompts[i].text,
+                    "prompt_id": prompt.prompt_id, "condition": method.name, "seed": seed, "file": name,
+                    "frames": len(frames), "sha256": file_hash(self.folder / name), "prompt": prompt.text,
                     "steps": [asdict(step) for step in plan.steps], "broken": bad,
                 }
             )  # fmt: skip
         self._videos.add(rows, again=True)  # a file may have been removed or changed
 
-    def _planned(self, who: str | None, first: int, prompts: Sequence[OrderPrompt], seed: int) -> list[Plan]:
-        """The plans of a batch; the planner and its start are asked with the same seeds."""
+    def _planned(
+        self, who: str | None, asked: Sequence[OrderPrompt], prompts: Sequence[OrderPrompt], seed: int
+    ) -> list[Plan]:
+        """The plans of those asked for among a set's prompts.
+
+        All of the set are sampled in one call, which gives each its seed by its number. The planner and its start are
+        asked with the same seeds.
+        """
         if who is None:
-            return [Plan(p.text, (Step(0, self.planner.frames, p.text),)) for p in prompts]
-        missing = [i for i, prompt in enumerate(prompts) if (prompt.prompt_id, who, seed) not in self._plans]
-        if missing:
-            asked = [Prompt(prompt.prompt_id, prompt.text, prompt.category) for prompt in prompts]
-            number = self.suite.seed_of("plans", first, prompts, seed)
-            sampled = self.planner.sample(asked, 1, number, reference=who == "start").plans
+            return [Plan(p.text, (Step(0, self.planner.frames, p.text),)) for p in asked]
+        if any((prompt.prompt_id, who, seed) not in self._plans for prompt in asked):
+            of_set = [Prompt(prompt.prompt_id, prompt.text, prompt.category) for prompt in prompts]
+            number = derive_seed(self.suite.seed, seed, f"{prompts[0].set} plans")
+            sampled = self.planner.sample(of_set, 1, number, reference=who == "start").plans
             self._plans.add(
                 {
-                    "prompt_id": prompts[i].prompt_id, "planner": who, "seed": seed,
-                    "steps": [asdict(step) for step in sampled[i].steps], "format_score": sampled[i].format_score,
-                    "repairs": list(sampled[i].repairs), "response": sampled[i].response,
+                    "prompt_id": prompt.prompt_id, "planner": who, "seed": seed,
+                    "steps": [asdict(step) for step in plan.steps], "format_score": plan.format_score,
+                    "repairs": list(plan.repairs), "response": plan.response,
                 }
-                for i in missing
+                for prompt, plan in zip(prompts, sampled, strict=True)
+                if (prompt.prompt_id, who, seed) not in self._plans
             )  # fmt: skip
-        rows = [self._plans[prompt.prompt_id, who, seed] for prompt in prompts]
+        rows = [self._plans[prompt.prompt_id, who, seed] for prompt in asked]
         return [
             Plan(p.text, _steps(row), row["format_score"], tuple(row["repairs"]), row["response"])
-            for p, row in zip(prompts, rows, strict=True)
+            for p, row in zip(asked, rows, strict=True)
         ]
 
     def _judge(self, method: Method, prompts: Sequence[OrderPrompt], seed: int) -> None:

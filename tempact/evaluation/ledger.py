@@ -89,14 +89,14 @@ class Ledger:
                 raise UserError(f"{self.path} line {number}: found {found!r}; accepted: {accepted}") from error
 
 
-def register(path: Path, settings: Mapping[str, str | int | float]) -> None:
+def register(path: Path, settings: Mapping[str, str | int | float], unnamed: Mapping[str, str] | None = None) -> None:
     """Writes the settings of an evaluation down before it begins, and holds later ones in its folder to them.
 
-    New keys (another judge, more prompts) are added. UserError for a key that had another value: scores that were
-    obtained differently would be mixed.
+    New keys (another judge, more prompts) are added, but for those of `unnamed`: their values in files that do not name
+    them. UserError for a key that had another value: scores that were obtained differently would be mixed.
     """
     with reading(path):
-        known = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        known = {**(unnamed or {}), **dict(json.loads(path.read_text(encoding="utf-8")))} if path.is_file() else {}
     for key, value in settings.items():
         if known.get(key, value) != value:
             raise UserError(

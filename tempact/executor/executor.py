@@ -3,15 +3,17 @@
 `rollout` makes videos; `update` is one Flow-GRPO step on the recorded transition chunks. Velocities, old ones included,
 come from one path (docs/algorithm.md, decision 4), through the context rebuilt from stored clean latents. The
 roll-out's own K/V are not kept for the update: a plan's context of six frames is 1.6 GiB at full size, 100 GiB for an
-iteration of 64 plans, and making it anew takes a few percent of the update.
+iteration of 64 plans, and making it anew takes a few percent of the update. It is made for the plans of a micro-batch
+and given back before the next, so that the cache holds no more of an update than of a roll-out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,15 @@ from tempact.config import ExecutorConfig
 from tempact.executor.cuda_graphs import CudaGraphRunner
 from tempact.executor.kv_history import FIRST_FRAMES, KVHistory
 from tempact.executor.lora import LoraLinear, merged
-from tempact.executor.rollout import PromptKV, cache_rows, chunk_prompts, joined, on_device, rebuild_context, roll_out
+from tempact.executor.rollout import (
+    PromptKV,
+    blank_transition,
+    cache_rows,
+    chunk_prompts,
+    on_device,
+    rebuild_context,
+    roll_out,
+)
 from tempact.executor.sampler import NoiseSource, RolloutSettings
 from tempact.models.adapters import adapted, load_adapter, reference_active, save_adapter
 from tempact.models.wan.codec import Codec
@@ -47,13 +57,13 @@ class _Entries:
     continuations: slice
     transitions: slice
 
-    def of(self, values: Tensor, plans: list[int] | None = None) -> Tensor:
+    def of(self, values: Tensor, device: torch.device, plans: list[int] | None = None) -> Tensor:
         """These rows of values [P, N, T, ...], flat; plans: their indices in `values`, if they are others there.
 
         Indexing by a list would make the host wait for the device.
         """
-        own = torch.stack([values[plan] for plan in plans or self.plans])
-        return own[:, self.continuations, self.transitions].flatten(0, 2)
+        own = (values[plan, self.continuations, self.transitions] for plan in plans or self.plans)
+        return torch.stack([rows.to(device, non_blocking=True) for rows in own]).flatten(0, 2)
 
 
 class Executor:
@@ -112,24 +122,29 @@ class Executor:
     def load_adapter(self, folder: Path) -> None:
         load_adapter(self.peft, folder)
 
+    def read(self, prompts: list[str]) -> None:
+        """Encodes the prompts of the videos to come: the longest says how many rows `encode` gives from here on."""
+        self._text_rows = 0
+        self.encode(prompts)
+
     def encode(self, prompts: list[str]) -> Tensor:
         """Text rows [n, rows, text_dim], zero past each prompt's end.
 
-        All rows, or as many as the longest prompt so far needs (WanConfig.text_multiple). The rows of the latest
-        TEXTS_KEPT prompts are kept; other prompts are encoded again.
+        All rows, or as many as the longest prompt since `read` needs: a multiple of WanConfig.text_multiple, because
+        every number of rows has CUDA graphs of its own. The rows of the latest TEXTS_KEPT prompts are kept; other
+        prompts are encoded again.
         """
         asked, config = list(dict.fromkeys(prompts)), self.model.config
         new = [prompt for prompt in asked if prompt not in self._text]
         if new:
             encoded = self.text_encoder.encode(new).to(self.device, self.model.dtype)
             for prompt, rows in zip(new, encoded, strict=True):
-                length = 1 + int(rows.any(dim=-1).nonzero().amax())
-                self._text[prompt] = rows[:length].clone()
-                if config.text_multiple:
-                    length = cut_length(length, config.text_len, config.text_multiple)
-                self._text_rows = max(self._text_rows, length if config.text_multiple else config.text_len)
+                self._text[prompt] = rows[: 1 + int(rows.any(dim=-1).nonzero().amax())].clone()
         for prompt in asked:  # the latest come last
             self._text[prompt] = self._text.pop(prompt)
+        longest = max(len(self._text[prompt]) for prompt in asked)
+        rows = cut_length(longest, config.text_len, config.text_multiple) if config.text_multiple else config.text_len
+        self._text_rows = max(self._text_rows, rows)
         for prompt in list(self._text)[: max(0, len(self._text) - max(TEXTS_KEPT, len(asked)))]:
             del self._text[prompt]
         texts = (self._text[prompt] for prompt in prompts)
@@ -155,38 +170,43 @@ class Executor:
         count = len(plans)
         if self.config.rollout_videos:
             count = max(1, self.config.rollout_videos // noise.shape[1])
-        if count < len(plans):  # the text encoder is asked once, also where its weights must come first
-            with self.precision():
-                self.encode([prompt for plan in plans for prompt in chunk_prompts(plan, self.settings)])
-        frames, transitions, broken = torch.empty(0), list[Transition | None](), list[Tensor]()
+        with self.precision():  # the text encoder is asked once, also where its weights must come first
+            self.read([prompt for plan in plans for prompt in chunk_prompts(plan, self.settings)])
+        frames, broken = torch.empty(0), list[Tensor]()
+        record = self._blank(plans, switch_frames, noise)
         for first in range(0, len(plans), count):
             own = slice(first, min(first + count, len(plans)))
-            latents, transition = self.roll_out(plans[own], switch_frames[own], noise.part(own))
+            of_own = None if record is None else record.part(own)
+            latents = self._roll_out(plans[own], switch_frames[own], noise.part(own), of_own)
             broken.append(not_finite(latents))
-            part = Rollout(self.codec.decode_forked(latents, switch_frames[own]), transition, broken[-1])
+            part = Rollout(self.codec.decode_forked(latents, switch_frames[own]), of_own, broken[-1])
             del latents  # nothing of these videos but frames and transition stays while the next ones are made
             made(part)
             if len(part.frames) == len(plans):
                 return part
-            if not transitions:  # the videos of all plans can be most of a host's memory: no second copy
+            if first == 0:  # the videos of all plans can be most of a host's memory: no second copy
                 frames = part.frames.new_empty(len(plans), *part.frames.shape[1:])
             frames[own] = part.frames
-            transitions.append(transition)
             del part
-        return Rollout(frames, joined(transitions), torch.cat(broken))
+        return Rollout(frames, record, torch.cat(broken))
 
     def roll_out(
         self, plans: list[Plan], switch_frames: list[int], noise: NoiseSource
     ) -> tuple[Tensor, Transition | None]:
         """Latents [P, N, C, F, H, W] of the videos of all plans together, and their transitions, as `rollout`."""
-        trained = all(switch_frames)
-        weights = self.merged() if MERGED_TRAINING or not trained else nullcontext()
+        record = self._blank(plans, switch_frames, noise)
+        return self._roll_out(plans, switch_frames, noise, record), record
+
+    def _blank(self, plans: list[Plan], switch_frames: list[int], noise: NoiseSource) -> Transition | None:
+        pinned = self.device.type == "cuda"
+        return blank_transition(plans, switch_frames, noise, self.settings, pinned=pinned)
+
+    def _roll_out(
+        self, plans: list[Plan], switch_frames: list[int], noise: NoiseSource, record: Transition | None
+    ) -> Tensor:
+        weights = self.merged() if MERGED_TRAINING or record is None else nullcontext()
         with weights, self.precision(), self.history(*noise.shape[:2]) as history:
-            latents, transition = roll_out(history, self.encode, plans, switch_frames, noise)
-        if transition is not None:  # zeros, because a gradient of 0 through NaN is NaN
-            for values in (transition.states, transition.prefix):
-                values.nan_to_num_(0.0, 0.0, 0.0)
-        return latents, transition
+            return roll_out(history, self.encode, plans, switch_frames, noise, record)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -206,7 +226,7 @@ class Executor:
 
     def velocities(self, transition: Transition, plans: list[int]) -> Tensor:
         """Velocities of recorded transitions of the plans with these indices [plans, N, T, C, c, H, W], no gradient."""
-        out = torch.zeros_like(transition.noises[plans])
+        out = torch.zeros(len(plans), *transition.noises.shape[1:], device=self.device)
         for entries, velocity in self._forward(transition, plans, grad=False):
             for plan, value in zip(entries.plans, velocity.unflatten(0, (len(entries.plans), -1)), strict=True):
                 target = out[plans.index(plan), entries.continuations, entries.transitions]
@@ -242,11 +262,11 @@ class Executor:
             rows = [plans.index(plan) for plan in entries.plans]
             gradient, metrics = flow_grpo_gradient(
                 velocity,
-                velocity.detach() if v_old is None else entries.of(v_old, rows),
-                entries.of(v_ref, rows),
-                entries.of(transition.noises),
-                entries.of(advantage),
-                entries.of(mask),
+                velocity.detach() if v_old is None else entries.of(v_old, self.device, rows),
+                entries.of(v_ref, self.device, rows),
+                entries.of(transition.noises, self.device),
+                entries.of(advantage, self.device),
+                entries.of(mask, self.device),
                 clip=clip,
                 kl_weight=self.config.kl_weight,
                 terms=terms,
@@ -264,7 +284,7 @@ class Executor:
         """This micro-batch's share in the mean `rollout_gap` of every sigma over `videos`, in units of the clip."""
         chosen = range(transition.noises.shape[2])[entries.transitions]
         recorded = (transition.states[:, :, :-1], transition.states[:, :, 1:], transition.noises)
-        rows = velocity, *(entries.of(values).to(velocity.device) for values in recorded), entries.of(mask)
+        rows = velocity, *(entries.of(values, self.device) for values in (*recorded, mask))
         own, states, following, noise, kept = (values.unflatten(0, (-1, len(chosen))).unbind(1) for values in rows)
         schedule, found = self.settings.schedule, {}
         for i, t in enumerate(chosen):
@@ -274,35 +294,44 @@ class Executor:
         return found
 
     def _forward(self, transition: Transition, plans: list[int], *, grad: bool) -> Iterator[tuple[_Entries, Tensor]]:
-        """Micro-batches of the plans with their velocities, by switch frame: plans that share it share a batch."""
+        """Micro-batches of the plans with their velocities; plans that share a switch frame may share a batch."""
+        _, continuations, steps = transition.noises.shape[:3]
         for start in dict.fromkeys(transition.start[plans].tolist()):
             group = [plan for plan in plans if transition.start[plan] == start]
-            yield from self._forward_group(transition, group, start, grad)
+            entries = micro_batches(group, continuations, steps, self.config.micro_batch)
+            for own, some in groupby(entries, lambda each: each.plans):
+                yield from self._forward_unit(transition, own, start, some, grad)
 
-    def _forward_group(
-        self, transition: Transition, group: list[int], start: int, grad: bool
+    def _forward_unit(
+        self, transition: Transition, plans: list[int], start: int, some: Iterable[_Entries], grad: bool
     ) -> Iterator[tuple[_Entries, Tensor]]:
-        prompts = [transition.prompts[plan] for plan in group]
+        """Micro-batches of these plans; their contexts are made before the first and given back after the last."""
+        prompts = [transition.prompts[plan] for plan in plans]
+        texts = list(dict.fromkeys(own[-1] for own in prompts))
+        sigmas = torch.tensor(self.settings.schedule.sigmas[:-2], device=self.device)
         with self.history() as history:
             with torch.no_grad(), self.precision():
-                text = PromptKV(self.model, self.encode, [prompt for own in prompts for prompt in own])
-                prefix = transition.prefix[group, :, :start].to(self.device)
-                rebuild_context(history, text, prefix, prompts)
-            sigmas = torch.tensor(self.settings.schedule.sigmas[:-2], device=self.device)
-            for entries in micro_batches(group, transition.noises.shape[1], len(sigmas), self.config.micro_batch):
-                states = entries.of(transition.states)
-                own = [transition.prompts[plan][-1] for plan in entries.plans]
-                texts = list(dict.fromkeys(own))
-                each = states.shape[0] // len(own)
-                index = on_device([texts.index(prompt) for prompt in own for _ in range(each)], self.device)
-                context = history.context([history.branches[group.index(plan)] for plan in entries.plans], start)
+                self._rebuild(history, transition, plans, prompts, start)
+                words = self.encode(texts)
+            for entries in some:
+                states = entries.of(transition.states, self.device)
+                each = states.shape[0] // len(plans)
+                index = on_device([texts.index(own[-1]) for own in prompts for _ in range(each)], self.device)
+                context = history.context(history.branches, start)
                 chosen = sigmas[entries.transitions]
                 sigma = chosen.repeat(states.shape[0] // len(chosen))[:, None].expand(-1, self.settings.chunk)
                 with torch.set_grad_enabled(grad), self.precision():
                     velocity = self.runner.policy_velocity(
-                        states.to(self.device), sigma, self.encode(texts), index, history.positions(start), context
+                        states, sigma, words, index, history.positions(start), context
                     )
                 yield entries, velocity.float()
+
+    def _rebuild(
+        self, history: KVHistory, transition: Transition, plans: list[int], prompts: list[list[str]], start: int
+    ) -> None:
+        text = PromptKV(self.model, self.encode, [prompt for own in prompts for prompt in own])
+        known = [transition.prefix[plan, :, :start].to(self.device, non_blocking=True) for plan in plans]
+        rebuild_context(history, text, torch.stack(known), prompts)
 
 
 def not_finite(latents: Tensor) -> Tensor:

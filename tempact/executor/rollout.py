@@ -8,7 +8,6 @@ from functools import lru_cache
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from csrc_triton import ForkableKVCache
@@ -122,12 +121,33 @@ def denoised(
 
     Until its fork a branch follows the noise of its first continuation.
     """
-    drawn = noise(start // history.chunk)
-    own = torch.stack([drawn[b.plan, b.continuations[0]] for b in branches])
-    del drawn
+    own = noise(start // history.chunk, [(b.plan, b.continuations[0]) for b in branches])
     context, positions = history.context([b.cached for b in branches], start), history.positions(start)
     schedule = history.settings.schedule_at(start)
     return *denoise_chunk(history.runner, own, text, positions, context, schedule), own
+
+
+def blank_transition(
+    plans: list[Plan], switch_frames: list[int], noise: NoiseSource, settings: RolloutSettings, *, pinned: bool
+) -> Transition | None:
+    """Room for the transitions of all plans; None where a switch frame is 0: the first chunk, which may have a schedule
+    of its own, is not trained.
+
+    It is on the host: at full size 5 GiB that only the update needs, plan by plan.
+    """
+    if not all(switch_frames):
+        return None
+    count, _, channels, _, *size = noise.shape[1:]
+    steps = settings.schedule.transitions
+    states, noises = (
+        torch.empty(len(plans), count, each, *noise.shape[3:], pin_memory=pinned) for each in (steps + 1, steps)
+    )
+    prefix = torch.empty(len(plans), channels, max(switch_frames), *size, pin_memory=pinned)
+    upto = [
+        chunk_prompts(plan, settings)[: frame // settings.chunk + 1]
+        for plan, frame in zip(plans, switch_frames, strict=True)
+    ]
+    return Transition(states, noises, torch.tensor(switch_frames), prefix, upto)
 
 
 @torch.no_grad()
@@ -137,30 +157,27 @@ def roll_out(
     plans: list[Plan],
     switch_frames: list[int],
     noise: NoiseSource,
-) -> tuple[Tensor, Transition | None]:
-    """Videos of P plans x N continuations, as many and as large as the noise says.
+    record: Transition | None,
+) -> Tensor:
+    """Videos of P plans x N continuations, as many and as large as the noise says: latents [P, N, C, F, H, W].
 
     Plan p makes frames [0, switch_frames[p]) once, then forks; all branches of all plans advance together, one batch a
-    chunk. A switch frame of 0 forks at once. Returns latents [P, N, C, F, H, W] and the transitions of the chunks at
-    the switch frames; None where one of them is 0: the first chunk, which may have a schedule of its own, is not
-    trained.
+    chunk. A switch frame of 0 forks at once. The transitions of the chunks at the switch frames go to `record`, numbers
+    that are not finite as 0, because a gradient of 0 through NaN is NaN.
     """
     settings, device = history.settings, history.runner.model.device
     prompts = [chunk_prompts(plan, settings) for plan in plans]
     text = PromptKV(history.runner.model, encode, [prompt for plan in prompts for prompt in plan])
     count, _, channels, chunk, *size = noise.shape[1:]
-    trained, calls = all(switch_frames), settings.schedule.calls
     latents = torch.zeros(len(plans), count, channels, settings.frames, *size, device=device)
-    states = torch.empty(len(plans) if trained else 0, count, calls, channels, chunk, *size, device=device)
-    noises = torch.empty_like(states[:, :, 1:])
 
     def make(start: int, branches: list[Branch], words: TextKV) -> Tensor:
         clean, seen, own = denoised(history, noise, start, branches, words)
         for i, b in enumerate(branches):
             latents[b.plan, b.continuations, :, start : start + chunk] = clean[i]
-            if trained and start == switch_frames[b.plan]:
-                states[b.plan, b.continuations[0]] = seen[i]
-                noises[b.plan, b.continuations[0]] = own[i, 1:calls]
+            if record is not None and start == switch_frames[b.plan]:
+                _record(record.states[b.plan, b.continuations[0]], seen[i])
+                _record(record.noises[b.plan, b.continuations[0]], own[i, 1 : settings.schedule.calls])
         return clean
 
     def past(start: int, branches: list[Branch]) -> Tensor:
@@ -168,32 +185,23 @@ def roll_out(
 
     for _ in walk_chunks(history, prompts, text, make, past, continuations=count, switch_frames=switch_frames):
         pass
-    if not trained:
-        return latents, None
-    prefix = latents[:, 0, :, : max(switch_frames)].clone()
-    for p, frame in enumerate(switch_frames):
-        prefix[p, :, frame:] = 0.0
-    upto = [prompts[p][: frame // chunk + 1] for p, frame in enumerate(switch_frames)]
-    return latents, Transition(states, noises, torch.tensor(switch_frames), prefix, upto)
+    if record is not None:
+        for p, frame in enumerate(switch_frames):
+            known = torch.arange(record.prefix.shape[2], device=device) < frame
+            _record(record.prefix[p], torch.where(known[:, None, None], latents[p, 0, :, : len(known)], 0.0))
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # anyone may read the record
+    return latents
 
 
-def joined(parts: Sequence[Transition | None]) -> Transition | None:
-    """The transitions of all plans of several roll-outs; None if a roll-out has none."""
-    found = [part for part in parts if part is not None]
-    if len(found) < len(parts):
-        return None
-    longest = max(part.prefix.shape[2] for part in found)
-    prefixes = [F.pad(part.prefix, (0, 0, 0, 0, 0, longest - part.prefix.shape[2])) for part in found]
-    return Transition(
-        torch.cat([part.states for part in found]),
-        torch.cat([part.noises for part in found]),
-        torch.cat([part.start for part in found]),
-        torch.cat(prefixes),
-        [prompts for part in found for prompts in part.prompts],
-    )
+def _record(place: Tensor, values: Tensor) -> None:
+    """Queues a copy to a place of the record, which is contiguous."""
+    place.copy_(values.nan_to_num(0.0, 0.0, 0.0), non_blocking=True)
 
 
-def rebuild_context(history: KVHistory, text: PromptKV, prefix: Tensor, prompts: list[list[str]]) -> None:
+def rebuild_context(
+    history: KVHistory, text: Callable[[list[str]], TextKV], prefix: Tensor, prompts: list[list[str]]
+) -> None:
     """Fills an empty history with a shared context [P, C, S, H, W], under the current weights, without gradient.
 
     prompts[p] holds the prompt of each of plan p's chunks up to and including the one at frame S. The history's
@@ -234,6 +242,18 @@ def cache_rows(settings: RolloutSettings, plans: int, continuations: int, fork: 
         for _ in loop:
             pass
         return cache.rows_total
+
+
+def update_cache_rows(settings: RolloutSettings, plans: int, frame_tokens: int, rows: int) -> int:
+    """Rows of pools of `rows` after an update that makes the contexts of so many plans at a time, for a switch at any
+    frame, by the books of a cache."""
+    cache = ForkableKVCache(1, 1, 1, rows=rows, dtype=torch.bfloat16, device=torch.device("cpu"))
+    prompts = [[str(chunk) for chunk in range(settings.chunks)]] * plans
+    for start in range(settings.chunk, settings.frames, settings.chunk):
+        with _Bookkeeping(cast(Any, None), cache, settings, frame_tokens) as history:
+            rebuild_context(history, lambda _: TextKV([]), torch.empty(plans, 0, start), prompts)
+            history.context(history.branches, start)
+    return cache.rows_total
 
 
 class _Bookkeeping(KVHistory):

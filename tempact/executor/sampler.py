@@ -24,6 +24,7 @@ from tempact import config
 from tempact.config import TRAIN_TIMESTEPS, ExecutorConfig, Window
 from tempact.executor.cuda_graphs import Context, CudaGraphRunner
 from tempact.models.wan.transformer import TextKV
+from tempact.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -130,17 +131,19 @@ class RolloutSettings:
 
 @dataclass(frozen=True)
 class NoiseSource:
-    """Standard normal noise of P plans x N continuations; `source(chunk)` draws a chunk's, fp32 [P, N, K, C, c, H, W].
+    """Standard normal noise of P plans x N continuations, which is drawn where it is asked for.
 
-    shape: that of the result. draw: chunk index and plans, numbered as the source was made -> noise of these plans.
+    shape: of a chunk's noise, [P, N, K, C, c, H, W]. draw: plan, continuation and chunk -> fp32 [K, C, c, H, W], which
+    depends on nothing else; plans are numbered as the source was made. first: number of the first plan.
     """
 
     shape: tuple[int, ...]
-    draw: Callable[[int, range], Tensor]
-    first: int = 0  # number of the first plan
+    draw: Callable[[int, int, int], Tensor]
+    first: int = 0
 
-    def __call__(self, chunk: int) -> Tensor:
-        return self.draw(chunk, range(self.first, self.first + self.shape[0]))
+    def __call__(self, chunk: int, videos: Sequence[tuple[int, int]]) -> Tensor:
+        """The noise of these (plan, continuation) pairs, [B, K, C, c, H, W]."""
+        return torch.stack([self.draw(self.first + plan, continuation, chunk) for plan, continuation in videos])
 
     def part(self, plans: slice) -> NoiseSource:
         """The source of consecutive plans among these."""
@@ -149,21 +152,14 @@ class NoiseSource:
 
 
 def gaussian_noise(seed: int, shape: tuple[int, ...], device: torch.device) -> NoiseSource:
-    """Noise that depends on the seed and the chunk; shape as `Executor.noise_shape` gives it.
+    """Noise with a seed of its own for every plan, continuation and chunk; shape as `Executor.noise_shape` gives it.
 
-    The noise of all plans is one draw. In parts, each plan has a draw of its own, which does not depend on the parts:
-    the others' noise is not drawn, and the numbers are others than those of all plans together.
+    A video's noise is the same whatever the numbers of plans and continuations, and whichever are made together.
     """
 
-    def normal(size: tuple[int, ...], chunk: int, plan: int) -> Tensor:
-        # splitmix-like spread, so that neighbouring seeds, chunks and plans start far apart
-        mixed = seed * 0x9E3779B97F4A7C15 + chunk * 0xBF58476D1CE4E5B9 + plan * 0x94D049BB133111EB
-        return torch.randn(size, generator=torch.Generator(device).manual_seed(mixed % 2**63), device=device)
-
-    def draw(chunk: int, plans: range) -> Tensor:
-        if len(plans) == shape[0]:
-            return normal(shape, chunk + 1, 0)
-        return torch.stack([normal(shape[1:], chunk + 1, plan + 1) for plan in plans])
+    def draw(plan: int, continuation: int, chunk: int) -> Tensor:
+        generator = torch.Generator(device).manual_seed(derive_seed(seed, plan, "noise", continuation, chunk))
+        return torch.randn(shape[2:], generator=generator, device=device)
 
     return NoiseSource(shape, draw)
 

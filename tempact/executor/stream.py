@@ -43,6 +43,7 @@ def stream_latents(executor: Executor, plan: Plan, noise: NoiseSource) -> Iterat
     with executor.history(plans=1) as history:
         # neither gradients, weights nor precision are switched while the caller has the floor
         with torch.no_grad(), executor.merged(), executor.precision():
+            executor.read(prompts)
             text = PromptKV(executor.model, executor.encode, prompts)
         chunks = walk_chunks(history, [prompts], text, make, lambda *_: seen[0])
         while True:

@@ -3,8 +3,9 @@
 A token is drawn by inverse CDF from a uniform of its response. On models with a plain K/V cache a step decodes a token
 of each of a fixed number of rows: rows without a response idle, and a row whose response has ended takes the next one.
 Rows do not see each other, and the arithmetic of a row depends neither on its place nor on the others: matrix products
-are of one shape, and attention over a longer cache adds exact zeros. On a GPU a step is a CUDA graph for each length of
-the cache. Other models go through transformers' `generate`, one prompt's responses at a time, with the same draws.
+are of one shape, and attention over a longer cache adds exact zeros, or does not read it (csrc_triton's kernel, on a
+GPU, where a step is a CUDA graph). Other models go through transformers' `generate`, one prompt's responses at a time,
+with the same draws.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, Cache, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.generation import logits_process as scoring
 
+from csrc_triton import decode_attention
 from tempact.config import PlannerConfig
 from tempact.models.adapters import lean_adapters
+from tempact.planner.language_model import one_kernel_norms
 
 ATTENTION = "tempact_decode"
 GPU_ROWS = 32  # of a step, where none are configured
@@ -111,7 +113,12 @@ def respond(
     on_gpu = model.device.type == "cuda"
     asked = [Asked(*each) for each in zip(range(len(seeds)), prompts, seeds, strict=True)]
     asked.sort(key=lambda each: list(each.prompt))  # equal ones are neighbours
-    with lean_adapters(model), torch.no_grad(), _side_stream(model.device) if on_gpu else nullcontext():
+    with (
+        lean_adapters(model),
+        one_kernel_norms(model),
+        torch.no_grad(),
+        _side_stream(model.device) if on_gpu else nullcontext(),
+    ):
         if stepwise:
             longest = max(map(len, prompts)) + settings.max_new_tokens
             made = Decoder(model, settings, rows, longest).run(asked)
@@ -143,17 +150,19 @@ def _side_stream(device: torch.device) -> Iterator[None]:
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None = None, **_: Any
-) -> tuple[Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None = None,
+    lengths: Tensor | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     """Attention of one token a row: query [R, Hq, 1, D], key and value [R, Hkv, L, D], mask [R, 1, 1, L].
 
-    Query heads of a group stand in the place of queries: K and V are read once, and not copied for each head.
+    lengths [R]: what the mask says, on a GPU. On a CPU query heads of a group stand in the place of queries: K and V
+    are read once, and not copied for each head.
     """
+    if query.is_cuda:
+        assert lengths is not None, "a model that keeps what its attention is told for itself"
+        return decode_attention(query[:, :, 0], key, value, lengths, softmax_scale=scaling)[:, None], None
     grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
-    # its other kernels for a mask split the keys by their number, so that a longer cache would round otherwise
-    kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(kernels) if query.is_cuda else nullcontext():
-        out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(len(query), 1, query.shape[1], -1), None
 
 
@@ -225,8 +234,8 @@ class Decoder:
         self.body, self.head = model.base_model, model.get_output_embeddings()
         self.warp = warpers(settings)
         self.ends = torch.tensor(settings.eos_token_id, device=device)
-        short = [] if device.type == "cuda" else _short_lengths(config, model.dtype)
-        self.lengths = [*short, *range(BUCKET, longest + BUCKET, BUCKET)]
+        whole = [*range(BUCKET, longest + BUCKET, BUCKET)]  # what a step attends to
+        self.lengths = whole[-1:] if device.type == "cuda" else _short_lengths(config, model.dtype) + whole
         self.length = self.lengths[-1]
         self.ids, self.position, self.step = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
         self.done = torch.ones(rows, dtype=torch.bool, device=device)
@@ -326,7 +335,7 @@ class Decoder:
         try:
             return self.body(
                 input_ids=self.ids[:, None], position_ids=self.position[:, None], attention_mask=mask[:, None, None],
-                past_key_values=self.cache, use_cache=True,
+                past_key_values=self.cache, use_cache=True, lengths=self.position + 1,
             ).last_hidden_state[:, 0]  # fmt: skip
         finally:
             config._attn_implementation = usual
@@ -351,7 +360,8 @@ def steps(model: PreTrainedModel, settings: GenerationConfig) -> bool:
     whole = model.base_model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).last_hidden_state
     decoder = Decoder(model, settings, 1, len(ids))
     decoder.begin(0, Asked(0, ids, 0), decoder.prefill(ids))
-    off = (decoder.hidden(BUCKET) - whole[:, -1]).abs().max()
+    with one_kernel_norms(model):
+        off = (decoder.hidden(decoder.length) - whole[:, -1]).abs().max()
     return bool(off <= 0.05 * whole.abs().max())
 
 

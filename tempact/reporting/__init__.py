@@ -284,5 +284,6 @@ MEANINGS = {
     "timing_s/PHASE": "seconds of a phase: plan, rollout, rewards (beyond what overlaps with it), update",
     "memory/PHASE_gib": "most GPU memory that tensors have taken in a phase, with what is held all the time, GiB",
     "memory/held_gib": "GPU memory that tensors take as an iteration begins, GiB",
+    "memory/graphs_gib": "GPU memory that CUDA graphs keep for their next replay as an iteration begins, GiB",
     "memory/peak_gib": "most GPU memory that tensors have taken since the process began, GiB",
 }

@@ -314,6 +314,31 @@ def test_more_continuations_and_frames_need_more_and_graphs_hold_activations() -
     assert "planner update" not in [phase.name for phase in needs_of(run, planning=False).phases]
 
 
+def test_the_caches_size_is_that_of_the_larger_of_roll_out_and_update() -> None:
+    """A micro-batch of many plans holds more contexts than `rollout_videos` lets in."""
+    run = run_of(get_preset("self-forcing"), on_gpu=True)
+    frames = {}
+    for micro_batch in (1, 24, 480):
+        executor = replace(run.config.executor, micro_batch=micro_batch)
+        own = replace(run, config=replace(run.config, executor=executor))
+        found = [item.what for item in needs_of(own, planning=False).kept if item.what.startswith("K/V cache")]
+        frames[own.context_plans] = int(found[0].split()[2])
+    assert frames.keys() == {1, 20} and frames[1] <= 111 < 20 * 9 < frames[20] <= 20 * 16
+    frozen = replace(run, config=replace(own.config, executor=replace(own.config.executor, train=False)))
+    assert any(item.what.startswith(f"K/V cache, {frames[1]} ") for item in needs_of(frozen, planning=False).kept)
+
+
+def test_what_only_an_update_needs_is_not_on_the_device_meanwhile() -> None:
+    """Recorded transitions wait on the host; latents are those of the videos that advance together."""
+    run = run_of(get_preset("self-forcing"), on_gpu=True)
+    found = [needs_of(own, planning=False) for own in (run, run.changed(prompts=32))]
+    host = [next(item.bytes for item in own.host if item.what == "recorded transitions") for own in found]
+    chunk = 4 * 16 * 3 * 60 * 104
+    assert host == [plans * (8 * 7 + 9) * chunk for plans in (64, 128)]
+    assert total(found[0].kept) == pytest.approx(total(found[1].kept), rel=0.01)  # text rows
+    assert found[0].peak < 76 * GIB and found[1].peak < 77 * GIB
+
+
 def test_the_largest_n_grows_with_the_memory() -> None:
     run = run_of(replace(get_preset("shapeworld-smoke"), device="cpu"), on_gpu=False)
     found = []

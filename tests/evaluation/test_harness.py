@@ -22,14 +22,13 @@ from tempact.evaluation import METHODS, Method, harness
 from tempact.evaluation import tables as vbench
 from tempact.evaluation.harness import LOSSLESS, Evaluation, Suite, VideoFormat, mp4_format
 from tempact.evaluation.judges import JudgedVideo, Verdict
-from tempact.evaluation.ledger import Ledger
+from tempact.evaluation.ledger import Ledger, Row
 from tempact.evaluation.prompts import OrderPrompt
 from tempact.evaluation.statistics import PICKSCORE
 from tempact.evaluation.tables import export_vbench, gather
-from tempact.executor.sampler import WINDOWS
+from tempact.executor.sampler import WINDOWS, gaussian_noise
 from tempact.reporting.report import write_results
 from tempact.rewards.judges import JudgeOutage
-from tempact.seeds import derive_seed
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Step
 
 SINGLE, STEP, PLANNER_ONLY, EXECUTOR_ONLY, BOTH = METHODS
@@ -51,7 +50,7 @@ class FakePlanner:
     def sample(self, prompts: list[Prompt], plans_per_prompt: int, seed: int, *, reference: bool = False) -> PlanBatch:
         self.asked += [(prompt.prompt_id, reference, seed) for prompt in prompts]
         who = "start" if reference else "trained"
-        steps = [(Step(0, 3, f"{who} a"), Step(3, self.frames, f"{who} {seed}")) for _ in prompts]
+        steps = [(Step(0, 3, f"{who} a"), Step(3, self.frames, f"{who} {seed} {i}")) for i in range(len(prompts))]
         plans = [Plan(p.text, own, 0.5, ("padded",), "raw") for p, own in zip(prompts, steps, strict=True)]
         return PlanBatch(prompts, plans, plans_per_prompt)
 
@@ -71,11 +70,11 @@ class FakeExecutor:
         return (plans, continuations, 1, 1, 3, 1, 1)
 
     def rollout(self, plans: list[Plan], switch_frames: list[int], noise) -> Rollout:
-        drawn = noise(0)
-        assert drawn.shape[0] == len(plans) == len(switch_frames)
+        drawn = noise(0, [(plan, 0) for plan in range(len(plans))])
+        assert noise.shape == self.noise_shape(len(plans), 1) and len(plans) == len(switch_frames)
         self.made += [f"{plan.instruction} | {plan.steps[-1].prompt}" for plan in plans]
         self.lengths.append(self.settings.frames)
-        level = self.brightness + 100 + 40 * drawn[:, 0, 0, 0, 0, 0, 0].tanh() - (0 if self.started else 50)
+        level = self.brightness + 100 + 40 * drawn[:, 0, 0, 0, 0, 0].tanh() - (0 if self.started else 50)
         frames = level[:, None, None, None, None].expand(-1, self.settings.frames, 3, SIDE, SIDE).to(torch.uint8)
         return Rollout(frames[:, None])
 
@@ -84,10 +83,6 @@ class FakeExecutor:
         self.started = True
         yield
         self.started = False
-
-
-def noise(seed: int, shape: tuple[int, ...], device: torch.device):
-    return lambda chunk: torch.randn(shape, generator=torch.Generator().manual_seed(seed + chunk))
 
 
 @dataclass
@@ -161,7 +156,9 @@ class Bench:
         return Suite(sets, frames, self.methods, self.seeds, self.judges, 7, 2, self.batched)
 
     def evaluation(self, suite: Suite | None = None, again: bool = False) -> Evaluation:
-        return Evaluation(self.folder, suite or self.suite, self.planner, self.executor, noise, self.files, again)
+        return Evaluation(
+            self.folder, suite or self.suite, self.planner, self.executor, gaussian_noise, self.files, again
+        )
 
     def run(self, policies: str = "w", suite: Suite | None = None, again: bool = False) -> Evaluation:
         evaluation = self.evaluation(suite, again)
@@ -220,13 +217,6 @@ def test_a_condition_is_made_by_the_policies_that_it_names(bench: Bench, batched
 @pytest.mark.parametrize("batched", [False, True])
 def test_conditions_share_noise_but_not_prompts_and_seeds(bench: Bench, batched: bool) -> None:
     bench.batched = batched
-    if batched:  # one draw a batch, and the seeds of a suite that has one
-        bench.seeds = 1
-        bench.run()
-        single, step, both = (bench.levels(method) for method in bench.methods)
-        assert single == step and len({round(level) for level in single}) == 5
-        assert [a - b for a, b in zip(step, both, strict=True)] == pytest.approx([50] * 5, abs=2)
-        return
     bench.run()
     single, step, both = (bench.levels(method) for method in bench.methods)
     assert single == step and len({round(level) for level in single}) == 5
@@ -234,25 +224,35 @@ def test_conditions_share_noise_but_not_prompts_and_seeds(bench: Bench, batched:
     assert all(abs(a - b) > 0.5 for a, b in zip(single, bench.levels(SINGLE, 1), strict=True))
 
 
-def test_noise_does_not_depend_on_the_batch(bench: Bench, tmp_path: Path) -> None:
+@pytest.mark.parametrize("batched", [False, True])
+def test_neither_noise_nor_plans_depend_on_the_batch(bench: Bench, tmp_path: Path, batched: bool) -> None:
+    bench.batched = batched
     bench.run()
-    other = Bench(tmp_path / "other", counts=(2, 2))  # other batches from the second prompt on
-    other.run()
-    assert other.levels(STEP)[:2] == bench.levels(STEP)[:2] and other.levels(STEP)[2:] == bench.levels(STEP)[3:]
+    for counts, size in (((3, 2), 1), ((3, 2), 8), ((2, 2), 2)):
+        other = Bench(tmp_path / f"{counts} {size}", counts=counts, batched=batched)
+        other.run(suite=replace(other.suite, batch=size))
+        for method in (STEP, BOTH):
+            mine = bench.levels(method, 1)
+            assert other.levels(method, 1) == [*mine[: counts[0]], *mine[3:]]
+        plans = [{planned_for(row): row["steps"] for row in planned(own)} for own in (bench, other)]
+        assert plans[1].items() <= plans[0].items() and len(plans[1]) == 2 * 2 * sum(counts)
+        assert len({str(steps) for steps in plans[0].values()}) == len(plans[0])
 
 
-def test_a_batch_of_plans_has_the_same_seed_for_planner_and_start(bench: Bench) -> None:
-    bench.batched, bench.seeds = True, 1
-    bench.run()
-    asked = {who: [(p, seed) for p, start, seed in bench.planner.asked if start is who] for who in (True, False)}
-    assert asked[True] == asked[False] and len({seed for _, seed in asked[True]}) == 3  # batches of 2, 1 and 2
+def planned_for(row: Row) -> tuple[str, str, int]:
+    return row["prompt_id"], row["planner"], row["seed"]
+
+
+def planned(bench: Bench) -> Ledger:
+    return Ledger(bench.folder / "plans.jsonl", ("prompt_id", "planner", "seed"))
 
 
 def test_planner_and_start_are_asked_with_the_same_seeds(bench: Bench) -> None:
     bench.run()
     asked = {who: [(p, seed) for p, start, seed in bench.planner.asked if start is who] for who in (True, False)}
     assert asked[True] == asked[False] and len(asked[True]) == len(set(asked[True])) == 10
-    row = next(row for row in Ledger(bench.folder / "plans.jsonl", ("prompt_id", "planner", "seed")))
+    assert len({seed for _, seed in asked[True]}) == 4  # of a set and a seed
+    row = next(iter(planned(bench)))
     assert row["repairs"] == ["padded"] and row["response"] == "raw" and row["format_score"] == 0.5
     made = Counter(made.partition(" | ")[2].split()[0] for made in bench.executor.made)
     assert made["start"] == made["trained"] == 10 and made["simple"] + made["hard"] == 10
@@ -406,6 +406,15 @@ def test_scores_under_other_settings_are_never_mixed(bench: Bench) -> None:
             replace(bench, **change).run()
     with pytest.raises(UserError, match="policies: found 'v'"):
         bench.run(policies="v")
+
+
+def test_videos_of_older_draws_are_never_mixed_with_others(bench: Bench) -> None:
+    """A folder of a version that did not name its draws."""
+    bench.run()
+    path = bench.folder / "settings.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "draws"}))
+    with pytest.raises(UserError, match="draws: found 'a seed a video', but .* 'a seed a batch'; .* another --output"):
+        bench.run()
 
 
 def test_a_length_that_the_window_cannot_make_is_refused(bench: Bench) -> None:
@@ -615,7 +624,7 @@ def test_an_export_that_was_cut_off_leaves_nothing_that_vbench_would_read(
     assert list((bench.folder / "vbench" / "single-prompt").iterdir()) == []
 
 
-def test_a_batched_suite_draws_and_judges_a_batch_at_once(tmp_path: Path) -> None:
+def test_a_batched_suite_judges_a_batch_at_once(tmp_path: Path) -> None:
     asked: list[list[str]] = []
 
     class Together(FakeJudge):
@@ -627,10 +636,7 @@ def test_a_batched_suite_draws_and_judges_a_batch_at_once(tmp_path: Path) -> Non
     evaluation = bench.run()
     batches = [["simple-0", "simple-1"], ["simple-2"]] * 3 + [["hard-0", "hard-1"]] * 3
     assert asked == batches and json.loads((tmp_path / "settings.json").read_text())["batch"] == 2
-    first = noise(derive_seed(7, 0, "simple noise"), (2, 1, 1, 1, 3, 1, 1), torch.device("cpu"))(0)
-    expected = (100 + 40 * first[:, 0, 0, 0, 0, 0, 0].tanh()).to(torch.uint8).tolist()
-    assert bench.levels(SINGLE)[:2] == expected and bench.levels(STEP) == bench.levels(SINGLE)
-    # one lost video is made from its own part of the batch's draw, and not judged again
+    # one lost video is made alone, with its own noise, and not judged again
     row = evaluation.video(STEP, bench.suite.prompts["simple"][1], 0)
     assert row is not None
     before = (tmp_path / row["file"]).read_bytes()

@@ -10,7 +10,8 @@ import torch
 from executor.window_policies import POLICIES
 
 from tempact.executor.executor import Executor
-from tempact.executor.rollout import cache_rows
+from tempact.executor.kv_history import FIRST_FRAMES
+from tempact.executor.rollout import cache_rows, update_cache_rows
 from tempact.executor.sampler import RolloutSettings, gaussian_noise
 from tempact.presets import get_preset
 from tempact.types import Plan, Step
@@ -33,6 +34,22 @@ def test_it_is_the_size_that_a_rollout_leaves(
     cache = executor.cache
     assert cache.nbytes // cache.row_nbytes == cache.rows_total
     assert cache_rows(executor.settings, plans, continuations, fork, FRAME_TOKENS) == cache.rows_total
+
+
+@pytest.mark.parametrize(("micro_batch", "together"), [(2, 1), (6, 1), (13, 2)])
+@pytest.mark.parametrize("changes", POLICIES)
+def test_it_is_the_size_that_updates_leave(make_executor: Make, changes: dict, micro_batch: int, together: int) -> None:
+    """With a switch at every frame that can have one; 2 continuations with 3 transitions are a plan's 6 pairs."""
+    executor = make_executor(frames=15, smooth_prompts=False, micro_batch=micro_batch, **changes)
+    plan = Plan("i", tuple(Step(start, start + 3, f"step {start}") for start in range(0, 15, 3)))
+    noise = gaussian_noise(0, executor.noise_shape(3, 2), CPU)
+    made = [executor.roll_out([plan] * 3, [fork] * 3, noise)[1] for fork in (3, 6, 9, 12)]
+    del executor.cache
+    for transition in made:
+        executor.velocities(transition, [0, 1, 2])
+    rows = FIRST_FRAMES * FRAME_TOKENS
+    assert update_cache_rows(executor.settings, together, FRAME_TOKENS, rows) == executor.cache.rows_total
+    assert update_cache_rows(executor.settings, together, FRAME_TOKENS, 10**4) == 10**4
 
 
 def test_a_window_bounds_it_and_a_recache_takes_little_more() -> None:

@@ -51,9 +51,8 @@ def test_batched_continuations_equal_serial_ones(make_executor: Make, changes: d
     for p in range(2):
         for n in (2, 0):
             # before the fork everyone follows continuation 0's noise, after it its own
-            def alone(chunk: int, plans: range, p: int = p, n: int = n) -> torch.Tensor:
-                own = n if chunk * 3 >= forks[p] else 0
-                return noise(chunk)[p : p + 1, own : own + 1]
+            def alone(plan: int, continuation: int, chunk: int, p: int = p, n: int = n) -> torch.Tensor:
+                return noise.draw(p, n if chunk * 3 >= forks[p] else 0, chunk)
 
             source = NoiseSource((1, 1, *noise.shape[2:]), alone)
             serial, own_transition = executor.roll_out([PLANS[p]], [forks[p]], source)
@@ -66,7 +65,7 @@ def test_plans_in_turn_give_what_they_give_together(make_executor: Make, limit: 
     """Also where their recorded chunks start at other frames; the cache holds one plan's branches at a time."""
     changes = {"window": "longlive", "frames": 18}
     one, two = make_executor(**changes), make_executor(**changes, rollout_videos=limit)
-    noise, made = plan_by_plan(gaussian_noise(1, one.noise_shape(2, 3), CPU)), []
+    noise, made = gaussian_noise(1, one.noise_shape(2, 3), CPU), []
     together, turns = one.rollout(PLANS, [3, 12], noise), two.rollout(PLANS, [3, 12], noise, made.append)
     assert torch.equal(torch.cat([part.frames for part in made]), turns.frames)
     assert [len(part.frames) for part in made] == ([2] if limit >= 6 else [1, 1])
@@ -78,31 +77,28 @@ def test_plans_in_turn_give_what_they_give_together(make_executor: Make, limit: 
     assert held[1] == held[0] if limit >= 6 else held[1] < held[0]
 
 
-def plan_by_plan(noise: NoiseSource) -> NoiseSource:
-    """The draws that each plan has of its own, also where all plans go together."""
-    return replace(noise, draw=lambda chunk, plans: torch.cat([noise.draw(chunk, range(p, p + 1)) for p in plans]))
-
-
-def test_noise_in_parts_is_each_plans_own_whatever_the_parts() -> None:
-    noise = gaussian_noise(1, (4, 2, 3, 1, 3, 2, 2), CPU)
-    parts = [noise.part(slice(a, b)) for a, b in pairwise((0, 1, 3, 4))]
-    assert [part.shape[0] for part in parts] == [1, 2, 1] and parts[1].part(slice(1, 2)).first == 2
-    for chunk in (0, 1):
-        found = torch.cat([part(chunk) for part in parts])
-        assert torch.equal(found, plan_by_plan(noise)(chunk)) and torch.equal(found[2:], noise.part(slice(2, 4))(chunk))
-        assert len(found.unique()) == found.numel()
-        # all together: one draw, which evaluations and runs that make all videos at once have always had
-        generator = torch.Generator().manual_seed((0x9E3779B97F4A7C15 + (chunk + 1) * 0xBF58476D1CE4E5B9) % 2**63)
-        whole = noise.part(slice(None))(chunk)
-        assert torch.equal(noise(chunk), torch.randn(noise.shape, generator=generator)) and torch.equal(
-            noise(chunk), whole
-        )
-    assert not torch.equal(parts[0](0), parts[0](1))
+def test_a_videos_noise_is_its_own_whatever_is_drawn_beside_it() -> None:
+    """Numbers of plans and continuations, parts and order say which noise there is, not what it is."""
+    shape = (4, 2, 3, 1, 3, 2, 2)
+    noise = gaussian_noise(1, shape, CPU)
+    every = [(p, n) for p in range(4) for n in range(2)]
+    drawn = {(p, n, chunk): noise(chunk, [(p, n)])[0] for p, n in every for chunk in (0, 1)}
+    numbers = torch.stack([*drawn.values()])
+    assert len(numbers.unique()) == numbers.numel() and noise(0, every).shape == (8, *shape[2:])
+    assert abs(numbers.mean()) < 0.1 and abs(numbers.std() - 1) < 0.1
+    for seed, plans, continuations, same in ((1, 1, 1, True), (1, 64, 8, True), (2, 4, 2, False)):
+        other = gaussian_noise(seed, (plans, continuations, *shape[2:]), CPU)
+        assert torch.equal(other(1, [(0, 0)])[0], drawn[0, 0, 1]) is same
+    for a, b in ((0, 1), (1, 3), (3, 4)):
+        part = noise.part(slice(a, 4)).part(slice(0, b - a))
+        assert part.shape == (b - a, *shape[1:])
+        asked = [(p - a, n) for p, n in reversed(every) if a <= p < b]
+        assert torch.equal(part(1, asked), torch.stack([drawn[p + a, n, 1] for p, n in asked]))
 
 
 @pytest.mark.parametrize("limit", [0, 3])
 def test_no_noise_is_drawn_that_no_video_uses(make_executor: Make, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    """Random numbers of an iteration: P x N x K x a chunk's, for every chunk."""
+    """Random numbers of an iteration: K x a chunk's for every branch of every chunk, also before the forks."""
     executor, drawn = make_executor(rollout_videos=limit), []
     randn = torch.randn
 
@@ -116,23 +112,23 @@ def test_no_noise_is_drawn_that_no_video_uses(make_executor: Make, monkeypatch: 
     executor.encode([prompt for own in PLANS for prompt in chunk_prompts(own, executor.settings)])
     monkeypatch.setattr(torch, "randn", counted)
     executor.rollout(PLANS, [3, 12], noise)
-    assert sum(drawn) == 2 * 3 * 4 * (3 * 3 * 2 * 2 * 16) * 6
-    assert len(drawn) == (12 if limit else 6)
+    branches = (1 + 5 * 3) + (4 * 1 + 2 * 3)
+    assert drawn == [4 * (3 * 3 * 2 * 2 * 16)] * branches
 
 
 def test_latents_of_one_part_are_gone_while_the_next_is_made(
     make_executor: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     executor, made, alive = make_executor(rollout_videos=3), [], []
-    roll_out = executor.roll_out
+    roll_out = executor._roll_out
 
     def watched(*given):
         alive.append([ref() is not None for ref in made])
-        latents, transition = roll_out(*given)
+        latents = roll_out(*given)
         made.append(weakref.ref(latents))
-        return latents, transition
+        return latents
 
-    monkeypatch.setattr(executor, "roll_out", watched)
+    monkeypatch.setattr(executor, "_roll_out", watched)
     executor.rollout([*PLANS, PLANS[0]], [3, 12, 3], gaussian_noise(1, executor.noise_shape(3, 3), CPU))
     assert alive == [[], [False], [False, False]] and made[-1]() is None
 
@@ -167,9 +163,8 @@ def test_order_of_plans_and_continuations_does_not_matter(make_executor: Make) -
     noise = gaussian_noise(1, executor.noise_shape(2, 3), CPU)
     one, _ = executor.roll_out(PLANS, [3, 12], noise)
 
-    def mirrored(chunk: int, plans: range) -> torch.Tensor:
-        drawn = noise(chunk).flip(0)
-        return torch.cat([drawn[:, :1], drawn[:, 1:].flip(1)], 1)
+    def mirrored(plan: int, continuation: int, chunk: int) -> torch.Tensor:
+        return noise.draw(1 - plan, (0, 2, 1)[continuation], chunk)
 
     other, _ = executor.roll_out(PLANS[::-1], [12, 3], NoiseSource(noise.shape, mirrored))
     assert close(one[0, 1], other[1, 2])
@@ -324,7 +319,7 @@ def test_transitions_have_as_many_steps_as_later_chunks(make_executor: Make) -> 
     velocity, (sigma, after, _) = executor.velocities(transition, [0, 1]), executor.settings.schedule.sigmas
     x0 = transition.states[:, :, 0] - sigma * velocity[:, :, 0]
     assert close((1 - after) * x0 + after * transition.noises[:, :, 0], transition.states[:, :, 1])
-    assert torch.equal(transition.noises[1, 1, 0], noise(4)[1, 1, 1])
+    assert torch.equal(transition.noises[1, 1, 0], noise.draw(1, 1, 4)[1])
 
 
 def test_window_names_cover_the_backbones() -> None:

@@ -98,7 +98,7 @@ def client_that_hears(draw: random.Random, monkeypatch: pytest.MonkeyPatch) -> J
 
 
 def rollout_of(plans: PlanBatch, draw: random.Random) -> Rollout:
-    starts = torch.tensor(switch_frames(plans, CHUNK, draw))
+    starts = torch.tensor(switch_frames(plans, CHUNK, [draw] * len(plans.prompts)))
     empty = torch.empty(0)
     frames = torch.randint(256, (len(plans.plans), 1, FRAMES, 3, 8, 8), dtype=torch.uint8)  # no two are one request
     return Rollout(frames, Transition(empty, empty, starts, empty, [[] for _ in plans.plans]))

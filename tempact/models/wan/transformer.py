@@ -31,6 +31,7 @@ from tempact.models.wan.text_padding import padding_mask
 
 TIMESTEP_SCALE = 1000.0  # the time embedding sees 1000 * sigma
 TIMESTEP_PERIOD = ROPE_THETA = 10_000.0
+FEW_ROWS = 32  # a CPU's products of fewer rows may round them otherwise: a video alone would differ from one of several
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, fp32 [L, head_dim / 2]
 
@@ -336,8 +337,13 @@ class WanTransformer(nn.Module):
         dtype = next(self.time_embedding.parameters()).dtype
         # as precise as its weights, also where the rest is autocast: gates multiply everything that follows
         with _without_autocast(x.device):
-            e = self.time_embedding(timestep_waves(sigma, self.config.freq_dim).to(dtype))
-            e0 = self.time_projection(e).unflatten(-1, (6, -1))
+            waves = timestep_waves(sigma.flatten(), self.config.freq_dim).to(dtype)
+            if waves.device.type == "cpu" and len(waves) < FEW_ROWS:
+                waves = F.pad(waves, (0, 0, 0, FEW_ROWS - len(waves)))
+            rows = self.time_embedding(waves)
+            rows0 = self.time_projection(rows)
+        e = rows[: sigma.numel()].unflatten(0, sigma.shape)
+        e0 = rows0[: sigma.numel()].unflatten(0, sigma.shape).unflatten(-1, (6, -1))
         rope = rope_tables(self.config.head_dim, positions, patches.shape[3], patches.shape[4])
         # under autocast the stream stays as precise as the weights
         tokens = patches.flatten(2).transpose(1, 2).to(self.dtype).contiguous()
