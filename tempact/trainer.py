@@ -327,17 +327,15 @@ def too_wide(found: dict[str, dict[str, float]], config: RunConfig) -> str:
     NaN is not a gap.
     """
     told = []
-    for policy, metric, unit, of in (
-        ("planner", "sampling_gap", "nats a token", "sampling"),
-        ("executor", "rollout_gap", "clips", "roll-out"),
+    for policy, metric, limit, unit, of in (
+        ("planner", "sampling_gap", config.planner.max_sampling_gap, "nats a token", "sampling"),
+        ("executor", "rollout_gap", config.executor.max_rollout_gap, "clips", "roll-out"),
     ):
-        key = f"max_{metric}"
-        limit = getattr(getattr(config, policy), key)
         gaps = {name.partition("/")[2]: gap for name, gap in found.get(policy, {}).items() if name.startswith(metric)}
         wide = [f"{gap:.3g} {unit}" + (f" at sigma {at}" if at else "") for at, gap in gaps.items() if gap > limit]
         if wide:
             differ = f"log-probs of {of} and training differ by {', '.join(wide)}"
-            told.append(f"{policy}.{key}: {differ}; accepted: at most {limit:g}")
+            told.append(f"{policy}.max_{metric}: {differ}; accepted: at most {limit:g}")
     return "; ".join(told)
 
 

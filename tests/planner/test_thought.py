@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from tempact.planner.decode import Response
 from tempact.planner.language_model import opens_thought, thought_length
 from tempact.planner.plans import answer_of
 from tempact.types import Prompt
@@ -56,7 +57,7 @@ def test_the_mask_is_what_the_parser_reads(make_planner, request, kind):
     for text in (response for response, _ in RESPONSES if response):
         for tail in ([end], []):  # with and without its end token
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            tokens = planner.tokens([prompt], [[*ids, *tail]])
+            tokens = planner.tokens([prompt], [Response([*ids, *tail], [0.0] * len([*ids, *tail]))])
             answer = tokens.input_ids[0][tokens.response_mask[0]].tolist()
             cut_in_thought = text.startswith("<think>a [1]")
             if tail and not cut_in_thought:
@@ -69,7 +70,7 @@ def test_an_unfinished_thought_has_no_gradient_in_json_mode(make_planner, thinki
     planner = make_planner(loss_tokens="json", tokenizer=thinking_tokenizer)
     move(planner)
     thought = thinking_tokenizer("<think>The red circle moves.", add_special_tokens=False)["input_ids"]
-    tokens = planner.tokens([[3, 4]], [thought])
+    tokens = planner.tokens([[3, 4]], [Response(thought, [0.0] * len(thought))])
     assert not tokens.response_mask.any()
     planner.log_probs(tokens).sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in planner.parameters().values())
