@@ -18,7 +18,8 @@ from tempact.config import RunConfig, TrainerConfig
 from tempact.evaluation import BOTH, EXECUTOR_ONLY, PLANNER_ONLY, SINGLE, STEP
 from tempact.evaluation.harness import LOSSLESS, Evaluation
 from tempact.evaluation.statistics import MethodScores
-from tempact.executor import executor as executor_module
+from tempact.executor import rollout as rollout_module
+from tempact.executor.rollout import Branch
 from tempact.executor.sampler import gaussian_noise
 from tempact.meter import GIB, Meter
 from tempact.policies import build_policies, build_trainer
@@ -547,16 +548,18 @@ def test_videos_that_are_not_numbers_have_no_score_and_harm_no_other(
 ) -> None:
     config = smoke(plans=3)
     trainer = make(replace(config, executor=replace(config.executor, continuations=3)))
-    rolled_out = executor_module.roll_out
+    denoised = rollout_module.denoised
 
-    def roll_out(*given: object):
-        latents, transition = rolled_out(*given)
-        latents[1] = NAN  # a plan from its shared context on
-        latents[2, 0, 0, 20, 0, 0] = float("inf")
-        transition.states[1], transition.prefix[1], transition.states[2, 0] = NAN, NAN, float("inf")
-        return latents, transition
+    def spoiled(history: object, noise: object, start: int, branches: list[Branch], *more: object) -> tuple:
+        clean, states, own = denoised(history, noise, start, branches, *more)
+        for row, branch in enumerate(branches):
+            if branch.plan == 1:  # from its shared context on
+                clean[row], states[row] = NAN, NAN
+            elif branch.plan == 2 and branch.continuations == [0]:
+                states[row], clean[row, 0, -1, 0, 0] = float("inf"), float("inf")
+        return clean, states, own
 
-    monkeypatch.setattr(executor_module, "roll_out", roll_out)
+    monkeypatch.setattr(rollout_module, "denoised", spoiled)
     start, iteration = weights(trainer), iterate(trainer)
     broken, mask = iteration.rollout.broken, iteration.batch.execution_mask
     assert broken.tolist() == [[False] * 3, [True] * 3, [True, False, False]]

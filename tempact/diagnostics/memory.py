@@ -14,7 +14,7 @@ from tempact.config import RunConfig
 from tempact.diagnostics import footprints as footprint
 from tempact.diagnostics.sizes import Decoder, video_bytes
 from tempact.executor.executor import TEXTS_KEPT
-from tempact.executor.rollout import cache_rows, update_cache_rows
+from tempact.executor.rollout import cache_rows, enough_rows, update_cache_rows
 from tempact.executor.sampler import RolloutSettings
 from tempact.planner.decode import BUCKET, rows_of
 
@@ -316,7 +316,7 @@ def _kept_of_a_rollout(run: Run) -> list[Item]:
     """The cache keeps its size, the largest that roll-out or update needs; text rows stay at hand."""
     sizes, settings, n = run.sizes, run.settings, run.config.executor.continuations
     tokens = sizes.frame_tokens
-    rows = cache_rows(settings, run.together // n, n, run.fork, tokens)
+    rows = (enough_rows if run.graphs else cache_rows)(settings, run.together // n, n, run.fork, tokens)
     if run.config.executor.train and run.context_plans:
         rows = update_cache_rows(settings, run.context_plans, tokens, rows)
     texts = min(TEXTS_KEPT, run.plans * run.texts) * PROMPT_ROWS * sizes.model.text_dim * sizes.dtype.itemsize

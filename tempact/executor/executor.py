@@ -30,8 +30,8 @@ from tempact.executor.lora import LoraLinear, merged
 from tempact.executor.rollout import (
     PromptKV,
     blank_transition,
-    cache_rows,
     chunk_prompts,
+    enough_rows,
     on_device,
     rebuild_context,
     roll_out,
@@ -109,7 +109,7 @@ class Executor:
         videos of so many plans x continuations need at most."""
         if plans and self.runner.graphs:
             earliest = self.settings.chunk  # of the forks, which takes most
-            self.cache.grow(cache_rows(self.settings, plans, continuations, earliest, self.frame_tokens))
+            self.cache.grow(enough_rows(self.settings, plans, continuations, earliest, self.frame_tokens))
         return KVHistory(self.runner, self.cache, self.settings, self.frame_tokens)
 
     def parameters(self) -> dict[str, nn.Parameter]:

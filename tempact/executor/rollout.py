@@ -17,6 +17,8 @@ from tempact.executor.sampler import NoiseSource, RolloutSettings, denoise_chunk
 from tempact.models.wan.transformer import TextKV, WanTransformer
 from tempact.types import Plan, Transition
 
+HALVINGS = 3  # of a ninth of the cache, in the search for its size
+
 
 def smooth_prompts(prompts: Sequence[str], separator: str = ExecutorConfig.prompt_separator) -> list[str]:
     """Each prompt joined with the given next one, so that a step prepares its successor; the last one as it is.
@@ -220,8 +222,27 @@ def rebuild_context(
 
 @lru_cache
 def cache_rows(settings: RolloutSettings, plans: int, continuations: int, fork: int, frame_tokens: int) -> int:
-    """Rows of the cache's pools after a roll-out whose plans all fork at frame `fork`, by the books of a cache."""
-    rows = FIRST_FRAMES * frame_tokens
+    """Rows of the cache's pools after a roll-out whose plans all fork at frame `fork`, by the books of a cache that
+    grows while it fills."""
+    return _booked(settings, plans, continuations, fork, frame_tokens, FIRST_FRAMES * frame_tokens)
+
+
+@lru_cache
+def enough_rows(settings: RolloutSettings, plans: int, continuations: int, fork: int, frame_tokens: int) -> int:
+    """Rows of pools that such a roll-out does not make grow, few beyond the fewest: growth by eighths goes too far."""
+    enough = cache_rows(settings, plans, continuations, fork, frame_tokens)
+    short = max(FIRST_FRAMES * frame_tokens, enough * 8 // 9) - 1
+    for _ in range(HALVINGS):
+        rows = (short + enough + 1) // 2
+        if _booked(settings, plans, continuations, fork, frame_tokens, rows) > rows:
+            short = rows
+        else:
+            enough = rows
+    return enough
+
+
+def _booked(settings: RolloutSettings, plans: int, continuations: int, fork: int, frame_tokens: int, rows: int) -> int:
+    """Rows of the pools in the end; `rows`: in the beginning."""
     cache = ForkableKVCache(1, 1, 1, rows=rows, dtype=torch.bfloat16, device=torch.device("cpu"))
     # a switch at every chunk is the most there can be
     prompts = [[str(chunk) for chunk in range(settings.chunks)]] * plans
@@ -241,7 +262,7 @@ def cache_rows(settings: RolloutSettings, plans: int, continuations: int, fork: 
         )  # fmt: skip
         for _ in loop:
             pass
-        return cache.rows_total
+    return cache.rows_total
 
 
 def update_cache_rows(settings: RolloutSettings, plans: int, frame_tokens: int, rows: int) -> int:

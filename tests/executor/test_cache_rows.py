@@ -11,7 +11,7 @@ from executor.window_policies import POLICIES
 
 from tempact.executor.executor import Executor
 from tempact.executor.kv_history import FIRST_FRAMES
-from tempact.executor.rollout import cache_rows, update_cache_rows
+from tempact.executor.rollout import cache_rows, enough_rows, update_cache_rows
 from tempact.executor.sampler import RolloutSettings, gaussian_noise
 from tempact.presets import get_preset
 from tempact.types import Plan, Step
@@ -50,6 +50,24 @@ def test_it_is_the_size_that_updates_leave(make_executor: Make, changes: dict, m
     rows = FIRST_FRAMES * FRAME_TOKENS
     assert update_cache_rows(executor.settings, together, FRAME_TOKENS, rows) == executor.cache.rows_total
     assert update_cache_rows(executor.settings, together, FRAME_TOKENS, 10**4) == 10**4
+
+
+@pytest.mark.parametrize("changes", POLICIES)
+def test_a_cache_that_is_given_room_at_once_does_not_grow(make_executor: Make, changes: dict) -> None:
+    executor = make_executor(frames=27, smooth_prompts=False, **changes)
+    plan = Plan("i", tuple(Step(start, start + 3, f"step {start}") for start in range(0, 27, 3)))
+    rows = enough_rows(executor.settings, 2, 3, 3, FRAME_TOKENS)
+    assert rows <= cache_rows(executor.settings, 2, 3, 3, FRAME_TOKENS)
+    executor.cache.grow(rows)
+    executor.rollout([plan] * 2, [3] * 2, gaussian_noise(0, executor.noise_shape(2, 3), CPU))
+    assert executor.cache.rows_total == rows
+
+
+def test_room_for_8_windows_is_little_more_than_they_hold() -> None:
+    """12 frames a window, of which one is shared; the cache that grows by eighths holds 111."""
+    settings = RolloutSettings.of(get_preset("self-forcing").executor)
+    assert cache_rows(settings, 1, 8, 3, 1560) // 1560 == 110
+    assert 96 * 1560 < enough_rows(settings, 1, 8, 3, 1560) <= 101 * 1560
 
 
 def test_a_window_bounds_it_and_a_recache_takes_little_more() -> None:
