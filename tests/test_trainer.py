@@ -556,7 +556,9 @@ def test_videos_that_are_not_numbers_have_no_score_and_harm_no_other(
             if branch.plan == 1:  # from its shared context on
                 clean[row], states[row] = NAN, NAN
             elif branch.plan == 2 and branch.continuations == [0]:
-                states[row], clean[row, 0, -1, 0, 0] = float("inf"), float("inf")
+                states[row] = float("inf")
+                if start == 21:  # in the last chunk, so that nothing becomes NaN of it
+                    clean[row, 0, -1, 0, 0] = float("inf")
         return clean, states, own
 
     monkeypatch.setattr(rollout_module, "denoised", spoiled)
