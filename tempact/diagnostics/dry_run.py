@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,13 +19,12 @@ from tempact.diagnostics.memory import (
     PLANNING,
     USUAL_GPUS,
     Budget,
+    Item,
     Needs,
     Run,
     largest,
     needs_of,
-    size,
-    table,
-    tera,
+    total,
     work_of,
 )
 from tempact.diagnostics.sizes import INSTRUCTION_TOKENS, Decoder, planner_sizes, scorer_bytes, text_encoder_bytes
@@ -210,3 +209,35 @@ def missing(config: RunConfig) -> list[str]:
         if reason is not None:
             lines.append(f"{key}: cannot write to {folder} ({reason}); accepted: a writable folder")
     return lines
+
+
+def table(needs: Needs) -> list[str]:
+    """Lines: data kept, then each phase with its sum and the sum of both, then data on the host."""
+    kept = total(needs.kept)
+    lines = [f"kept all the time: {size(kept)}", *_items(needs.kept)]
+    for phase in needs.phases:
+        lines += [f"{phase.name}: {size(phase.bytes)}, in all {size(kept + phase.bytes)}", *_items(phase.items)]
+    return [*lines, f"on the host: {size(total(needs.host))}", *_items(needs.host)]
+
+
+def _items(items: Iterable[Item]) -> list[str]:
+    return [f"  {size(item.bytes):>12}  {item.what} ({item.source})" for item in items]
+
+
+def size(count: int) -> str:
+    """Bytes to three digits: 3.45 GiB, 12.0 MiB."""
+    return _rounded(count, {"GiB": GIB, "MiB": 2**20, "KiB": 2**10}) or f"{count} B"
+
+
+def tera(flops: float) -> str:
+    """Operations to three digits: 28.3 TF, 8.93 PF."""
+    return _rounded(flops, {"PF": 10**15, "TF": 10**12, "GF": 10**9}) or f"{flops / 10**6:.2f} MF"
+
+
+def _rounded(count: float, units: dict[str, int]) -> str:
+    """In the first unit that is no larger than the count; "" if all are."""
+    for name, unit in units.items():
+        if count >= unit:
+            value = count / unit
+            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {name}"
+    return ""

@@ -108,38 +108,6 @@ def largest(taken: Callable[[int], int], room: int, least: int, most: int) -> in
     return found
 
 
-def table(needs: Needs) -> list[str]:
-    """Lines: data kept, then each phase with its sum and the sum of both, then data on the host."""
-    kept = total(needs.kept)
-    lines = [f"kept all the time: {size(kept)}", *_items(needs.kept)]
-    for phase in needs.phases:
-        lines += [f"{phase.name}: {size(phase.bytes)}, in all {size(kept + phase.bytes)}", *_items(phase.items)]
-    return [*lines, f"on the host: {size(total(needs.host))}", *_items(needs.host)]
-
-
-def _items(items: Iterable[Item]) -> list[str]:
-    return [f"  {size(item.bytes):>12}  {item.what} ({item.source})" for item in items]
-
-
-def size(count: int) -> str:
-    """Bytes to three digits: 3.45 GiB, 12.0 MiB."""
-    return _rounded(count, {"GiB": GIB, "MiB": 2**20, "KiB": 2**10}) or f"{count} B"
-
-
-def tera(flops: float) -> str:
-    """Operations to three digits: 28.3 TF, 8.93 PF."""
-    return _rounded(flops, {"PF": 10**15, "TF": 10**12, "GF": 10**9}) or f"{flops / 10**6:.2f} MF"
-
-
-def _rounded(count: float, units: dict[str, int]) -> str:
-    """In the first unit that is no larger than the count; "" if all are."""
-    for name, unit in units.items():
-        if count >= unit:
-            value = count / unit
-            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {name}"
-    return ""
-
-
 FP32 = 4  # bytes of a number
 CHUNKS_A_PROMPT = 2
 PROMPT_ROWS = 128  # text rows of a prompt of a step, without padding
@@ -253,10 +221,9 @@ def needs_of(run: Run, *, planning: bool = True) -> Needs:
         f"latents of {run.together} videos", run.together * run.sizes.latent_bytes(run.settings.frames), EXACT
     )
     rollout = [latents, *_rollout(run)]
-    words = run.context_plans * (run.texts + 1) * run.sizes.text_bytes
     update = [
         Item("velocities of the reference", _transitions(run, run.settings.schedule.transitions), EXACT),
-        Item("K/V of a context's prompts, and a copy", words, ESTIMATED),
+        Item("K/V of a context's prompts", run.context_plans * (run.texts + 1) * run.sizes.text_bytes, ESTIMATED),
     ]
     if run.graphs:
         held = max(activations, training)
@@ -328,8 +295,8 @@ def _kept_of_a_rollout(run: Run) -> list[Item]:
 
 def _recorded(run: Run) -> int:
     """Bytes of states, noises and contexts of all plans, with the latest switch."""
-    context = run.plans * run.sizes.latent_bytes(run.settings.frames - run.settings.chunk)
-    return _transitions(run, 2 * run.settings.schedule.transitions + 1) + context
+    contexts = run.plans * run.sizes.latent_bytes(run.settings.frames - run.settings.chunk)
+    return contexts + _transitions(run, 2 * run.settings.schedule.transitions + 1)
 
 
 def _transitions(run: Run, each: int) -> int:

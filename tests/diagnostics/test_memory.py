@@ -21,7 +21,7 @@ from tempact.cli import from_yaml
 from tempact.config import ExecutorConfig, LoraConfig, OptimConfig, RunConfig
 from tempact.diagnostics import dry_run as report
 from tempact.diagnostics import footprints as footprint
-from tempact.diagnostics.dry_run import _fit, _time, dry_run, missing, run_of
+from tempact.diagnostics.dry_run import _fit, _time, dry_run, missing, run_of, size, table, tera
 from tempact.diagnostics.footprints import PlannerSizes, Sizes, plan_bytes, trace_plan
 from tempact.diagnostics.memory import (
     EXACT,
@@ -33,9 +33,6 @@ from tempact.diagnostics.memory import (
     Run,
     largest,
     needs_of,
-    size,
-    table,
-    tera,
     total,
     work_of,
 )
