@@ -207,7 +207,7 @@ class PlannerConfig:
     advantage_clip: float = key(1.0, TRAINING, "largest size of an advantage", POSITIVE)
     loss_tokens: str = key("all", TRAINING, "tokens in the loss: all, or those after </think>", choice("all", "json"))
     max_sampling_gap: float = key(
-        0.1, RUN, "log-probs of sampling and training, mean nats a token apart, that stop a run", POSITIVE
+        0.2, RUN, "log-probs of sampling and training, mean nats a token apart, that stop a run", POSITIVE
     )
     sampled_together: int = key(
         0, SPEED, "plans decoded together on a GPU, which bounds their K and V", at_least(0, "0 (32), or at least 1")

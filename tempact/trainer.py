@@ -1,7 +1,7 @@
 """The loop: plans, rollouts, rewards, advantages, two updates.
 
-Every random draw of an iteration comes from seeds derived of (run seed, iteration, purpose) and what is drawn for, so the
-state of a run is its weights, its optimisers, its averages and the number of iterations done.
+Every random draw of an iteration comes from seeds derived of (run seed, iteration, purpose) and what is drawn for, so
+the state of a run is its weights, its optimisers, its averages and the number of iterations done.
 """
 
 from __future__ import annotations

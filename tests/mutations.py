@@ -855,8 +855,8 @@ MUTATIONS = [
         ("test_a_cache_for_graphs_stays_where_it_is", "if plans and self.runner.graphs:", "if plans > 99:"),
         (
             "test_videos_are_made_with_merged_weights_and_training_is_not",
-            "if MERGED_TRAINING or record is None else nullcontext()",
-            "if MERGED_TRAINING else nullcontext()",
+            "        with self.merged(), self.precision(), self.history(*noise",
+            "        with self.precision(), self.history(*noise",
         ),
     ),
 ]

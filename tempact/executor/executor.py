@@ -10,7 +10,7 @@ and given back before the next, so that the cache holds no more of an update tha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -46,7 +46,6 @@ from tempact.rl.flow_grpo import clip_epsilon, flow_grpo_gradient, rollout_gap
 from tempact.types import Batch, Plan, Rollout, Transition
 
 TEXTS_KEPT = 1024  # prompts whose text rows stay at hand: under a GB at full size
-MERGED_TRAINING = True  # roll-outs that are trained on use merged weights, too: rollout_gap then has their rounding
 
 
 @dataclass(frozen=True)
@@ -204,8 +203,7 @@ class Executor:
     def _roll_out(
         self, plans: list[Plan], switch_frames: list[int], noise: NoiseSource, record: Transition | None
     ) -> Tensor:
-        weights = self.merged() if MERGED_TRAINING or record is None else nullcontext()
-        with weights, self.precision(), self.history(*noise.shape[:2]) as history:
+        with self.merged(), self.precision(), self.history(*noise.shape[:2]) as history:
             return roll_out(history, self.encode, plans, switch_frames, noise, record)
 
     @contextmanager

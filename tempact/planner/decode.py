@@ -247,8 +247,7 @@ class Decoder:
         self.place = _Place()
         layers = len(DynamicCache(config=config).layers)
         self.cache = Cache(layers=[_Layer(self.place, rows, self.length) for _ in range(layers)])
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.pool: Any = None
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def run(self, asked: Iterable[Asked]) -> dict[int, Response]:
         """Responses by number; equal prompts that follow each other are read once."""
@@ -299,18 +298,17 @@ class Decoder:
         """One step of all rows; those that are not done have fewer than `length` tokens."""
         if not self.ids.is_cuda:
             self.decode(length)
-        elif length in self.graphs:
-            self.graphs[length].replay()
+        elif self.graph is not None:
+            self.graph.replay()
         else:
             self.decode(length)  # as it is, which also loads what a recording cannot
-            self.graphs[length] = graph = torch.cuda.CUDAGraph()
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            self.graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            self.graph.capture_begin(capture_error_mode="thread_local")
             try:
                 self.decode(length)
             finally:
-                graph.capture_end()
+                self.graph.capture_end()
 
     def decode(self, length: int) -> None:
         """Draws the next token of every row and moves the rows that are not done."""

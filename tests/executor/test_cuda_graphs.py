@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -108,11 +109,10 @@ def test_bits_stay_where_the_cache_grows_and_graphs_give_way(monkeypatch: pytest
 def test_merged_graphs_follow_the_adapter_and_stay_near_the_unmerged(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    from tempact.executor import executor as module
-
     found, noise = {}, None
     for merged in (True, False):
-        monkeypatch.setattr(module, "MERGED_TRAINING", merged)
+        if not merged:
+            monkeypatch.setattr(Executor, "merged", lambda executor: nullcontext())
         executor = make_executor(CONFIG, dtype)
         noise = noise or gaussian_noise(0, executor.noise_shape(2, 2), DEVICE)
         with runtime.backend("triton"):
@@ -165,11 +165,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     return made
 
 
-def test_videos_are_made_with_merged_weights_and_training_is_not(
-    calls: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tempact.executor import executor as module
-
+def test_videos_are_made_with_merged_weights_and_training_is_not(calls: list[tuple[str, bool]]) -> None:
     executor = make_executor(CONFIG)
     noise, one = (gaussian_noise(0, executor.noise_shape(*shape), DEVICE) for shape in ((2, 2), (1, 1)))
 
@@ -191,9 +187,6 @@ def test_videos_are_made_with_merged_weights_and_training_is_not(
         assert called(lambda: [*stream_latents(executor, PLANS[0], one)]) == made
         with executor.reference():
             assert called(lambda: executor.roll_out(PLANS, [0, 0], noise)) == made
-        monkeypatch.setattr(module, "MERGED_TRAINING", False)
-        assert called(lambda: executor.roll_out(PLANS, [0, 0], noise)) == made
-        assert called(lambda: executor.roll_out(PLANS, STARTS, noise)) == {("velocity", False), ("write", False)}
 
 
 def test_the_torch_path_merges_nothing(calls: list[tuple[str, bool]]) -> None:

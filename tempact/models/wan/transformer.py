@@ -338,7 +338,7 @@ class WanTransformer(nn.Module):
         # as precise as its weights, also where the rest is autocast: gates multiply everything that follows
         with _without_autocast(x.device):
             waves = timestep_waves(sigma.flatten(), self.config.freq_dim).to(dtype)
-            if waves.device.type == "cpu" and len(waves) < FEW_ROWS:
+            if waves.device.type == "cpu" and type(waves) is Tensor and len(waves) < FEW_ROWS:  # not the dry run's
                 waves = F.pad(waves, (0, 0, 0, FEW_ROWS - len(waves)))
             rows = self.time_embedding(waves)
             rows0 = self.time_projection(rows)
