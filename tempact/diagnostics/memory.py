@@ -226,13 +226,12 @@ def needs_of(run: Run, *, planning: bool = True) -> Needs:
         Item("K/V of a context's prompts", run.context_plans * (run.texts + 1) * run.sizes.text_bytes, ESTIMATED),
     ]
     if run.graphs:
-        held = max(activations, training)
-        kept.append(Item("activations of rollout and update, held by CUDA graphs", held, TRACED))
+        kept.append(Item("activations of rollout and update, held by CUDA graphs", max(activations, training), TRACED))
     else:
         rollout.append(Item(f"activations, {run.together} branches", activations, TRACED))
         update.append(Item(f"activations, {run.update_rows} transitions", training, TRACED))
-    videos = run.branches * video_bytes(run.sizes.latent, run.settings.frames, run.decoder)
-    host = [Item(f"{run.branches} videos, uint8", videos, EXACT)]
+    video = video_bytes(run.sizes.latent, run.settings.frames, run.decoder)
+    host = [Item(f"{run.branches} videos, uint8", run.branches * video, EXACT)]
     phases = _planner_phases(run) if planning else []
     if run.offloaded:
         text = Item("text encoder", run.text_bytes, EXACT)
