@@ -279,7 +279,8 @@ def test_each_phase_has_its_own_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     device.take(-20)
     meter.begin()
     passing("plan", 1)
-    assert meter.metrics.keys() == {*(f"memory/{name}_gib" for name in ("held", "plan", "peak")), "timing_s/plan"}
+    names = ("held", "graphs", "plan", "peak")
+    assert meter.metrics.keys() == {*(f"memory/{name}_gib" for name in names), "timing_s/plan"}
     assert [meter.metrics[f"memory/{name}_gib"] for name in ("held", "plan", "peak")] == [3, 4, 23]
     later = Meter()  # of another run in this process
     later.begin()
@@ -302,7 +303,7 @@ def test_peaks_are_those_of_the_gpu() -> None:
 
 def test_an_inner_phase_takes_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, meter = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0, 21.0]), Meter()
-    monkeypatch.setattr("tempact.trainer.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("tempact.meter.time.monotonic", lambda: next(clock))
     meter.begin()
     for name in ("rollout", "rewards"):
         with meter.timed(lambda name: None, name):

@@ -27,7 +27,7 @@ from transformers.generation import logits_process as scoring
 from csrc_triton import decode_attention
 from tempact.config import PlannerConfig
 from tempact.models.adapters import lean_adapters
-from tempact.planner.language_model import one_kernel_norms
+from tempact.planner.language_model import one_kernel_norms, warpers
 
 ATTENTION = "tempact_decode"
 GPU_ROWS = 32  # of a step, where none are configured
@@ -81,18 +81,6 @@ def _first_above(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     sums = weights.cumsum(-1)
     place = (sums <= target).sum(-1, keepdim=True).clamp(max=weights.shape[1] - 1)
     return place, target - (sums - weights).gather(1, place)
-
-
-def warpers(settings: GenerationConfig) -> scoring.LogitsProcessorList:
-    """What temperature, top-k and top-p do to scores, in the order of `generate`; empty for the full distribution."""
-    found = scoring.LogitsProcessorList()
-    if settings.temperature != 1.0:
-        found.append(scoring.TemperatureLogitsWarper(settings.temperature))
-    if settings.top_k:
-        found.append(scoring.TopKLogitsWarper(settings.top_k))
-    if settings.top_p < 1.0:
-        found.append(scoring.TopPLogitsWarper(settings.top_p))
-    return found
 
 
 def respond(
@@ -155,11 +143,11 @@ def _attend(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention of one token a row: query [R, Hq, 1, D], key and value [R, Hkv, L, D], mask [R, 1, 1, L].
 
-    lengths [R]: what the mask says, on a GPU. On a CPU query heads of a group stand in the place of queries: K and V
-    are read once, and not copied for each head.
+    lengths [R]: what the mask says, where the model hands it on; a GPU needs it. On a CPU query heads of a group stand
+    in the place of queries: K and V are read once, and not copied for each head.
     """
     if query.is_cuda:
-        assert lengths is not None, "a model that keeps what its attention is told for itself"
+        lengths = (mask[:, 0, 0] == 0).sum(-1) if lengths is None else lengths
         return decode_attention(query[:, :, 0], key, value, lengths, softmax_scale=scaling)[:, None], None
     grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
     out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)

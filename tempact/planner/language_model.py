@@ -29,7 +29,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.generation import logits_process as scoring
 
 from tempact.errors import UserError
 from tempact.planner.plans import THINK_END, THINK_START
@@ -97,6 +104,18 @@ def chosen_log_probs(head: nn.Module, hidden: Tensor, ids: Tensor, at_once: int 
 def _chunk(head: nn.Module, hidden: Tensor, ids: Tensor) -> Tensor:
     logits = head(hidden).float()
     return logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def warpers(settings: GenerationConfig) -> scoring.LogitsProcessorList:
+    """What temperature, top-k and top-p do to scores, in the order of `generate`; empty for the full distribution."""
+    found = scoring.LogitsProcessorList()
+    if settings.temperature != 1.0:
+        found.append(scoring.TemperatureLogitsWarper(settings.temperature))
+    if settings.top_k:
+        found.append(scoring.TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1.0:
+        found.append(scoring.TopPLogitsWarper(settings.top_p))
+    return found
 
 
 @contextmanager
