@@ -21,6 +21,7 @@ VALUES = {
     "at least 2 (a group's members are compared)": (["1"], ["2"]),
     "at least 0": (["-1"], ["0"]),
     "0 (all), or at least 1": (["-1"], ["0"], ["1"]),
+    "0 (32), or at least 1": (["-1"], ["0"], ["1"]),
     "0 (off), or more where the planner is not trained": (["-1"], ["0"], ["20", "--planner.train", "false"]),
     "above 0": (["0"], ["1"]),
     "above 0, at most 1": (["0"], ["1"], ["0.5"]),
