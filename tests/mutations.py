@@ -98,7 +98,7 @@ MUTATIONS = [
     ),
     *faults(
         "tempact/meter.py",
-        TRAINING,
+        "tests/test_meter.py",
         ("test_each_phase_has_its_own_peak", "            torch.cuda.reset_peak_memory_stats()\n", ""),
         ("test_each_phase_has_its_own_peak", "= max(Meter.peak_gib, peak)", "= peak"),
         ("test_each_phase_has_its_own_peak", "        self._running = []\n        self._lap()", "        self._lap()"),

@@ -38,7 +38,7 @@ MOST_BRANCHES = 256  # tried: the cache's bookkeeping takes its time
 
 
 # operations a second of a whole iteration, and seconds of a decoding step: an H200's (docs/costs.md), two CPU cores'
-GPU_RATE, GPU_TOKEN_S, CPU_RATE = 588e12, 0.0093, 75e9
+GPU_RATE, GPU_TOKEN_S, CPU_RATE = 588e12, 0.0092, 75e9
 
 
 def dry_run(config: RunConfig, gpu_gib: float) -> tuple[list[str], bool]:

@@ -281,7 +281,7 @@ def trace_plan(model: PretrainedConfig, config: PlannerConfig, length: int, laye
     own = copy.deepcopy(model)
     own.num_hidden_layers = layers or own.num_hidden_layers
     if getattr(own, "layer_types", None):
-        own.layer_types = own.layer_types[: own.num_hidden_layers]
+        own.layer_types = [own.layer_types[i % len(own.layer_types)] for i in range(own.num_hidden_layers)]
     peft = _make_planner(own, config).eval()
     inner: Any = peft.get_base_model()
     for layer in inner.model.layers if config.checkpoint_activations else ():

@@ -26,6 +26,7 @@ from transformers.generation import logits_process as scoring
 
 from csrc_triton import decode_attention
 from tempact.config import PlannerConfig
+from tempact.errors import UserError
 from tempact.models.adapters import lean_adapters
 from tempact.planner.language_model import one_kernel_norms, warpers
 
@@ -96,7 +97,7 @@ def respond(
         rows: responses decoded together, as `rows_of` gives them.
         stepwise: the model has been found to be one that `steps` accepts.
 
-    Raises FloatingPointError for logits that are NaN or infinite.
+    Raises UserError for logits that are NaN or infinite.
     """
     on_gpu = model.device.type == "cuda"
     asked = [Asked(*each) for each in zip(range(len(seeds)), prompts, seeds, strict=True)]
@@ -115,7 +116,7 @@ def respond(
     if on_gpu:
         torch.cuda.empty_cache()  # the side stream's memory, which others cannot use
     if not all(math.isfinite(value) for response in made.values() for value in response.log_probs):
-        raise FloatingPointError("planner: found logits that are not finite")
+        raise UserError("planner: found logits that are not finite; accepted: weights that give finite ones")
     return [made[i] for i in range(len(prompts))]
 
 

@@ -241,8 +241,8 @@ def test_blocks_and_rows_are_extrapolated_to_the_bytes_of_the_whole() -> None:
 
 
 def test_a_planners_layers_and_tokens_are_extrapolated() -> None:
-    sizes = qwen3(2048, 6144, 5, 16, True)
-    for again in (False, True):
+    for layers, again in ((5, False), (5, True), (2, False)):
+        sizes = qwen3(2048, 6144, layers, 16, True)
         config = replace(get_preset("self-forcing").planner, checkpoint_activations=again)
         planned = plan_bytes(sizes, config, 1024)
         assert planned == pytest.approx(trace_plan(sizes, config, 1024).bytes, rel=0.01)
