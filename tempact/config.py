@@ -322,6 +322,7 @@ class TrainerConfig:
     max_idle_iterations: int = key(
         5, RUN, "iterations in a row in which a trained policy has no group of unequal rewards, then stop", COUNT
     )
+    stall_s: float = key(600.0, RUN, "seconds without any progress of one of several processes, then stop", POSITIVE)
 
 
 @dataclass(frozen=True)

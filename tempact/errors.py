@@ -41,6 +41,9 @@ class StopRequest:
     signal is noted, which makes the object true, and `finishing` is told. The second signal raises `Stopped` in any
     case; a third one is left to the system. Python ignores what is raised in a destructor, and libraries may swallow
     it: `Stopped` is raised again until somebody handles it.
+
+    once: several processes stop together, so that one request comes as several signals, of which the first alone
+    counts. last: what is done is what ends the process, and no signal interrupts it.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -49,6 +52,8 @@ class StopRequest:
         self.name = ""  # of the signal
         self.opened = True
         self.finishing = ""  # what is done before the end, where that is not opened
+        self.once = self.last = False
+        self._held = 0
 
     def __bool__(self) -> bool:
         return bool(self.name)
@@ -63,6 +68,17 @@ class StopRequest:
         """What follows is finished first."""
         self.handled()
         self.opened, self.finishing = False, finishing
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, signals are noted and raise nothing; `Stopped` is raised at the end, where that is opened."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+        if self and self.opened and not self._held and not self.last:
+            raise Stopped(self.name)
 
     def handled(self) -> None:
         """`Stopped` has arrived: it is not raised again."""
@@ -86,7 +102,12 @@ class StopRequest:
                 signal.signal(each, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        again, self.name = bool(self), signal.Signals(number).name
+        again = bool(self)
+        if again and self.once:
+            return
+        self.name = signal.Signals(number).name
+        if self._held or self.last:
+            return
         if again:
             for each in self.SIGNALS:
                 if signal.getsignal(each) == self._note:
@@ -94,7 +115,8 @@ class StopRequest:
         if again or self.opened:
             signal.setitimer(signal.ITIMER_REAL, REMIND_S, REMIND_S)
             raise Stopped(self.name)
-        log.warning("%s: %s first; once more to give that up", self.name, self.finishing)
+        more = "" if self.once else "; once more to give that up"
+        log.warning("%s: %s first%s", self.name, self.finishing, more)
 
     def _remind(self, number: int, frame: FrameType | None) -> None:
         if isinstance(sys.exception(), Stopped):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from csrc_triton import runtime
 from tempact.config import RunConfig
+from tempact.distributed import Ranks
 from tempact.errors import UserError
 from tempact.executor.executor import Executor
 from tempact.planner.planner import Planner
@@ -71,28 +71,20 @@ def build_planner(config: RunConfig, device: torch.device) -> Planner:
 
 
 def build_trainer(
-    config: RunConfig, policies: PolicyPair, prompts: PromptSource | None = None, rewards: RewardSet | None = None
-) -> Trainer:
+    config: RunConfig, policies: PolicyPair, prompts: PromptSource | None = None, rewards: RewardSet | None = None,
+    ranks: Ranks | None = None,
+) -> Trainer:  # fmt: skip
     """The trainer of a run, with its world's prompts and rewards unless others are given."""
     world = world_of(config)
     prompts, rewards = prompts or world.prompts(), rewards or world.rewards(policies.executor.device)
-    return Trainer(config, policies.planner, policies.executor, rewards, prompts)
-
-
-def refuse_ranks() -> None:
-    """UserError under torchrun, as long as a command has one process."""
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    if ranks != "1":
-        found = f"WORLD_SIZE: found {ranks} processes, as torchrun starts them"
-        raise UserError(f"{found}; accepted: one, python -m tempact.train (a run has one process and one GPU)")
+    return Trainer(config, policies.planner, policies.executor, rewards, prompts, ranks)
 
 
 def device_of(config: RunConfig) -> torch.device:
     """The device of a run; also sets threads, determinism and the backend of csrc_triton's ops.
 
-    UserError for a GPU that is not there, kernels that cannot serve on the device and several processes.
+    UserError for a GPU that is not there and kernels that cannot serve on the device.
     """
-    refuse_ranks()
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.deterministic:

@@ -1,5 +1,8 @@
 """The loop: plans, rollouts, rewards, advantages, two updates.
 
+Every process of a run makes its share of plans, videos and gradients; raw rewards of all are gathered, and everything
+that is decided is decided from them, by every process alike.
+
 Every random draw of an iteration comes from seeds derived of (run seed, iteration, purpose) and what is drawn for, so
 the state of a run is its weights, its optimisers, its averages and the number of iterations done.
 """
@@ -9,7 +12,8 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
@@ -18,11 +22,15 @@ import torch
 from torch import Tensor
 
 from tempact.config import RunConfig
+from tempact.distributed import Ranks
+from tempact.distributed.reduction import checksum
+from tempact.errors import UserError
 from tempact.executor.executor import Executor
-from tempact.executor.sampler import gaussian_noise
+from tempact.executor.sampler import NoiseSource, gaussian_noise
 from tempact.meter import Meter
 from tempact.planner.planner import Planner
-from tempact.rewards import RewardSet
+from tempact.rewards import RewardSet, Scores
+from tempact.rewards.judges import JudgeOutage, merged_stats
 from tempact.rl import EMA, PolicyOptimizer
 from tempact.rl.advantages import (
     EXECUTION_EPS,
@@ -33,9 +41,12 @@ from tempact.rl.advantages import (
     shuffled,
 )
 from tempact.seeds import derive_seed
-from tempact.types import Batch, PlanBatch, Prompt, Rollout, Scored
+from tempact.types import Batch, PlanBatch, Prompt, Rollout, Scored, Transition
+from tempact.updates import ExecutorUpdates, PlannerUpdates
 
 log = logging.getLogger(__name__)
+
+Timed = Callable[[str], AbstractContextManager[None]]  # measures a phase
 
 
 class PromptSource(Protocol):
@@ -65,6 +76,10 @@ class VideosNotFinite(Aborted):
     """No video of an iteration has finite latents: the executor's last step was no good."""
 
 
+class PoliciesDiffer(RuntimeError):
+    """Processes that must hold the same weights do not."""
+
+
 class WeightsNotFinite(Aborted):
     """A step gave a policy weights that are NaN or infinite."""
 
@@ -89,8 +104,25 @@ def switch_frames(batch: PlanBatch, chunk: int, rngs: Sequence[random.Random]) -
 
 
 @dataclass
+class OwnVideos:
+    """What this process makes of an iteration's videos.
+
+    forks    switch frame of every plan, of all processes
+    noise    of all videos
+    rollout  frames [P, N, ...] of all plans; of several processes, only its own plans' are filled
+    records  of its plans
+    """
+
+    forks: list[int]
+    noise: NoiseSource
+    rollout: Rollout = field(default_factory=lambda: Rollout(torch.empty(0)))
+    records: dict[range, Transition] = field(default_factory=dict)
+
+
+@dataclass
 class Iteration:
-    """What one iteration made, for logs, samples and videos."""
+    """What one iteration made, for logs, samples and videos. rollout: of several processes, the videos of the plans
+    that this one made."""
 
     number: int
     plans: PlanBatch
@@ -98,6 +130,7 @@ class Iteration:
     scored: Scored
     batch: Batch
     metrics: dict[str, float]
+    own: frozenset[int]  # plans whose videos are in `rollout`
 
 
 class Trainer:
@@ -107,9 +140,10 @@ class Trainer:
     """
 
     def __init__(
-        self, config: RunConfig, planner: Planner, executor: Executor, rewards: RewardSet, prompts: PromptSource
-    ):
-        self.config, self.rewards, self.prompts = config, rewards, prompts
+        self, config: RunConfig, planner: Planner, executor: Executor, rewards: RewardSet, prompts: PromptSource,
+        ranks: Ranks | None = None,
+    ):  # fmt: skip
+        self.config, self.rewards, self.prompts, self.ranks = config, rewards, prompts, ranks or Ranks()
         self.planner, self.executor = planner, executor
         self.meter = Meter()
         self.done = 0
@@ -117,8 +151,8 @@ class Trainer:
         self.wide_gap = ""  # why the last updates were refused, if it was for that
         self._before: dict | None = None  # state before the first optimiser step of the latest iteration
         self._earlier: dict | None = None  # the same of the iteration before, until its policies have made videos
-        self.planner_policy = PolicyOptimizer(dict(planner.parameters()), config.planner.optim)
-        self.executor_policy = PolicyOptimizer(executor.parameters(), config.executor.optim)
+        self.planner_policy = PolicyOptimizer(dict(planner.parameters()), config.planner.optim, self.ranks)
+        self.executor_policy = PolicyOptimizer(executor.parameters(), config.executor.optim, self.ranks)
         self.ema = EMA(executor.parameters(), config.executor.ema_decay)
 
     def iterations(self, phase: Callable[[str], None]) -> Iterator[Iteration]:
@@ -138,34 +172,85 @@ class Trainer:
         self.meter.begin()
         timed = partial(self.meter.timed, phase)
         self._before = None
-
-        def score(part: Rollout) -> None:
-            with timed("rewards"):
-                scoring.add(part)
-
         data, planner, executor = self.config.data, self.config.planner, self.config.executor
         with timed("plan"):
             prompts = self.prompts.draw(data.prompts_per_iteration, self._seed("prompts"))
-            plans = self.planner.sample(prompts, planner.plans_per_prompt, self._seed("plans"))
-            scoring = self.rewards.begin(plans)
-        with timed("rollout"):
+            plans = self.planner.sample(prompts, planner.plans_per_prompt, self._seed("plans"), ranks=self.ranks)
             rngs = [random.Random(self._seed("switch", prompt)) for prompt in range(len(prompts))]
             forks = switch_frames(plans, executor.chunk_frames, rngs)
             shape = self.executor.noise_shape(len(plans.plans), executor.continuations)
-            noise = gaussian_noise(self._seed("noise"), shape, self.executor.device)
-            rollout = self.executor.rollout(plans.plans, forks, noise, score)
-            self._check_videos(rollout)
+            videos = OwnVideos(forks, gaussian_noise(self._seed("noise"), shape, self.executor.device))
+        with timed("rollout"):
+            # what may end here alone, silent judges for one, ends the iteration of all processes
+            found = self.ranks.agreed(partial(self._score, plans, videos, timed), JudgeOutage, UserError)
         with timed("rewards"):
-            scored = scoring.result()
-            batch, metrics = self._advantages(plans, rollout, scored)
+            self._check_videos(torch.stack([broken for _, broken in found]).any(0))
+            scored = self.rewards.whole(plans, [scores for scores, _ in found])
+            batch, metrics = self._advantages(plans, videos.rollout, scored)
         with timed("update"):
-            metrics |= self._update(batch, partial(phase, "step"))
+            metrics |= self._update(plans, batch, videos, partial(phase, "step"))
         if self._before is None:
             phase("step")  # there was none, but from here on the iteration counts
+        metrics |= self._agreed_metrics()
         self._note_idle(batch)
         self.done += 1
-        metrics |= self.rewards.metrics() | self.meter.metrics
-        return Iteration(self.done, plans, rollout, scored, batch, metrics)
+        own = frozenset(plan for unit in videos.records for plan in unit)
+        return Iteration(self.done, plans, videos.rollout, scored, batch, metrics, own)
+
+    def _score(self, plans: PlanBatch, videos: OwnVideos, timed: Timed) -> tuple[Scores, Tensor]:
+        """Makes the videos that fall to this process, while they are scored; their scores, and which are broken [P, N]
+        (False for those of others)."""
+        settings, count = self.config.executor, len(plans.plans)
+        scoring = self.rewards.begin(plans, self.ranks.share(count))
+
+        def made(unit: range, part: Rollout) -> None:
+            assert part.transition is not None
+            videos.records[unit] = part.transition
+            with timed("rewards"):
+                scoring.add(part, unit)
+
+        units = self.executor.rollout_units(count, settings.continuations, self.ranks.size)
+        cost = partial(self.executor.rollout_cost, switch_frames=videos.forks, continuations=settings.continuations)
+        taken = None if self.ranks.alone else self.ranks.take(units, cost)
+        videos.rollout = self.executor.rollout(plans.plans, videos.forks, videos.noise, made, taken)
+        assert videos.rollout.broken is not None
+        with timed("rewards"):
+            return scoring.scores(), videos.rollout.broken
+
+    def _agreed_metrics(self) -> dict[str, float]:
+        """Metrics of scoring and of the processes themselves, of all of them; here all have ended their updates.
+
+        Raises PoliciesDiffer where one holds other weights than the first.
+        """
+        took = sum(value for name, value in self.meter.metrics.items() if name.startswith("timing_s/"))
+        own = (self.meter.metrics, self.rewards.metrics(), self.ranks.waited(), took, self._checksums())
+        meters, judges, waited, seconds, sums = zip(*self.ranks.gather(own), strict=True)
+        for rank, other in enumerate(sums):
+            names = [name for name in other if other[name] != sums[0][name]]
+            if names:
+                found = f"weights of the {' and the '.join(names)} on rank {rank} that are not those on rank 0"
+                raise PoliciesDiffer(f"iteration {self.done + 1}: found {found}; accepted: the same bits on all")
+        metrics = merged_stats(judges) | {name: max(each[name] for each in meters) for name in meters[0]}
+        if not self.ranks.alone:
+            shares = [min(1.0, idle / max(time, 1e-9)) for idle, time in zip(waited, seconds, strict=True)]
+            metrics |= {f"ranks/idle/{rank}": share for rank, share in enumerate(shares)}
+            metrics["ranks/idle"] = sum(shares) / len(shares)
+        return metrics
+
+    def compare(self, configuration: str) -> None:
+        """UserError where processes differ in what must be equal: configuration, versions, GPU, weights."""
+        gpu = torch.cuda.get_device_name() if self.executor.device.type == "cuda" else "cpu"
+        own = {"configuration": configuration, "torch": torch.__version__, "device": gpu} | self._checksums()
+        everyone = self.ranks.gather(own)
+        for rank, other in enumerate(everyone):
+            for name, value in other.items():
+                if value != everyone[0][name]:
+                    found = f"{value} on rank {rank} and {everyone[0][name]} on rank 0"
+                    raise UserError(f"ranks: found {name} {found}; accepted: the same on all of them")
+
+    def _checksums(self) -> dict[str, list[int]]:
+        """Of the weights of both policies."""
+        return {name: checksum(policy.parameters.values()) for name, policy in self._policies().items()}
 
     def state(self) -> dict:
         """All that a resumed run needs beside the adapters."""
@@ -206,9 +291,9 @@ class Trainer:
             self.load_state(before["state"])
         self._before = self._earlier = None
 
-    def _check_videos(self, rollout: Rollout) -> None:
-        broken = 0 if rollout.broken is None else int(rollout.broken.sum())
-        if rollout.broken is not None and bool(rollout.broken.all()):
+    def _check_videos(self, broken: Tensor) -> None:
+        """broken [P, N]: of all processes."""
+        if bool(broken.all()):
             number = self.done + 1
             self._restore(self._earlier)
             lr = self.config.executor.optim.lr
@@ -216,8 +301,8 @@ class Trainer:
                 f"iteration {number}: found no video whose latents are finite, so the policies are those after "
                 f"iteration {self.done} again; accepted: steps of less than executor.optim.lr {lr:g}"
             )
-        if broken:
-            log.warning("iteration %d: %d videos have latents that are not finite", self.done + 1, broken)
+        if bool(broken.any()):
+            log.warning("iteration %d: %d videos have latents that are not finite", self.done + 1, int(broken.sum()))
         self._earlier = None
 
     def _seed(self, purpose: str, *index: int) -> int:
@@ -238,37 +323,36 @@ class Trainer:
         metrics = prefixed("planner", plan_metrics) | prefixed("executor", execution_metrics)
         return batch, metrics | reward_metrics(scored)
 
-    def _update(self, batch: Batch, stepping: Callable[[], None]) -> dict[str, float]:
+    def _update(
+        self, plans: PlanBatch, batch: Batch, videos: OwnVideos, stepping: Callable[[], None]
+    ) -> dict[str, float]:
         """`updates_per_iteration` optimiser steps of both policies on consecutive parts of the plans.
 
         `stepping` is called before the first optimiser step. Names of the metrics of later updates end in @2, @3, ...
         """
         parts = split(len(batch.plan_advantage), self.config.trainer.updates_per_iteration)
-        later = [plan for part in parts[1:] for plan in part]
-        old_velocities = old_log_probs = torch.empty(0)
-        if later:  # off-policy from the second step on: old values are those before the first
-            assert batch.tokens is not None and batch.transition is not None
-            with torch.no_grad():
-                old_log_probs = self.planner.log_probs(batch.tokens)
-                old_velocities = self.executor.velocities(batch.transition, later)
+        updates: dict[str, PlannerUpdates | ExecutorUpdates] = {}
+        if self.config.planner.train:
+            updates["planner"] = PlannerUpdates(self.planner, self.planner_policy, batch, parts)
+        if self.config.executor.train:
+            updates["executor"] = ExecutorUpdates(
+                self.executor, self.executor_policy, plans, batch, videos.forks, videos.records, videos.noise, parts
+            )
         metrics: dict[str, float] = {}
         self.wide_gap = ""
-        for i, part in enumerate(parts):
-            found: dict[str, dict[str, float]] = {}
-            if self.config.planner.train:
-                found["planner"] = self.planner.update(batch, part, old_log_probs[part] if i else None)
-            if self.config.executor.train:
-                rows = [later.index(plan) for plan in part] if i else []
-                found["executor"] = self.executor.update(batch, part, old_velocities[rows] if i else None)
+        for i in range(len(parts)):
+            found = {name: own.update(i) for name, own in updates.items()}
             self.wide_gap = self.wide_gap or too_wide(found, self.config)
             for name, values in found.items():  # both gradients first: until here the iteration can be dropped
                 values |= self._step(name, stepping) if values else {}
                 metrics |= {f"{name}/{key}{f'@{i + 1}' if i else ''}": value for key, value in values.items()}
         return metrics
 
+    def _policies(self) -> dict[str, PolicyOptimizer]:
+        return {"planner": self.planner_policy, "executor": self.executor_policy}
+
     def _trained_policies(self) -> dict[str, PolicyOptimizer]:
-        both = {"planner": self.planner_policy, "executor": self.executor_policy}
-        return {name: policy for name, policy in both.items() if getattr(self.config, name).train}
+        return {name: policy for name, policy in self._policies().items() if getattr(self.config, name).train}
 
     def _step(self, name: str, stepping: Callable[[], None]) -> dict[str, float]:
         """An optimiser step of the policy `name`, unless another policy than the trained has made plans or videos."""

@@ -144,8 +144,10 @@ class World:
             )
         return FilePrompts(Path(source), self.config.data.prompts_per_iteration)
 
-    def rewards(self, device: torch.device) -> RewardSet:
+    def rewards(self, device: torch.device, processes: int = 1) -> RewardSet:
         """Rewards of training: served judges, PickScore on `device`, and the user's own. The caller closes them.
+
+        processes: of the run; each keeps to its part of the judges' limits.
 
         UserError for own rewards that cannot be imported, judges that the environment does not name and PickScore's
         weights.
@@ -156,7 +158,7 @@ class World:
         from tempact.rewards.pickscore import PickScorer, real_rewards
 
         settings, custom = self.config.judges, load_rewards(self.config.rewards.custom)
-        judges = JudgeClient(JudgeConfig.from_environment(settings=settings))
+        judges = JudgeClient(JudgeConfig.from_environment(settings=settings).divided(processes))
         try:
             return real_rewards(judges, PickScorer.load(settings, device), settings).extended(custom)
         except UserError:
@@ -272,7 +274,7 @@ class ShapeWorld(World):
             raise UserError(f"data.prompts: found {source!r}; accepted: {SHAPEWORLD}, as the executor knows no others")
         return ShapeWorldPrompts()
 
-    def rewards(self, device: torch.device) -> RewardSet:
+    def rewards(self, device: torch.device, processes: int = 1) -> RewardSet:
         """ShapeWorld's four and the user's own; `judges.shapeworld`: served judges score all but picture quality."""
         from tempact.rewards import load_rewards
         from tempact.shapeworld.world import shapeworld_rewards
@@ -283,7 +285,7 @@ class ShapeWorld(World):
             from tempact.rewards.judges.client import JudgeClient
             from tempact.rewards.judges.config import JudgeConfig
 
-            judges = JudgeClient(JudgeConfig.from_environment(settings=settings))
+            judges = JudgeClient(JudgeConfig.from_environment(settings=settings).divided(processes))
             rewards = judged_rewards(judges, rewards.aesthetics, settings)
         return rewards.extended(custom)
 

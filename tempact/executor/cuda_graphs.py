@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from csrc_triton import CacheRows, ForkableKVCache, LayerViews, fork_attention, runtime
 from csrc_triton.fork_attention import HEAD_DIMS
 from csrc_triton.kv_cache import Reservation
+from tempact.distributed.watch import moved
 from tempact.executor.lora import LoraLinear
 from tempact.models.wan.transformer import ChunkAttention, TextKV, WanTransformer
 
@@ -164,6 +165,7 @@ class CudaGraphRunner:
         pools: tuple[int, ...] = (),
     ) -> Tensor:  # fmt: skip
         """`call(context, *inputs)`; pools: addresses of those that it writes to."""
+        moved()
         views = context if isinstance(context, LayerViews) else None
         usable = self.graphs and inputs[0].is_cuda and runtime.get_backend() != "torch"
         if not usable or views is not context:
@@ -260,7 +262,8 @@ class CudaGraphRunner:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
         with torch.cuda.stream(self._side_stream):
-            graph.capture_begin(pool=self._memory)
+            # other threads may ask the device meanwhile, as NCCL's does for how its work is going
+            graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
             try:
                 yield
             finally:

@@ -9,7 +9,7 @@ and given back before the next, so that the cache holds no more of an update tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from csrc_triton import ForkableKVCache
 from tempact.config import ExecutorConfig
+from tempact.distributed.reduction import Gradient, UpdateSum
+from tempact.distributed.watch import moved
 from tempact.executor.cuda_graphs import CudaGraphRunner
 from tempact.executor.kv_history import FIRST_FRAMES, KVHistory
 from tempact.executor.lora import LoraLinear, merged
@@ -154,49 +156,64 @@ class Executor:
         calls = max(self.settings.schedule.calls, self.settings.first.calls)
         return (plans, continuations, calls, self.codec.latent_channels, self.settings.chunk, *self.latent_size)
 
+    def rollout_units(self, plans: int, continuations: int, processes: int = 1) -> list[range]:
+        """Plans that are rolled out together, one unit after the other: of about `rollout_videos` videos, else as many
+        as fall to each of the processes."""
+        most = -(-plans // processes)
+        if self.config.rollout_videos:
+            most = max(1, self.config.rollout_videos // continuations)
+        return [range(first, min(first + most, plans)) for first in range(0, plans, most)]
+
+    def rollout_cost(self, plans: range, switch_frames: list[int], continuations: int) -> float:
+        """Of a unit, in chunks of one video."""
+        chunk, frames = self.settings.chunk, self.settings.frames
+        return sum((fork + continuations * (frames - fork)) / chunk for fork in switch_frames[plans.start : plans.stop])
+
     def rollout(
         self,
         plans: list[Plan],
         switch_frames: list[int],
         noise: NoiseSource,
-        made: Callable[[Rollout], None] = lambda part: None,
+        made: Callable[[range, Rollout], None] = lambda unit, part: None,
+        units: Iterable[range] | None = None,
     ) -> Rollout:
         """Videos of P plans x N continuations, N being the noise's; plan p forks at switch_frames[p].
 
-        `made` is given the videos of a few plans as soon as they are decoded, before the next ones are begun. The
-        transition is None where a switch frame is 0 (`roll_out`). States and context of a broken video are 0.
+        units: those of `rollout_units` that are rolled out here, one after the other; None: all of them. `made` is
+        given the videos of a unit as soon as they are decoded, before the next ones are begun. The transition is None
+        where a switch frame is 0 (`roll_out`), and where units are given: `made` gets those of each unit. States and
+        context of a broken video are 0.
         """
-        count = len(plans)
-        if self.config.rollout_videos:
-            count = max(1, self.config.rollout_videos // noise.shape[1])
         with self.precision():  # the text encoder is asked once, also where its weights must come first
             self.read([prompt for plan in plans for prompt in chunk_prompts(plan, self.settings)])
-        frames, broken = torch.empty(0), list[Tensor]()
-        record = self._blank(plans, switch_frames, noise)
-        for first in range(0, len(plans), count):
-            own = slice(first, min(first + count, len(plans)))
-            of_own = None if record is None else record.part(own)
-            latents = self._roll_out(plans[own], switch_frames[own], noise.part(own), of_own)
-            broken.append(not_finite(latents))
-            part = Rollout(self.codec.decode_forked(latents, switch_frames[own]), of_own, broken[-1])
+        frames, broken = torch.empty(0), torch.zeros(noise.shape[:2], dtype=torch.bool)
+        record = self.blank(plans, switch_frames, noise) if units is None else None
+        for unit in self.rollout_units(*noise.shape[:2]) if units is None else units:
+            own = slice(unit.start, unit.stop)
+            given = plans[own], switch_frames[own], noise.part(own)
+            of_own = self.blank(*given) if record is None else record.part(own)
+            latents = self._roll_out(*given, of_own)
+            broken[own] = not_finite(latents).cpu()
+            part = Rollout(self.codec.decode_forked(latents, switch_frames[own]), of_own, broken[own])
             del latents  # nothing of these videos but frames and transition stays while the next ones are made
-            made(part)
-            if len(part.frames) == len(plans):
+            made(unit, part)
+            if len(unit) == len(plans):
                 return part
-            if first == 0:  # the videos of all plans can be most of a host's memory: no second copy
+            if not frames.numel():  # the videos of all plans can be most of a host's memory: no second copy
                 frames = part.frames.new_empty(len(plans), *part.frames.shape[1:])
             frames[own] = part.frames
             del part
-        return Rollout(frames, record, torch.cat(broken))
+        return Rollout(frames, record, broken)
 
     def roll_out(
         self, plans: list[Plan], switch_frames: list[int], noise: NoiseSource
     ) -> tuple[Tensor, Transition | None]:
         """Latents [P, N, C, F, H, W] of the videos of all plans together, and their transitions, as `rollout`."""
-        record = self._blank(plans, switch_frames, noise)
+        record = self.blank(plans, switch_frames, noise)
         return self._roll_out(plans, switch_frames, noise, record), record
 
-    def _blank(self, plans: list[Plan], switch_frames: list[int], noise: NoiseSource) -> Transition | None:
+    def blank(self, plans: list[Plan], switch_frames: list[int], noise: NoiseSource) -> Transition | None:
+        """Room for the record of a roll-out of these plans, whatever is in it; None where a switch frame is 0."""
         pinned = self.device.type == "cuda"
         return blank_transition(plans, switch_frames, noise, self.settings, pinned=pinned)
 
@@ -231,50 +248,74 @@ class Executor:
                 target.copy_(value.view_as(target))
         return out
 
-    def update(self, batch: Batch, plans: list[int], v_old: Tensor | None = None) -> dict[str, float]:
+    def units(self, plans: list[int], starts: Sequence[int], mask: Tensor) -> list[list[int]]:
+        """What an update of these plans works on, one after the other: plans with something to learn from that share a
+        switch frame and fit into a micro-batch. starts, mask: of all plans, as `Transition.start` and
+        `Batch.execution_mask`."""
+        continuations, steps = mask.shape[1], self.settings.schedule.transitions
+        counted = [plan for plan in plans if bool(mask[plan].any())]
+        size, found = max(1, self.config.micro_batch // (continuations * steps)), []
+        for start in dict.fromkeys(starts[plan] for plan in counted):
+            group = [plan for plan in counted if starts[plan] == start]
+            found += [group[i : i + size] for i in range(0, len(group), size)]
+        return found
+
+    def terms(self, plans: list[int], mask: Tensor) -> int:
+        """(plan, continuation, transition) terms that an update of these plans counts."""
+        return int(mask[plans].sum()) * self.settings.schedule.transitions if plans else 0
+
+    def update(
+        self, batch: Batch, plans: list[int], v_old: Tensor | None = None, total: UpdateSum | None = None
+    ) -> dict[str, float]:
         """Accumulates the gradient of the Flow-GRPO loss over the transitions of the plans with these indices.
 
         v_old: as `velocities` returned it before the iteration's first optimiser step; None in that first step, where
-        v_old is the velocity itself without gradient. The gradient is the mean over the counted (plan, continuation,
-        transition) terms. Returns metrics, without v_old also the mean `rollout_gap` of every sigma in units of the
-        clip; {} if no term counts.
+        v_old is the velocity itself without gradient. total: sum of the update of which these plans are the `units` of
+        this process; None: they are all. The gradient is the mean over the counted (plan, continuation, transition)
+        terms. Returns metrics, without v_old also the mean `rollout_gap` of every sigma in units of the clip; {} if no
+        term counts.
         """
         transition = batch.transition
         assert transition is not None
-        counted = [i for i, p in enumerate(plans) if bool(batch.execution_mask[p].any())]
-        plans = [plans[i] for i in counted]
-        v_old = None if v_old is None else v_old[counted]
-        terms = int(batch.execution_mask[plans].sum()) * transition.noises.shape[2] if plans else 0
+        units = self.units(plans, transition.start.tolist(), batch.execution_mask)
+        counted = [plan for unit in units for plan in unit]
+        rows = {plan: plans.index(plan) for plan in counted}
+        terms = self.terms(plans, batch.execution_mask) if total is None else total.terms
         if not terms:
             return {}
+        total = total or UpdateSum(Gradient(self.parameters().values()), len(units), terms)
         with self.reference():
-            v_ref = self.velocities(transition, plans)
-        clip = clip_epsilon(self.config.clip_velocity_rms, transition.noises[0, 0, 0].numel())
-        steps = transition.noises.shape[2]
+            v_ref = self.velocities(transition, counted)
+        steps = self.settings.schedule.transitions
+        clip = clip_epsilon(self.config.clip_velocity_rms, transition.noises.shape[3:].numel())
         advantage, mask = (
             values.to(self.device)[..., None].expand(-1, -1, steps)
             for values in (batch.execution_advantage, batch.execution_mask)
         )
-        totals: dict[str, Tensor] = {}  # on the device: a micro-batch is prepared while the one before is computed
-        for entries, velocity in self._forward(transition, plans, grad=True):
-            rows = [plans.index(plan) for plan in entries.plans]
-            gradient, metrics = flow_grpo_gradient(
-                velocity,
-                velocity.detach() if v_old is None else entries.of(v_old, self.device, rows),
-                entries.of(v_ref, self.device, rows),
-                entries.of(transition.noises, self.device),
-                entries.of(advantage, self.device),
-                entries.of(mask, self.device),
-                clip=clip,
-                kl_weight=self.config.kl_weight,
-                terms=terms,
-            )
-            velocity.backward(gradient)
-            if v_old is None:
-                metrics |= self._gaps(velocity.detach(), transition, entries, mask, terms // steps, clip)
-            for name, value in metrics.items():
-                totals[name] = totals[name] + value if name in totals else value
-        return dict(zip(totals, torch.stack([*totals.values()]).tolist(), strict=True))
+        for unit in units:
+            # on the device: a micro-batch is prepared while the one before is computed
+            shares: dict[str, Tensor] = {}
+            for entries, velocity in self._forward(transition, unit, grad=True):
+                moved()
+                own = [rows[plan] for plan in entries.plans]
+                gradient, metrics = flow_grpo_gradient(
+                    velocity,
+                    velocity.detach() if v_old is None else entries.of(v_old, self.device, own),
+                    entries.of(v_ref, self.device, [counted.index(plan) for plan in entries.plans]),
+                    entries.of(transition.noises, self.device),
+                    entries.of(advantage, self.device),
+                    entries.of(mask, self.device),
+                    clip=clip,
+                    kl_weight=self.config.kl_weight,
+                    terms=terms,
+                )
+                velocity.backward(gradient)
+                if v_old is None:
+                    metrics |= self._gaps(velocity.detach(), transition, entries, mask, terms // steps, clip)
+                for name, value in metrics.items():
+                    shares[name] = shares[name] + value if name in shares else value
+            total.add(shares)
+        return total.finish()
 
     def _gaps(
         self, velocity: Tensor, transition: Transition, entries: _Entries, mask: Tensor, videos: int, clip: float

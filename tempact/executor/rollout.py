@@ -144,7 +144,7 @@ def blank_transition(
     states, noises = (
         torch.empty(len(plans), count, each, *noise.shape[3:], pin_memory=pinned) for each in (steps + 1, steps)
     )
-    prefix = torch.empty(len(plans), channels, max(switch_frames), *size, pin_memory=pinned)
+    prefix = torch.empty(len(plans), channels, max(switch_frames, default=0), *size, pin_memory=pinned)
     upto = [
         chunk_prompts(plan, settings)[: frame // settings.chunk + 1]
         for plan, frame in zip(plans, switch_frames, strict=True)

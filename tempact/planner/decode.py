@@ -26,6 +26,7 @@ from transformers.generation import logits_process as scoring
 
 from csrc_triton import decode_attention
 from tempact.config import PlannerConfig
+from tempact.distributed.watch import moved
 from tempact.errors import UserError
 from tempact.models.adapters import lean_adapters
 from tempact.planner.language_model import one_kernel_norms, warpers
@@ -254,6 +255,7 @@ class Decoder:
                 held[row], needed[row] = following, len(following.prompt)
             if not held:
                 return made
+            moved()
             for _ in range(STEPS if self.done.is_cuda else 1):
                 longest = min(max(needed.values()), self.length)  # a row that has ended is counted on
                 self.advance(next(length for length in self.lengths if length >= longest))

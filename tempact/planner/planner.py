@@ -10,7 +10,6 @@ and never holds the logits of whole sequences.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -22,6 +21,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tempact.config import PlannerConfig
+from tempact.distributed import Ranks
+from tempact.distributed.reduction import Gradient, UpdateSum
+from tempact.distributed.watch import moved
 from tempact.errors import UserError
 from tempact.models.adapters import adapted, load_adapter, reference_active, save_adapter
 from tempact.planner import decode
@@ -114,17 +116,29 @@ class Planner:
         )
 
     @torch.no_grad()
-    def sample(self, prompts: list[Prompt], plans_per_prompt: int, seed: int, *, reference: bool = False) -> PlanBatch:
+    def sample(
+        self,
+        prompts: list[Prompt],
+        plans_per_prompt: int,
+        seed: int,
+        *,
+        reference: bool = False,
+        ranks: Ranks | None = None,
+    ) -> PlanBatch:
         """Samples `plans_per_prompt` plans a prompt; plan m of prompts[b] depends on (seed, b, m) and its prompt alone.
 
-        Leaves the global random state as it was. `reference` samples from the frozen start.
+        Leaves the global random state as it was. `reference` samples from the frozen start. ranks: each samples its
+        share, and all of them get all plans.
         """
-        asking = [self.prompt_text(p.text) for p in prompts]
+        asking, ranks = [self.prompt_text(p.text) for p in prompts], ranks or Ranks()
         opening = THINK_START if opens_thought(asking[0]) else ""
         each = [(b, m) for b in range(len(prompts)) for m in range(plans_per_prompt)]
         ids = self.tokenizer(asking, add_special_tokens=False)["input_ids"]
         asked = [ids[b] for b, _ in each]
-        responses = self.respond(asked, [derive_seed(seed, b, "plan", m) for b, m in each], reference=reference)
+        seeds = [derive_seed(seed, b, "plan", m) for b, m in each]
+        own = ranks.share(len(each))
+        mine = self.respond(asked[own.start : own.stop], seeds[own.start : own.stop], reference=reference)
+        responses = [response for of_rank in ranks.gather(mine) for response in of_rank]
         plans = []
         for (b, _), (tokens, _) in zip(each, responses, strict=True):
             bare = tokens[:-1] if tokens[-1] in self.generation.eos_token_id else tokens
@@ -161,37 +175,53 @@ class Planner:
             found = chosen_log_probs(self.head, hidden[rows, columns - 1], ids)
         return torch.zeros(tokens.input_ids.shape, device=self.device).index_put((rows, columns), found)
 
-    def update(self, batch: Batch, plans: list[int], old: Tensor | None) -> dict[str, float]:
+    def units(self, batch: Batch, plans: list[int]) -> list[list[int]]:
+        """The micro-batches of an update of these plans: scored ones of like length, so that little is padding."""
+        assert batch.tokens is not None
+        scored = [plan for plan in plans if batch.plan_mask[plan]]
+        size = self.config.micro_batch or max(1, len(scored))
+        if size < len(scored):
+            lengths = batch.tokens.attention_mask.sum(1).tolist()
+            scored.sort(key=lambda plan: lengths[plan])
+        return [scored[first : first + size] for first in range(0, len(scored), size)]
+
+    def old_log_probs(self, batch: Batch, units: list[list[int]]) -> dict[int, Tensor]:
+        """Log-probs of the plans of these units before the first of several updates, by plan."""
+        assert batch.tokens is not None
+        with torch.no_grad():
+            rows = [row for unit in units for row in self.log_probs(trimmed(batch.tokens.select(unit)))]
+        return dict(zip((plan for unit in units for plan in unit), rows, strict=True))
+
+    def update(
+        self, batch: Batch, plans: list[int], old: dict[int, Tensor] | None, total: UpdateSum | None = None
+    ) -> dict[str, float]:
         """Adds the gradient of the GSPO loss (docs/algorithm.md 2.4) to the trained adapter's.
 
         Args:
             batch: an iteration's plans, advantages and mask of scored plans.
             plans: the batch's rows of this update.
-            old: [len(plans), L] log-probs before the first of several updates; None in the first, whose ratio is 1.
+            old: `old_log_probs` before the first of several updates; None in the first, whose ratio is 1.
+            total: sum of the update, of whose `units` this process works on its own; None: on all.
 
         Returns the metrics of `gspo_loss`, none where no plan is scored. In the first update also the gap between the
         log-probs at sampling and those that are trained, a mean over tokens: sampling_gap |difference| in nats,
         sampling_k3 the estimate k3 of the divergence.
         """
         assert batch.tokens is not None
-        config, scored = self.config, [i for i, plan in enumerate(plans) if batch.plan_mask[plan]]
+        units = self.units(batch, plans)
+        scored = [plan for unit in units for plan in unit]
         if not scored:
             return {}
-        size = config.micro_batch or len(scored)
-        if size < len(scored):  # plans of like length, so that little is padding
-            lengths = batch.tokens.attention_mask.sum(1).tolist()
-            scored.sort(key=lambda i: lengths[plans[i]])
-        shares: list[dict[str, float]] = []
-        counted = int(batch.tokens.response_mask[[plans[i] for i in scored]].sum())
-        for first in range(0, len(scored), size):
-            rows = scored[first : first + size]
-            tokens = trimmed(batch.tokens.select([plans[i] for i in rows]))
-            advantage = batch.plan_advantage[[plans[i] for i in rows]]
-            before = None if old is None else old[rows, : tokens.input_ids.shape[1]]
-            loss, metrics = self._loss(tokens, advantage, before, len(scored), counted)
+        total = total or UpdateSum(Gradient(self.parameters().values()), len(units), len(scored))
+        counted = int(batch.tokens.response_mask[scored].sum())
+        for unit in units[total.own.start : total.own.stop]:
+            tokens, advantage = trimmed(batch.tokens.select(unit)), batch.plan_advantage[unit]
+            before = None if old is None else torch.stack([old[plan] for plan in unit])
+            loss, metrics = self._loss(tokens, advantage, before, total.terms, counted)
             loss.backward()
-            shares.append(metrics)
-        return {name: math.fsum(share[name] for share in shares) for share in shares[:1] for name in share}
+            moved()
+            total.add(metrics)
+        return total.finish()
 
     def _loss(
         self, tokens: PlanTokens, advantage: Tensor, old: Tensor | None, terms: int, counted: int

@@ -26,7 +26,7 @@ from torch import Tensor
 from tempact.evaluation.harness import Sample
 from tempact.files import reading, safe_name, write_atomic, writing
 from tempact.reporting import SAMPLES
-from tempact.types import PlanBatch, Rollout, Scored, Step
+from tempact.types import PlanBatch, Step
 from tempact.video import cut, font, save_gif, save_mp4
 
 VIDEOS, INDEX, LATENTS = "videos", "index.json", "latents"
@@ -130,10 +130,19 @@ def write_showcase(run_folder: Path, groups: Iterable[Sequence[Sample]], titles:
     return folder / INDEX
 
 
-def write_extremes(run_folder: Path, step: int, plans: PlanBatch, rollout: Rollout, scored: Scored) -> list[Path]:
+def videos_of_extremes(run_folder: Path, step: int) -> list[tuple[int, int]]:
+    """Plan and continuation of each video that `write_extremes` shows."""
+    found = extremes(read_samples(Path(run_folder) / SAMPLES / f"step-{step:06d}.jsonl"))
+    return [(row["plan_index"], row["continuation"]) for own in found.values() for row in own]
+
+
+def write_extremes(
+    run_folder: Path, step: int, plans: PlanBatch, frames: Mapping[tuple[int, int], Tensor]
+) -> list[Path]:
     """samples/step-000040-worst.png and -best.png: the `extremes` of the sample table of that step, which is there.
 
-    Beside them the sheet of each, under `sheet_name`. Nothing is written when all scores are missing.
+    frames: uint8 [T, 3, height, width] of `videos_of_extremes`, by plan and continuation. Beside the strips is the
+    sheet of each video, under `sheet_name`. Nothing is written when all scores are missing.
     """
     folder, paths = Path(run_folder) / SAMPLES, []
     for name, own in extremes(read_samples(folder / f"step-{step:06d}.jsonl")).items():
@@ -141,7 +150,7 @@ def write_extremes(run_folder: Path, step: int, plans: PlanBatch, rollout: Rollo
         for row in own:
             p, n = row["plan_index"], row["continuation"]
             title = f"{row['temporal_following']:.2f}  {row['prompt']}"
-            shown.append(StripRow(title, rollout.frames[p, n], plans.plans[p].steps))
+            shown.append(StripRow(title, frames[p, n], plans.plans[p].steps))
             write_atomic(folder / sheet_name(row), sheet(shown[-1]))
         if shown:
             paths.append(folder / f"step-{step:06d}-{name}.png")

@@ -199,14 +199,33 @@ class RewardSet:
         """The set with more of the user's rewards. Raises UserError where two have one name."""
         return replace(self, custom=(*self.custom, *rewards))
 
-    def begin(self, plans: PlanBatch) -> Scoring:
-        """Starts to score plans whose videos are still to be made."""
-        none = torch.empty(len(plans.plans), 0, 0, 3, 0, 0, dtype=torch.uint8)
-        spans: list[Span | None] = [None] * len(plans.plans)
-        return Scoring(self, plans, self.plan_quality(_prompts(plans), plans.plans, none, spans))
+    def begin(self, plans: PlanBatch, own: range | None = None) -> Scoring:
+        """Starts to score plans whose videos are still to be made; own: the plans whose quality is scored here, where
+        others are scored by other processes."""
+        own = range(len(plans.plans)) if own is None else own
+        none = torch.empty(len(own), 0, 0, 3, 0, 0, dtype=torch.uint8)
+        prompts, spans = [plans.prompt_of(p).text for p in own], list[Span | None]([None] * len(own))
+        quality = self.plan_quality(prompts, [plans.plans[p] for p in own], none, spans) if own else []
+        return Scoring(self, plans, own, quality)
+
+    def whole(self, plans: PlanBatch, processes: Iterable[Scores]) -> Scored:
+        """The scores of all plans from those of every process. Every tensor has its whole shape."""
+        parts = sorted((part for own in processes for part in own), key=lambda part: part[0].start)
+        whole = {
+            name: torch.cat([scores[name] for _, scores in parts if name in scores])
+            for name in ("plan_quality", *VIDEO_REWARDS, *(reward.name for reward in self.custom))
+        }
+        count = len(plans.plans)
+        assert all(len(scores) == count for scores in whole.values()), f"scores of others than {count} plans"
+        return Scored(
+            **{name: whole[name] for name in ("plan_quality", *VIDEO_REWARDS)},
+            format_score=torch.tensor([plan.format_score for plan in plans.plans]),
+            custom=tuple(CustomScores(r.name, r.level, r.weight, whole[r.name]) for r in self.custom),
+        )
 
 
 VIDEO_REWARDS = ("temporal_following", "step_following", "aesthetics")
+Scores: TypeAlias = list[tuple[range, dict[str, Tensor]]]  # of consecutive plans, by the reward's name
 
 
 @dataclass
@@ -218,49 +237,51 @@ class Scoring:
 
     rewards: RewardSet
     plans: PlanBatch
+    own: range  # plans whose quality is scored here
     quality: Any  # what the function of plan quality has returned
-    parts: list[dict[str, Any]] = field(default_factory=list)  # what the others have returned, by name
-    shapes: list[list[int]] = field(default_factory=list)  # of the parts: plans, continuations
+    parts: list[tuple[range, dict[str, Any]]] = field(default_factory=list)  # what the others have returned, by name
     broken: list[Tensor] = field(default_factory=list)  # of the parts: videos that have no score
 
-    def add(self, rollout: Rollout) -> None:
-        """Starts to score the videos of the next plans."""
-        first, shape = sum(plans for plans, _ in self.shapes), list(rollout.frames.shape[:2])
-        own = range(first, first + shape[0])
+    def add(self, rollout: Rollout, own: range | None = None) -> None:
+        """Starts to score the videos of these plans; None: of the next ones."""
+        shape = rollout.frames.shape[:2]
+        first = self.parts[-1][0].stop if self.parts else 0
+        own = range(first, first + shape[0]) if own is None else own
         part = PlanBatch([self.plans.prompt_of(p) for p in own], [self.plans.plans[p] for p in own], 1)
-        given = _prompts(part), part.plans, rollout.frames, switch_spans(part, rollout)
+        prompts = [prompt.text for prompt in part.prompts]
+        given = prompts, part.plans, rollout.frames, switch_spans(part, rollout)
         functions = {name: getattr(self.rewards, name) for name in VIDEO_REWARDS}
         functions |= {reward.name: reward.score for reward in self.rewards.custom}
-        self.parts.append({name: function(*given) for name, function in functions.items()})
-        self.shapes.append(shape)
+        self.parts.append((own, {name: function(*given) for name, function in functions.items()}))
         self.broken.append(torch.zeros(shape, dtype=torch.bool) if rollout.broken is None else rollout.broken.cpu())
 
-    def result(self) -> Scored:
-        """Waits for all scores. Every tensor has its whole shape, NaN where missing, as for a broken video.
+    def scores(self) -> Scores:
+        """Waits for the scores of this process. NaN where missing, as for a broken video.
 
         A number outside [0, 1] of the method's rewards is logged and counts as missing. Raises UserError for own
         scores of a wrong shape and for infinite ones.
         """
-        count, seen = len(self.plans.plans), sum(plans for plans, _ in self.shapes)
-        assert seen == count, f"videos of {seen} of {count} plans"
-        custom = [CustomScores(r.name, r.level, r.weight, self._whole(r.name, r.level)) for r in self.rewards.custom]
-        for own in custom:
-            if torch.isinf(own.scores).any():
-                accepted = "finite ones, NaN for missing"
-                raise UserError(f"rewards.custom: {own.name}: found infinite scores; accepted: {accepted}")
-        return Scored(
-            plan_quality=self._valid("plan_quality", _tensor("plan_quality", self.quality, [[count]])),
-            format_score=torch.tensor([plan.format_score for plan in self.plans.plans]),
-            **{name: self._valid(name, self._whole(name)) for name in VIDEO_REWARDS},
-            custom=tuple(custom),
-        )
+        name = "plan_quality"
+        found: Scores = [(self.own, {name: self._valid(name, _tensor(name, self.quality, [[len(self.own)]]))})]
+        levels: dict[str, RewardLevel] = {reward.name: reward.level for reward in self.rewards.custom}
+        for (own, returned), broken in zip(self.parts, self.broken, strict=True):
+            scores = {}
+            for name, value in returned.items():
+                level = levels.get(name, "execution")
+                whole = _tensor(name, value, [list(broken.shape)] + [[len(own)]] * (level == "plan"))
+                whole = whole.masked_fill(broken if whole.ndim == 2 else broken.all(1), float("nan"))
+                scores[name] = self._finite(name, whole) if name in levels else self._valid(name, whole)
+            found.append((own, scores))
+        return found
 
-    def _whole(self, name: str, level: RewardLevel = "execution") -> Tensor:
-        found = []
-        for part, shape, broken in zip(self.parts, self.shapes, self.broken, strict=True):
-            scores = _tensor(name, part[name], [shape] + [shape[:1]] * (level == "plan"))
-            found.append(scores.masked_fill(broken if scores.ndim == 2 else broken.all(1), float("nan")))
-        return torch.cat(found)
+    def result(self) -> Scored:
+        """Waits for all scores, where all of them come here. Raises as `scores`."""
+        return self.rewards.whole(self.plans, [self.scores()])
+
+    def _finite(self, name: str, scores: Tensor) -> Tensor:
+        if torch.isinf(scores).any():
+            raise UserError(f"rewards.custom: {name}: found infinite scores; accepted: finite ones, NaN for missing")
+        return scores
 
     def _valid(self, name: str, scores: Tensor) -> Tensor:
         """Scores of the method's own, of which a number outside [0, 1] is none."""
@@ -268,10 +289,6 @@ class Scoring:
         if outside.any():
             self.rewards.warn(name, "%s: %d scores outside [0, 1] count as missing", name, int(outside.sum()))
         return scores.masked_fill(outside, float("nan"))
-
-
-def _prompts(plans: PlanBatch) -> list[str]:
-    return [plans.prompt_of(p).text for p in range(len(plans.plans))]
 
 
 def _tensor(name: str, returned: Any, shapes: list[list[int]]) -> Tensor:

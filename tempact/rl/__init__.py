@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tempact.config import OptimConfig
+from tempact.distributed import Ranks
+from tempact.distributed.reduction import Gradient
 from tempact.errors import UserError
 
 
@@ -17,16 +19,20 @@ from tempact.errors import UserError
 class PolicyOptimizer:
     """AdamW over the trained parameters of one policy.
 
-    parameters: by name. skipped: updates in a row that were refused because a gradient was not finite.
+    parameters: by name. gradient: theirs, summed over the ranks. skipped: updates in a row that were refused because a
+    gradient was not finite.
     """
 
     parameters: dict[str, nn.Parameter]
     config: OptimConfig
+    ranks: Ranks = field(default_factory=Ranks)
     optimizer: torch.optim.Optimizer = field(init=False)
+    gradient: Gradient = field(init=False)
     skipped: int = 0
 
     def __post_init__(self) -> None:
         c = self.config
+        self.gradient = Gradient(self.parameters.values(), self.ranks)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay
         )
@@ -52,8 +58,8 @@ class PolicyOptimizer:
         return all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters.values())
 
     def clear(self) -> None:
-        """Drops the gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
+        """Sets the gradients to 0."""
+        self.gradient.clear()
 
 
 class EMA:

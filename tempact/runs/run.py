@@ -10,14 +10,17 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
+
 from tempact.cli import EXIT_ABORTED, fingerprint, from_yaml, to_yaml
 from tempact.config import RunConfig, validate
-from tempact.errors import EXIT_STOPPED, Stopped, StopRequest, UserError
+from tempact.distributed import FAILED, End, Ranks, told
+from tempact.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, StopRequest, UserError
 from tempact.files import claim_run_folder, write_atomic
-from tempact.policies import PolicyPair, build_policies, build_trainer, device_of, refuse_ranks
+from tempact.policies import PolicyPair, build_policies, build_trainer, device_of
 from tempact.reporting import model_card, write_samples
 from tempact.reporting.report import leave_report
-from tempact.reporting.strips import write_extremes
+from tempact.reporting.strips import videos_of_extremes, write_extremes
 from tempact.rewards import Reward
 from tempact.rewards.judges import JudgeOutage
 from tempact.runs.checkpoint import (
@@ -47,8 +50,12 @@ Callback = Callable[[Iteration], None]
 
 
 class RunFailed(RuntimeError):
-    """An unexpected exception ended a run. The message is one line: the exception, what is saved, where the traceback
-    is. Entry points print it and exit with code 1."""
+    """An unexpected exception, of this process or another one, ended a run. The message is one line: the exception,
+    what is saved, where the traceback is. Entry points print it and exit with `code`."""
+
+    def __init__(self, message: str, code: int = 1):
+        super().__init__(message)
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -77,30 +84,81 @@ def train(
     Raises UserError for a configuration or a file that cannot work, and RunFailed for an unexpected exception.
     """
     validate(config)
-    refuse_ranks()
-    with StopRequest().listening() as stop, claim_run_folder(config.output) as folder, ExitStack() as opened:
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    with (
+        StopRequest().listening() as stop,
+        Ranks.joined(stop, config.trainer.stall_s, on_gpu) as ranks,
+        ExitStack() as opened,
+    ):
+        ending = Ending(ranks, stop)
+        folder = Path(config.output)
         try:
-            run = Run.begin(config, folder, resume, rewards, opened)
-        except Stopped as stopped:
-            stop.handled()
-            log.warning("%s: stopped before the first iteration; nothing is lost", stopped)
-            return RunResult(folder, EXIT_STOPPED)
-        except JudgeOutage as error:
-            log.error("%s; no iteration was started", error)
-            return RunResult(folder, EXIT_ABORTED)
-        except UserError:
-            raise
-        except Exception as error:
-            raise failed(folder, error, "no iteration was started") from error
-        return RunResult(folder, run.go(stop, callbacks), tuple(leave_report(folder)))
+            ranks.from_first(lambda: opened.enter_context(claim_run_folder(folder)) and None)
+            run = Run.begin(config, folder, resume, rewards, opened, ranks)
+        except (Exception, Stopped) as error:  # noqa: BLE001  told, with its traceback in the folder
+            return RunResult(folder, ending.code(error, folder))
+        code = run.go(ending, callbacks)
+        return RunResult(folder, code, tuple(leave_report(folder)) if ranks.first else ())
 
 
-def failed(folder: Path, error: Exception, kept: str) -> RunFailed:
-    """Notes the traceback in the run's folder; the exception in a line, with what is `kept`."""
+@dataclass
+class Ending:
+    """How an exception ends the command, in a run of one process or several, of which one alone tells."""
+
+    ranks: Ranks
+    stop: StopRequest
+
+    def code(self, error: Exception | Stopped, folder: Path, kept: Callable[[], str] | None = None) -> int:
+        """The exit code after an exception that ended a run; kept: saves what is done and says so, None before the
+        first iteration.
+
+        Raises UserError, or RunFailed for an unexpected exception, where this process is to tell.
+        """
+        if isinstance(error, Stopped):
+            return self._stopped(error, kept)
+        aborted, mistake = isinstance(error, Aborted | JudgeOutage), isinstance(error, UserError)
+        line = str(error) if aborted or mistake else failed(folder, error)
+        noted = "" if aborted or mistake else f"; traceback in {folder / TRACEBACKS}"
+        if not self.ranks.alone:
+            end = self.ranks.fail(f"{line}{noted}", EXIT_ABORTED if aborted else EXIT_USER_ERROR if mistake else 1)
+            if not self.ranks.first:
+                return self._silent(end)
+            told()
+        saved = kept() if kept else "no iteration was started"
+        if aborted:
+            log.error("%s; %s", error, saved)
+            return EXIT_ABORTED
+        if mistake:
+            if kept is not None:
+                log.error("%s", saved)
+            raise error
+        raise RunFailed(f"{line}; {saved}{noted}") from error
+
+    def _stopped(self, stopped: Stopped, kept: Callable[[], str] | None) -> int:
+        self.stop.handled()
+        end = self.ranks.stopping(str(stopped))
+        if not self.ranks.first:
+            return self._silent(end)
+        told()
+        saved = kept() if kept else "stopped before the first iteration; nothing is lost"
+        if end.kind == FAILED:
+            raise RunFailed(f"{end.line}; {saved}", end.code)
+        log.warning("%s: %s", end.line, saved)
+        return end.code
+
+    def _silent(self, end: End) -> int:
+        """Of a process other than the first, which tells for all of them unless it is lost."""
+        if self.ranks.teller(end):
+            told()
+            raise RunFailed(f"{end.line}; what is saved is in the run's folder, and the same command goes on", end.code)
+        return end.code
+
+
+def failed(folder: Path, error: Exception) -> str:
+    """Notes the traceback in the run's folder; the exception in a line."""
     with (folder / TRACEBACKS).open("a", encoding="utf-8") as file:
         file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')}\n{traceback.format_exc()}\n")
-    found = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_ERROR]
-    return RunFailed(f"{found}; {kept}; traceback in {folder / TRACEBACKS}")
+    return " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_ERROR]
 
 
 @dataclass
@@ -115,20 +173,26 @@ class Run:
     saved: int
 
     @staticmethod
-    def begin(config: RunConfig, folder: Path, resume: str, rewards: Sequence[Reward], opened: ExitStack) -> Run:
+    def begin(
+        config: RunConfig, folder: Path, resume: str, rewards: Sequence[Reward], opened: ExitStack, ranks: Ranks
+    ) -> Run:
         """Loads everything, at the state of the checkpoint that `resume` names. `opened` closes what scores."""
-        recover(folder)
-        checkpoint = resolve_resume(resume, folder)
-        world = world_of(config)
+        if ranks.first:
+            recover(folder)
+        checkpoint = ranks.from_first(lambda: resolve_resume(resume, folder))
+        world = world_of(judged_here(config, ranks))
         world.check()  # missing parts are named before weights load
-        prompts, scoring = world.prompts(), world.rewards(device_of(config)).extended(rewards)
+        prompts, scoring = world.prompts(), world.rewards(device_of(config), ranks.size).extended(rewards)
         opened.callback(scoring.close)
-        scoring.check()
+        ranks.agreed(scoring.check if ranks.first else lambda: None, JudgeOutage, UserError)
         policies = build_policies(config)
-        trainer = build_trainer(config, policies, prompts, scoring)
+        trainer = build_trainer(config, policies, prompts, scoring, ranks)
         if checkpoint is not None:
             restore(checkpoint, config, policies, trainer)
+        trainer.compare(fingerprint(config))
         log.info("run folder %s, seed %d, configuration %s", folder, config.seed, fingerprint(config))
+        if not ranks.first:
+            return Run(config, folder, policies, trainer, "", 0)
         write_atomic(folder / "config.yaml", to_yaml(config))
         if checkpoint is None:
             return Run(config, folder, policies, trainer, new_course(), 0)
@@ -140,33 +204,26 @@ class Run:
             set_aside(folder, checkpoint.step, checkpoint.course)
         return Run(config, folder, policies, trainer, checkpoint.course, checkpoint.step)
 
-    def go(self, stop: StopRequest, callbacks: Sequence[Callback]) -> int:
+    def go(self, ending: Ending, callbacks: Sequence[Callback]) -> int:
         """The iterations that are left and the evaluation; returns the exit code.
 
-        Whatever ends the iterations, the state of the last whole one is saved. Raises RunFailed for an exception that
-        is no UserError.
+        Whatever ends the iterations, the state of the last whole one is saved. Raises as `Ending.code`.
         """
+        stop = ending.stop
         try:
-            self.iterate(stop, callbacks)
-            if not stop:
+            if self.iterate(stop, callbacks):
                 self.finish(stop)
                 return 0
-            log.warning("stopped after iteration %d; `--resume auto` goes on from there", self.trainer.done)
+            if self.trainer.ranks.first:
+                log.warning("stopped after iteration %d; `--resume auto` goes on from there", self.trainer.done)
+                told()
             return EXIT_STOPPED
-        except Stopped as stopped:
-            stop.handled()
-            log.warning("%s: %s", stopped, self.kept(stop))
-            return EXIT_STOPPED
-        except (Aborted, JudgeOutage) as error:
-            log.error("%s; %s", error, self.kept(stop))
-            return EXIT_ABORTED
-        except UserError:
-            log.error("%s", self.kept(stop))
-            raise
-        except Exception as error:
-            failure = failed(self.folder, error, self.kept(stop))
-            leave_report(self.folder)
-            raise failure from error
+        except (Exception, Stopped) as error:  # noqa: BLE001  told, with its traceback in the folder
+            try:
+                return ending.code(error, self.folder, lambda: self.kept(stop))
+            except RunFailed:
+                leave_report(self.folder)
+                raise
 
     def kept(self, stop: StopRequest) -> str:
         """Saves the state of the last whole iteration; says what is saved, or what is lost."""
@@ -186,46 +243,70 @@ class Run:
     def finish(self, stop: StopRequest) -> None:
         """The held-out evaluation of a trained ShapeWorld run."""
         stop.open()
+        ranks = self.trainer.ranks
+        ranks.phase("evaluation")
         if world_of(self.config).real_video:
             log.info("no held-out evaluation: ShapeWorld's is for its own executor")
-        else:
+        elif ranks.first:
             with self.trainer.ema.applied(self.policies.executor.parameters()):
                 evaluate(self.config, self.folder, self.policies, f"step-{self.trainer.done:06d}")
-        track_videos(self.folder, self.config.wandb_project)
+        if ranks.first:
+            track_videos(self.folder, self.config.wandb_project)
+        ranks.arrive()
 
-    def iterate(self, stop: StopRequest, callbacks: Sequence[Callback]) -> None:
-        """Runs and records the iterations that are left, or those until a stop is requested."""
-        settings, trainer, folder = self.config.trainer, self.trainer, self.folder
-        metrics = MetricsLogger(folder, trainer.done, self.config.wandb_project or None)
+    def iterate(self, stop: StopRequest, callbacks: Sequence[Callback]) -> bool:
+        """Runs and records the iterations that are left, or those until a stop is requested; are none left?
+
+        The first rank records; of several, each gets the callbacks' calls with the videos that it has made.
+        """
+        settings, trainer, ranks = self.config.trainer, self.trainer, self.trainer.ranks
+        wandb = self.config.wandb_project or None
+        metrics = MetricsLogger(self.folder, trainer.done, wandb) if ranks.first else None
 
         def phase(name: str) -> None:
             progress.phase(name)
+            ranks.phase(f"iteration {trainer.done + 1}, {name}")
             if name == "step":
                 stop.close(f"finishing iteration {trainer.done + 1}, then saving")
             elif not stop.opened:
                 stop.open()
 
         try:
-            with Progress("training", settings.iterations, trainer.done) as progress:
+            with Progress("training", settings.iterations, trainer.done, ranks.first and None) as progress:
                 for iteration in trainer.iterations(phase):
                     last = iteration.number == settings.iterations
                     stop.close(f"recording iteration {iteration.number}")  # nothing may have been learned from
                     for callback in callbacks:
                         callback(iteration)
-                    metrics.log(iteration.number, iteration.metrics)
+                    if metrics is not None:
+                        metrics.log(iteration.number, iteration.metrics)
                     trainer.confirm()
                     progress.step(shown(iteration))
                     if iteration.number % settings.samples_every == 0 or iteration.number == 1 or last:
-                        write_samples(folder, iteration.number, iteration.plans, iteration.scored, iteration.batch)
-                        write_extremes(folder, iteration.number, iteration.plans, iteration.rollout, iteration.scored)
-                    if iteration.number % settings.checkpoint_every == 0 or last or stop:
+                        self.record(iteration)
+                    leaving = any(ranks.gather(bool(stop)))
+                    if ranks.first and (iteration.number % settings.checkpoint_every == 0 or last or leaving):
                         self.save()
-                    if stop:
-                        return
+                    if leaving:
+                        return False
                     del iteration  # its videos and recorded states must not live through the next one: tens of GiB
             stop.close("ending")
         finally:
-            metrics.close()
+            if metrics is not None:
+                metrics.close()
+        return True
+
+    def record(self, iteration: Iteration) -> None:
+        """The table of samples, and strips of the best and the worst videos, which come from whoever made them."""
+        number, ranks, rollout = iteration.number, self.trainer.ranks, iteration.rollout
+        plans, scored = iteration.plans, iteration.scored
+        if ranks.first:
+            write_samples(self.folder, number, plans, scored, iteration.batch)
+        shown = ranks.from_first(lambda: videos_of_extremes(self.folder, number))
+        own = {(p, n): rollout.frames[p, n].clone() for p, n in shown if p in iteration.own}
+        frames = {video: each for of_rank in ranks.gather(own) for video, each in of_rank.items()}
+        if ranks.first:
+            write_extremes(self.folder, number, plans, frames)
 
     def save(self) -> None:
         """Saves both adapters (the executor's averaged, ready for use) and the training state."""
@@ -248,6 +329,13 @@ class Run:
     def write_card(self, path: Path) -> None:
         """README.md of an adapter's folder, in place of PEFT's template."""
         (path / "README.md").write_text(model_card(path.name, self.config, self.trainer.done), encoding="utf-8")
+
+
+def judged_here(config: RunConfig, ranks: Ranks) -> RunConfig:
+    """The configuration with a judges' cache for each machine: its locks do not reach over networks."""
+    if not ranks.node or not config.judges.cache:
+        return config
+    return replace(config, judges=replace(config.judges, cache=f"{config.judges.cache}.node-{ranks.node}"))
 
 
 def shown(iteration: Iteration) -> dict[str, float]:

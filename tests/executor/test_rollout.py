@@ -66,7 +66,8 @@ def test_plans_in_turn_give_what_they_give_together(make_executor: Make, limit: 
     changes = {"window": "longlive", "frames": 18}
     one, two = make_executor(**changes), make_executor(**changes, rollout_videos=limit)
     noise, made = gaussian_noise(1, one.noise_shape(2, 3), CPU), []
-    together, turns = one.rollout(PLANS, [3, 12], noise), two.rollout(PLANS, [3, 12], noise, made.append)
+    together = one.rollout(PLANS, [3, 12], noise)
+    turns = two.rollout(PLANS, [3, 12], noise, lambda unit, part: made.append(part))
     assert torch.equal(torch.cat([part.frames for part in made]), turns.frames)
     assert [len(part.frames) for part in made] == ([2] if limit >= 6 else [1, 1])
     assert (turns.frames.int() - together.frames.int()).abs().max() <= 1

@@ -77,12 +77,11 @@ def test_a_planner_is_updated_the_same_with_and_without_it(
         )
         assert planner.fused_loss is (choice == "all")
         plans = planner.sample(PROMPTS, 3, seed=4)
-        with torch.no_grad():
-            old = None if first else planner.log_probs(plans.tokens)
-        move(planner)
         advantage = torch.tensor([0.9, -0.4, 0.2, -1.0, 0.0, 0.6])
         mask = torch.tensor([True, True, False, True, True, True])
         batch = Batch(advantage, mask, torch.empty(0), torch.empty(0), plans.tokens, None)
+        old = None if first else planner.old_log_probs(batch, planner.units(batch, list(range(6))))
+        move(planner)
         metrics = planner.update(batch, list(range(6)), old)
         found[choice] = metrics, {name: p.grad.clone() for name, p in planner.parameters().items()}
     assert found["all"][0] == pytest.approx(found["off"][0], abs=2e-6, rel=1e-5)

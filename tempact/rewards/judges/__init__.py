@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
@@ -137,3 +137,24 @@ class JudgeStats:
                 named["latency_max_s"] = latencies[-1]
             metrics |= {f"judge/{role}/{name}": value for name, value in named.items()}
         return metrics
+
+
+def merged_stats(processes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """`JudgeStats.take` of several processes as one: counts are added, shares and mean latencies weighted by calls, of
+    the other latencies the largest is taken (for the 95th percentile a bound). Other metrics are those of the first."""
+    if len(processes) == 1:
+        return dict(processes[0])
+    merged: dict[str, float] = {}
+    for name in dict.fromkeys(name for own in processes for name in own):
+        values = {i: own[name] for i, own in enumerate(processes) if name in own}
+        role, _, kind = name.rpartition("/")
+        calls = {i: processes[i].get(f"{role}/calls", 0.0) for i in values}
+        if not role.startswith("judge/"):
+            merged[name] = next(iter(values.values()))
+        elif kind in ("calls", "retries"):
+            merged[name] = sum(values.values())
+        elif kind in ("missing", "cache_hits", "latency_mean_s"):
+            merged[name] = sum(values[i] * calls[i] for i in values) / sum(calls.values())
+        else:
+            merged[name] = max(values.values())
+    return merged

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -107,6 +107,21 @@ class JudgeConfig:
     temperature_name: str = "temperature"
     schemas: bool = True
     cache: Path | None = None
+
+    def divided(self, processes: int) -> JudgeConfig:
+        """One process' part of every server's limits: `concurrency` at least 1, `requests_per_minute` exactly."""
+        roles = {
+            role: tuple(
+                replace(
+                    own,
+                    concurrency=max(1, own.concurrency // processes),
+                    requests_per_minute=own.requests_per_minute / processes,
+                )
+                for own in endpoints
+            )
+            for role, endpoints in self.roles.items()
+        }
+        return replace(self, roles=roles)
 
     def __post_init__(self) -> None:
         for role, endpoints in self.roles.items():
