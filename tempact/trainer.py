@@ -302,8 +302,12 @@ class Trainer:
                 f"iteration {self.done} again; accepted: steps of less than executor.optim.lr {lr:g}"
             )
         if bool(broken.any()):
-            log.warning("iteration %d: %d videos have latents that are not finite", self.done + 1, int(broken.sum()))
+            self._warn("iteration %d: %d videos have latents that are not finite", self.done + 1, int(broken.sum()))
         self._earlier = None
+
+    def _warn(self, *message: object) -> None:
+        """Of what all processes find alike."""
+        log.log(logging.WARNING if self.ranks.first else logging.DEBUG, *message)
 
     def _seed(self, purpose: str, *index: int) -> int:
         return derive_seed(self.config.seed, self.done, purpose, *index)
@@ -365,7 +369,7 @@ class Trainer:
             stepping()
         metrics = policy.step(self.done / max(1, self.config.trainer.iterations - 1))
         if policy.skipped:
-            log.warning("iteration %d: %s gradient is not finite; update left out", self.done + 1, name)
+            self._warn("iteration %d: %s gradient is not finite; update left out", self.done + 1, name)
         elif not policy.finite():
             lr = getattr(self.config, name).optim.lr
             self.rollback()
@@ -382,7 +386,7 @@ class Trainer:
         for name in self._trained_policies():
             self.idle[name] = 0 if bool(advantages[name].any()) else self.idle[name] + 1
             if self.idle[name]:
-                log.warning("iteration %d: no group of the %s has rewards to compare", self.done + 1, name)
+                self._warn("iteration %d: no group of the %s has rewards to compare", self.done + 1, name)
 
     def _check_progress(self) -> None:
         settings = self.config.trainer

@@ -15,21 +15,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tempact.distributed.watch import FAILED, End, Watch, seconds, stopped
+from tempact.distributed.watch import FAILED, End, Watch, seconds, stopped, told
 from tempact.errors import Stopped, StopRequest, UserError
 
 T = TypeVar("T")
 START_S = 600.0  # for all ranks to be there
 COLLECTIVE_S = 120.0  # for a collective that all ranks have entered
 POLL_S = 0.02
-TOLD = "TEMPACT_LAUNCH"  # folder of the launcher, in which a file says that the one line has been written
 
 
 @dataclass
@@ -52,6 +50,7 @@ class Ranks:
     meetings: int = 0
     queues: int = 0
     direct: bool = False  # gradients travel between GPUs
+    torn: bool = False  # a collective has failed here
     _values: Any = None  # the group of values on the host
 
     @property
@@ -111,7 +110,7 @@ class Ranks:
 
         own = store(main=True)
         watch = Watch(own, store(), self.rank, self.size, stall_s)
-        watch.first()
+        watch.beat()
         gpus = torch.cuda.device_count() if on_gpu else 0
         backend = "cpu:gloo,cuda:nccl" if gpus >= self.local_size else "gloo"
         if on_gpu:
@@ -209,6 +208,9 @@ class Ranks:
             try:
                 self._decide(watch, key)
                 yield
+            except (Exception, Stopped) as error:
+                self.torn = isinstance(error, Exception)  # others may be left in the collective
+                raise
             finally:
                 watch.sign.waiting = False
                 self.waited_s += time.monotonic() - began
@@ -239,11 +241,15 @@ class Ranks:
         """What this rank does, for the line that says where it was lost."""
         if self.watch is not None:
             self.watch.sign.phase = name
+            self.watch.beat()
 
     def fail(self, cause: str, code: int) -> End:
         """Declares that this rank has failed; returns the end that holds."""
         assert self.watch is not None
-        return self._leave(self.watch.declare(End(FAILED, f"{self.watch.where(self.rank)}: {cause}", code, self.rank)))
+        end = self._lost() if self.torn and self.watch.end is None else None
+        return self._leave(
+            end or self.watch.declare(End(FAILED, f"{self.watch.where(self.rank)}: {cause}", code, self.rank))
+        )
 
     def stopping(self, name: str) -> End:
         """What ends the run where this rank's main thread was interrupted: the signal `name`, an end that another rank
@@ -251,13 +257,16 @@ class Ranks:
         watch = self.watch
         if watch is None:
             return stopped(name, 0)
-        if watch.end is None:
-            lost = watch.lost()
-            if lost:
-                line = f"{watch.where(lost[0])}: was lost (killed, or hangs)"
-                return self._leave(watch.declare(End(FAILED, line, 1, lost[0], lost=True)))
-            return self._leave(watch.declare(stopped(name, self.rank)))
-        return self._leave(watch.end)
+        return self._leave(watch.end or self._lost() or watch.declare(stopped(name, self.rank)))
+
+    def _lost(self) -> End | None:
+        """The end that a rank which gives no sign makes; None where all do."""
+        assert self.watch is not None
+        lost = self.watch.lost()
+        if not lost:
+            return None
+        line = f"{self.watch.where(lost[0])}: was lost (killed, or hangs)"
+        return self.watch.declare(End(FAILED, line, 1, lost[0], lost=True))
 
     def _leave(self, end: End) -> End:
         assert self.watch is not None
@@ -270,7 +279,8 @@ class Ranks:
         if self.first:
             return True
         assert self.watch is not None
-        self.watch.wait_for_rank_0()
+        if not self.torn:  # else rank 0 may wait in the collective for this process' end
+            self.watch.wait_for_rank_0()
         return self.rank == 1 and end.lost and end.rank == 0
 
 
@@ -279,10 +289,3 @@ __all__ = ["FAILED", "End", "Ranks", "told"]
 _VARIABLES = {
     "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0",
 }  # fmt: skip
-
-
-def told() -> None:
-    """Lets the launcher know that the line which ends the run has been written."""
-    if folder := os.environ.get(TOLD):
-        with contextlib.suppress(OSError):
-            (Path(folder) / "told").touch()

@@ -13,11 +13,13 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from tempact.errors import EXIT_STOPPED
@@ -29,6 +31,7 @@ SURE_S = 3.0  # for a sign of every rank, where a signal may be that of a launch
 GRACE_S = 15.0  # for a main thread to notice the end
 OTHERS_S = 25.0  # for rank 0 to save what there is; a launcher kills 30 s after its SIGTERM
 STOPPED, FAILED = "stopped", "failed"
+TOLD = "TEMPACT_LAUNCH"  # folder of the launcher, in which a file says that the one line has been written
 UNWATCHED = ("rewards",)  # phases that wait for others than ranks: being alive is enough there
 
 
@@ -86,8 +89,8 @@ class Watch:
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="tempact-watch", daemon=True)
 
-    def first(self) -> None:
-        """The first sign; every rank has given it before one is read."""
+    def beat(self) -> None:
+        """A sign at once; every rank has given one before any is read."""
         self._beat(self.store)
 
     def start(self) -> None:
@@ -141,9 +144,17 @@ class Watch:
                 if self.end is None:
                     self._look_at_others()
                 elif not self.acknowledged and time.monotonic() > self._ended_at + GRACE_S:
-                    os._exit(self.end.code)  # the main thread sits in a call that nothing ends
+                    self._give_up(self.end)
         except (RuntimeError, OSError) as error:  # the store is gone, and with it whoever started the ranks
             self._ended(End(FAILED, f"rank {self.rank} on {self.sign.host}: the store is gone ({error})", 1, self.rank))
+
+    def _give_up(self, end: End) -> None:
+        """The main thread sits in a call that nothing ends, a collective on GPUs for one."""
+        if self.rank == (1 if end.lost and end.rank == 0 else 0):
+            told()
+            kept = "what is not in a checkpoint is lost; the same command goes on from there"
+            sys.stderr.write(f"error: {end.line}; {kept}\n")
+        os._exit(end.code)
 
     def _beat(self, store: Any) -> None:
         self.sign.tick += 1
@@ -177,12 +188,26 @@ class Watch:
                 line = f"rank {rank} on {sign.host}, {sign.phase}: {cause}"
                 found = self.mine.compare_set("end", "", json.dumps(asdict(End(FAILED, line, 1, rank, lost=True))))
                 self._ended(_end(found))
+                self._finish_off(sign)
                 return
+
+    def _finish_off(self, sign: Sign) -> None:
+        """Ends a process of this machine that hangs: whoever waits for its part of a collective then learns of it."""
+        if sign.host == self.sign.host:
+            with contextlib.suppress(OSError):
+                os.kill(sign.process, signal.SIGKILL)
 
     def _signs(self, store: Any, ranks: Iterable[int]) -> dict[int, Sign]:
         ranks = list(ranks)
         found = store.multi_get([f"sign/{rank}" for rank in ranks]) if ranks else []
         return {rank: Sign(**json.loads(each)) for rank, each in zip(ranks, found, strict=True)}
+
+
+def told() -> None:
+    """Lets the launcher know that the line which ends the run has been written."""
+    if folder := os.environ.get(TOLD):
+        with contextlib.suppress(OSError):
+            (Path(folder) / "told").touch()
 
 
 def stopped(name: str, rank: int) -> End:

@@ -124,6 +124,7 @@ class Ending:
             if not self.ranks.first:
                 return self._silent(end)
             told()
+            line, noted = (line, noted) if aborted or mistake else (end.line, "")
         saved = kept() if kept else "no iteration was started"
         if aborted:
             log.error("%s; %s", error, saved)
