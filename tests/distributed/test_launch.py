@@ -1,4 +1,4 @@
-"""Starting the processes of a run on one machine: exit codes, the one line, signals, restarts. Workers are stand-ins."""
+"""Starting the processes of a run on one machine: exit codes, the one line, signals, restarts; with small workers."""
 
 from __future__ import annotations
 
@@ -253,7 +253,12 @@ def test_processes_are_started_for_training_alone(
 ) -> None:
     seen: list[tuple] = []
     monkeypatch.setattr(launching, "launch", lambda *given: seen.append(given) or 7)
-    monkeypatch.setattr("tempact.runs.run.train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    def trained(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tempact.runs.run.train", trained)
+    monkeypatch.setattr("tempact.diagnostics.dry_run.dry_run", lambda config, gib, ranks: ([f"{ranks} ranks"], True))
     try:
         code = train.main(["shapeworld-smoke", *arguments])
     except SystemExit as ended:
