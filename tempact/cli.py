@@ -28,7 +28,9 @@ import yaml
 from tempact.config import (
     NAME_PREFIXES,
     NAME_WRAPPERS,
+    NOT_NEGATIVE,
     RUN,
+    Rule,
     RunConfig,
     at_least,
     check_keys,
@@ -53,6 +55,7 @@ VERBS = {
 }
 MORE_HELP = "COMMAND --help tells its options."
 EXIT_ABORTED = 3  # a run that could not go on, or a judge that was silent for too long
+MOST_PROCESSES = 64  # of one machine; a slip of the finger must not start more
 SHOWN_CHARACTERS = 80  # of a wrong value in a message
 ACCEPTED = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 
@@ -68,6 +71,13 @@ class RunOptions:
         0.0, RUN, "with --dry-run: memory of the GPU to plan for, GiB; 0: that at hand, else usual ones",
         at_least(0, "GiB of the GPU to plan for, 0 for the one at hand"),
     )  # fmt: skip
+    gpus: int = key(
+        0, RUN, "processes of this machine, one a GPU; 0: as started, one process or those of torchrun",
+        Rule(f"0 (as started), or 1 to {MOST_PROCESSES}", lambda value: 0 <= value <= MOST_PROCESSES),
+    )  # fmt: skip
+    max_restarts: int = key(
+        0, RUN, "with --gpus: how often all processes start again after one is lost; the run resumes", NOT_NEGATIVE
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,7 +117,7 @@ def callable_command(module: str, home: str) -> None:
 
 
 def parse_run(argv: Sequence[str] | None, program: str) -> tuple[RunConfig, RunOptions]:
-    """[PRESET] [--config FILE] [--resume auto|none|PATH] [--dry-run] [--gpu-gib GIB] [--section.field value ...].
+    """[PRESET] [--config FILE] [--OPTION value ...] [--section.field value ...], the options those of `RunOptions`.
 
     The file's values go over the preset's, single values over both. Raises UserError in one line for what cannot be
     read or cannot work; --help and --version print and exit with code 0.
@@ -180,6 +190,17 @@ def _options(arguments: list[str]) -> dict[str, list[str]]:
         else:
             next(reversed(given.values())).append(argument)
     return given
+
+
+def without(arguments: Sequence[str], *names: str) -> list[str]:
+    """A command line without the options of these names and the words after them."""
+    kept, named = [], False
+    for argument in arguments:
+        if argument.startswith("--"):
+            named = argument[2:].partition("=")[0].replace("-", "_") in names
+        if not named:
+            kept.append(argument)
+    return kept
 
 
 def help_text(config: RunConfig, program: str) -> str:

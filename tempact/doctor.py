@@ -1,4 +1,5 @@
-"""`python -m tempact.doctor [--json]`: checks this machine for a run. `doctor judges`: asks each judge for a score."""
+"""`python -m tempact.doctor [--json]`: checks this machine for a run. `doctor judges`: asks each judge for a score.
+`doctor scaling RUN`: estimates a run's iteration on more GPUs."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from tempact.diagnostics import FAULT, NOTHING, versions
 from tempact.errors import EXIT_USER_ERROR, LineParser, guarded
 from tempact.presets import DEFAULT, get_preset
 
-JUDGES = "judges"
+JUDGES, SCALING = "judges", "scaling"
+MOST_GPUS = 4096  # that are simulated
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,6 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == [JUDGES]:
         return guarded(lambda: _judges(judges_parser().parse_args(arguments[1:])))
+    if arguments[:1] == [SCALING]:
+        return guarded(lambda: _scaling(scaling_parser().parse_args(arguments[1:])))
     return guarded(lambda: _doctor(parser().parse_args(arguments)))
 
 
@@ -36,6 +40,37 @@ def judges_parser() -> argparse.ArgumentParser:
     made = LineParser(prog=f"python -m tempact.doctor {JUDGES}", description=about)
     made.add_argument("--timeout", type=_seconds, default=60.0, help="seconds that a judge may take (default 60)")
     return made
+
+
+def scaling_parser() -> argparse.ArgumentParser:
+    about = "Seconds of an iteration on more GPUs, simulated from the phases that a run with one process has measured."
+    made = LineParser(prog=f"python -m tempact.doctor {SCALING}", description=about)
+    made.add_argument("run", type=Path, help="folder of the run")
+    made.add_argument("--gpus", type=_count, nargs="+", required=True, help="numbers of GPUs, at most 4096")
+    made.add_argument(
+        "--slow-rank", type=_slowness, default=1.0, help="one GPU takes so many times as long (default 1)"
+    )
+    return made
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MOST_GPUS):
+        raise argparse.ArgumentTypeError(f"found {text!r}, accepted: 1 to {MOST_GPUS}")
+    return int(text)
+
+
+def _slowness(text: str) -> float:
+    value = _seconds(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, accepted: 1 or more")
+    return value
+
+
+def _scaling(arguments: argparse.Namespace) -> int:
+    from tempact.diagnostics.scaling import scaling
+
+    sys.stdout.write("".join(f"{line}\n" for line in scaling(arguments.run, arguments.gpus, arguments.slow_rank)))
+    return 0
 
 
 def _seconds(text: str) -> float:

@@ -19,7 +19,7 @@ PROJECT = ("csrc_triton", "tempact")
 # each layer may import those before it; parts of one layer do not know of each other
 LAYERS = (
     ("types", "errors", "seeds", "meter"),
-    ("config", "files"),
+    ("config", "files", "distributed"),
     ("presets", "prompt_file", "video"),
     ("cli", "models", "rl"),
     ("planner", "executor", "rewards"),

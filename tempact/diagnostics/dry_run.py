@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from tempact.diagnostics.memory import (
     largest,
     needs_of,
     total,
-    work_of,
+    update_cost,
 )
 from tempact.diagnostics.sizes import INSTRUCTION_TOKENS, Decoder, planner_sizes, scorer_bytes, text_encoder_bytes
 from tempact.planner.decode import rows_of
@@ -41,31 +41,37 @@ MOST_BRANCHES = 256  # tried: the cache's bookkeeping takes its time
 GPU_RATE, GPU_TOKEN_S, CPU_RATE = 588e12, 0.0092, 75e9
 
 
-def dry_run(config: RunConfig, gpu_gib: float) -> tuple[list[str], bool]:
+def dry_run(config: RunConfig, gpu_gib: float, ranks: int = 1) -> tuple[list[str], bool]:
     """Lines, and whether the run fits into a device: operations, an estimate of the time, memory by phase, the largest
     counts that fit, and missing packages, files and addresses.
 
-    gpu_gib: memory of the GPU to plan for, GiB; 0: the GPU at hand, else usual ones. UserError for settings that cannot
-    work and files that cannot be read.
+    gpu_gib: memory of the GPU to plan for, GiB; 0: the GPU at hand, else usual ones. ranks: processes of this machine.
+    UserError for settings that cannot work and files that cannot be read.
     """
     world_of(config).check_settings()
-    budgets = budgets_of(config, gpu_gib)
-    run = run_of(config, on_gpu=budgets[0].on_gpu)
+    budgets = budgets_of(config, gpu_gib, ranks)
+    run = replace(run_of(config, on_gpu=budgets[0].on_gpu), ranks=ranks)
     needs = needs_of(run)
     fits = any(budget.fits(needs) for budget in budgets)
     return [*_models(run), *_work(run), *_memory(run, needs, budgets), *_missing(config)], fits
 
 
-def budgets_of(config: RunConfig, gpu_gib: float) -> list[Budget]:
-    """The devices to plan for."""
+def budgets_of(config: RunConfig, gpu_gib: float, ranks: int = 1) -> list[Budget]:
+    """The devices to plan for. The GPUs at hand, and a machine without one, are shared by the ranks."""
     if gpu_gib:
         return [Budget(f"a GPU of {gpu_gib:g} GiB", int(gpu_gib * GIB))]
     if config.device != "cpu" and torch.cuda.is_available():
-        return [Budget(torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory)]
+        memory = torch.cuda.get_device_properties(0).total_memory
+        return [_shared(torch.cuda.get_device_name(0), memory, math.ceil(ranks / torch.cuda.device_count()))]
     if config.device == "cpu" or (config.device == "auto" and not world_of(config).real_video):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return [Budget("this machine's memory", memory, on_gpu=False)]
+        return [_shared("this machine's memory", memory, ranks, on_gpu=False)]
     return list(USUAL_GPUS)
+
+
+def _shared(name: str, memory: int, ranks: int, *, on_gpu: bool = True) -> Budget:
+    """A rank's part of a device."""
+    return Budget(f"{name}, 1/{ranks} of it for each rank" if ranks > 1 else name, memory // ranks, on_gpu)
 
 
 def run_of(config: RunConfig, *, on_gpu: bool) -> Run:
@@ -108,21 +114,65 @@ def _work(run: Run) -> Iterator[str]:
     calls = ", ".join(f"{frames}: {tera(flops)}" for frames, flops in work.calls.items())
     yield f"a denoiser call by latent frames attended to, own ones included, without adapters: {calls}"
     phases = ", ".join(f"{name} {tera(flops)}" for name, flops in work.phases.items())
-    yield f"an iteration: {phases}"
+    yield f"an iteration{_of(run)}: {phases}"
     yield _time(run, sum(work.phases.values()))
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations. calls: of a denoiser call without adapters, by frames attended to, own ones included. phases: of an
+    iteration's."""
+
+    calls: dict[int, int]
+    phases: dict[str, int]
+
+
+def work_of(run: Run) -> Work:
+    """Operations of the executor, where every plan forks after its first chunk."""
+    s, sizes = run.settings, run.sizes
+    bare = _affine(run, adapters=False)
+    adapted = _affine(run, adapters=True)
+    calls = len(s.schedule.sigmas)  # one for each noise level, and the context pass
+    chunks = [(run.branches if start >= run.fork else run.plans) * adapted(a) for start, a in run.attended.items()]
+    phases = {"rollout": calls * sum(chunks) - chunks[-1]}  # the last chunk leaves no context
+    phases["rollout"] += (s.first.calls - s.schedule.calls) * chunks[0]
+    if s.text_switch == "recache":
+        passes = {start: footprint.denoise(sizes, 1, *run.recached(start)).flops for start in run.switches}
+        phases["rollout"] += sum((run.branches if start > run.fork else run.plans) * passes[start] for start in passes)
+    if run.decoder is not None:
+        shared, whole = run.decoder.flops(run.fork), run.decoder.flops(s.frames)
+        phases["decode"] = run.plans * shared + run.branches * (whole - shared)
+    if run.config.executor.train:
+        own = update_cost(run)
+        phases["executor update"] = own.flops * run.branches * s.schedule.transitions // run.update_rows
+    return Work({a + s.chunk: bare(a) for a in sorted(set(run.attended.values()))}, phases)
+
+
+def _affine(run: Run, *, adapters: bool) -> Callable[[int], int]:
+    """Operations of one video's call as a function of its context's frames, which add the same amount each."""
+    most = max(run.attended.values())
+    chunk = run.settings.chunk
+    none, all_ = (footprint.denoise(run.sizes, 1, a, chunk, adapters=adapters).flops for a in (0, most))
+    return lambda frames: none + (all_ - none) * frames // max(1, most)
 
 
 def _time(run: Run, operations: float) -> str:
     """The time of an iteration and of the run, an estimate from measured rates."""
-    seconds, how = operations / CPU_RATE, f"{tera(CPU_RATE)}/s, as two CPU cores in ShapeWorld"
+    # ranks without GPUs share the cores
+    seconds, how = run.ranks * operations / CPU_RATE, f"{tera(CPU_RATE)}/s, as two CPU cores in ShapeWorld"
     if run.on_gpu:
         config = run.config.planner
         batches = math.ceil(run.plans / rows_of(config, on_gpu=True))
         planning = GPU_TOKEN_S * config.max_new_tokens * batches if run.planner is not None else 0.0
         seconds, how = operations / GPU_RATE + planning, f"{tera(GPU_RATE)}/s and {GPU_TOKEN_S} s a token, as one H200"
     count = run.config.trainer.iterations
+    left_out = "judges, waiting for other ranks" if run.ranks > 1 else "judges"
     whole = f"{seconds * count / 3600:.1f} hours for {count} iterations"
-    return f"estimated time: {duration(seconds)} an iteration, {whole} ({how}; judges and evaluation not counted)"
+    return f"estimated time: {duration(seconds)} an iteration, {whole} ({how}; {left_out} and evaluation not counted)"
+
+
+def _of(run: Run) -> str:
+    return f" of rank 0 of {run.ranks}, {run.plans} plans" if run.ranks > 1 else ""
 
 
 def _memory(run: Run, needs: Needs, budgets: list[Budget]) -> Iterator[str]:
@@ -130,9 +180,12 @@ def _memory(run: Run, needs: Needs, budgets: list[Budget]) -> Iterator[str]:
     yield (
         f"memory of {run.config.data.prompts_per_iteration} prompts x {run.config.planner.plans_per_prompt} plans x "
         f"{run.config.executor.continuations} continuations, instructions of {INSTRUCTION_TOKENS} tokens, the earliest "
-        "switch:"
+        f"switch{_of(run)}:"
     )
     yield from table(needs)
+    if run.ranks > 1:
+        node = total(needs_of(replace(run, ranks=1), planning=False).host)  # the ranks' shares add up to that
+        yield f"on the host, all {run.ranks} ranks: {size(node)}"
     if run.config.executor.train:
         yield from _update_choices(run)
     yield ""

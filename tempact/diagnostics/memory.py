@@ -1,4 +1,4 @@
-"""Memory and operations of a training iteration, from the traces of its parts.
+"""Memory of a training iteration, from the traces of its parts.
 
 Plans and switches are not known beforehand. Memory is that of the worst case: every plan forks after its first chunk,
 from where its continuations share nothing. A plan is taken to have a prompt every other chunk.
@@ -122,7 +122,8 @@ class Run:
     """A configuration with the sizes of its models.
 
     planner: None for a model of unknown size. decoder: None where latents are pixels. text_bytes, scorer_bytes: weights
-    of text encoder and PickScore. on_gpu: the run is planned for a GPU.
+    of text encoder and PickScore. on_gpu: the run is planned for a GPU. ranks: processes of the run, all on one
+    machine; what follows is of the first, which has most: a share of the plans, and the text encoder, held once.
     """
 
     config: RunConfig
@@ -132,10 +133,16 @@ class Run:
     text_bytes: int = 0
     scorer_bytes: int = 0
     on_gpu: bool = True
+    ranks: int = 1
 
     @property
     def plans(self) -> int:
-        return self.config.data.prompts_per_iteration * self.config.planner.plans_per_prompt
+        return math.ceil(self.config.data.prompts_per_iteration * self.config.planner.plans_per_prompt / self.ranks)
+
+    @property
+    def updated(self) -> int:
+        """Plans of an update."""
+        return math.ceil(self.plans / self.config.trainer.updates_per_iteration)
 
     @property
     def branches(self) -> int:
@@ -224,6 +231,7 @@ def needs_of(run: Run, *, planning: bool = True) -> Needs:
     update = [
         Item("velocities of the reference", _transitions(run, run.settings.schedule.transitions), EXACT),
         Item("K/V of a context's prompts", run.context_plans * (run.texts + 1) * run.sizes.text_bytes, ESTIMATED),
+        *_partial_sums(run, 1, footprint.parameters_of(run.sizes).trained),
     ]
     if run.graphs:
         kept.append(Item("activations of rollout and update, held by CUDA graphs", max(activations, training), TRACED))
@@ -276,6 +284,15 @@ def _adapter(who: str, trained: int, *, ema: bool = False) -> list[Item]:
         Item(f"{who}'s adapter and its frozen start", ADAPTER_COPIES * trained, EXACT),
         Item(f"{who}'s gradients, Adam's moments{average}", states * trained, EXACT),
     ]
+
+
+def _partial_sums(run: Run, plans: int, trained: int) -> list[Item]:
+    """Gradients of `trained` numbers that wait for others in the tree of an update's sum, a leaf of which is that of so
+    many plans, or of fewer."""
+    count = math.ceil(math.log2(math.ceil(run.updated / plans)))
+    received = ", and one received" if run.ranks > 1 else ""
+    buffers = count + (run.ranks > 1)
+    return [Item(f"partial sums of gradients, {count}{received}", buffers * trained * FP32, ESTIMATED)][:buffers]
 
 
 def _kept_of_a_rollout(run: Run) -> list[Item]:
@@ -351,50 +368,12 @@ def _planner_phases(run: Run) -> list[Phase]:
     drawn = Item("logits of a step, and the weights of their tokens", drawing, ESTIMATED)
     phases = [Phase(PLANNING[0], (cached, drawn))]
     if run.config.planner.train:
-        rows = math.ceil(run.plans / run.config.trainer.updates_per_iteration)
-        rows = min(rows, run.config.planner.micro_batch or rows)
+        rows = min(run.updated, run.config.planner.micro_batch or run.updated)
         logits = sizes.logits_bytes(rows, run.config.planner.max_new_tokens)
         items = (
             Item(f"activations, {rows} plans of {tokens} tokens", rows * sizes.row_bytes, TRACED),
             Item("their logits", logits, ESTIMATED),
+            *_partial_sums(run, rows, sizes.trained),
         )
         phases.append(Phase(PLANNING[1], items))
     return phases
-
-
-@dataclass(frozen=True)
-class Work:
-    """Operations. calls: of a denoiser call without adapters, by frames attended to, own ones included. phases: of an
-    iteration's."""
-
-    calls: dict[int, int]
-    phases: dict[str, int]
-
-
-def work_of(run: Run) -> Work:
-    """Operations of the executor, where every plan forks after its first chunk."""
-    s, sizes = run.settings, run.sizes
-    bare = _affine(run, adapters=False)
-    adapted = _affine(run, adapters=True)
-    calls = len(s.schedule.sigmas)  # one for each noise level, and the context pass
-    chunks = [(run.branches if start >= run.fork else run.plans) * adapted(a) for start, a in run.attended.items()]
-    phases = {"rollout": calls * sum(chunks) - chunks[-1]}  # the last chunk leaves no context
-    phases["rollout"] += (s.first.calls - s.schedule.calls) * chunks[0]
-    if s.text_switch == "recache":
-        passes = {start: footprint.denoise(sizes, 1, *run.recached(start)).flops for start in run.switches}
-        phases["rollout"] += sum((run.branches if start > run.fork else run.plans) * passes[start] for start in passes)
-    if run.decoder is not None:
-        shared, whole = run.decoder.flops(run.fork), run.decoder.flops(s.frames)
-        phases["decode"] = run.plans * shared + run.branches * (whole - shared)
-    if run.config.executor.train:
-        own = update_cost(run)
-        phases["executor update"] = own.flops * run.branches * s.schedule.transitions // run.update_rows
-    return Work({a + s.chunk: bare(a) for a in sorted(set(run.attended.values()))}, phases)
-
-
-def _affine(run: Run, *, adapters: bool) -> Callable[[int], int]:
-    """Operations of one video's call as a function of its context's frames, which add the same amount each."""
-    most = max(run.attended.values())
-    chunk = run.settings.chunk
-    none, all_ = (footprint.denoise(run.sizes, 1, a, chunk, adapters=adapters).flops for a in (0, most))
-    return lambda frames: none + (all_ - none) * frames // max(1, most)

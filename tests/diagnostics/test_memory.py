@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tempact.cli import from_yaml
 from tempact.config import ExecutorConfig, LoraConfig, OptimConfig, RunConfig
 from tempact.diagnostics import dry_run as report
 from tempact.diagnostics import footprints as footprint
-from tempact.diagnostics.dry_run import _fit, _time, dry_run, missing, run_of, size, table, tera
+from tempact.diagnostics.dry_run import _fit, _time, budgets_of, dry_run, missing, run_of, size, table, tera, work_of
 from tempact.diagnostics.footprints import PlannerSizes, Sizes, plan_bytes, trace_plan
 from tempact.diagnostics.memory import (
     EXACT,
@@ -34,7 +35,6 @@ from tempact.diagnostics.memory import (
     largest,
     needs_of,
     total,
-    work_of,
 )
 from tempact.diagnostics.sizes import PLANNERS, Decoder, planner_sizes, qwen3
 from tempact.diagnostics.trace import Trace, Watch, fake, traced
@@ -336,6 +336,69 @@ def test_what_only_an_update_needs_is_not_on_the_device_meanwhile() -> None:
     assert found[0].peak < 76 * GIB and found[1].peak < 77 * GIB
 
 
+def named(items: tuple[Item, ...], begin: str) -> Item:
+    return next(item for item in items if item.what.startswith(begin))
+
+
+def test_an_update_holds_the_partial_sums_of_its_tree() -> None:
+    """64 plans of the executor are as many leaves, 8 micro-batches of the planner."""
+    run = run_of(get_preset("self-forcing"), on_gpu=True)
+    assert run.planner is not None
+    trained = {"executor update": 255_590_400, "planner update": run.planner.trained}
+    for prompts, updates, executor, planner in ((16, 1, 6, 3), (16, 2, 5, 2), (3, 1, 4, 1), (1, 1, 2, 0)):
+        own = run.changed(prompts=prompts)
+        trainer = replace(own.config.trainer, updates_per_iteration=updates)
+        phases = {
+            phase.name: phase.items
+            for phase in needs_of(replace(own, config=replace(own.config, trainer=trainer))).phases
+        }
+        for name, count in (("executor update", executor), ("planner update", planner)):
+            found = [item.bytes for item in phases[name] if item.what == f"partial sums of gradients, {count}"]
+            assert found == [count * trained[name] * 4] * bool(count)
+
+
+def test_a_rank_has_its_share_of_the_plans_and_the_first_one_the_text_encoder() -> None:
+    run = run_of(get_preset("self-forcing"), on_gpu=True)
+    needs = {ranks: needs_of(replace(run, ranks=ranks), planning=ranks == 8) for ranks in (1, 8, 48, 64)}
+    one, eight = needs[1], needs[8]
+    for begin, whole in (("512 videos", "64 videos"), ("recorded", "recorded")):
+        assert named(one.host, begin).bytes == 8 * named(eight.host, whole).bytes
+    assert named(one.host, "text encoder") == named(eight.host, "text encoder")
+    phases = {phase.name: phase for phase in eight.phases}
+    assert named(phases["executor update"].items, "partial").what == "partial sums of gradients, 3, and one received"
+    assert named(phases["executor update"].items, "partial").bytes == 4 * 255_590_400 * 4
+    assert named(phases["planner update"].items, "partial").what == "partial sums of gradients, 0, and one received"
+    assert named(needs[48].host, "16 videos").bytes == 2 * named(needs[64].host, "8 videos").bytes
+    assert (
+        total(one.kept) - total(eight.kept) == named(one.kept, "text rows").bytes - named(eight.kept, "text rows").bytes
+    )
+
+
+def test_the_plan_of_several_ranks_says_whose_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "MOST_BRANCHES", 4)
+    config = replace(get_preset("shapeworld-smoke"), output=str(tmp_path / "run"), device="cpu")
+    alone = needs_of(run_of(config, on_gpu=False), planning=False)
+    lines, _ = dry_run(config, 0, 2)
+    assert any(line.endswith("the earliest switch of rank 0 of 2, 1 plans:") for line in lines)
+    hosts = [line for line in lines if line.startswith("on the host")]
+    assert (
+        hosts[1] == f"on the host, all 2 ranks: {size(total(alone.host))}"
+        and hosts[1].split()[-2:] != hosts[0].split()[-2:]
+    )
+    assert any(line.startswith("this machine's memory, 1/2 of it for each rank, ") for line in lines)
+
+
+@pytest.mark.parametrize(("gpus", "ranks", "part"), [(4, 4, ""), (2, 4, ", 1/2 of it for each rank"), (1, 1, "")])
+def test_ranks_share_the_gpus_at_hand(gpus: int, ranks: int, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * GIB))
+    found = budgets_of(get_preset("shapeworld"), 0, ranks)
+    assert found == [Budget(f"a GPU{part}", (40 if part else 80) * GIB)]
+    assert budgets_of(get_preset("shapeworld"), 80, ranks) == [Budget("a GPU of 80 GiB", 80 * GIB)]
+
+
 def test_the_largest_n_grows_with_the_memory() -> None:
     run = run_of(replace(get_preset("shapeworld-smoke"), device="cpu"), on_gpu=False)
     found = []
@@ -355,7 +418,7 @@ def test_a_plan_of_shapeworld_misses_nothing(tmp_path: Path) -> None:
     lines, fits = dry_run(config, 0)
     assert fits
     assert "missing: nothing" in lines and not (tmp_path / "run").exists()
-    assert any("1,242,348 parameters" in line for line in lines)
+    assert any("1,242,348 parameters" in line for line in lines) and not any("rank" in line for line in lines)
     assert any(line.startswith("this machine's memory") and line.endswith(": fits") for line in lines)
 
 
