@@ -156,7 +156,8 @@ def guarded(action: Callable[[], int]) -> int:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return EXIT_USER_ERROR
     except (Stopped, KeyboardInterrupt) as error:
-        sys.stderr.write(f"stopped{f' by {error}' if str(error) else ''}\n")
+        if os.environ.get("RANK", "0") == "0":  # the others of a run's processes are stopped, too
+            sys.stderr.write(f"stopped{f' by {error}' if str(error) else ''}\n")
         return EXIT_STOPPED
     except BrokenPipeError:
         if not _unread():

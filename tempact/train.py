@@ -17,7 +17,12 @@ def main(argv: list[str] | None = None) -> int:
 
     What is done is saved in each case.
     """
-    return guarded(lambda: _train(sys.argv[1:] if argv is None else argv))
+    code = guarded(lambda: _train(sys.argv[1:] if argv is None else argv))
+    if "tempact.distributed" in sys.modules:
+        from tempact.distributed import leave
+
+        leave(code)
+    return code
 
 
 def _train(arguments: list[str]) -> int:
@@ -43,7 +48,7 @@ def _train(arguments: list[str]) -> int:
         result = train(config, options.resume)
     except RunFailed as error:
         sys.stderr.write(f"error: {error}\n")
-        return 1
+        return error.code
     sys.stdout.write("".join(f"{line}\n" for line in result.lines))
     return result.exit_code
 

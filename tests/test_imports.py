@@ -23,6 +23,7 @@ LAYERS = (
     ("presets", "prompt_file", "video"),
     ("cli", "models", "rl"),
     ("planner", "executor", "rewards"),
+    ("updates",),
     ("trainer",),
     ("shapeworld",),
     ("evaluation",),

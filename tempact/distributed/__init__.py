@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -91,6 +92,7 @@ class Ranks:
             yield ranks
         finally:
             watch.acknowledged = True
+            _State.torn = watch.end is not None
             if watch.end is None:
                 with contextlib.suppress(RuntimeError):
                     dist.destroy_process_group()
@@ -245,34 +247,31 @@ class Ranks:
 
     def fail(self, cause: str, code: int) -> End:
         """Declares that this rank has failed; returns the end that holds."""
-        assert self.watch is not None
-        end = self._lost() if self.torn and self.watch.end is None else None
-        return self._leave(
-            end or self.watch.declare(End(FAILED, f"{self.watch.where(self.rank)}: {cause}", code, self.rank))
-        )
+        watch = self._leaving()
+        end = self._lost(watch) if self.torn and watch.end is None else None
+        return end or watch.declare(End(FAILED, f"{watch.where(self.rank)}: {cause}", code, self.rank))
 
     def stopping(self, name: str) -> End:
         """What ends the run where this rank's main thread was interrupted: the signal `name`, an end that another rank
         has declared, or, where a launcher's signal follows it, the loss of one."""
-        watch = self.watch
-        if watch is None:
+        if self.alone:
             return stopped(name, 0)
-        return self._leave(watch.end or self._lost() or watch.declare(stopped(name, self.rank)))
+        watch = self._leaving()
+        return watch.end or self._lost(watch) or watch.declare(stopped(name, self.rank))
 
-    def _lost(self) -> End | None:
-        """The end that a rank which gives no sign makes; None where all do."""
+    def _leaving(self) -> Watch:
+        """From here on no signal interrupts this process, which is on its way out."""
         assert self.watch is not None
-        lost = self.watch.lost()
+        self.watch.acknowledged = self.stop.last = True
+        return self.watch
+
+    def _lost(self, watch: Watch) -> End | None:
+        """The end that a rank which gives no sign makes; None where all do."""
+        lost = watch.lost()
         if not lost:
             return None
-        line = f"{self.watch.where(lost[0])}: was lost (killed, or hangs)"
-        return self.watch.declare(End(FAILED, line, 1, lost[0], lost=True))
-
-    def _leave(self, end: End) -> End:
-        assert self.watch is not None
-        self.watch.acknowledged = True
-        self.stop.last = True
-        return end
+        line = f"{watch.where(lost[0])}: was lost (killed, or hangs)"
+        return watch.declare(End(FAILED, line, 1, lost[0], lost=True))
 
     def teller(self, end: End) -> bool:
         """Is it this rank that writes the line? Rank 0 does, or, where it is lost, the one after it."""
@@ -284,8 +283,23 @@ class Ranks:
         return self.rank == 1 and end.lost and end.rank == 0
 
 
-__all__ = ["FAILED", "End", "Ranks", "told"]
+__all__ = ["FAILED", "End", "Ranks", "leave", "told"]
 
 _VARIABLES = {
     "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0",
 }  # fmt: skip
+
+
+class _State:
+    """torn: the ranks of this process have not parted in order."""
+
+    torn = False
+
+
+def leave(code: int) -> None:
+    """Ends the process where ranks have not parted in order: at the interpreter's end a collective that nobody else is
+    in could keep it for ever."""
+    if _State.torn:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -1,7 +1,7 @@
 """`python faulty.py KIND RANK PHASE ITERATION ARGUMENTS`: a training run in which something happens to one rank.
 
-Run by torchrun or by the launcher. KIND is a key of FAULTS. PHASE: plan, rollout, rewards, update or step, as they begin;
-"meeting" is inside the first collective of the update, "save" within a checkpoint's saving.
+Run by torchrun or by the launcher. KIND is a key of FAULTS. PHASE: plan, rollout, rewards, update or step, as they
+begin; "meeting" is inside the first collective of the update, "save" within a checkpoint's saving.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def hang() -> None:
 
 FAULTS: dict[str, Callable[[], None]] = {
     "kill": end(signal.SIGKILL), "stop": end(signal.SIGSTOP), "term": end(signal.SIGTERM), "int": end(signal.SIGINT),
-    "exception": exception, "memory": out_of_memory, "outage": outage, "disk": disk_full, "hang": hang, "none": lambda: None,
+    "exception": exception, "memory": out_of_memory, "outage": outage, "disk": disk_full, "hang": hang,
+    "none": lambda: None,
 }  # fmt: skip
 
 
