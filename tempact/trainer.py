@@ -21,16 +21,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tempact.agreement import Agreement
 from tempact.config import RunConfig
 from tempact.distributed import Ranks
-from tempact.distributed.reduction import checksum
 from tempact.errors import UserError
 from tempact.executor.executor import Executor
+from tempact.executor.rollout import cost_of
 from tempact.executor.sampler import NoiseSource, gaussian_noise
 from tempact.meter import Meter
 from tempact.planner.planner import Planner
 from tempact.rewards import RewardSet, Scores
-from tempact.rewards.judges import JudgeOutage, merged_stats
+from tempact.rewards.judges import JudgeOutage
 from tempact.rl import EMA, PolicyOptimizer
 from tempact.rl.advantages import (
     EXECUTION_EPS,
@@ -74,10 +75,6 @@ class NothingLearned(Aborted):
 
 class VideosNotFinite(Aborted):
     """No video of an iteration has finite latents: the executor's last step was no good."""
-
-
-class PoliciesDiffer(RuntimeError):
-    """Processes that must hold the same weights do not."""
 
 
 class WeightsNotFinite(Aborted):
@@ -153,6 +150,7 @@ class Trainer:
         self._earlier: dict | None = None  # the same of the iteration before, until its policies have made videos
         self.planner_policy = PolicyOptimizer(dict(planner.parameters()), config.planner.optim, self.ranks)
         self.executor_policy = PolicyOptimizer(executor.parameters(), config.executor.optim, self.ranks)
+        self.agreement = Agreement(planner, executor, self._policies(), self.ranks)
         self.ema = EMA(executor.parameters(), config.executor.ema_decay)
 
     def iterations(self, phase: Callable[[str], None]) -> Iterator[Iteration]:
@@ -187,11 +185,12 @@ class Trainer:
             self._check_videos(torch.stack([broken for _, broken in found]).any(0))
             scored = self.rewards.whole(plans, [scores for scores, _ in found])
             batch, metrics = self._advantages(plans, videos.rollout, scored)
+            metrics |= self.agreement.canaries(self.done + 1, plans, videos.noise)
         with timed("update"):
             metrics |= self._update(plans, batch, videos, partial(phase, "step"))
         if self._before is None:
             phase("step")  # there was none, but from here on the iteration counts
-        metrics |= self._agreed_metrics()
+        metrics |= self.agreement.metrics(self.done + 1, self.meter, self.rewards.metrics())
         self._note_idle(batch)
         self.done += 1
         own = frozenset(plan for unit in videos.records for plan in unit)
@@ -210,47 +209,14 @@ class Trainer:
                 scoring.add(part, unit)
 
         units = self.executor.rollout_units(count, settings.continuations, self.ranks.size)
-        cost = partial(self.executor.rollout_cost, switch_frames=videos.forks, continuations=settings.continuations)
-        taken = None if self.ranks.alone else self.ranks.take(units, cost)
+        taken = None
+        if not self.ranks.alone:
+            own = videos.forks, settings.continuations, self.executor.settings
+            taken = self.ranks.take(units, lambda unit: cost_of(unit, *own))
         videos.rollout = self.executor.rollout(plans.plans, videos.forks, videos.noise, made, taken)
         assert videos.rollout.broken is not None
         with timed("rewards"):
             return scoring.scores(), videos.rollout.broken
-
-    def _agreed_metrics(self) -> dict[str, float]:
-        """Metrics of scoring and of the processes themselves, of all of them; here all have ended their updates.
-
-        Raises PoliciesDiffer where one holds other weights than the first.
-        """
-        took = sum(value for name, value in self.meter.metrics.items() if name.startswith("timing_s/"))
-        own = (self.meter.metrics, self.rewards.metrics(), self.ranks.waited(), took, self._checksums())
-        meters, judges, waited, seconds, sums = zip(*self.ranks.gather(own), strict=True)
-        for rank, other in enumerate(sums):
-            names = [name for name in other if other[name] != sums[0][name]]
-            if names:
-                found = f"weights of the {' and the '.join(names)} on rank {rank} that are not those on rank 0"
-                raise PoliciesDiffer(f"iteration {self.done + 1}: found {found}; accepted: the same bits on all")
-        metrics = merged_stats(judges) | {name: max(each[name] for each in meters) for name in meters[0]}
-        if not self.ranks.alone:
-            shares = [min(1.0, idle / max(time, 1e-9)) for idle, time in zip(waited, seconds, strict=True)]
-            metrics |= {f"ranks/idle/{rank}": share for rank, share in enumerate(shares)}
-            metrics["ranks/idle"] = sum(shares) / len(shares)
-        return metrics
-
-    def compare(self, configuration: str) -> None:
-        """UserError where processes differ in what must be equal: configuration, versions, GPU, weights."""
-        gpu = torch.cuda.get_device_name() if self.executor.device.type == "cuda" else "cpu"
-        own = {"configuration": configuration, "torch": torch.__version__, "device": gpu} | self._checksums()
-        everyone = self.ranks.gather(own)
-        for rank, other in enumerate(everyone):
-            for name, value in other.items():
-                if value != everyone[0][name]:
-                    found = f"{value} on rank {rank} and {everyone[0][name]} on rank 0"
-                    raise UserError(f"ranks: found {name} {found}; accepted: the same on all of them")
-
-    def _checksums(self) -> dict[str, list[int]]:
-        """Of the weights of both policies."""
-        return {name: checksum(policy.parameters.values()) for name, policy in self._policies().items()}
 
     def state(self) -> dict:
         """All that a resumed run needs beside the adapters."""

@@ -23,7 +23,7 @@ LAYERS = (
     ("presets", "prompt_file", "video"),
     ("cli", "models", "rl"),
     ("planner", "executor", "rewards"),
-    ("updates",),
+    ("agreement", "updates"),
     ("trainer",),
     ("shapeworld",),
     ("evaluation",),

@@ -37,6 +37,7 @@ from tempact.executor.rollout import (
     on_device,
     rebuild_context,
     roll_out,
+    units_of,
 )
 from tempact.executor.sampler import NoiseSource, RolloutSettings
 from tempact.models.adapters import adapted, load_adapter, reference_active, save_adapter
@@ -157,17 +158,8 @@ class Executor:
         return (plans, continuations, calls, self.codec.latent_channels, self.settings.chunk, *self.latent_size)
 
     def rollout_units(self, plans: int, continuations: int, processes: int = 1) -> list[range]:
-        """Plans that are rolled out together, one unit after the other: of about `rollout_videos` videos, else as many
-        as fall to each of the processes."""
-        most = -(-plans // processes)
-        if self.config.rollout_videos:
-            most = max(1, self.config.rollout_videos // continuations)
-        return [range(first, min(first + most, plans)) for first in range(0, plans, most)]
-
-    def rollout_cost(self, plans: range, switch_frames: list[int], continuations: int) -> float:
-        """Of a unit, in chunks of one video."""
-        chunk, frames = self.settings.chunk, self.settings.frames
-        return sum((fork + continuations * (frames - fork)) / chunk for fork in switch_frames[plans.start : plans.stop])
+        """`units_of` the settings."""
+        return units_of(plans, continuations, self.config.rollout_videos, processes)
 
     def rollout(
         self,
@@ -222,6 +214,31 @@ class Executor:
     ) -> Tensor:
         with self.merged(), self.precision(), self.history(*noise.shape[:2]) as history:
             return roll_out(history, self.encode, plans, switch_frames, noise, record)
+
+    @torch.no_grad()
+    def canary(self, plan: Plan, noise: NoiseSource) -> tuple[Tensor, Tensor]:
+        """Velocity [C, c, H, W] of the first call of a plan's video, as videos are made: of the trained adapter and of
+        its start, fp32 on the host. They differ where the trained adapter is in effect.
+
+        noise: of an iteration whose prompts have been read; the video is its first one.
+        """
+        found = [self._first_velocity(plan, noise)]
+        with self.reference():
+            graphs, self.runner.graphs = self.runner.graphs, False  # a recording for one call would only take memory
+            try:
+                found.append(self._first_velocity(plan, noise))
+            finally:
+                self.runner.graphs = graphs
+        return found[0], found[1]
+
+    def _first_velocity(self, plan: Plan, noise: NoiseSource) -> Tensor:
+        prompts = chunk_prompts(plan, self.settings)[:1]
+        with self.merged(), self.precision(), self.history() as history:
+            text = PromptKV(self.model, self.encode, prompts)
+            x, branches = noise(0, [(0, 0)])[:, 0], [history.new_branch()]
+            sigma = torch.full((1, x.shape[2]), self.settings.first.sigmas[0], device=x.device)
+            context, positions = history.context(branches, 0), history.positions(0)
+            return self.runner.velocity(x, sigma, text(prompts), positions, context)[0].float().cpu()
 
     @contextmanager
     def reference(self) -> Iterator[None]:

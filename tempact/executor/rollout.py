@@ -37,6 +37,19 @@ def chunk_prompts(plan: Plan, settings: RolloutSettings) -> list[str]:
     return [prompts[plan.step_at(chunk * settings.chunk)] for chunk in range(settings.chunks)]
 
 
+def units_of(plans: int, continuations: int, videos: int, processes: int = 1) -> list[range]:
+    """Plans that are rolled out together, one unit after the other: of about so many videos, or, where that is 0, as
+    many plans as fall to each of the processes."""
+    most = max(1, videos // continuations) if videos else -(-plans // processes)
+    return [range(first, min(first + most, plans)) for first in range(0, plans, most)]
+
+
+def cost_of(plans: range, forks: Sequence[int], continuations: int, settings: RolloutSettings) -> float:
+    """Of a unit, in chunks of one video."""
+    frames = (forks[plan] + continuations * (settings.frames - forks[plan]) for plan in plans)
+    return sum(frames) / settings.chunk
+
+
 class PromptKV:
     """Cross-attention K/V of a batch's prompts, projected once under the current weights."""
 

@@ -25,11 +25,18 @@ from tempact.distributed import Ranks
 from tempact.distributed.reduction import Gradient, UpdateSum
 from tempact.distributed.watch import moved
 from tempact.errors import UserError
-from tempact.models.adapters import adapted, load_adapter, reference_active, save_adapter
+from tempact.models.adapters import adapted, lean_adapters, load_adapter, reference_active, save_adapter
 from tempact.planner import decode
 from tempact.planner import language_model as liger
 from tempact.planner.decode import Response
-from tempact.planner.language_model import check_head, chosen_log_probs, load_chat_model, opens_thought, thought_length
+from tempact.planner.language_model import (
+    check_head,
+    chosen_log_probs,
+    load_chat_model,
+    one_kernel_norms,
+    opens_thought,
+    thought_length,
+)
 from tempact.planner.plans import THINK_START, parse_plan, plan_messages
 from tempact.rl.gspo import gspo_loss
 from tempact.seeds import derive_seed
@@ -154,6 +161,23 @@ class Planner:
         with self._policy(reference), self._autocast():
             model = self.peft.get_base_model()
             return decode.respond(model, self.generation, prompts, seeds, rows=rows, stepwise=self.stepwise)
+
+    def canary(self, instruction: str) -> tuple[Tensor, Tensor]:
+        """States before the head for an instruction's first token, as plans are sampled: of the trained adapter and of
+        its start, fp32 [width] on the host. They differ where the trained adapter is in effect."""
+        asked = self.tokenizer(self.prompt_text(instruction), add_special_tokens=False)["input_ids"]
+        return self._first_states(asked, reference=False), self._first_states(asked, reference=True)
+
+    @torch.no_grad()
+    def _first_states(self, prompt: Sequence[int], reference: bool) -> Tensor:
+        model = self.peft.get_base_model()
+        with self._policy(reference), self._autocast(), lean_adapters(model), one_kernel_norms(model):
+            if not self.stepwise:
+                ids = torch.tensor([prompt], device=self.device)
+                return model.base_model(input_ids=ids).last_hidden_state[0, -1].float().cpu()
+            decoder = decode.Decoder(model, self.generation, 1, len(prompt) + 1)
+            decoder.begin(0, decode.Asked(0, prompt, 0), decoder.prefill(prompt))
+            return decoder.hidden(decoder.length)[0].float().cpu()
 
     def log_probs(self, tokens: PlanTokens, *, reference: bool = False) -> Tensor:
         """Log-softmax (temperature 1) of every counted token given the tokens before it: [P, L] fp32.

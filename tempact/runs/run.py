@@ -190,7 +190,7 @@ class Run:
         trainer = build_trainer(config, policies, prompts, scoring, ranks)
         if checkpoint is not None:
             restore(checkpoint, config, policies, trainer)
-        trainer.compare(fingerprint(config))
+        trainer.agreement.compare(fingerprint(config))
         log.info("run folder %s, seed %d, configuration %s", folder, config.seed, fingerprint(config))
         if not ranks.first:
             return Run(config, folder, policies, trainer, "", 0)
