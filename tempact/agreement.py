@@ -14,7 +14,6 @@ from tempact.errors import UserError
 from tempact.executor.executor import Executor
 from tempact.executor.sampler import NoiseSource
 from tempact.meter import Meter
-from tempact.models.adapters import away_from_reference
 from tempact.planner.planner import Planner
 from tempact.rewards.judges import merged_stats
 from tempact.rl import PolicyOptimizer
@@ -42,9 +41,8 @@ class Agreement:
         """UserError where processes differ in what must be equal: configuration, versions, GPU, weights."""
         gpu = torch.cuda.get_device_name() if self.executor.device.type == "cuda" else "cpu"
         own = {"configuration": configuration, "torch": torch.__version__, "device": gpu}
-        everyone = self.ranks.gather(
-            own | {f"weights of the {name}": found for name, found in self.checksums().items()}
-        )
+        weights = {f"weights of the {name}": found for name, found in self.checksums().items()}
+        everyone = self.ranks.gather(own | weights)
         for rank, other in enumerate(everyone):
             for name, value in other.items():
                 if value != everyone[0][name]:
@@ -55,17 +53,17 @@ class Agreement:
         """How far the policies that have sampled in iteration `number` are from their starts: root mean square of what
         one input gives.
 
-        Raises AdapterWithoutEffect where trained weights give what their start gives, and PoliciesDiffer where this
-        process has sampled from another policy than the first.
+        Raises AdapterWithoutEffect where weights that gradients have moved give what their start gives, and
+        PoliciesDiffer where this process has sampled from another policy than the first.
         """
         pairs = {
-            "planner": (self.planner.canary(plans.prompts[0].text), self.planner.peft),
-            "executor": (self.executor.canary(plans.plans[0], noise), self.executor.peft),
+            "planner": self.planner.canary(plans.prompts[0].text),
+            "executor": self.executor.canary(plans.plans[0], noise),
         }
         found: dict[str, float] = {}
         digests: dict[str, str] = {}
-        for name, ((trained, start), peft) in pairs.items():
-            if torch.equal(trained, start) and away_from_reference(peft):
+        for name, (trained, start) in pairs.items():
+            if torch.equal(trained, start) and self.policies[name].moved:
                 told = f"the {name} samples as its start does, though its adapter is trained"
                 raise AdapterWithoutEffect(f"iteration {number}: {told}")
             digests[name] = hashlib.sha256(trained.numpy().tobytes()).hexdigest()

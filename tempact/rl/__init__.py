@@ -20,7 +20,7 @@ class PolicyOptimizer:
     """AdamW over the trained parameters of one policy.
 
     parameters: by name. gradient: theirs, summed over the ranks. skipped: updates in a row that were refused because a
-    gradient was not finite.
+    gradient was not finite. moved: this process has taken a step along a gradient.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -29,6 +29,7 @@ class PolicyOptimizer:
     optimizer: torch.optim.Optimizer = field(init=False)
     gradient: Gradient = field(init=False)
     skipped: int = 0
+    moved: bool = False
 
     def __post_init__(self) -> None:
         c = self.config
@@ -49,6 +50,7 @@ class PolicyOptimizer:
         finite = bool(torch.isfinite(norm))
         if finite:
             self.optimizer.step()
+            self.moved |= bool(norm > 0)
         self.skipped = 0 if finite else self.skipped + 1
         self.clear()
         return {"grad_norm": norm.item() if finite else float("nan"), "skipped_updates": float(self.skipped)}
