@@ -115,11 +115,15 @@ class UpdateSum:
                 parts = received.view(len(givers), width)
                 slices += [(*layout[rank][turn], part) for rank, part in zip(givers, parts, strict=True)]
             whole = staged.new_empty(self.gradient.length)
-            dist.all_gather_into_tensor(whole, _top(slices).contiguous())
+            _all_gather(whole, _top(slices).contiguous())
             if staged.is_cuda:  # what the host does next may not come before
                 torch.cuda.current_stream().synchronize()
         self.gradient.flat.copy_(whole)
         self._nodes.clear()
+
+
+# torch 2.13 has given the function another name, and warns of the old one
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def ranks_share(count: int, rank: int, size: int) -> range:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -94,11 +94,22 @@ def train(
         folder = Path(config.output)
         try:
             ranks.from_first(lambda: opened.enter_context(claim_run_folder(folder)) and None)
-            run = Run.begin(config, folder, resume, rewards, opened, ranks)
+            with quiet(not ranks.first):  # every process warns of the same
+                run = Run.begin(config, folder, resume, rewards, opened, ranks)
         except (Exception, Stopped) as error:  # noqa: BLE001  told, with its traceback in the folder
             return RunResult(folder, ending.code(error, folder))
         code = run.go(ending, callbacks)
         return RunResult(folder, code, tuple(leave_report(folder)) if ranks.first else ())
+
+
+@contextmanager
+def quiet(silent: bool) -> Iterator[None]:
+    """Inside, warnings are not logged, if so asked."""
+    logging.disable(logging.WARNING if silent else logging.NOTSET)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 @dataclass
