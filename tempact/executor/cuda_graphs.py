@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from csrc_triton import CacheRows, ForkableKVCache, LayerViews, fork_attention, runtime
 from csrc_triton.fork_attention import HEAD_DIMS
 from csrc_triton.kv_cache import Reservation
+from tempact.distributed.shards import sharded
 from tempact.distributed.watch import moved
 from tempact.executor.lora import LoraLinear
 from tempact.models.wan.transformer import ChunkAttention, TextKV, WanTransformer
@@ -102,8 +103,8 @@ class _Replay(torch.autograd.Function):
 class CudaGraphRunner:
     """The calls of one transformer, recorded as CUDA graphs and replayed.
 
-    parameters: the trained ones. graphs: use CUDA graphs where the model is on a GPU and the kernels serve; a call is
-    recorded after `warm_calls` of its shape, the first of which compiles what must be compiled.
+    parameters: the trained ones. graphs: use CUDA graphs where the model is on a GPU, whole, and the kernels serve; a
+    call is recorded after `warm_calls` of its shape, the first of which compiles what must be compiled.
     """
 
     warm_calls = 2
@@ -112,7 +113,7 @@ class CudaGraphRunner:
         self.model, self.parameters = model, parameters
         # the torch path waits for the device, which a recording must not
         served = model.config.head_dim in HEAD_DIMS and runtime.why_not_triton(model.device, model.dtype) is None
-        self.graphs = graphs and served
+        self.graphs = graphs and served and not sharded(model)
         self._graphs: dict[Hashable, _Graph] = {}
         self._calls = 0  # so far, of all shapes
         self._grads: dict[nn.Parameter, Tensor] = {}

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from csrc_triton import runtime
+from tempact.distributed.shards import sharded
 from tempact.models.wan.transformer import has_epilogue, up_gelu
 
 
@@ -112,8 +113,12 @@ class LoraLinear(Linear):
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
-    """Inside, passes without gradients use merged weights of the adapters that are active now, where kernels serve."""
-    layers = [layer for layer in model.modules() if isinstance(layer, LoraLinear)]
+    """Inside, passes without gradients use merged weights of the adapters that are active now, where kernels serve.
+
+    A sharded model has none: its adapters are computed beside the weights, which are whole only inside a call.
+    """
+    modules = () if sharded(model) else model.modules()
+    layers = [layer for layer in modules if isinstance(layer, LoraLinear)]
     before = [layer.merging for layer in layers]
     try:
         for layer in layers:
