@@ -179,9 +179,7 @@ class OptimConfig:
 class DataConfig:
     """Training prompts."""
 
-    prompts: str = key(
-        "shapeworld", TRAINING, "shapeworld (drawn from its grammar), or a CSV, JSONL, parquet, text file"
-    )
+    prompts: str = key("shapeworld", TRAINING, "shapeworld (its grammar), or a CSV, JSONL, parquet, text file")
     prompts_per_iteration: int = key(2, TRAINING, "prompts of an iteration", COUNT)
 
 
@@ -223,12 +221,10 @@ class PlannerConfig:
 class ExecutorConfig:
     """The executor policy, its roll-out and its Flow-GRPO update (docs/algorithm.md 2.1 - 2.3, 2.5)."""
 
-    weights: str = field(metadata=described(VIDEO, "shapeworld or such a folder, a Wan checkpoint, random(-tiny)"))
+    weights: str = field(metadata=described(VIDEO, "shapeworld or such a folder, Wan checkpoint, random(-tiny, -14b)"))
     lora: LoraConfig
     optim: OptimConfig
-    adapters: tuple[str, ...] = key(
-        (), VIDEO, "LoRA files and PEFT folders merged into a Wan checkpoint, in this order"
-    )
+    adapters: tuple[str, ...] = key((), VIDEO, "LoRA files and PEFT folders merged into a Wan checkpoint, in order")
     entry: str = key("", VIDEO, f"model of a .pt file of several; nothing: the first of {', '.join(ENTRIES)}")
     decoder: str = key("", VIDEO, "tiny decoder (a TAEHV file) of generated videos and previews; nothing: the VAE")
     precision: str = key("fp32", VIDEO, "precision of a Wan checkpoint", choice(*EXECUTOR_PRECISIONS))
@@ -258,6 +254,7 @@ class ExecutorConfig:
     checkpoint_activations: bool = key(False, SPEED, "blocks are recomputed in the backward pass")
     rollout_videos: int = key(0, SPEED, "videos that advance together, by whole plans: bounds the KV cache", OR_ALL)
     cuda_graphs: bool = key(True, SPEED, "a CUDA graph for each shape of a call, where the kernels serve")
+    shard: int = key(1, SPEED, "processes of a machine that share the frozen weights, a part each", COUNT)
 
 
 @dataclass(frozen=True)
@@ -395,6 +392,10 @@ def validate(config: RunConfig) -> None:
     if executor.train and len(executor.timesteps) < 2:
         why = "two or more where the executor is trained, because the last step is deterministic"
         refuse("executor.timesteps", executor.timesteps, why)
+    if executor.continuations % executor.shard:
+        refuse("executor.continuations", executor.continuations, f"a multiple of executor.shard ({executor.shard})")
+    if executor.shard > 1 and executor.cuda_graphs:
+        refuse("executor.cuda_graphs", True, f"False with executor.shard {executor.shard}, as weights then move")
     if judges.outage_s <= judges.attempt_s:
         accepted = f"above judges.attempt_s ({judges.attempt_s}), or one slow reply is an outage"
         refuse("judges.outage_s", judges.outage_s, accepted)

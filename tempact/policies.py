@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from csrc_triton import runtime
 from tempact.config import RunConfig
 from tempact.distributed import Ranks
+from tempact.distributed.shards import group_of, shard
 from tempact.errors import UserError
 from tempact.executor.executor import Executor
 from tempact.planner.planner import Planner
@@ -51,7 +52,10 @@ def build_executor(config: RunConfig, device: torch.device, preview: bool = Fals
     # PEFT reads an attribute that newer transformers have renamed; nobody here can act on it
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     log.info("loading the executor: %s, on %s", config.executor.weights, device)
+    group = group_of(config.executor.shard, device)
     parts = world.executor_parts(device, preview)
+    if group is not None:
+        shard(parts.transformer, group)
     torch.manual_seed(config.seed)
     return Executor(parts.transformer, parts.text_encoder, parts.codec, config.executor, parts.size)
 

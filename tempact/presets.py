@@ -178,12 +178,25 @@ def longlive() -> RunConfig:
     )  # fmt: skip
 
 
+def wan_14b() -> RunConfig:
+    """As self-forcing, on a causal Wan2.1-T2V-14B, whose frozen weights two processes share: 2 GPUs of 80 GB.
+
+    There, 4 continuations a plan, an adapter of rank 128 and recomputed activations are what fits (docs/real-video.md).
+    """
+    planner = replace(qwen3_planner("1.7B"), sampled_together=32)
+    lora = LoraConfig(rank=128, alpha=128, targets=SELF_FORCING_TARGETS)
+    return derived(
+        self_forcing(), "wan-14b", planner, lora=lora, continuations=4, rollout_videos=2, micro_batch=1,
+        checkpoint_activations=True, cuda_graphs=False, shard=2,
+    )  # fmt: skip
+
+
 DEFAULT = "shapeworld"
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     make.__name__.replace("_", "-"): make
     for make in (
         shapeworld, shapeworld_full, shapeworld_smoke, self_forcing, self_forcing_4b, self_forcing_8b, causal_forcing,
-        causal_forcing_framewise, causal_forcing_2step, causal_forcing_1step, longlive,
+        causal_forcing_framewise, causal_forcing_2step, causal_forcing_1step, longlive, wan_14b,
     )
 }  # fmt: skip
 

@@ -293,7 +293,8 @@ class ShapeWorld(World):
 class Wan(World):
     """Published checkpoints of the Wan transformer, with the text encoder and VAE of Wan's release.
 
-    Weights that are not there belong here too: a dry run plans for them with the sizes of Wan2.1-T2V-1.3B.
+    Weights that are not there belong here too: a dry run plans for them with the sizes of Wan2.1-T2V-1.3B, or of -14B
+    with the preset wan-14b.
     """
 
     packages = ("diffusers", "ftfy")
@@ -313,15 +314,18 @@ class Wan(World):
         return Path(self.config.executor.wan_folder or self.weights)
 
     def executor_parts(self, device: torch.device, preview: bool = False) -> ExecutorParts:
+        from tempact.distributed.shards import group_of, shard_block
         from tempact.models.wan.checkpoints.load import load_transformer
         from tempact.models.wan.text import load_cached_text_encoder
         from tempact.models.wan.vae import load_codec
 
         settings, weights = self.config.executor, Path(self.weights)
+        group = group_of(settings.shard, device)
         adapters = [Path(adapter) for adapter in settings.adapters]
         transformer = load_transformer(
-            weights, device=device, precision=settings.precision, adapters=adapters, entry=settings.entry
-        )
+            weights, device=device, precision=settings.precision, adapters=adapters, entry=settings.entry,
+            block_made=partial(shard_block, group=group) if group is not None else None,
+        )  # fmt: skip
         sizes, dtype = transformer.config, transformer.dtype
         decoder = Path(settings.decoder) if preview and settings.decoder else None
         codec = load_codec(self.release, dtype, device, decoder)
@@ -367,13 +371,14 @@ class Wan(World):
     def sizes(self) -> WorldSizes:
         from tempact.models.wan.checkpoints.files import PICKLES, find_weights
         from tempact.models.wan.checkpoints.names import read_config
-        from tempact.models.wan.transformer import WanConfig
+        from tempact.models.wan.transformer import WAN_14B, WanConfig
 
         file = self.release / "vae" / "config.json"
         vae = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         weights = find_weights(Path(self.weights))[:1] if self.at_hand else []
         beside = [path.with_name("config.json") for path in weights if path.suffix not in PICKLES]
-        transformer = read_config(beside[0]) if beside and beside[0].is_file() else WanConfig()
+        published = WAN_14B if self.config.preset == "wan-14b" else WanConfig()
+        transformer = read_config(beside[0]) if beside and beside[0].is_file() else published
         return WorldSizes(transformer, self._latent, self.release / "text_encoder", vae)
 
     @property
@@ -386,7 +391,7 @@ class Wan(World):
 
 
 class RandomWan(Wan):
-    """Random weights of Wan's sizes ("random") or small ones ("random-tiny"), drawn from the run's seed."""
+    """Random weights of Wan's sizes ("random", "random-14b") or small ones ("random-tiny"), of the run's seed."""
 
     note = "random weights"
     at_hand = True
@@ -394,7 +399,7 @@ class RandomWan(Wan):
 
     @classmethod
     def claims(cls, weights: str) -> bool:
-        return weights in ("random", "random-tiny")
+        return weights in ("random", "random-14b", "random-tiny")
 
     def executor_parts(self, device: torch.device, preview: bool = False) -> ExecutorParts:
         import torch

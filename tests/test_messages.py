@@ -64,6 +64,7 @@ def test_a_key_accepts_what_its_message_names(name: str, words: str, bad: list[s
     parse_run([*short, f"--{name}", *good], "program")
 
 
+SHARDED = ["--executor.shard", "2", "--executor.cuda_graphs", "false"]
 FOLLOWED = [  # a command line, the end of what it says, and the command lines that do what that says
     (["--frames"], "nearest: --executor.frames", ["--executor.frames", "3"]),
     (
@@ -111,6 +112,8 @@ FOLLOWED = [  # a command line, the end of what it says, and the command lines t
         "above judges.attempt_s (60.0), or one slow reply is an outage",
         ["--judges.outage_s", "60.1"],
     ),
+    (["--executor.shard", "3"], "a multiple of executor.shard (3)", ["--executor.continuations", "6", *SHARDED]),
+    (["--executor.shard", "2"], "False with executor.shard 2, as weights then move", SHARDED),
     (["--executor.timesteps"], "one or more values, each a whole number", ["--executor.timesteps", "500", "250"]),
     (["--planner.optim.betas", "0.9"], "2 values, each a finite number", ["--planner.optim.betas", "0.9", "0.9"]),
     (["--executor.train", "maybe"], "true or false", ["--executor.train", "false"]),

@@ -22,7 +22,6 @@ from tempact.diagnostics.memory import (
     Item,
     Needs,
     Run,
-    largest,
     needs_of,
     total,
     update_cost,
@@ -35,6 +34,7 @@ from tempact.worlds import world_of
 
 LEAST_CONTINUATIONS = 2  # of an execution group
 MOST_BRANCHES = 256  # tried: the cache's bookkeeping takes its time
+HOPELESS = 2  # times the room; a larger count cannot fit either
 
 
 # operations a second of a whole iteration, and seconds of a decoding step: an H200's (docs/costs.md), two CPU cores'
@@ -102,7 +102,8 @@ def _models(run: Run) -> Iterator[str]:
     )
     kernels = "csrc_triton's kernels" if run.sizes.kernels else "the torch path"
     graphs = ", CUDA graphs" if run.graphs else ""
-    yield f"planned for {kernels}{graphs}; K and V of a latent frame: {size(run.sizes.frame_bytes)}"
+    shards = f", one of {settings.shard} processes that share the blocks' weights" if settings.shard > 1 else ""
+    yield f"planned for {kernels}{graphs}{shards}; K and V of a latent frame: {size(run.sizes.frame_bytes)}"
     if run.planner is None:
         yield f"planner: {run.config.planner.weights}: its sizes are not known here and left out below"
     if _left_out(run.config):
@@ -176,11 +177,12 @@ def _of(run: Run) -> str:
 
 
 def _memory(run: Run, needs: Needs, budgets: list[Budget]) -> Iterator[str]:
+    own = f" ({run.continuations} in each process)" if run.config.executor.shard > 1 else ""
     yield ""
     yield (
         f"memory of {run.config.data.prompts_per_iteration} prompts x {run.config.planner.plans_per_prompt} plans x "
-        f"{run.config.executor.continuations} continuations, instructions of {INSTRUCTION_TOKENS} tokens, the earliest "
-        f"switch{_of(run)}:"
+        f"{run.config.executor.continuations} continuations{own}, instructions of {INSTRUCTION_TOKENS} tokens, the "
+        f"earliest switch{_of(run)}:"
     )
     yield from table(needs)
     if run.ranks > 1:
@@ -206,6 +208,21 @@ def _update_choices(run: Run) -> Iterator[str]:
         yield f"  {size(kept):>12}  {name}; {size(again)} with --executor.checkpoint_activations"
 
 
+def largest(taken: Callable[[int], int], room: int, least: int, most: int, step: int = 1) -> int:
+    """The largest multiple of `step` in [least, most] for which `taken(count)` bytes fit into `room`; 0 if none does.
+
+    Counts are tried one by one: the cache grows by eighths, so that one more may take less.
+    """
+    found = 0
+    for count in range(math.ceil(least / step) * step, most + 1, step):
+        needed = taken(count)
+        if needed <= room:
+            found = count
+        elif needed > HOPELESS * room:
+            break
+    return found
+
+
 def _fit(run: Run, needs: Needs, budget: Budget) -> Iterator[str]:
     fits = "fits" if budget.fits(needs) else "does not fit"
     yield (
@@ -219,7 +236,8 @@ def _fit(run: Run, needs: Needs, budget: Budget) -> Iterator[str]:
         return budget.taken(needs_of(own, planning=False))
 
     def most(own: Run) -> int:
-        return largest(lambda n: taken(own.changed(continuations=n)), budget.usable, LEAST_CONTINUATIONS, _most(own))
+        some = LEAST_CONTINUATIONS, _most(own), run.config.executor.shard
+        return largest(lambda n: taken(own.changed(continuations=n)), budget.usable, *some)
 
     found = most(run)
     if found:
@@ -238,8 +256,9 @@ def _fit(run: Run, needs: Needs, budget: Budget) -> Iterator[str]:
 
 
 def _most(run: Run) -> int:
-    """The largest number of continuations that is tried."""
-    return max(LEAST_CONTINUATIONS, MOST_BRANCHES // run.plans, run.config.executor.continuations)
+    """The largest number of continuations that is tried; processes that share weights have as many each."""
+    most = max(LEAST_CONTINUATIONS, MOST_BRANCHES // run.plans, run.config.executor.continuations)
+    return most // run.config.executor.shard * run.config.executor.shard
 
 
 def _count(found: int, run: Run) -> str:

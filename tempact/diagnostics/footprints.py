@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from csrc_triton import LayerViews
 from tempact.config import ExecutorConfig, PlannerConfig
 from tempact.diagnostics.trace import FAKE, fake, on_meta, recomputed, traced
+from tempact.distributed.shards import READ_OUTSIDE
 from tempact.executor.cuda_graphs import Context
 from tempact.executor.executor import Executor
 from tempact.models.adapters import freeze_reference
@@ -93,11 +94,13 @@ def make_executor(sizes: Sizes) -> Executor:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers and bytes of a policy's frozen weights, bytes of those under adapters, numbers of its trained adapter."""
+    """Numbers and bytes of a policy's frozen weights, bytes of those under adapters and of those that can be sharded,
+    numbers of its trained adapter."""
 
     weights: int
     weight_bytes: int
     adapted_bytes: int
+    shared_bytes: int
     trained: int
 
     @classmethod
@@ -108,6 +111,7 @@ class Parameters:
             sum(p.numel() for p in own.values()),
             sum(sizes.values()),
             sum(size for name, size in sizes.items() if name.endswith(".base_layer.weight")),
+            sum(size for n, size in sizes.items() if ".blocks." in n and not any(part in n for part in READ_OUTSIDE)),
             sum(p.numel() for p in peft.parameters() if p.requires_grad),
         )
 

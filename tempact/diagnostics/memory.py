@@ -22,7 +22,6 @@ GIB = 2**30
 # not in torch's count of tensors: the CUDA context with libraries' workspaces, and holes between tensors
 CONTEXT_BYTES = 1 * GIB
 HOLES = 0.05
-HOPELESS = 2  # times the room; a larger count cannot fit either
 EXACT, TRACED, ESTIMATED = "exact", "traced", "estimated"  # shapes; the code on fake tensors; a formula
 
 
@@ -93,26 +92,12 @@ def total(items: Iterable[Item]) -> int:
     return sum(item.bytes for item in items)
 
 
-def largest(taken: Callable[[int], int], room: int, least: int, most: int) -> int:
-    """The largest count within [least, most] for which `taken(count)` bytes fit into `room`; 0 if none does.
-
-    Counts are tried one by one: the cache grows by eighths, so that one more may take less.
-    """
-    found = 0
-    for count in range(least, most + 1):
-        needed = taken(count)
-        if needed <= room:
-            found = count
-        elif needed > HOPELESS * room:
-            break
-    return found
-
-
 FP32 = 4  # bytes of a number
 CHUNKS_A_PROMPT = 2
 PROMPT_ROWS = 128  # text rows of a prompt of a step, without padding
 ADAPTER_COPIES = 2  # trained and reference
 ADAM_STATES = 2
+GATHERED = 3  # blocks of a sharded model: one at work, the next one on its way, the buffer that the first came in
 DRAWING = 3 * FP32 + 3 * 8  # bytes of a token of the vocabulary while one is drawn: fp32 and int64
 PLANNING = ("plan", "planner update")  # phases of the planner
 
@@ -145,13 +130,18 @@ class Run:
         return math.ceil(self.plans / self.config.trainer.updates_per_iteration)
 
     @property
+    def continuations(self) -> int:
+        """Of a plan, that one process makes."""
+        return self.config.executor.continuations // self.config.executor.shard
+
+    @property
     def branches(self) -> int:
-        return self.plans * self.config.executor.continuations
+        return self.plans * self.continuations
 
     @property
     def together(self) -> int:
         """Videos that are rolled out in one batch: those of as many plans as `executor.rollout_videos` lets in."""
-        n, most = self.config.executor.continuations, self.config.executor.rollout_videos
+        n, most = self.continuations, self.config.executor.rollout_videos
         return (min(self.plans, max(1, most // n)) if most else self.plans) * n
 
     @property
@@ -197,14 +187,14 @@ class Run:
     @property
     def context_plans(self) -> int:
         """Plans whose contexts an update holds at a time: those of a micro-batch."""
-        each = self.config.executor.continuations * self.settings.schedule.transitions
+        each = self.continuations * self.settings.schedule.transitions
         return min(self.plans, max(1, self.config.executor.micro_batch // each)) if each else 0
 
     @property
     def update_rows(self) -> int:
         """(continuation, transition) pairs of the largest micro-batch."""
         steps = self.settings.schedule.transitions
-        each, most = self.config.executor.continuations * steps, self.config.executor.micro_batch
+        each, most = self.continuations * steps, self.config.executor.micro_batch
         if not steps:  # a model of one denoising call, which cannot be trained
             return 0
         if most >= each:
@@ -238,6 +228,10 @@ def needs_of(run: Run, *, planning: bool = True) -> Needs:
     else:
         rollout.append(Item(f"activations, {run.together} branches", activations, TRACED))
         update.append(Item(f"activations, {run.update_rows} transitions", training, TRACED))
+    if run.config.executor.shard > 1:
+        blocks = GATHERED * footprint.parameters_of(run.sizes).shared_bytes // run.sizes.model.layers
+        gathered = Item(f"gathered weights, {GATHERED} blocks", blocks, ESTIMATED)
+        rollout, update = [*rollout, gathered], [*update, gathered]
     video = video_bytes(run.sizes.latent, run.settings.frames, run.decoder)
     host = [Item(f"{run.branches} videos, uint8", run.branches * video, EXACT)]
     phases = _planner_phases(run) if planning else []
@@ -263,9 +257,11 @@ def update_cost(run: Run) -> footprint.Cost:
 def _weights(run: Run) -> list[Item]:
     """All models, and the adapters' gradients and optimiser states."""
     parameters = footprint.parameters_of(run.sizes)
-    items = [Item("executor's weights", parameters.weight_bytes, EXACT)]
+    share = run.config.executor.shard
+    own = parameters.weight_bytes - parameters.shared_bytes * (share - 1) // share
+    items = [Item("executor's weights" + f", 1 / {share} of its blocks" * (share > 1), own, EXACT)]
     items += _adapter("executor", parameters.trained * FP32, ema=True)
-    if run.on_gpu and run.sizes.kernels:
+    if run.on_gpu and run.sizes.kernels and share == 1:
         items.append(Item("executor's weights with the adapter merged", parameters.adapted_bytes, EXACT))
     if run.planner is not None:
         items.append(Item("planner's weights", run.planner.weights, EXACT))
@@ -297,7 +293,7 @@ def _partial_sums(run: Run, plans: int, trained: int) -> list[Item]:
 
 def _kept_of_a_rollout(run: Run) -> list[Item]:
     """The cache keeps its size, the largest that roll-out or update needs; text rows stay at hand."""
-    sizes, settings, n = run.sizes, run.settings, run.config.executor.continuations
+    sizes, settings, n = run.sizes, run.settings, run.continuations
     tokens = sizes.frame_tokens
     rows = (enough_rows if run.graphs else cache_rows)(settings, run.together // n, n, run.fork, tokens)
     if run.config.executor.train and run.context_plans:
@@ -333,7 +329,7 @@ def _rollout(run: Run) -> list[Item]:
     """Data of a rollout beside the cache and the activations."""
     sizes, settings = run.sizes, run.settings
     steps = max(settings.schedule.calls, settings.first.calls)
-    plans = run.together // run.config.executor.continuations
+    plans = run.together // run.continuations
     prompts = plans * run.texts
     # a graph reads copies of its own; there are two of each batch, for denoiser calls and for context passes
     copies = run.together + (2 * (run.together + plans) if run.graphs else 0)
@@ -346,7 +342,7 @@ def _rollout(run: Run) -> list[Item]:
 
 
 def _decoding(run: Run, decoder: Decoder, latents: Item) -> Phase:
-    videos = min(decoder.videos, run.config.executor.continuations)
+    videos = min(decoder.videos, run.continuations)
     frames = videos * video_bytes(run.sizes.latent, decoder.latents + 1, decoder)
     items = (
         latents,

@@ -183,7 +183,7 @@ log = logging.getLogger(__name__)
 
 REPORT, CONFIG, RESULTS = "report.html", "config.yaml", "temporal-order.html"
 # keys of weights, and values in whose place random weights stand
-WEIGHTS, RANDOM = ("planner.weights", "executor.weights"), ("random", "random-tiny")
+WEIGHTS, RANDOM = ("planner.weights", "executor.weights"), ("random", "random-14b", "random-tiny")
 # config keys worth a place in the header, and their labels
 SUMMARY = {
     "preset": "preset",

@@ -22,7 +22,19 @@ from tempact.cli import from_yaml
 from tempact.config import ExecutorConfig, LoraConfig, OptimConfig, RunConfig
 from tempact.diagnostics import dry_run as report
 from tempact.diagnostics import footprints as footprint
-from tempact.diagnostics.dry_run import _fit, _time, budgets_of, dry_run, missing, run_of, size, table, tera, work_of
+from tempact.diagnostics.dry_run import (
+    _fit,
+    _time,
+    budgets_of,
+    dry_run,
+    largest,
+    missing,
+    run_of,
+    size,
+    table,
+    tera,
+    work_of,
+)
 from tempact.diagnostics.footprints import PlannerSizes, Sizes, plan_bytes, trace_plan
 from tempact.diagnostics.memory import (
     EXACT,
@@ -32,7 +44,6 @@ from tempact.diagnostics.memory import (
     Needs,
     Phase,
     Run,
-    largest,
     needs_of,
     total,
 )
@@ -397,6 +408,48 @@ def test_ranks_share_the_gpus_at_hand(gpus: int, ranks: int, part: str, monkeypa
     found = budgets_of(get_preset("shapeworld"), 0, ranks)
     assert found == [Budget(f"a GPU{part}", (40 if part else 80) * GIB)]
     assert budgets_of(get_preset("shapeworld"), 80, ranks) == [Budget("a GPU of 80 GiB", 80 * GIB)]
+
+
+def test_processes_that_share_weights_hold_a_part_of_the_blocks_each() -> None:
+    """14.29 billion parameters; a block without what is read outside its calls, and what lies outside of blocks."""
+    run = run_of(get_preset("wan-14b"), on_gpu=True)
+    parameters, width, inner = footprint.parameters_of(run.sizes), 5120, 13_824
+    assert parameters.weights == 14_288_491_584 and run.sizes.frame_bytes == 40 * 2 * 2 * 1560 * width
+    blocks = 6 * width**2 + 2 * width * inner  # without k and v of the cross-attention
+    assert parameters.shared_bytes == pytest.approx(40 * 2 * blocks, rel=1e-3)
+    whole = replace(run.config.executor, shard=1, continuations=2)
+    alone = replace(run, config=replace(run.config, executor=whole))
+    assert (run.continuations, run.together, run.branches) == (alone.continuations, alone.together, alone.branches)
+    (shared, of_shared), (single, of_single) = ((own, kept_of(own)) for own in (needs_of(run), needs_of(alone)))
+    own = of_shared.pop("executor's weights, 1 / 2 of its blocks")
+    assert own == of_single.pop("executor's weights") - parameters.shared_bytes // 2
+    assert of_single.pop("executor's weights with the adapter merged") == parameters.adapted_bytes
+    assert of_single == of_shared
+    for phase, other in zip(shared.phases, single.phases, strict=True):
+        more = 3 * parameters.shared_bytes // 40 if phase.name in ("rollout", "executor update") else 0
+        assert phase.bytes - other.bytes == more
+    assert shared.host == single.host
+
+
+def kept_of(needs: Needs) -> dict[str, int]:
+    return {item.what: item.bytes for item in needs.kept}
+
+
+def test_two_gpus_of_80_gb_hold_the_14b(capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--executor.continuations", "8", "--executor.rollout_videos", "0", "--data.prompts_per_iteration", "1"]
+    for code in (0, 4):
+        assert train.main(["wan-14b", "--dry-run", "--gpu-gib", "79.65", *more[: 2 * code]]) == code
+        told = capsys.readouterr().out
+        assert "40 blocks, 5120 channels, 14,288,491,584 parameters" in told
+        assert "one of 2 processes that share the blocks' weights" in told
+        assert f"continuations ({4 if code else 2} in each process)" in told
+    assert "  largest N at 1 x 4 plans: none, not even 2 continuations fit" in told
+
+
+def test_numbers_of_continuations_are_tried_by_the_processes_that_share_them() -> None:
+    assert largest(lambda n: n, 9, 2, 20, 4) == 8
+    assert largest(lambda n: n, 3, 2, 20, 4) == 0
+    assert largest(lambda n: n, 9, 2, 20) == 9
 
 
 def test_the_largest_n_grows_with_the_memory() -> None:

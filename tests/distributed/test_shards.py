@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from models import synthesise
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -28,7 +30,8 @@ from tempact.models.wan.checkpoints.load import set_precision
 from tempact.models.wan.codec import PixelCodec
 from tempact.models.wan.random_weights import RandomText
 from tempact.models.wan.transformer import OWN_CHUNK, WanConfig, WanTransformer
-from tempact.presets import EXECUTOR_TARGETS, SELF_FORCING_TARGETS
+from tempact.policies import build_executor
+from tempact.presets import EXECUTOR_TARGETS, SELF_FORCING_TARGETS, get_preset
 from tempact.types import Batch, Plan, Step
 
 MEMBERS = 2
@@ -36,6 +39,8 @@ SMALL = WanConfig(  # 40 heads, FFN of 2.7 widths as in the 14B; a width of 5,12
     dim=240, ffn_dim=648, freq_dim=16, text_dim=16, text_len=64, heads=40, layers=3, in_dim=3, out_dim=3
 )
 PLAN = Plan("i", (Step(0, 6, "a cat sits"), Step(6, 15, "the cat jumps")))
+LORA = LoraConfig(4, 4, SELF_FORCING_TARGETS)
+PLAN_OF_9 = Plan("i", (Step(0, 3, "a circle"), Step(3, 9, "a square")))
 CASES = [  # precision, adapted linears, blocks are recomputed, sharded before the adapters are there
     ("fp32", EXECUTOR_TARGETS, False, True),
     ("bf16", SELF_FORCING_TARGETS, True, True),
@@ -134,7 +139,7 @@ def compare(rank: int, port: int, folder: str, backend: str) -> None:
     if backend == "lora":  # the executor's own products, as on a GPU
         plain = runtime.choose
         runtime.choose = lambda op, *rest, **more: "triton" if op == "lora_linear" else plain(op, *rest, **more)
-    for precision, targets, again, early in CASES:
+    for precision, targets, again, early in CASES if backend == "torch" else CASES[2:]:
         own = block_of(4, rank, MEMBERS)
         model = make_model(precision)
         if early:
@@ -157,9 +162,32 @@ def compare(rank: int, port: int, folder: str, backend: str) -> None:
             executor.load_adapter(Path(folder) / f"{precision}-{again}")
         check_parts(executor)
         check_gathers(executor)
+    if backend == "torch":
+        check_loading(Path(folder) / "wan")
     dist.barrier()
     dist.destroy_process_group()
     (Path(folder) / f"done-{rank}").touch()
+
+
+def check_loading(folder: Path) -> None:
+    """The preset from a checkpoint in shards: each member's parts make up what one process loads, adapters included."""
+    base = get_preset("wan-14b")
+    settings = {"weights": str(folder), "video_size": (32, 48), "frames": 9, "text_cache": str(folder / "text")}
+    both, alone = (
+        build_executor(
+            replace(base, executor=replace(base.executor, **settings, shard=shard, lora=LORA)), torch.device("cpu")
+        )
+        for shard in (base.executor.shard, 1)
+    )
+    assert sharded(both.model) and not sharded(alone.model)
+    expected = alone.model.state_dict()
+    for name, tensor in both.model.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        assert whole.dtype == expected.pop(name).dtype and torch.equal(whole, alone.model.state_dict()[name]), name
+    assert not expected
+    noise = gaussian_noise(7, both.noise_shape(1, 1), both.device)
+    found, right = (own.roll_out([PLAN_OF_9], [0], noise)[0] for own in (both, alone))
+    assert torch.equal(found, right) and found.isfinite().all()
 
 
 def check_parts(executor: Executor) -> None:
@@ -178,6 +206,10 @@ def check_parts(executor: Executor) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "lora"])
 def test_two_processes_compute_the_bits_of_one(backend: str, tmp_path: Path) -> None:
+    if backend == "torch":
+        sizes = replace(SMALL, in_dim=16, out_dim=16)
+        wan = synthesise.wan_folder(tmp_path / "wan", synthesise.random_state(sizes), sizes, shards=3)
+        synthesise.release_folder(wan, synthesise.SMALL_UMT5 | {"d_model": sizes.text_dim}, 8)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import pytest
 import torch
 from models import synthesise
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tempact.errors import UserError
 from tempact.models.wan.checkpoints.convert import convert
@@ -27,7 +28,7 @@ from tempact.models.wan.checkpoints.names import (
     read_config,
     to_wan,
 )
-from tempact.models.wan.transformer import WanConfig, WanTransformer
+from tempact.models.wan.transformer import WAN_14B, WanConfig, WanTransformer
 
 CPU = torch.device("cpu")
 SMALL = WanConfig(dim=48, ffn_dim=80, freq_dim=32, text_dim=16, text_len=6, heads=2, layers=3, in_dim=4, out_dim=4)
@@ -223,6 +224,36 @@ def test_a_file_without_sizes_must_hold_the_published_model(tmp_path: Path, stat
     assert message.startswith(f"{file}: found 729 tensors missing (blocks.{{3-29}}.cross_attn.k.bias, ")
     assert "tensors of another shape (blocks.{0-2}.cross_attn.k.bias (48,) for (1536,), " in message
     assert message.endswith("accepted: the 825 tensors of a Wan transformer of 30 blocks, 1536 channels, FFN 8960")
+
+
+def test_a_file_without_sizes_may_be_the_14b(tmp_path: Path) -> None:
+    """By its width, here in the one tensor that the file has of it beside those of others."""
+    with torch.device("meta"):
+        names = [*WanTransformer(WAN_14B).state_dict()]
+    assert len(names) == 1095 and WAN_14B.head_dim == 128
+    tensors = {name: torch.zeros(1) for name in names} | {"patch_embedding.weight": torch.zeros(5120, 16, 1, 2, 2)}
+    with pytest.raises(UserError, match="accepted: the 1095 tensors of a Wan transformer of 40 blocks, 5120 channels"):
+        open_checkpoint(flat(tmp_path / "weights.pt", tensors))
+
+
+def test_blocks_are_handed_over_one_by_one(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    """Shards with an index, as the 14B's; before a block is handed over nothing is made of those behind it."""
+    folder, made = synthesise.wan_folder(tmp_path / "wan", state, SMALL, shards=3), list[nn.Module]()
+
+    def block_made(block: nn.Module) -> None:
+        made.append(block)
+        assert not any(p.is_meta for p in block.parameters())
+        assert sum(p.is_meta for p in model().parameters()) == 27 * (SMALL.layers - len(made)) + 3  # and the head
+        block.to(torch.float64)  # what is done to it stays
+
+    def model() -> WanTransformer:
+        return next(m for m in gc.get_objects() if type(m) is WanTransformer and made[0] in m.modules())
+
+    loaded = load_transformer(folder, device=CPU, precision="bf16", block_made=block_made)
+    assert made == [*loaded.blocks] and loaded.head.head.weight.dtype == torch.bfloat16
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == (torch.float64 if name.startswith("blocks.") else torch.bfloat16)
+        assert torch.equal(tensor, state[name].bfloat16().to(tensor.dtype))
 
 
 def test_sizes_survive_both_kinds_of_config(tmp_path: Path) -> None:

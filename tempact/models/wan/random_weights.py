@@ -1,7 +1,7 @@
 """Random weights in place of a checkpoint: everything but the pictures can be seen, measured and tested with them.
 
-"random" has the sizes of Wan2.1-T2V-1.3B and its VAE, "random-tiny" small ones for a machine without a GPU. Videos
-are noise; a command that shows them has to say so.
+"random" and "random-14b" have the sizes of Wan2.1-T2V-1.3B, -14B and their VAE, "random-tiny" small ones for a machine
+without a GPU. Videos are noise; a command that shows them has to say so.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from tempact.models.wan.checkpoints.load import set_precision
 from tempact.models.wan.codec import WanCodec
-from tempact.models.wan.transformer import WanConfig, WanTransformer
+from tempact.models.wan.transformer import WAN_14B, WanConfig, WanTransformer
 
 RANDOM = {  # name -> sizes of the transformer, base width of the VAE
     "random": (WanConfig(), 96),
+    "random-14b": (WAN_14B, 96),
     "random-tiny": (WanConfig(dim=48, ffn_dim=96, freq_dim=16, text_dim=16, text_len=64, heads=2, layers=2), 8),
 }
 

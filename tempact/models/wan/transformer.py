@@ -68,6 +68,9 @@ class WanConfig:
         return height // self.patch[1] * (width // self.patch[2])
 
 
+WAN_14B = WanConfig(dim=5120, ffn_dim=13_824, heads=40, layers=40)  # Wan2.1-T2V-14B
+
+
 @dataclass
 class TextKV:
     """Cross-attention keys and values of n texts, per layer [n, text_len, heads, head_dim]."""

@@ -9,18 +9,19 @@ Paths that can be read:
     longlive_base.pt                       LongLive, with lora.pt as an adapter
     a folder that `python -m tempact.models.wan.checkpoints convert` has written
 
-A file without a config.json must hold Wan2.1-T2V-1.3B. Source: docs/backbones.md section 4.
+A file without a config.json must hold Wan2.1-T2V-1.3B or -14B. Source: docs/backbones.md section 4.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tempact.config import ENTRIES
 from tempact.config import EXECUTOR_PRECISIONS as PRECISIONS
@@ -37,7 +38,7 @@ from tempact.models.wan.checkpoints.files import (
 )
 from tempact.models.wan.checkpoints.lora import Adapter, open_adapter
 from tempact.models.wan.checkpoints.names import expected_tensors, in_layout, layout_of, read_config, to_wan, unwrapped
-from tempact.models.wan.transformer import WanConfig, WanTransformer
+from tempact.models.wan.transformer import WAN_14B, WanConfig, WanTransformer
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ def load_transformer(
     adapters: Sequence[Path] = (),
     config: WanConfig | None = None,
     entry: str = "",
+    block_made: Callable[[nn.Module], None] | None = None,
 ) -> WanTransformer:
     """The transformer at `path`, with adapters merged into it in their order.
 
@@ -104,6 +106,7 @@ def load_transformer(
         adapters: LoRA files or PEFT folders, see `open_adapter`; merged in fp64, before the cast to `precision`.
         config: sizes; without it those of the config.json beside the weights, else the published ones.
         entry: of a .pt file that holds several models; "": the first of ENTRIES that it holds.
+        block_made: called with each block before the next is made, so that a part of it may be all that stays.
 
     Raises:
         UserError: in one line, for anything that is not exactly the weights of that transformer.
@@ -112,18 +115,25 @@ def load_transformer(
     opened = [open_adapter(adapter, checkpoint.config) for adapter in adapters]
     with torch.device("meta"):
         model = WanTransformer(checkpoint.config)
-    # memory of its own, so that the model outlives its files and may be trained in place; all of it before the first
-    # tensor is read, since what is needed on the way would leave holes between tensors
-    state = {
-        name: torch.empty(tensor.shape, dtype=dtype_of(name, precision), device=device)
-        for name, tensor in checkpoint.tensors.items()
-    }
-    for name, tensor in checkpoint.merged(opened, device):
-        state[name].copy_(tensor)
-    model.load_state_dict(state, assign=True)
+    shapes, merged = {n: tensor.shape for n, tensor in checkpoint.tensors.items()}, checkpoint.merged(opened, device)
+    for block, names in groupby(shapes, lambda name: _block_of(name) if block_made else None):
+        # memory of its own, so that the model outlives its files and may be trained in place; all of it before the
+        # first tensor is read, since what is needed on the way would leave holes between tensors
+        state = {n: torch.empty(shapes[n], dtype=dtype_of(n, precision), device=device) for n in names}
+        for name, tensor in islice(merged, len(state)):
+            state[name].copy_(tensor)
+        model.load_state_dict(state, assign=True, strict=False)  # names and shapes have been compared
+        if block_made and block is not None:
+            block_made(model.blocks[block])
     sources = " + ".join(map(str, [path, *adapters]))
-    log.info("%s: %d tensors, %s, %s", sources, len(state), checkpoint.layout, precision)
+    log.info("%s: %d tensors, %s, %s", sources, len(shapes), checkpoint.layout, precision)
     return model
+
+
+def _block_of(name: str) -> int | None:
+    """Number of the block that a tensor is in."""
+    first, _, rest = name.partition(".")
+    return int(rest.partition(".")[0]) if first == "blocks" else None
 
 
 def dtype_of(name: str, precision: str) -> torch.dtype:
@@ -161,10 +171,12 @@ def open_checkpoint(path: Path, *, config: WanConfig | None = None, entry: str =
     beside = files[0].with_name("config.json")
     if config is None and files[0].suffix not in PICKLES and beside.is_file():
         config = read_config(beside)
-    config = config or WanConfig()
     state = unwrapped({name: tensor for name, tensor in state.items() if name.split(".")[-1] not in FP8_NOTES}, path)
     scales = {name: state.pop(name) for name in list(state) if name.endswith(FP8_SCALES)}
     layout = layout_of(state)
+    if config is None:  # by the width, which all layouts have under one name
+        large = state.get("patch_embedding.weight", torch.empty(0)).shape[:1] == (WAN_14B.dim,)
+        config = WAN_14B if large else WanConfig()
     expected = expected_tensors(config)
     own_names = {name: in_layout(name, layout) for name in expected}
     _compare({own_names[name]: tensor for name, tensor in expected.items()}, state, config, path)
