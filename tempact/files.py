@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import re
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ def writing(path: Path, accepted: str = "a disk with space left") -> Iterator[Pa
 
     UserError when the disk is full, which says what is accepted.
     """
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")  # by the ending some know the format
+    partial = partial_of(path)
     try:
         yield partial
         usual_mode(partial)
@@ -56,6 +57,12 @@ def writing(path: Path, accepted: str = "a disk with space left") -> Iterator[Pa
         raise UserError(f"{path}: found no space left on the disk; accepted: {accepted}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """The name beside `path` under which this process alone, of all hosts that see the folder, writes it."""
+    writer = f"{socket.gethostname()}.{os.getpid()}"
+    return path.with_name(f".{path.stem}.{writer}.partial{path.suffix}")  # by the ending some know the format
 
 
 def usual_mode(path: Path) -> None:

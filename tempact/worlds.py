@@ -347,11 +347,9 @@ class Wan(World):
             yield no_weights("executor", self.weights, ", a Wan checkpoint")
         absent = [*self.missing_packages()]
         yield from absent
-        from torch import bfloat16
-
         from tempact.models.wan.checkpoints.files import find_weights
         from tempact.models.wan.checkpoints.lora import open_adapter
-        from tempact.models.wan.text import source_of
+        from tempact.models.wan.text import check_text_encoder
 
         if self.at_hand:
             yield from tried("executor.weights", lambda: [file.stat() for file in find_weights(Path(self.weights))])
@@ -362,7 +360,7 @@ class Wan(World):
             accepted = "Wan2.1-T2V-1.3B or its -Diffusers"
             yield f"executor.wan_folder: {named or repr(named)} is not a folder; accepted: {accepted}"
             return
-        yield from tried("executor.wan_folder", lambda: source_of(folder, bfloat16))
+        yield from tried("executor.wan_folder", lambda: check_text_encoder(folder))
         if not absent:
             from tempact.models.wan.vae import find_vae
 

@@ -18,10 +18,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from tempact.errors import UserError
+from tempact.files import writing
 from tempact.models.wan import text
 from tempact.models.wan.text import (
     CachedTextEncoder,
     TextEncoder,
+    check_text_encoder,
     clean_prompt,
     load_cached_text_encoder,
     load_text_encoder,
@@ -144,9 +146,11 @@ def test_prompts_are_cleaned_as_wan_cleans_them() -> None:
 
 def test_bad_encoders_are_refused_in_one_line(tmp_path: Path) -> None:
     def refused(message: str) -> None:
-        with pytest.raises(UserError, match=message) as error:
-            load_text_encoder(tmp_path, torch.float32, CPU, LENGTH)
-        assert "\n" not in str(error.value)
+        """By loading, and before it."""
+        for read in (lambda path: load_text_encoder(path, torch.float32, CPU, LENGTH), check_text_encoder):
+            with pytest.raises(UserError, match=message) as error:
+                read(tmp_path)
+            assert "\n" not in str(error.value)
 
     refused("found no text encoder; accepted: config.json with model")
     weights = save_layout(tmp_path, "release") / "models_t5_umt5-xxl-enc-bf16.pth"
@@ -169,6 +173,62 @@ def test_bad_encoders_are_refused_in_one_line(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"umt5"', '"t5"'))
     refused("found model_type 't5'; accepted: umt5")
+
+
+@pytest.mark.parametrize("layout", ["release", "pipeline", "folder"])
+def test_an_encoder_is_checked_without_its_weights(
+    tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, moved = save_layout(tmp_path, layout), list[object]()
+    monkeypatch.setattr(text, "assign_weights", lambda *given: moved.append(given))
+    monkeypatch.setattr(torch.Tensor, "to", lambda *given, **named: moved.append(given))
+    check_text_encoder(path)
+    assert not moved
+    monkeypatch.undo()
+    weights = next(file for file in path.rglob("*") if file.suffix in (".pth", ".safetensors"))
+    whole = weights.read_bytes()
+    for broken in (whole[:-100], b"version https://git-lfs.github.com/spec/v1", whole[:1], b""):
+        weights.write_bytes(broken)
+        with pytest.raises(UserError) as error:
+            check_text_encoder(path)
+        assert str(error.value).startswith(f"{weights}: found ") and "\n" not in str(error.value)
+
+
+def test_an_old_pickle_is_not_read_to_be_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_layout(tmp_path, "release")
+    weights = path / "models_t5_umt5-xxl-enc-bf16.pth"
+    torch.save(original_names(make_model()), weights, _use_new_zipfile_serialization=False)
+    monkeypatch.setattr(text, "read_tensors", None)
+    check_text_encoder(path)
+    for broken in ("{", "{}", "[]", '{"model": {"type": "Unigram"}}'):
+        (path / "google" / "umt5-xxl" / "tokenizer.json").write_text(broken)
+        with pytest.raises(UserError, match="umt5-xxl: cannot be read .*; accepted: UMT5's tokenizer folder") as error:
+            check_text_encoder(path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_process_that_finds_all_in_the_cache_reads_no_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither for rows nor for the words that have no place in them, which are the tokenizer's alone to tell."""
+    path = save_layout(tmp_path / "encoder", "pipeline")
+    longer = " ".join(["circle"] * LENGTH + ["blue"])
+
+    def cached() -> CachedTextEncoder:
+        return load_cached_text_encoder(path, tmp_path / "cache", torch.float32, CPU, LENGTH)
+
+    first = cached()
+    rows = first.encode([*PROMPTS, longer])
+    assert first.loaded is not None and first.unseen(longer) == "circle blue"
+    monkeypatch.setattr(text, "read_tensors", None)
+    other = cached()
+    assert torch.equal(other.encode([*PROMPTS, longer]), rows)
+    assert [other.unseen(prompt) for prompt in (*PROMPTS, longer, f"red {longer}")] == [
+        "", "", "", "circle blue", "circle circle blue",
+    ]  # fmt: skip
+    assert other.loaded is None
+    with pytest.raises(TypeError):
+        other.encode(["another one"])
 
 
 class Counting:
@@ -304,6 +364,21 @@ def test_several_processes_share_a_cache(tmp_path: Path) -> None:
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert [failures.get() for _ in workers] == ["done"] * 3
     assert [path for path in tmp_path.rglob("*.partial*")] == []
+
+
+def test_hosts_that_share_a_cache_write_under_names_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where process numbers are the same, as in containers."""
+    names = set()
+    for host, number in (("node-a", 7), ("node-b", 7), ("node-b", 8)):
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+        monkeypatch.setattr("os.getpid", lambda number=number: number)
+        with writing(tmp_path / "rows.safetensors") as partial:
+            assert partial.suffix == ".safetensors" and partial.parent == tmp_path
+            names.add(partial.name)
+            partial.write_text(host)
+    assert len(names) == 3 and [path.name for path in tmp_path.iterdir()] == ["rows.safetensors"]
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -12,6 +12,8 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache as once
+from functools import partial
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -24,13 +26,20 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from tempact.errors import UserError
 from tempact.files import writing
-from tempact.models.wan.checkpoints.files import assign_weights, fingerprint, read_json, read_tensors
+from tempact.models.wan.checkpoints.files import (
+    assign_weights,
+    fingerprint,
+    read_json,
+    read_tensors,
+    require_weights,
+)
 
 log = logging.getLogger(__name__)
 
 TEXT_LEN = 512  # rows that Wan2.1's transformer attends to
 ORIGINAL_FILE = "models_t5_umt5-xxl-enc-bf16.pth"  # in the folder of Wan's own release, beside its tokenizer:
 ORIGINAL_TOKENIZER = "google/umt5-xxl"
+OLD_PICKLE = b"\x80"  # first byte of a pickle that is not in a zip file, as torch has written it before 1.6
 BATCH = 16  # prompts encoded together
 RENAMED = {  # parts of a name in Wan's own file, and in transformers
     "norm1": "layer.0.layer_norm",
@@ -75,9 +84,7 @@ class TextEncoder(nn.Module):
         return ids, ids != pad
 
     def unseen(self, prompt: str) -> str:
-        places = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        rest = places[self.text_len - 1 :]  # the last row is the end token's
-        return prompt[rest[0][0] :].strip() if rest else ""
+        return unseen(self.tokenizer, prompt, self.text_len)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Text rows [n, text_len, text_dim], zero past each prompt's end, of the ids and mask of `tokenize`."""
@@ -108,14 +115,44 @@ def clean_prompt(text: str) -> str:
     return re.sub(r"\s+", " ", unescaped).strip()
 
 
-def load_text_encoder(path: Path, dtype: torch.dtype, device: torch.device, text_len: int = TEXT_LEN) -> TextEncoder:
-    """UMT5's encoder and tokenizer.
+def unseen(tokenizer: PreTrainedTokenizerFast, prompt: str, text_len: int) -> str:
+    """The words at a prompt's end that have no place in `text_len` rows, the last of which is the end token's."""
+    places = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    rest = places[text_len - 1 :]
+    return prompt[rest[0][0] :].strip() if rest else ""
+
+
+def load_text_encoder(
+    path: Path, dtype: torch.dtype, device: torch.device, text_len: int = TEXT_LEN,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> TextEncoder:  # fmt: skip
+    """UMT5's encoder and tokenizer; the latter may have been loaded before.
 
     `path`: a diffusers folder (text_encoder/ and tokenizer/ in it), the folder of Wan's own release, or a folder that
     holds a transformers encoder and its tokenizer. UserError names the file or key that is missing or does not fit.
     """
+    tokenizer = tokenizer or load_tokenizer(path)
+    model, state, file = _opened(path, tokenizer)
+    assign_weights(model, state, file, dtype, device)
+    model.tie_weights()
+    return TextEncoder(model.eval().requires_grad_(False), tokenizer, text_len)
+
+
+def check_text_encoder(path: Path) -> None:
+    """UserError, as of `load_text_encoder`, for files that are no encoder with its tokenizer; no weight is read.
+
+    Weights in a pickle of an old torch version are not looked into, since they could not be left on the disk.
+    """
+    tokenizer, (weights, *_) = load_tokenizer(path), _layout(path)[0]
+    with weights.open("rb") as file:
+        old = weights.name == ORIGINAL_FILE and file.read(1) == OLD_PICKLE
+    if not old:
+        _opened(path, tokenizer)
+
+
+def _opened(path: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[UMT5EncoderModel, dict[str, Tensor], Path]:
+    """The encoder at `path` without memory, its weights, mapped where possible, which fit it, and their first file."""
     files, tokenizer_folder = _layout(path)
-    tokenizer = _load_tokenizer(tokenizer_folder)
     state = read_tensors(files)[1]
     if files == [path / ORIGINAL_FILE]:
         state = _renamed(state)
@@ -132,13 +169,12 @@ def load_text_encoder(path: Path, dtype: torch.dtype, device: torch.device, text
         state["shared.weight"] = state["encoder.embed_tokens.weight"] = embedding
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
-    assign_weights(model, state, files[0], dtype, device)
-    model.tie_weights()
+    require_weights(model, state, files[0])
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"{tokenizer_folder}: found {len(tokenizer)} tokens; accepted: at most the encoder's {config.vocab_size}"
         )
-    return TextEncoder(model.eval().requires_grad_(False), tokenizer, text_len)
+    return model, state, files[0]
 
 
 def _layout(path: Path) -> tuple[list[Path], Path]:
@@ -154,10 +190,16 @@ def _layout(path: Path) -> tuple[list[Path], Path]:
     return files, tokenizer
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of the encoder at `path`; UserError as of `load_text_encoder`."""
+    folder = _layout(path)[1]
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder}: found no tokenizer.json; accepted: UMT5's tokenizer folder")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library of tokenizers knows no other
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder}: cannot be read ({reason}); accepted: UMT5's tokenizer folder") from error
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
         found = f"pad {tokenizer.pad_token!r}, end {tokenizer.eos_token!r}"
         raise UserError(f"{folder}: found a tokenizer with {found}; accepted: one that has both")
@@ -199,7 +241,8 @@ class CachedTextEncoder(nn.Module):
     load: makes the encoder. source: identifies its weights, tokenizer and precision, see `source_of`. folder: of the
     cache, shared by any number of processes; UserError if it cannot be written. visits: the device to encode on, if the
     weights wait elsewhere: they are copied there for the new prompts of one `encode` and the copy is dropped; None:
-    prompts are encoded where the encoder was loaded.
+    prompts are encoded where the encoder was loaded. tokenizer: makes the encoder's tokenizer, so that a process that
+    finds all prompts in the cache never reads the weights; None: the encoder is loaded for it.
     """
 
     def __init__(
@@ -210,9 +253,11 @@ class CachedTextEncoder(nn.Module):
         text_len: int = TEXT_LEN,
         *,
         visits: torch.device | None = None,
+        tokenizer: Callable[[], PreTrainedTokenizerFast] | None = None,
     ):
         super().__init__()
         self.load, self.source, self.folder, self.text_len, self.visits = load, source, folder, text_len, visits
+        self.tokenizer = tokenizer
         self.loaded: TextEncoder | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -245,6 +290,8 @@ class CachedTextEncoder(nn.Module):
         kept = self._read(self.path_of(prompt))
         if kept is not None and len(kept) < self.text_len:
             return ""
+        if self.tokenizer is not None:
+            return unseen(self.tokenizer(), clean_prompt(prompt), self.text_len)
         self.loaded = self.loaded or self.load()
         return self.loaded.unseen(clean_prompt(prompt))
 
@@ -309,11 +356,15 @@ def load_cached_text_encoder(
     *,
     offload: bool = False,
 ) -> CachedTextEncoder:
-    """The encoder at `path` behind a cache in the folder `cache`; its files are looked for now, read when needed.
+    """The encoder at `path` behind a cache in the folder `cache`; its files are looked for now, its weights read when
+    a prompt is not in the cache.
 
     It encodes on `device`. offload: its weights wait on the host until there is a new prompt.
     """
     home, visits = (torch.device("cpu"), device) if offload else (device, None)
-    return CachedTextEncoder(
-        lambda: load_text_encoder(path, dtype, home, text_len), source_of(path, dtype), cache, text_len, visits=visits
-    )
+    tokenizer = once(partial(load_tokenizer, path))
+
+    def load() -> TextEncoder:
+        return load_text_encoder(path, dtype, home, text_len, tokenizer())
+
+    return CachedTextEncoder(load, source_of(path, dtype), cache, text_len, visits=visits, tokenizer=tokenizer)

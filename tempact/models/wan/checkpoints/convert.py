@@ -9,7 +9,6 @@ DST/MANIFEST.json                                       sources and entry; sizes
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tempact.errors import UserError
-from tempact.files import file_hash, sync, usual_mode
+from tempact.files import file_hash, partial_of, sync, usual_mode
 from tempact.models.wan.checkpoints.files import (
     MANIFEST,
     SAFETENSORS,
@@ -99,7 +98,7 @@ def _new_folder(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder}: found something there already; accepted: a new folder")
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial = partial_of(folder)
     try:
         partial.mkdir(parents=True)
         yield partial

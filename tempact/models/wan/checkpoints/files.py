@@ -230,6 +230,12 @@ def require_finite(tensors: Mapping[str, Tensor], source: Path) -> None:
         raise UserError(f"{source}: found values that are not finite in {listed(broken)}; accepted: numbers")
 
 
+def require_weights(module: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
+    """UserError unless names and shapes of `state` are those of `module`'s tensors."""
+    expected = module.state_dict()
+    require_fit(expected, state, source, f"the {len(expected)} tensors of {type(module).__name__}")
+
+
 def assign_weights(
     module: nn.Module, state: Mapping[str, Tensor], source: Path, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -237,8 +243,7 @@ def assign_weights(
 
     A tensor under two names stays one.
     """
-    expected = module.state_dict()
-    require_fit(expected, state, source, f"the {len(expected)} tensors of {type(module).__name__}")
+    require_weights(module, state, source)
     moved: dict[int, Tensor] = {}
     for tensor in state.values():
         moved.setdefault(id(tensor), tensor.to(device, dtype))
