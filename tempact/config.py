@@ -212,9 +212,7 @@ class PlannerConfig:
     )
     micro_batch: int = key(0, SPEED, "plans of a backward pass", OR_ALL)
     checkpoint_activations: bool = key(False, SPEED, "layers are recomputed in the backward pass")
-    liger: str = key(
-        "off", SPEED, "Liger's kernels in the layers (model), and the loss (all); auto: all on a GPU", LIGER
-    )
+    liger: str = key("off", SPEED, "Liger's kernels in layers (model), and the loss (all); auto: all on a GPU", LIGER)
 
 
 @dataclass(frozen=True)

@@ -246,6 +246,9 @@ def test_a_group_needs_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError) as error:
             group_of(4, cpu)
         assert str(error.value) == f"executor.shard: found 4, with {found} processes on a machine{accepted}"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="found 3, with 3 processes on a machine of 2 GPUs; accepted: a GPU for each"):
+        group_of(3, torch.device("cuda"))
 
 
 def test_one_process_has_no_shards() -> None:
