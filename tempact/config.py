@@ -211,6 +211,7 @@ class PlannerConfig:
         0, SPEED, "plans decoded together on a GPU, which bounds their K and V", at_least(0, "0 (32), or at least 1")
     )
     micro_batch: int = key(0, SPEED, "plans of a backward pass", OR_ALL)
+    offload: bool = key(False, SPEED, "the frozen weights wait on the host while videos are made")
     checkpoint_activations: bool = key(False, SPEED, "layers are recomputed in the backward pass")
     liger: str = key("off", SPEED, "Liger's kernels in layers (model), and the loss (all); auto: all on a GPU", LIGER)
 

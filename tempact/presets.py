@@ -183,7 +183,7 @@ def wan_14b() -> RunConfig:
 
     There, 4 continuations a plan, an adapter of rank 128 and recomputed activations are what fits (docs/real-video.md).
     """
-    planner = replace(qwen3_planner("1.7B"), sampled_together=32)
+    planner = replace(qwen3_planner("1.7B"), sampled_together=16, offload=True)
     lora = LoraConfig(rank=128, alpha=128, targets=SELF_FORCING_TARGETS)
     return derived(
         self_forcing(), "wan-14b", planner, lora=lora, continuations=4, rollout_videos=2, micro_batch=1,

@@ -163,6 +163,11 @@ class Run:
         return self.config.executor.offload_text_encoder and self.decoder is not None and self.text_bytes > 0
 
     @property
+    def planner_waits(self) -> bool:
+        """Do the planner's weights wait on the host?"""
+        return self.config.planner.offload and self.on_gpu
+
+    @property
     def attended(self) -> dict[int, int]:
         """Number of latent frames in the context of the chunk that starts at each frame."""
         s = self.settings
@@ -235,6 +240,8 @@ def needs_of(run: Run, *, planning: bool = True) -> Needs:
     video = video_bytes(run.sizes.latent, run.settings.frames, run.decoder)
     host = [Item(f"{run.branches} videos, uint8", run.branches * video, EXACT)]
     phases = _planner_phases(run) if planning else []
+    if run.planner is not None and run.planner_waits:
+        host.append(Item("planner's weights", run.planner.weights, EXACT))
     if run.offloaded:
         text = Item("text encoder", run.text_bytes, EXACT)
         host.append(text)
@@ -264,7 +271,7 @@ def _weights(run: Run) -> list[Item]:
     if run.on_gpu and run.sizes.kernels and share == 1:
         items.append(Item("executor's weights with the adapter merged", parameters.adapted_bytes, EXACT))
     if run.planner is not None:
-        items.append(Item("planner's weights", run.planner.weights, EXACT))
+        items += [] if run.planner_waits else [Item("planner's weights", run.planner.weights, EXACT)]
         items += _adapter("planner", run.planner.trained * FP32)
     if not run.offloaded:
         items.append(Item("text encoder", run.text_bytes, EXACT))
@@ -362,11 +369,13 @@ def _planner_phases(run: Run) -> list[Phase]:
     drawing = rows * sizes.vocabulary * (sizes.dtype.itemsize + DRAWING)
     cached = Item(f"K/V of {rows} plans, {length} tokens each", rows * length * sizes.cached, EXACT)
     drawn = Item("logits of a step, and the weights of their tokens", drawing, ESTIMATED)
-    phases = [Phase(PLANNING[0], (cached, drawn))]
+    weights = (Item("planner's weights", sizes.weights, EXACT),) if run.planner_waits else ()
+    phases = [Phase(PLANNING[0], (*weights, cached, drawn))]
     if run.config.planner.train:
         rows = min(run.updated, run.config.planner.micro_batch or run.updated)
         logits = sizes.logits_bytes(rows, run.config.planner.max_new_tokens)
         items = (
+            *weights,
             Item(f"activations, {rows} plans of {tokens} tokens", rows * sizes.row_bytes, TRACED),
             Item("their logits", logits, ESTIMATED),
             *_partial_sums(run, rows, sizes.trained),

@@ -25,6 +25,7 @@ from tempact.distributed import Ranks
 from tempact.distributed.reduction import Gradient, UpdateSum
 from tempact.distributed.watch import moved
 from tempact.errors import UserError
+from tempact.models import visiting
 from tempact.models.adapters import adapted, lean_adapters, load_adapter, reference_active, save_adapter
 from tempact.planner import decode
 from tempact.planner import language_model as liger
@@ -78,11 +79,17 @@ class Planner:
             kernels = liger.use_kernels(model)
             log.info("planner: Liger's kernels: %s, its fused loss: %s", kernels, serves == "all")
         self.peft = adapted(model, lora, "planner", adapter)
+        self.device = model.device
         self.peft.eval()  # no dropout: the policy that samples is the one that is trained
         check_head(model)
         self.stepwise = decode.steps(model, self.generation)
         self.head = model.get_output_embeddings()
         self.fused_loss = serves == "all"
+        self.waiting: list[Tensor] = []  # frozen weights, while the planner is not asked
+        if config.offload and self.device.type == "cuda":
+            self.waiting = [p for name, p in self.peft.named_parameters() if ".lora_" not in name]
+        for weight in self.waiting:
+            weight.data = weight.data.cpu().pin_memory()
         if config.checkpoint_activations:
             # early versions of transformers 5 have only the second name, later ones warn of it and v6 drops it
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -98,10 +105,6 @@ class Planner:
         """
         model, tokenizer = load_chat_model(folder, config.precision, device)
         return cls(model, tokenizer, config, frames, chunk, Path(config.adapter) if config.adapter else None)
-
-    @property
-    def device(self) -> torch.device:
-        return self.peft.device
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name."""
@@ -158,7 +161,7 @@ class Planner:
     ) -> list[Response]:
         """A response to each prompt, token ids; it depends on prompt and seed alone, on a CPU to the last bit."""
         rows = decode.rows_of(self.config, on_gpu=self.device.type == "cuda")
-        with self._policy(reference), self._autocast():
+        with self._awake(), self._policy(reference), self._autocast():
             model = self.peft.get_base_model()
             return decode.respond(model, self.generation, prompts, seeds, rows=rows, stepwise=self.stepwise)
 
@@ -166,7 +169,8 @@ class Planner:
         """States before the head for an instruction's first token, as plans are sampled: of the trained adapter and of
         its start, fp32 [width] on the host. They differ where the trained adapter is in effect."""
         asked = self.tokenizer(self.prompt_text(instruction), add_special_tokens=False)["input_ids"]
-        return self._first_states(asked, reference=False), self._first_states(asked, reference=True)
+        with self._awake():
+            return self._first_states(asked, reference=False), self._first_states(asked, reference=True)
 
     @torch.no_grad()
     def _first_states(self, prompt: Sequence[int], reference: bool) -> Tensor:
@@ -189,7 +193,12 @@ class Planner:
         if not torch.is_grad_enabled() and size < len(tokens.input_ids):
             parts = torch.arange(len(tokens.input_ids)).split(size)
             return torch.cat([self.log_probs(tokens.select(part.tolist()), reference=reference) for part in parts])
-        return self._head_log_probs(self._hidden(tokens, reference), tokens)
+        with self._awake():
+            return self._head_log_probs(self._hidden(tokens, reference), tokens)
+
+    def _awake(self) -> AbstractContextManager[None]:
+        """Inside, weights that wait on the host (`config.offload`) are on the device."""
+        return visiting(self.waiting, self.device)
 
     def _head_log_probs(self, hidden: Tensor, tokens: PlanTokens) -> Tensor:
         """Log-probs [P, L] of the counted tokens from hidden [P, L, width], zero elsewhere."""
@@ -238,13 +247,14 @@ class Planner:
             return {}
         total = total or UpdateSum(Gradient(self.parameters().values()), len(units), len(scored))
         counted = int(batch.tokens.response_mask[scored].sum())
-        for unit in units[total.own.start : total.own.stop]:
-            tokens, advantage = trimmed(batch.tokens.select(unit)), batch.plan_advantage[unit]
-            before = None if old is None else torch.stack([old[plan] for plan in unit])
-            loss, metrics = self._loss(tokens, advantage, before, total.terms, counted)
-            loss.backward()
-            moved()
-            total.add(metrics)
+        with self._awake():
+            for unit in units[total.own.start : total.own.stop]:
+                tokens, advantage = trimmed(batch.tokens.select(unit)), batch.plan_advantage[unit]
+                before = None if old is None else torch.stack([old[plan] for plan in unit])
+                loss, metrics = self._loss(tokens, advantage, before, total.terms, counted)
+                loss.backward()
+                moved()
+                total.add(metrics)
         return total.finish()
 
     def _loss(

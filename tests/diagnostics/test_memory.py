@@ -39,6 +39,7 @@ from tempact.diagnostics.footprints import PlannerSizes, Sizes, plan_bytes, trac
 from tempact.diagnostics.memory import (
     EXACT,
     GIB,
+    PLANNING,
     Budget,
     Item,
     Needs,
@@ -429,6 +430,17 @@ def test_processes_that_share_weights_hold_a_part_of_the_blocks_each() -> None:
         more = 3 * parameters.shared_bytes // 40 if phase.name in ("rollout", "executor update") else 0
         assert phase.bytes - other.bytes == more
     assert shared.host == single.host
+
+
+def test_a_planner_that_waits_is_on_the_device_for_its_own_phases_alone() -> None:
+    run = run_of(get_preset("wan-14b"), on_gpu=True)
+    stays = replace(run, config=replace(run.config, planner=replace(run.config.planner, offload=False)))
+    assert run.planner_waits and not replace(run, on_gpu=False).planner_waits and run.planner is not None
+    waiting, staying = needs_of(run), needs_of(stays)
+    assert total(staying.kept) - total(waiting.kept) == run.planner.weights
+    assert total(waiting.host) - total(staying.host) == run.planner.weights
+    for phase, other in zip(waiting.phases, staying.phases, strict=True):
+        assert phase.bytes - other.bytes == (run.planner.weights if phase.name in PLANNING else 0)
 
 
 def kept_of(needs: Needs) -> dict[str, int]:

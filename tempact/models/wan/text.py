@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from tempact.errors import UserError
 from tempact.files import writing
+from tempact.models import visiting
 from tempact.models.wan.checkpoints.files import (
     assign_weights,
     fingerprint,
@@ -311,15 +312,8 @@ class CachedTextEncoder(nn.Module):
         if self.loaded is None:
             self.loaded = self.load()
             assert self.loaded.text_len == self.text_len, (self.loaded.text_len, self.text_len)
-        weights = [*self.loaded.model.parameters(), *self.loaded.model.buffers()]
-        waiting = [weight.data for weight in weights]
-        try:
-            for weight in weights if self.visits is not None else ():
-                weight.data = weight.data.to(self.visits)
+        with visiting([*self.loaded.model.parameters(), *self.loaded.model.buffers()], self.visits):
             yield self.loaded
-        finally:
-            for weight, own in zip(weights, waiting, strict=True):
-                weight.data = own
 
     def _read(self, path: Path) -> Tensor | None:
         """The rows in a file; None if there is none, or the disk has damaged it."""
