@@ -553,8 +553,8 @@ MUTATIONS = [
     ),
     Mutation(
         "tempact/models/wan/text.py",
-        "rest = places[self.text_len - 1 :]",
-        "rest = places[self.text_len :]",
+        "rest = places[text_len - 1 :]",
+        "rest = places[text_len :]",
         ("tests/models/test_text.py::test_the_words_past_the_rows_are_known",),
     ),
     Mutation(
