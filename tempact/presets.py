@@ -181,10 +181,10 @@ def longlive() -> RunConfig:
 def wan_14b() -> RunConfig:
     """As self-forcing, on a causal Wan2.1-T2V-14B, whose frozen weights two processes share: 2 GPUs of 80 GB.
 
-    There, 4 continuations a plan, an adapter of rank 128 and recomputed activations are what fits (docs/real-video.md).
+    There, 4 continuations a plan, an adapter of rank 64 and recomputed activations are what fits (docs/real-video.md).
     """
-    planner = replace(qwen3_planner("1.7B"), sampled_together=16, offload=True)
-    lora = LoraConfig(rank=128, alpha=128, targets=SELF_FORCING_TARGETS)
+    planner = replace(qwen3_planner("1.7B"), sampled_together=32, offload=True)
+    lora = LoraConfig(rank=64, alpha=64, targets=SELF_FORCING_TARGETS)
     return derived(
         self_forcing(), "wan-14b", planner, lora=lora, continuations=4, rollout_videos=2, micro_batch=1,
         checkpoint_activations=True, cuda_graphs=False, shard=2,

@@ -27,6 +27,7 @@ from tempact.diagnostics.memory import (
     update_cost,
 )
 from tempact.diagnostics.sizes import INSTRUCTION_TOKENS, Decoder, planner_sizes, scorer_bytes, text_encoder_bytes
+from tempact.distributed.shards import check_processes
 from tempact.planner.decode import rows_of
 from tempact.policies import missing_planner
 from tempact.reporting import duration
@@ -49,6 +50,8 @@ def dry_run(config: RunConfig, gpu_gib: float, ranks: int = 1) -> tuple[list[str
     UserError for settings that cannot work and files that cannot be read.
     """
     world_of(config).check_settings()
+    if ranks > 1:
+        check_processes(config.executor.shard, ranks)
     budgets = budgets_of(config, gpu_gib, ranks)
     run = replace(run_of(config, on_gpu=budgets[0].on_gpu), ranks=ranks)
     needs = needs_of(run)
@@ -186,7 +189,10 @@ def _memory(run: Run, needs: Needs, budgets: list[Budget]) -> Iterator[str]:
     )
     yield from table(needs)
     if run.ranks > 1:
-        node = total(needs_of(replace(run, ranks=1), planning=False).host)  # the ranks' shares add up to that
+        whole = replace(run.config, executor=replace(run.config.executor, shard=1))
+        node = total(needs_of(replace(run, ranks=1, config=whole), planning=False).host)  # the ranks' shares add up
+        if run.planner is not None and run.planner_waits:
+            node += (run.ranks - 1) * run.planner.weights
         yield f"on the host, all {run.ranks} ranks: {size(node)}"
     if run.config.executor.train:
         yield from _update_choices(run)

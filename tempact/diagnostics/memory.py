@@ -7,7 +7,7 @@ from where its continuations share nothing. A plan is taken to have a prompt eve
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from tempact.config import RunConfig
@@ -122,7 +122,9 @@ class Run:
 
     @property
     def plans(self) -> int:
-        return math.ceil(self.config.data.prompts_per_iteration * self.config.planner.plans_per_prompt / self.ranks)
+        """Those that share weights have the same ones."""
+        groups = max(1, self.ranks // self.config.executor.shard)
+        return math.ceil(self.config.data.prompts_per_iteration * self.config.planner.plans_per_prompt / groups)
 
     @property
     def updated(self) -> int:

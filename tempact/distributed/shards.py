@@ -47,13 +47,19 @@ def group_of(members: int, device: torch.device) -> dist.ProcessGroup | None:
         return None
     joined = dist.is_available() and dist.is_initialized()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())) if joined else 1
-    found = f"executor.shard: found {members}, with {here} process{'es' * (here > 1)} on a machine"
-    if here % members:
-        raise UserError(f"{found}; accepted: a divisor of the number of processes of a machine")
+    check_processes(members, here)
     if device.type == "cuda" and torch.cuda.device_count() < here:
-        raise UserError(f"{found} of {torch.cuda.device_count()} GPUs; accepted: a GPU for each process")
+        found = f"{members}, with {here} processes on a machine of {torch.cuda.device_count()} GPUs"
+        raise UserError(f"executor.shard: found {found}; accepted: a GPU for each process")
     assert dist.group.WORLD is not None
     return _group(dist.group.WORLD, members, "nccl" if device.type == "cuda" else "gloo")
+
+
+def check_processes(members: int, here: int) -> None:
+    """UserError unless the processes `here`, on one machine, fall into groups of `members`."""
+    if here % members:
+        found = f"{members}, with {here} process{'es' * (here > 1)} on a machine"
+        raise UserError(f"executor.shard: found {found}; accepted: a divisor of the number of processes of a machine")
 
 
 @cache

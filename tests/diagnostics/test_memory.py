@@ -450,12 +450,14 @@ def kept_of(needs: Needs) -> dict[str, int]:
 def test_two_gpus_of_80_gb_hold_the_14b(capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--executor.continuations", "8", "--executor.rollout_videos", "0", "--data.prompts_per_iteration", "1"]
     for code in (0, 4):
-        assert train.main(["wan-14b", "--dry-run", "--gpu-gib", "79.65", *more[: 2 * code]]) == code
+        assert train.main(["wan-14b", "--dry-run", "--gpus", "2", "--gpu-gib", "79.65", *more[: 2 * code]]) == code
         told = capsys.readouterr().out
         assert "40 blocks, 5120 channels, 14,288,491,584 parameters" in told
         assert "one of 2 processes that share the blocks' weights" in told
         assert f"continuations ({4 if code else 2} in each process)" in told
     assert "  largest N at 1 x 4 plans: none, not even 2 continuations fit" in told
+    assert train.main(["wan-14b", "--dry-run", "--gpus", "3"]) == 2
+    assert "executor.shard: found 2, with 3 processes on a machine; accepted: a divisor" in capsys.readouterr().err
 
 
 def test_numbers_of_continuations_are_tried_by_the_processes_that_share_them() -> None:
