@@ -25,8 +25,8 @@ from tempact.distributed import Ranks
 from tempact.distributed.reduction import Gradient, UpdateSum
 from tempact.distributed.watch import moved
 from tempact.errors import UserError
-from tempact.models import visiting
 from tempact.models.adapters import adapted, lean_adapters, load_adapter, reference_active, save_adapter
+from tempact.models.wan.checkpoints.files import visiting
 from tempact.planner import decode
 from tempact.planner import language_model as liger
 from tempact.planner.decode import Response

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tempact.models import visiting
+from tempact.models.wan.checkpoints.files import visiting
 from tempact.planner import planner as module
 from tempact.planner.planner import Planner
 from tempact.types import Batch, Prompt

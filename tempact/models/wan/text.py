@@ -26,13 +26,13 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from tempact.errors import UserError
 from tempact.files import writing
-from tempact.models import visiting
 from tempact.models.wan.checkpoints.files import (
     assign_weights,
     fingerprint,
     read_json,
     read_tensors,
     require_weights,
+    visiting,
 )
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,5 @@
-"""Weight files: finding them in a folder, reading them safely, comparing them with a model, naming what differs."""
+"""Weight files: finding them in a folder, reading them safely, comparing them with a model, naming what differs. And
+weights that wait on the host while they are not used."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ import json
 import logging
 import pickle
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +250,22 @@ def assign_weights(
     for tensor in state.values():
         moved.setdefault(id(tensor), tensor.to(device, dtype))
     module.load_state_dict({name: moved[id(tensor)] for name, tensor in state.items()}, assign=True)
+
+
+@contextmanager
+def visiting(weights: Sequence[Tensor], device: torch.device | None) -> Iterator[None]:
+    """Inside, the weights are on `device`, as copies that are dropped at the end: they must not be changed.
+
+    None: they are used where they are.
+    """
+    waiting = [weight.data for weight in weights]
+    try:
+        for weight in weights if device is not None else ():
+            weight.data = weight.data.to(device, non_blocking=True)
+        yield
+    finally:
+        for weight, own in zip(weights, waiting, strict=True):
+            weight.data = own
 
 
 def listed(names: Iterable[str], limit: int = 12) -> str:
