@@ -1,5 +1,5 @@
-"""Weight files: finding them in a folder, reading them safely, comparing them with a model, naming what differs; weights
-that wait on the host while they are not used.
+"""Weight files: finding them in a folder, reading them safely, comparing them with a model, naming what differs; and
+weights that wait on the host while they are not used.
 """
 
 from __future__ import annotations
