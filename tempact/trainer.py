@@ -213,6 +213,8 @@ class Trainer:
         if not self.ranks.alone:
             own = videos.forks, settings.continuations, self.executor.settings
             taken = self.ranks.take(units, lambda unit: cost_of(unit, *own))
+        prompts = self.executor.prompts(plans.plans)
+        self.ranks.in_turn(lambda: self.executor.read(prompts))  # what one process of a machine has encoded is read
         videos.rollout = self.executor.rollout(plans.plans, videos.forks, videos.noise, made, taken)
         assert videos.rollout.broken is not None
         with timed("rewards"):

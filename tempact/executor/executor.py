@@ -124,10 +124,15 @@ class Executor:
     def load_adapter(self, folder: Path) -> None:
         load_adapter(self.peft, folder)
 
+    def prompts(self, plans: list[Plan]) -> list[str]:
+        """The text encoder's prompts of the plans' chunks."""
+        return [prompt for plan in plans for prompt in chunk_prompts(plan, self.settings)]
+
     def read(self, prompts: list[str]) -> None:
         """Encodes the prompts of the videos to come: the longest says how many rows `encode` gives from here on."""
         self._text_rows = 0
-        self.encode(prompts)
+        with self.precision():
+            self.encode(prompts)
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Text rows [n, rows, text_dim], zero past each prompt's end.
@@ -176,8 +181,7 @@ class Executor:
         where a switch frame is 0 (`roll_out`), and where units are given: `made` gets those of each unit. States and
         context of a broken video are 0.
         """
-        with self.precision():  # the text encoder is asked once, also where its weights must come first
-            self.read([prompt for plan in plans for prompt in chunk_prompts(plan, self.settings)])
+        self.read(self.prompts(plans))  # the text encoder is asked once, also where its weights must come first
         frames, broken = torch.empty(0), torch.zeros(noise.shape[:2], dtype=torch.bool)
         record = self.blank(plans, switch_frames, noise) if units is None else None
         for unit in self.rollout_units(*noise.shape[:2]) if units is None else units:
