@@ -339,7 +339,7 @@ class RunConfig:
     kernels: str = key("auto", SPEED, "Triton's on a GPU (auto), or as named", choice("torch", "triton", "auto"))
     wandb_project: str = key("", RUN, "Weights & Biases project; nothing: none")
     threads: int = key(0, SPEED, "CPU threads; 0 leaves torch's choice", NOT_NEGATIVE)
-    deterministic: bool = key(False, SPEED, "torch's deterministic algorithms only")
+    deterministic: bool = key(False, SPEED, "deterministic algorithms and a plan a batch: a GPU's bits repeat")
 
 
 def sections_of(kind: type, prefix: str = "") -> dict[str, type]:

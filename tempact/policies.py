@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -92,7 +93,10 @@ def device_of(config: RunConfig) -> torch.device:
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.deterministic:
-        torch.use_deterministic_algorithms(True)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # videos of other processes are room that nobody touches
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     there = torch.cuda.is_available()
     if config.device == "cuda" and not there:
         raise UserError("device: found cuda, but torch sees no GPU; accepted: auto or cpu here")

@@ -208,9 +208,10 @@ class Trainer:
             with timed("rewards"):
                 scoring.add(part, unit)
 
-        units = self.executor.rollout_units(count, settings.continuations, self.ranks.size)
         taken = None
-        if not self.ranks.alone:
+        if self.config.deterministic or not self.ranks.alone:
+            parts = count if self.config.deterministic else self.ranks.size  # a GPU rounds as the batch has it
+            units = self.executor.rollout_units(count, settings.continuations, parts)
             own = videos.forks, settings.continuations, self.executor.settings
             taken = self.ranks.take(units, lambda unit: cost_of(unit, *own))
         prompts = self.executor.prompts(plans.plans)

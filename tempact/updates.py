@@ -46,7 +46,7 @@ class ExecutorUpdates:
         self.units = [executor.units(part, forks, mask) for part in parts]
         self.terms = [executor.terms(part, mask) for part in parts]
         self.own = [[plan for unit in _own(units, ranks) for plan in unit] for units in self.units]
-        if not ranks.alone:
+        if batch.transition is None or not ranks.alone:
             wanted = [
                 [plan for units in self.units for unit in _own(units, Ranks(rank, ranks.size)) for plan in unit]
                 for rank in range(ranks.size)
