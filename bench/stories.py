@@ -8,7 +8,7 @@ were sampled. Nothing else of the run is changed.
 
 With --memory-only the run is cut short in time, not in what the GPU holds: the planner samples one batch, whose tokens
 serve for all plans; two plans, those with the latest and the earliest switch, are rolled out, and the others have their
-transitions and scores; the executor's update computes the first MICRO_BATCHES micro-batches of each switch frame.
+transitions and scores; the executor's update computes the first micro-batch of each of its units.
 What it does not show: the host's memory (the videos of all plans are views of one plan's), holes between tensors that
 grow over hundreds of roll-outs, and what only a switch frame between those two would record as CUDA graphs.
 """
@@ -16,8 +16,9 @@ grow over hundreds of roll-outs, and what only a switch frame between those two 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import count, islice, pairwise
+from typing import Any
 
 import torch
 
@@ -29,12 +30,11 @@ from tempact.executor.sampler import NoiseSource
 from tempact.planner import planner
 from tempact.planner.planner import Planner
 from tempact.planner.plans import parse_plan, plan_json
-from tempact.rewards import Scoring
-from tempact.types import Plan, PlanBatch, Prompt, Rollout, Scored, Step, Transition
+from tempact.rewards import Scores, Scoring
+from tempact.types import Plan, PlanBatch, Prompt, Rollout, Step, Transition
 
-SAMPLE, ROLLOUT, RESULT, MICRO = Planner.sample, Executor.rollout, Scoring.result, executor.micro_batches
+SAMPLE, ROLLOUT, SCORES, MICRO = Planner.sample, Executor.rollout, Scoring.scores, executor.micro_batches
 STEPS = 5
-MICRO_BATCHES = 8  # of a switch frame: more calls of a shape than its recording as a CUDA graph waits for
 SUBJECTS = ("a red fox with a white tail", "an old sailor in a yellow coat", "a small robot with one green eye",
             "a girl in a blue dress", "a grey horse with a braided mane", "a baker with flour on both hands",
             "two children with paper lanterns", "a black cat with a torn ear")  # fmt: skip
@@ -81,31 +81,33 @@ class Script:
         return parse_plan(answer(next(self.stories), frames, chunk), instruction, frames, chunk)
 
 
-def few_plans(own: Planner, prompts: list[Prompt], plans_per_prompt: int, seed: int) -> PlanBatch:
+def few_plans(own: Planner, prompts: list[Prompt], plans_per_prompt: int, seed: int, **more: Any) -> PlanBatch:
     """Plans of as many prompts as are sampled together; their tokens serve for the others, too."""
     total = len(prompts) * plans_per_prompt
     few = max(1, (own.config.sampled_together or total) // plans_per_prompt)
-    batch = SAMPLE(own, prompts[:few], plans_per_prompt, seed)
+    batch = SAMPLE(own, prompts[:few], plans_per_prompt, seed, **more)
     assert batch.tokens is not None
-    more = [prompt.text for prompt in prompts[few:] for _ in range(plans_per_prompt)]
-    plans = [*batch.plans, *(planner.parse_plan("", text, own.frames, own.chunk) for text in more)]
+    others = [prompt.text for prompt in prompts[few:] for _ in range(plans_per_prompt)]
+    plans = [*batch.plans, *(planner.parse_plan("", text, own.frames, own.chunk) for text in others)]
     tokens = batch.tokens.select([i % len(batch.plans) for i in range(total)])
     return PlanBatch(prompts, plans, plans_per_prompt, tokens)
 
 
 def few_videos(
-    own: Executor, plans: list[Plan], switches: list[int], noise: NoiseSource, made: Callable[[Rollout], None]
-) -> Rollout:
+    own: Executor, plans: list[Plan], switches: list[int], noise: NoiseSource, made: Callable[[range, Rollout], None],
+    units: Iterable[range] | None,
+) -> Rollout:  # fmt: skip
     """Videos of the plans with the latest and the earliest switch, which are those of all plans."""
-    if len(plans) <= 2:
-        return ROLLOUT(own, plans, switches, noise, made)
+    if len(plans) <= 2 or units is not None:
+        return ROLLOUT(own, plans, switches, noise, made, units)
     by_switch = sorted(range(len(plans)), key=lambda plan: switches[plan])
     first, last = by_switch[0], by_switch[-1]
     with own.precision():  # of all plans, as one roll-out does
         own.encode([prompt for plan in plans for prompt in chunk_prompts(plan, own.settings)])
 
     def rolled_out(p: int) -> Rollout:
-        return ROLLOUT(own, [plans[p]], [switches[p]], noise.part(slice(p, p + 1)), made)
+        own_part = noise.part(slice(p, p + 1))
+        return ROLLOUT(own, [plans[p]], [switches[p]], own_part, lambda _, part: made(range(p, p + 1), part))
 
     late = rolled_out(last).transition
     assert late is not None
@@ -123,18 +125,19 @@ def few_videos(
     return Rollout(frames, record, broken)
 
 
-def repeated_scores(scoring: Scoring) -> Scored:
+def repeated_scores(scoring: Scoring) -> Scores:
     """With the scores of the videos that were made for all others, too."""
-    made, missing = len(scoring.parts), len(scoring.plans.plans) - sum(plans for plans, _ in scoring.shapes)
-    for kept in (scoring.parts, scoring.shapes, scoring.broken):
-        kept += [kept[i % made] for i in range(missing)]
-    return RESULT(scoring)
+    quality, *made = SCORES(scoring)
+    there = {plan for own, _ in made for plan in own}
+    missing = [plan for plan in range(len(scoring.plans.plans)) if plan not in there]
+    more = [(range(plan, plan + 1), made[i % len(made)][1]) for i, plan in enumerate(missing)]
+    return [quality, *made, *more]
 
 
 def shorten() -> None:
     """Puts the stand-ins of --memory-only in the place of the product's functions, for the rest of the process."""
-    Planner.sample, Executor.rollout, Scoring.result = few_plans, few_videos, repeated_scores
-    executor.micro_batches = lambda *given: islice(MICRO(*given), MICRO_BATCHES)
+    Planner.sample, Executor.rollout, Scoring.scores = few_plans, few_videos, repeated_scores
+    executor.micro_batches = lambda *given: islice(MICRO(*given), 1)
 
 
 def main(argv: list[str]) -> int:
