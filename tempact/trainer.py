@@ -372,8 +372,9 @@ class Trainer:
 
 
 def copied(value: Any) -> Any:
-    """A copy of nested dictionaries and lists whose tensors are on the host. A GPU's is queued, into pinned memory: into
-    other memory the 5 GB of a run at full size take seconds."""
+    """A copy of nested dictionaries and lists whose tensors are on the host. A GPU's is queued, into pinned memory:
+    into other memory the 5 GB of a run at full size take seconds.
+    """
     if isinstance(value, Tensor):
         place = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
         return place.copy_(value.detach(), non_blocking=True)
