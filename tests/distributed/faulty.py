@@ -1,7 +1,8 @@
 """`python faulty.py KIND RANK PHASE ITERATION ARGUMENTS`: a training run in which something happens to one rank.
 
 Run by torchrun or by the launcher. KIND is a key of FAULTS. PHASE: plan, rollout, rewards, update or step, as they
-begin; "meeting" is inside the first collective of the update, "save" within a checkpoint's saving.
+begin; "meeting" is inside the first collective of the update, "save" within a checkpoint's saving, whose files are
+written and not yet in place, "metrics" within the writing of a row.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from tempact import train
 from tempact.distributed import Ranks
 from tempact.rewards.judges import JudgeOutage
-from tempact.runs import run
+from tempact.runs import checkpoint, logs, run
 
 
 def end(number: int) -> Callable[[], None]:
@@ -53,16 +56,19 @@ FAULTS: dict[str, Callable[[], None]] = {
 
 
 def plant(kind: str, rank: int, phase: str, iteration: int) -> None:
-    """Lets it happen once, as the phase of the iteration begins on the rank."""
-    if int(os.environ.get("RANK", "0")) != rank:
+    """Lets it happen once, as the phase of the iteration begins on the rank. PLANTED_AT names a file that then holds
+    the time."""
+    if int(os.environ.get("RANK", "0")) != rank or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return
-    real_phase, real_fill = Ranks.phase, run.save
+    real_phase, real_save, real_sync, real_log = Ranks.phase, run.save, checkpoint.sync, logs.MetricsLogger.log
     real_decide = Ranks._decide
-    state = {"phase": "", "done": False}
+    state = {"phase": "", "done": False, "saving": False}
 
-    def happens() -> None:
+    def happens(*_: object) -> None:
         if not state["done"]:
             state["done"] = True
+            if file := os.environ.get("PLANTED_AT"):
+                Path(file).write_text(str(time.time()))
             FAULTS[kind]()
 
     def told(self: Ranks, name: str) -> None:
@@ -77,11 +83,21 @@ def plant(kind: str, rank: int, phase: str, iteration: int) -> None:
             happens()
 
     def saved(*given: object) -> object:
-        if phase == "save" and given[1] == iteration:
-            happens()
-        return real_fill(*given)
+        state["saving"] = phase == "save" and given[1] == iteration
+        return real_save(*given)
 
-    Ranks.phase, Ranks._decide, run.save = told, decided, saved  # type: ignore[method-assign, assignment]
+    def synced(path: Path) -> None:
+        if state["saving"]:
+            happens()
+        real_sync(path)
+
+    def logged(self: logs.MetricsLogger, step: int, metrics: Mapping[str, float]) -> None:
+        if phase == "metrics" and step == iteration:
+            self._file = SimpleNamespace(write=happens, close=self._file.close)  # type: ignore[assignment]
+        real_log(self, step, metrics)
+
+    Ranks.phase, Ranks._decide = told, decided  # type: ignore[method-assign]
+    run.save, checkpoint.sync, logs.MetricsLogger.log = saved, synced, logged  # type: ignore
 
 
 if __name__ == "__main__":
