@@ -12,16 +12,22 @@ import os
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from tempact import train
 from tempact.distributed import Ranks
+from tempact.distributed.reduction import UpdateSum
+from tempact.planner import planner
 from tempact.rewards.judges import JudgeOutage
 from tempact.runs import checkpoint, logs, run
+from tempact.types import Plan, Step
 
 
 def end(number: int) -> Callable[[], None]:
@@ -98,6 +104,42 @@ def plant(kind: str, rank: int, phase: str, iteration: int) -> None:
 
     Ranks.phase, Ranks._decide = told, decided  # type: ignore[method-assign]
     run.save, checkpoint.sync, logs.MetricsLogger.log = saved, synced, logged  # type: ignore
+
+
+def patchy(prompts: list[str], plans: list[Plan], frames: torch.Tensor, spans: object) -> torch.Tensor:
+    """A reward that some plans and some videos do not have."""
+    scores = frames.float().mean((2, 3, 4, 5)) / 255
+    for row, plan in zip(scores, plans, strict=True):
+        row[: [len(row), 1, 0, 0][zlib.crc32(plan.response.encode()) % 4]] = float("nan")
+    return scores
+
+
+def one_step_plans() -> None:
+    """Some plans have a single step."""
+    real = planner.parse_plan
+
+    def parsed(text: str, *given: Any) -> Plan:
+        plan = real(text, *given)
+        return plan if zlib.crc32(text.encode()) % 4 else replace(plan, steps=(Step(0, plan.frames, text),))
+
+    planner.parse_plan = parsed  # type: ignore[attr-defined]
+
+
+def broken_gradients() -> None:
+    """In the second iteration the gradient of the last unit is NaN, for either policy."""
+    real_add, real_init = UpdateSum.add, UpdateSum.__init__
+    made: list[UpdateSum] = []
+
+    def init(self: UpdateSum, *given: Any) -> None:
+        real_init(self, *given)
+        made.append(self)
+
+    def add(self: UpdateSum, metrics: Mapping[str, Any]) -> None:
+        if self in made[2:4] and self._next == self.units - 1:
+            self.gradient.parameters[0].grad.fill_(float("nan"))
+        real_add(self, metrics)
+
+    UpdateSum.__init__, UpdateSum.add = init, add  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

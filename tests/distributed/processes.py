@@ -30,7 +30,8 @@ from tempact.runs import run
 
 TESTS = Path(__file__).parents[1]
 LONGEST_S = 240
-SMALL = ("shapeworld-smoke", "--device", "cpu", "--threads", "1", "--trainer.iterations", "2")
+BRIEF = ("--device", "cpu", "--threads", "1", "--trainer.iterations", "2")
+SMALL = ("shapeworld-smoke", *BRIEF)
 OWN = ("time_s", "timing_s/", "memory/", "ranks/")  # metrics that are those of the processes, not of the training
 
 
@@ -64,7 +65,7 @@ def ended(processes: Sequence[BaseProcess], longest_s: float = LONGEST_S) -> lis
     return codes
 
 
-def joined(size: int, act: Callable[..., Any], *given: Any) -> list[int | None]:
+def joined(size: int, longest_s: float, act: Callable[..., Any], *given: Any) -> list[int | None]:
     """Exit codes of `act(*given)` in processes with torchrun's variables; they meet in a store of this one."""
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     shared = {
@@ -72,7 +73,7 @@ def joined(size: int, act: Callable[..., Any], *given: Any) -> list[int | None]:
         "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "GROUP_RANK": "0",
     }  # fmt: skip
     ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
-    return ended([process(_with_variables, variables, act, *given) for variables in ranks])
+    return ended([process(_with_variables, variables, act, *given) for variables in ranks], longest_s)
 
 
 def _with_variables(variables: dict[str, str], act: Callable[..., Any], *given: Any) -> int | None:
@@ -87,19 +88,22 @@ def short(arguments: Sequence[str]) -> int:
     return train.main([*arguments])
 
 
-def trained(folder: Path, size: int, *more: str, plant: Callable[[], None] | None = None) -> Path:
-    """The folder of a run of `size` processes that has ended well. plant: what is done in each of them before."""
-    arguments = [*SMALL, *more, "--output", str(folder)]
-    alone = size == 1
-    codes = ended([process(_planted, plant, arguments)]) if alone else joined(size, _planted, plant, arguments)
+def trained(
+    folder: Path, size: int, *more: str, plant: Callable[[], None] | None = None, preset: str = "shapeworld-smoke",
+    whole: bool = False, longest_s: float = LONGEST_S,
+) -> Path:  # fmt: skip
+    """The folder of a run of `size` processes that has ended well. plant: what is done in each of them before; whole:
+    with its evaluation."""
+    given = plant, [preset, *BRIEF, *more, "--output", str(folder)], whole
+    codes = ended([process(_planted, *given)], longest_s) if size == 1 else joined(size, longest_s, _planted, *given)
     assert codes == [0] * size, codes
     return folder
 
 
-def _planted(plant: Callable[[], None] | None, arguments: list[str]) -> int:
+def _planted(plant: Callable[[], None] | None, arguments: list[str], whole: bool) -> int:
     if plant is not None:
         plant()
-    return short(arguments)
+    return train.main(arguments) if whole else short(arguments)
 
 
 def launched(
