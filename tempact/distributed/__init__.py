@@ -160,12 +160,10 @@ class Ranks:
         return self.agreed(lambda: make() if self.first else None, UserError)[0]  # type: ignore[arg-type, return-value]
 
     def in_turn(self, act: Callable[[], T]) -> T:
-        """`act` on the first rank of each machine, then on the others."""
-        if self.alone:
-            return act()
-        value = act() if self.local_rank == 0 else None
-        self.arrive()
-        return act() if self.local_rank else value  # type: ignore[return-value]
+        """`act` on the first rank of each machine, then on the others; a UserError of the first is raised by all."""
+        early: list[T] = []
+        self.agreed(lambda: None if self.local_rank else early.append(act()), UserError)
+        return act() if self.local_rank else early[0]
 
     def sent(self, value: Tensor, rank: int) -> dist.P2POp:
         """The sending of a host's tensor, for `dist.batch_isend_irecv`."""

@@ -90,13 +90,13 @@ def short(arguments: Sequence[str]) -> int:
 
 def trained(
     folder: Path, size: int, *more: str, plant: Callable[[], None] | None = None, preset: str = "shapeworld-smoke",
-    whole: bool = False, longest_s: float = LONGEST_S,
+    whole: bool = False, longest_s: float = LONGEST_S, code: int = 0,
 ) -> Path:  # fmt: skip
-    """The folder of a run of `size` processes that has ended well. plant: what is done in each of them before; whole:
+    """The folder of a run of `size` processes that has ended so. plant: what is done in each of them before; whole:
     with its evaluation."""
     given = plant, [preset, *BRIEF, *more, "--output", str(folder)], whole
     codes = ended([process(_planted, *given)], longest_s) if size == 1 else joined(size, longest_s, _planted, *given)
-    assert codes == [0] * size, codes
+    assert codes == [code] * size, codes
     return folder
 
 
@@ -191,7 +191,7 @@ def differences(one: Path, two: Path) -> list[str]:
         files = [{f.relative_to(folder): f.read_bytes() for f in (folder / name).rglob("*") if f.is_file()}
                  for folder in (one, two)]  # fmt: skip
         found += sorted(str(n) for n in files[0].keys() | files[1].keys() if files[0].get(n) != files[1].get(n))
-    last = max((one / "checkpoints").glob("step-*")).relative_to(one)
+    last = max((one / "checkpoints").glob("step-*[0-9]")).relative_to(one)
     for policy in ("planner", "executor"):
         file = last / policy / "adapter_model.safetensors"
         if not equal(load_file(one / file), load_file(two / file)):
