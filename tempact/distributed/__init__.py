@@ -208,6 +208,7 @@ class Ranks:
         with self.stop.held():
             try:
                 self._decide(watch, key)
+                watch.sign.waiting = False  # all are here: a collective that does not end is a hang
                 yield
             except (Exception, Stopped) as error:
                 self.torn = isinstance(error, Exception)  # others may be left in the collective

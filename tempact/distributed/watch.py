@@ -184,9 +184,11 @@ class Watch:
             if not sign.left and (silent or now - moves > self.stall_s):
                 cause = f"gave no sign for {now - lives:.0f} s" if silent else f"did not move for {now - moves:.0f} s"
                 line = f"rank {rank} on {sign.host}, {sign.phase}: {cause}"
-                found = self.mine.compare_set("end", "", json.dumps(asdict(End(FAILED, line, 1, rank, lost=True))))
-                self._ended(_end(found))
-                self._finish_off(sign)
+                lost = End(FAILED, line, 1, rank, lost=True)
+                end = _end(self.mine.compare_set("end", "", json.dumps(asdict(lost))))
+                self._ended(end)
+                if end == lost:
+                    self._finish_off(sign)
                 return
 
     def _finish_off(self, sign: Sign) -> None:

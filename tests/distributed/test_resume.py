@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 from distributed import faulty
-from distributed.processes import BRIEF, LONGEST_S, SMALL, TESTS, differences, ended, launched, left, metrics, trained
+from distributed.processes import LONGEST_S, SMALL, TESTS, differences, ended, launched, left, metrics, trained
+from runs.same_run import SHORT_EVALUATION
 
 STALL_S, END_S = 8, 30
 
@@ -58,8 +59,7 @@ def agents(folder: Path, log: Path, more: Sequence[str] = ()) -> list[subprocess
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend",
         "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test", "--local-addr", "127.0.0.1", "-m",
-        "tempact.train", "shapeworld-smoke", *BRIEF, "--evaluation.simple", "1", "--evaluation.hard", "1", *more,
-        "--output", str(folder),
+        "tempact.train", *SMALL, *SHORT_EVALUATION, *more, "--output", str(folder),
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
     started = []
@@ -74,10 +74,11 @@ def agents(folder: Path, log: Path, more: Sequence[str] = ()) -> list[subprocess
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_agents_of_torchrun_train_with_the_bits_of_one_process(tmp_path: Path, alone: Callable[..., Path]) -> None:
+def test_two_agents_of_torchrun_train_with_the_bits_of_one_process(tmp_path: Path) -> None:
     both = agents(tmp_path / "run", tmp_path / "log")
     assert [agent.wait(LONGEST_S) for agent in both] == [0, 0], (tmp_path / "log.0").read_text()[-3000:]
-    assert differences(alone(), tmp_path / "run") == []
+    one = trained(tmp_path / "one", 1, *SHORT_EVALUATION, whole=True)
+    assert differences(one, tmp_path / "run") == []
 
 
 def children(pid: int) -> list[int]:
