@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -170,7 +171,8 @@ def _numbers(metrics: Sequence[Mapping[str, Tensor | float]]) -> list[dict[str, 
     names = list(metrics[0]) if metrics else []
     if not names or not any(isinstance(value, Tensor) for value in metrics[0].values()):
         return [{name: float(each[name]) for name in names} for each in metrics]
-    rows = torch.stack([torch.stack([torch.as_tensor(each[name], dtype=torch.float64) for name in names]) for each in metrics]).tolist()
+    wide = partial(torch.as_tensor, dtype=torch.float64)
+    rows = torch.stack([torch.stack([wide(each[name]) for name in names]) for each in metrics]).tolist()
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 

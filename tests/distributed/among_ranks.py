@@ -148,7 +148,7 @@ def owners(ranks: Ranks, how: int) -> tuple[dict[range, Transition], list[list[i
 
 
 def moved(ranks: Ranks) -> list[bool]:
-    """For six ways to hold and to want plans, and for plans that all are where they are wanted: is each record whole?"""
+    """For six ways to hold and to want plans, and where each is where it is wanted: is every record whole?"""
     found = []
     for how in range(7):
         held, wanted = owners(ranks, how)

@@ -113,9 +113,7 @@ def launched(
     return process(_launched, log, [*arguments], size, restarts, tuple(map(str, fault)), planted)
 
 
-def _launched(
-    log: Path, arguments: list[str], size: int, restarts: int, fault: tuple[str, ...], planted: Path
-) -> int:
+def _launched(log: Path, arguments: list[str], size: int, restarts: int, fault: tuple[str, ...], planted: Path) -> int:
     os.environ["PLANTED_AT"] = str(planted)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +68,7 @@ def test_a_fault_ends_the_run_in_one_line_and_the_run_goes_on(
     (code,) = ended([launched(log, arguments, size, 0, (kind, rank, phase, 2), planted)])
     took = time.time() - float(planted.read_text())
     said = [line for line in log.read_text().splitlines() if not LOGGED.fullmatch(line)]
-    print(f"{kind} {rank} of {size} {phase}: {took:.1f} s, code {code}: {said}")
+    sys.stdout.write(f"{kind} {rank} of {size} {phase}: {took:.1f} s, code {code}: {said}\n")
     assert code == CODES[kind]
     assert took < STALL_S + END_S
     assert len(said) == 1, said

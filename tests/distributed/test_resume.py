@@ -65,9 +65,7 @@ def agents(folder: Path, log: Path, more: Sequence[str] = ()) -> list[subprocess
     started = []
     for number in range(2):
         with log.with_suffix(f".{number}").open("wb") as file:
-            started.append(
-                subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
-            )
+            started.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True))
         time.sleep(2)  # the first one keeps the store
     return started
 
@@ -108,7 +106,7 @@ def test_an_agent_is_killed(number: int, machine: bool, tmp_path: Path) -> None:
             time.sleep(0.2)
         told = [line for each in (0, 1) for line in (tmp_path / f"log.{each}").read_text().splitlines()]
         lines = [line for line in told if line.startswith("error: ")]
-        print(f"agent {number}, machine {machine}: {took:.1f} s, {lines}")
+        sys.stdout.write(f"agent {number}, machine {machine}: {took:.1f} s, {lines}\n")
         assert len(lines) == 1 and left(folder) == []
     finally:
         for agent in both:

@@ -337,18 +337,6 @@ def test_a_signal_that_was_handled_does_not_come_again() -> None:
         time.sleep(3 * REMIND_S)  # would raise
 
 
-def test_several_processes_of_torchrun_are_refused_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert start(tmp_path / "run") == EXIT_USER_ERROR and not (tmp_path / "run").exists()
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "WORLD_SIZE: found 2 processes" in told and "accepted: one" in told
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setattr(run_module, "evaluate", lambda *given: None)
-    assert start(tmp_path / "run", "--trainer.iterations", "1") == 0
-
-
 def test_going_on_from_an_earlier_checkpoint_sets_the_later_course_aside(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
