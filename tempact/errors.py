@@ -115,8 +115,9 @@ class StopRequest:
         if again or self.opened:
             signal.setitimer(signal.ITIMER_REAL, REMIND_S, REMIND_S)
             raise Stopped(self.name)
-        more = "" if self.once else "; once more to give that up"
-        log.warning("%s: %s first%s", self.name, self.finishing, more)
+        # of several processes, it may follow from the loss of one, which the last line tells
+        level, more = (logging.INFO, "") if self.once else (logging.WARNING, "; once more to give that up")
+        log.log(level, "%s: %s first%s", self.name, self.finishing, more)
 
     def _remind(self, number: int, frame: FrameType | None) -> None:
         if isinstance(sys.exception(), Stopped):

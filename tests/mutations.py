@@ -8,6 +8,8 @@ CHECKPOINT, RUN, TRAINER = "tempact/runs/checkpoint.py", "tempact/runs/run.py", 
 RESUME = "tempact/runs/resume.py"
 CHECKPOINTS, ENDINGS, TRAINING = "tests/runs/test_checkpoint.py", "tests/runs/test_endings.py", "tests/test_trainer.py"
 
+EQUAL, BITS = "tests/distributed/test_equal.py", "test_several_processes_have_the_bits_of_one"
+
 
 def faults(file: str, tests: str, *pairs: tuple[str, str, str]) -> list[Mutation]:
     """Faults (test, line, fault) of one file, seen by tests of another."""
@@ -182,8 +184,8 @@ MUTATIONS = [
         "tests/executor/test_units.py",
         (
             "test_texts_have_the_rows_of_their_roll_out_whatever_came_before",
-            "        self._text_rows = 0\n        self.encode(prompts)",
-            "        self.encode(prompts)",
+            "        self._text_rows = 0\n        with self.precision():\n            self.encode(prompts)",
+            "        with self.precision():\n            self.encode(prompts)",
         ),
         (
             "test_an_updates_cache_does_not_grow_with_the_number_of_plans",
@@ -216,10 +218,11 @@ MUTATIONS = [
             "",
         ),
     ),
-    *faults(
-        "tempact/policies.py",
-        ENDINGS,
-        ("test_several_processes_of_torchrun_are_refused_in_one_line", '    if ranks != "1":', "    if not ranks:"),
+    Mutation(
+        "tempact/train.py",
+        'if options.gpus and ranks != "1":',
+        "if options.gpus and not ranks:",
+        ("tests/distributed/test_launch.py::test_wrong_options_are_one_line_before_any_process",),
     ),
     *faults(
         "tempact/errors.py",
@@ -325,8 +328,8 @@ MUTATIONS = [
     ),
     Mutation(
         "tempact/rewards/__init__.py",
-        'plan_quality=self._valid("plan_quality", _tensor("plan_quality", self.quality, [[count]]))',
-        'plan_quality=_tensor("plan_quality", self.quality, [[count]])',
+        "{name: self._valid(name, _tensor(name, self.quality, [[len(self.own)]]))}",
+        "{name: _tensor(name, self.quality, [[len(self.own)]])}",
         ("tests/rewards/test_combine.py::test_a_plan_quality_out_of_range_is_missing",),
     ),
     Mutation(
@@ -583,8 +586,8 @@ MUTATIONS = [
     ),
     Mutation(
         "tempact/rewards/__init__.py",
-        'plan_quality=self._valid("plan_quality", _tensor("plan_quality", self.quality, [[count]])),',
-        'plan_quality=_tensor("plan_quality", self.quality, [[count]]),',
+        "{name: self._valid(name, _tensor(name, self.quality, [[len(self.own)]]))}",
+        "{name: _tensor(name, self.quality, [[len(self.own)]])}",
         ("tests/rewards/test_combine.py",),
     ),
     Mutation(
@@ -857,6 +860,49 @@ MUTATIONS = [
             "test_videos_are_made_with_merged_weights_and_training_is_not",
             "        with self.merged(), self.precision(), self.history(*noise",
             "        with self.precision(), self.history(*noise",
+        ),
+    ),
+    *faults(
+        "tempact/planner/planner.py",
+        EQUAL,
+        (f"{BITS}[six plans-2]", 'derive_seed(seed, b, "plan", m)', 'derive_seed(seed, b, "plan", m, ranks.rank)'),
+    ),
+    *faults(
+        "tempact/updates.py",
+        EQUAL,
+        (f"{BITS}[six plans-2]", "sum(map(len, units)))", "sum(map(len, _own(units, self.policy.ranks))))"),
+        (
+            f"{BITS}[six plans-2]",
+            "self.terms = [executor.terms(part, mask) for part in parts]",
+            "self.terms = [executor.terms([p for unit in _own(own, ranks) for p in unit], mask) for own in self.units]",
+        ),
+    ),
+    *faults(
+        TRAINER,
+        EQUAL,
+        (f"{BITS}[six plans-2]", 'self._seed("noise")', 'self._seed("noise", self.ranks.rank)'),
+    ),
+    *faults(
+        "tempact/distributed/reduction.py",
+        EQUAL,
+        (f"{BITS}[six plans-2]", "flat.copy_(whole)", "flat.copy_(whole / ranks.size)"),
+        (f"{BITS}[six plans-2]", "while stack and stack[-1][0] == level and index % 2:", "while stack:"),
+    ),
+    *faults(
+        "tempact/distributed/reduction.py",
+        "tests/distributed/test_ranks.py",
+        ("test_the_sum_is_that_of_one_tree", "flat.copy_(whole)", "flat.copy_(whole / ranks.size)"),
+        ("test_the_sum_is_that_of_one_tree", "while stack and stack[-1][0] == level and index % 2:", "while stack:"),
+        ("test_a_checksum_sees_other_bits_and_other_places", "sums.append(number * ", "sums.append("),
+        ("test_metrics_are_summed_alike_on_all", "partial(torch.as_tensor, dtype=torch.float64)", "torch.as_tensor"),
+    ),
+    *faults(
+        "tempact/distributed/__init__.py",
+        "tests/distributed/test_ranks.py",
+        (
+            "test_an_error_of_one_rank_is_raised_by_all_and_says_where",
+            "self.agreed(lambda: None if self.local_rank else early.append(act()), UserError)",
+            "self.gather(None if self.local_rank else early.append(act()))",
         ),
     ),
 ]

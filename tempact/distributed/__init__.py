@@ -139,7 +139,7 @@ class Ranks:
 
     def agreed(self, make: Callable[[], T], *travelling: type[BaseException]) -> list[T]:
         """`gather` of what `make` returns. An exception of these types that one rank raises is raised by all, the
-        lowest rank's."""
+        lowest rank's, with a note of where that was."""
         if self.alone:
             return [make()]
         error: BaseException | None = None
@@ -149,8 +149,9 @@ class Ranks:
         except travelling as raised:
             error = raised
         found = self.gather((value, error))
-        for _, its in found:
+        for rank, (_, its) in enumerate(found):
             if its is not None:
+                its.add_note(self.where(rank))
                 raise its
         return [value for value, _ in found]
 
@@ -159,12 +160,10 @@ class Ranks:
         return self.agreed(lambda: make() if self.first else None, UserError)[0]  # type: ignore[arg-type, return-value]
 
     def in_turn(self, act: Callable[[], T]) -> T:
-        """`act` on the first rank of each machine, then on the others."""
-        if self.alone:
-            return act()
-        value = act() if self.local_rank == 0 else None
-        self.arrive()
-        return act() if self.local_rank else value  # type: ignore[return-value]
+        """`act` on the first rank of each machine, then on the others; a UserError of the first is raised by all."""
+        early: list[T] = []
+        self.agreed(lambda: None if self.local_rank else early.append(act()), UserError)
+        return act() if self.local_rank else early[0]
 
     def sent(self, value: Tensor, rank: int) -> dist.P2POp:
         """The sending of a host's tensor, for `dist.batch_isend_irecv`."""
@@ -209,6 +208,7 @@ class Ranks:
         with self.stop.held():
             try:
                 self._decide(watch, key)
+                watch.sign.waiting = False  # all are here: a collective that does not end is a hang
                 yield
             except (Exception, Stopped) as error:
                 self.torn = isinstance(error, Exception)  # others may be left in the collective
@@ -245,11 +245,16 @@ class Ranks:
             self.watch.sign.phase = name
             self.watch.beat()
 
-    def fail(self, cause: str, code: int) -> End:
+    def where(self, rank: int) -> str:
+        """Rank, host and phase, in words."""
+        assert self.watch is not None
+        return self.watch.where(rank)
+
+    def fail(self, line: str, code: int) -> End:
         """Declares that this rank has failed; returns the end that holds."""
         watch = self._leaving()
         end = self._lost(watch) if self.torn and watch.end is None else None
-        return end or watch.declare(End(FAILED, f"{watch.where(self.rank)}: {cause}", code, self.rank))
+        return end or watch.declare(End(FAILED, line, code, self.rank))
 
     def stopping(self, name: str) -> End:
         """What ends the run where this rank's main thread was interrupted: the signal `name`, an end that another rank

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -88,7 +89,7 @@ class UpdateSum:
         assert self._next == self.own.stop, f"{self._next - self.own.start} of {len(self.own)} units"
         ranks = self.gradient.ranks
         shares = [share for own in ranks.gather(_numbers(self._metrics)) for share in own]
-        if self.units > 1 or not ranks.alone:
+        if self.units > 1 or (self.units and not ranks.alone):
             if self.units == 1 and self.own:  # the gradient is its only node
                 self._nodes = [(0, self.gradient.flat.clone())]
             self._sum(ranks)
@@ -170,16 +171,17 @@ def _numbers(metrics: Sequence[Mapping[str, Tensor | float]]) -> list[dict[str, 
     names = list(metrics[0]) if metrics else []
     if not names or not any(isinstance(value, Tensor) for value in metrics[0].values()):
         return [{name: float(each[name]) for name in names} for each in metrics]
-    rows = torch.stack([torch.stack([torch.as_tensor(each[name]) for name in names]) for each in metrics]).tolist()
+    wide = partial(torch.as_tensor, dtype=torch.float64)
+    rows = torch.stack([torch.stack([wide(each[name]) for name in names]) for each in metrics]).tolist()
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def checksum(parameters: Iterable[Tensor]) -> list[int]:
-    """Of the bits of 32-bit tensors: a sum for each, and one of its parts in their places. Equal bits have equal ones;
-    of others those that agree are one in billions."""
+    """Of the bits of 32-bit tensors: their sum, and that of the bits in their places. Equal bits have equal ones; of
+    others those that agree are one in billions."""
     sums = []
-    for parameter in parameters:
+    for number, parameter in enumerate(parameters, 1):
         bits = parameter.detach().reshape(-1).view(torch.int32).long()
         places = torch.arange(1, bits.numel() + 1, device=bits.device) % 65521
-        sums.append(torch.stack([bits.sum(), (bits * places).sum()]))
+        sums.append(number * torch.stack([bits.sum(), (bits * places).sum()]))
     return torch.stack(sums).sum(0).tolist() if sums else []

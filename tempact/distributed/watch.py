@@ -32,7 +32,6 @@ GRACE_S = 15.0  # for a main thread to notice the end
 OTHERS_S = 25.0  # for rank 0 to save what there is; a launcher kills 30 s after its SIGTERM
 STOPPED, FAILED = "stopped", "failed"
 TOLD = "TEMPACT_LAUNCH"  # folder of the launcher, in which a file says that the one line has been written
-UNWATCHED = ("rewards",)  # phases that wait for others than ranks: being alive is enough there
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Heart:
 
 
 def moved() -> None:
-    """The process is getting on: called for every denoiser call, token and micro-batch."""
+    """The process is getting on: called for every denoiser call, token, micro-batch and request to a judge."""
     Heart.moved += 1
 
 
@@ -179,16 +178,17 @@ class Watch:
             last, lives, moves = self._seen.get(rank, (None, now, now))
             alive = last is None or last.tick != sign.tick
             still = last is not None and last.moved == sign.moved and last.phase == sign.phase
-            at_rest = sign.waiting or sign.phase.endswith(UNWATCHED)
-            lives, moves = now if alive else lives, now if not still or (at_rest and alive) else moves
+            lives, moves = now if alive else lives, now if not still or (sign.waiting and alive) else moves
             self._seen[rank] = (sign, lives, moves)
             silent = now - lives > min(self.stall_s, LOST_S)
             if not sign.left and (silent or now - moves > self.stall_s):
                 cause = f"gave no sign for {now - lives:.0f} s" if silent else f"did not move for {now - moves:.0f} s"
                 line = f"rank {rank} on {sign.host}, {sign.phase}: {cause}"
-                found = self.mine.compare_set("end", "", json.dumps(asdict(End(FAILED, line, 1, rank, lost=True))))
-                self._ended(_end(found))
-                self._finish_off(sign)
+                lost = End(FAILED, line, 1, rank, lost=True)
+                end = _end(self.mine.compare_set("end", "", json.dumps(asdict(lost))))
+                self._ended(end)
+                if end == lost:
+                    self._finish_off(sign)
                 return
 
     def _finish_off(self, sign: Sign) -> None:

@@ -160,6 +160,8 @@ class Planner:
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, reference: bool = False
     ) -> list[Response]:
         """A response to each prompt, token ids; it depends on prompt and seed alone, on a CPU to the last bit."""
+        if not prompts:  # of a process without a share
+            return []
         rows = decode.rows_of(self.config, on_gpu=self.device.type == "cuda")
         with self._awake(), self._policy(reference), self._autocast():
             model = self.peft.get_base_model()

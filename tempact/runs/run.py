@@ -127,24 +127,27 @@ class Ending:
         """
         if isinstance(error, Stopped):
             return self._stopped(error, kept)
-        aborted, mistake = isinstance(error, Aborted | JudgeOutage), isinstance(error, UserError)
-        line = str(error) if aborted or mistake else failed(folder, error)
-        noted = "" if aborted or mistake else f"; traceback in {folder / TRACEBACKS}"
+        code = exit_code(error)
+        line = str(error) if code != 1 else f"{failed(folder, error)}; traceback in {folder / TRACEBACKS}"
         if not self.ranks.alone:
-            end = self.ranks.fail(f"{line}{noted}", EXIT_ABORTED if aborted else EXIT_USER_ERROR if mistake else 1)
+            end = self.ranks.fail(self._where(error) + line, code)
             if not self.ranks.first:
                 return self._silent(end)
             told()
-            line, noted = (line, noted) if aborted or mistake else (end.line, "")
-        saved = kept() if kept else "no iteration was started"
-        if aborted:
-            log.error("%s; %s", error, saved)
-            return EXIT_ABORTED
-        if mistake:
-            if kept is not None:
-                log.error("%s", saved)
+            line, code = (end.line, end.code) if kept else (line, code)
+        if kept is None and code == EXIT_USER_ERROR:
             raise error
-        raise RunFailed(f"{line}; {saved}{noted}") from error
+        line += f"; {kept() if kept else 'no iteration was started'}"
+        if code == EXIT_ABORTED:
+            log.error("%s", line)
+            return code
+        raise (UserError(line) if code == EXIT_USER_ERROR else RunFailed(line, code)) from error
+
+    def _where(self, error: Exception) -> str:
+        """The rank that has failed (`Ranks.agreed` notes another one), unless all of them have alike."""
+        alike = isinstance(error, Aborted | JudgeOutage)
+        notes = getattr(error, "__notes__", [] if alike else [self.ranks.where(self.ranks.rank)])
+        return "".join(f"{where}: " for where in notes)
 
     def _stopped(self, stopped: Stopped, kept: Callable[[], str] | None) -> int:
         self.stop.handled()
@@ -164,6 +167,13 @@ class Ending:
             told()
             raise RunFailed(f"{end.line}; what is saved is in the run's folder, and the same command goes on", end.code)
         return end.code
+
+
+def exit_code(error: Exception) -> int:
+    """Of a command that the exception ends."""
+    if isinstance(error, Aborted | JudgeOutage):
+        return EXIT_ABORTED
+    return EXIT_USER_ERROR if isinstance(error, UserError) else 1
 
 
 def failed(folder: Path, error: Exception) -> str:
@@ -288,6 +298,7 @@ class Run:
                 for iteration in trainer.iterations(phase):
                     last = iteration.number == settings.iterations
                     stop.close(f"recording iteration {iteration.number}")  # nothing may have been learned from
+                    ranks.phase(f"iteration {iteration.number}, recording")
                     for callback in callbacks:
                         callback(iteration)
                     if metrics is not None:

@@ -1,7 +1,8 @@
 """`python faulty.py KIND RANK PHASE ITERATION ARGUMENTS`: a training run in which something happens to one rank.
 
 Run by torchrun or by the launcher. KIND is a key of FAULTS. PHASE: plan, rollout, rewards, update or step, as they
-begin; "meeting" is inside the first collective of the update, "save" within a checkpoint's saving.
+begin; "meeting" is inside the first collective of the update, "save" within a checkpoint's saving, whose files are
+written and not yet in place, "metrics" within the writing of a row.
 """
 
 from __future__ import annotations
@@ -11,14 +12,22 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from tempact import train
 from tempact.distributed import Ranks
+from tempact.distributed.reduction import UpdateSum
+from tempact.planner import planner
 from tempact.rewards.judges import JudgeOutage
-from tempact.runs import run
+from tempact.runs import checkpoint, logs, run
+from tempact.types import Plan, Step
 
 
 def end(number: int) -> Callable[[], None]:
@@ -53,16 +62,19 @@ FAULTS: dict[str, Callable[[], None]] = {
 
 
 def plant(kind: str, rank: int, phase: str, iteration: int) -> None:
-    """Lets it happen once, as the phase of the iteration begins on the rank."""
-    if int(os.environ.get("RANK", "0")) != rank:
+    """Lets it happen once, as the phase of the iteration begins on the rank. PLANTED_AT names a file that then holds
+    the time."""
+    if int(os.environ.get("RANK", "0")) != rank or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return
-    real_phase, real_fill = Ranks.phase, run.save
+    real_phase, real_save, real_sync, real_log = Ranks.phase, run.save, checkpoint.sync, logs.MetricsLogger.log
     real_decide = Ranks._decide
-    state = {"phase": "", "done": False}
+    state = {"phase": "", "done": False, "saving": False}
 
-    def happens() -> None:
+    def happens(*_: object) -> None:
         if not state["done"]:
             state["done"] = True
+            if file := os.environ.get("PLANTED_AT"):
+                Path(file).write_text(str(time.time()))
             FAULTS[kind]()
 
     def told(self: Ranks, name: str) -> None:
@@ -77,11 +89,57 @@ def plant(kind: str, rank: int, phase: str, iteration: int) -> None:
             happens()
 
     def saved(*given: object) -> object:
-        if phase == "save" and given[1] == iteration:
-            happens()
-        return real_fill(*given)
+        state["saving"] = phase == "save" and given[1] == iteration
+        return real_save(*given)
 
-    Ranks.phase, Ranks._decide, run.save = told, decided, saved  # type: ignore[method-assign, assignment]
+    def synced(path: Path) -> None:
+        if state["saving"]:
+            happens()
+        real_sync(path)
+
+    def logged(self: logs.MetricsLogger, step: int, metrics: Mapping[str, float]) -> None:
+        if phase == "metrics" and step == iteration:
+            self._file = SimpleNamespace(write=happens, close=self._file.close)  # type: ignore[assignment]
+        real_log(self, step, metrics)
+
+    Ranks.phase, Ranks._decide = told, decided  # type: ignore[method-assign]
+    run.save, checkpoint.sync, logs.MetricsLogger.log = saved, synced, logged  # type: ignore
+
+
+def patchy(prompts: list[str], plans: list[Plan], frames: torch.Tensor, spans: object) -> torch.Tensor:
+    """A reward that some plans and some videos do not have."""
+    scores = frames.float().mean((2, 3, 4, 5)) / 255
+    for row, plan in zip(scores, plans, strict=True):
+        row[: [len(row), 1, 0, 0][zlib.crc32(plan.response.encode()) % 4]] = float("nan")
+    return scores
+
+
+def one_step_plans() -> None:
+    """Some plans have a single step."""
+    real = planner.parse_plan
+
+    def parsed(text: str, *given: Any) -> Plan:
+        plan = real(text, *given)
+        return plan if zlib.crc32(text.encode()) % 4 else replace(plan, steps=(Step(0, plan.frames, text),))
+
+    planner.parse_plan = parsed  # type: ignore[attr-defined]
+
+
+def broken_gradients() -> None:
+    """In the second iteration the gradient of the last unit is NaN, for either policy."""
+    real_add, real_init = UpdateSum.add, UpdateSum.__init__
+    made: list[UpdateSum] = []
+
+    def init(self: UpdateSum, *given: Any) -> None:
+        real_init(self, *given)
+        made.append(self)
+
+    def add(self: UpdateSum, metrics: Mapping[str, Any]) -> None:
+        if self in made[2:4] and self._next == self.units - 1:
+            self.gradient.parameters[0].grad.fill_(float("nan"))
+        real_add(self, metrics)
+
+    UpdateSum.__init__, UpdateSum.add = init, add  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

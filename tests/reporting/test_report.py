@@ -29,9 +29,9 @@ from tempact.presets import get_preset
 from tempact.report import main
 from tempact.reporting import model_card, read_metrics, write_samples
 from tempact.reporting.report import PANELS, charts, leave_report, thinned, write_report
-from tempact.reporting.strips import write_extremes, write_showcase
+from tempact.reporting.strips import videos_of_extremes, write_extremes, write_showcase
 from tempact.runs.logs import MetricsLogger
-from tempact.types import Batch, Plan, PlanBatch, Prompt, Rollout, Scored, Step
+from tempact.types import Batch, Plan, PlanBatch, Prompt, Scored, Step
 
 STEPS = (
     Step(0, 3, "A red square is at the top left."),
@@ -92,7 +92,7 @@ def make_sampled(run: Path, step: int) -> None:
     batch = Batch(torch.tensor([1.0, -1.0]), torch.tensor([True, True]), following, mask, None, None)
     write_samples(run, step, plans, scored, batch)
     frames = torch.stack([video(True), video(False), video(False), video(True)]).view(2, 2, 24, 3, 24, 24)
-    write_extremes(run, step, plans, Rollout(frames), scored)
+    write_extremes(run, step, plans, {(p, n): frames[p, n] for p, n in videos_of_extremes(run, step)})
 
 
 def make_evaluated(run: Path, levels: dict[str, float] = LEVELS) -> None:
@@ -164,6 +164,10 @@ def test_best_and_worst_are_ranked_and_missing_scores_are_neither(finished: tupl
     assert html.index("<dd>0.10</dd>") < html.index("<h3>Best</h3>") < html.index("<dd>0.90</dd>")
 
 
+def grey(value: int) -> torch.Tensor:
+    return torch.full((24, 3, 24, 24), value, dtype=torch.uint8)
+
+
 def test_the_pictures_of_a_sample_are_those_of_its_row(tmp_path: Path) -> None:
     """With scores that are equal, and equal once rounded; every video is of one grey, 10 times its number."""
     count = 12
@@ -174,8 +178,8 @@ def test_the_pictures_of_a_sample_are_those_of_its_row(tmp_path: Path) -> None:
     scored = Scored(plan, plan, following, following, following)
     mask = torch.ones(count // 2, dtype=torch.bool)
     write_samples(tmp_path, 7, plans, scored, Batch(plan, mask, following, following > 0, None, None))
-    grey = (10 * torch.arange(count, dtype=torch.uint8)).view(-1, 2, 1, 1, 1, 1).expand(-1, 2, 24, 3, 24, 24)
-    write_extremes(tmp_path, 7, plans, Rollout(grey), scored)
+    shown = videos_of_extremes(tmp_path, 7)
+    write_extremes(tmp_path, 7, plans, {(p, n): grey(20 * p + 10 * n) for p, n in shown})
     (tmp_path / "config.yaml").write_text("preset: tiny\n")
     html = write_report(tmp_path).read_text(encoding="utf-8")
     parts = re.findall(r'<p>Video (\d)\.</p>.*?<dd>([\d.]+)</dd>.*?base64,([^"]+)"', html, flags=re.DOTALL)

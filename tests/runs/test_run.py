@@ -24,14 +24,14 @@ from tempact.evaluation import METHODS
 from tempact.evaluation.statistics import Row, read_evaluation
 from tempact.reporting import read_metrics
 from tempact.reporting.report import write_report
-from tempact.rewards import Scoring
+from tempact.rewards import Scores, Scoring
 from tempact.rewards.judges import JudgeOutage
 from tempact.runs import run as run_module
 from tempact.runs.checkpoint import defect, verify
 from tempact.runs.evaluation import SHOWN
 from tempact.runs.run import EXIT_ABORTED
 from tempact.trainer import Trainer
-from tempact.types import PlanBatch, Scored
+from tempact.types import PlanBatch
 from tempact.worlds import WEIGHTS, ShapeWorld
 
 SMOKE = ("shapeworld-smoke", "--device", "cpu", "--trainer.iterations", "2")
@@ -248,20 +248,22 @@ def test_a_run_whose_judges_are_gone_saves_and_stops(
     begun: list[PlanBatch] = []
     closed: list[int] = []
 
-    def judged(world: ShapeWorld, device: torch.device) -> SimpleNamespace:
-        whole = build(world, device)
+    def judged(world: ShapeWorld, *given: object) -> SimpleNamespace:
+        whole = build(world, *given)
 
-        def begin(plans: PlanBatch) -> Scoring:
+        def begin(plans: PlanBatch, *own: range) -> Scoring:
             begun.append(plans)
-            scoring = whole.begin(plans)
+            scoring = whole.begin(plans, *own)
             if len(begun) == 2:
-                scoring.result = gone
+                scoring.scores = gone
             return scoring
 
-        def gone() -> Scored:
+        def gone() -> Scores:
             raise JudgeOutage("judge plan_quality: no answer from host for 300 s")
 
-        found = SimpleNamespace(begin=begin, metrics=whole.metrics, check=whole.check, close=lambda: closed.append(1))
+        found = SimpleNamespace(
+            begin=begin, whole=whole.whole, metrics=whole.metrics, check=whole.check, close=lambda: closed.append(1)
+        )
         found.extended = lambda rewards: found
         return found
 

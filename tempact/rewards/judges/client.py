@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
+from tempact.distributed.watch import moved
 from tempact.rewards.judges import JudgeCall, JudgeOutage, JudgeRefusal, JudgeResult, JudgeStats, Repeated
 from tempact.rewards.judges.cache import JudgeCache, cache_key
 from tempact.rewards.judges.config import JudgeConfig, import_openai
@@ -270,6 +271,7 @@ class JudgeClient:
         """One request. Raises Retry or Rejected, and TimeoutError where the call has no time left."""
         if left_s <= 0:
             raise TimeoutError
+        moved()
         openai, endpoint, wanted = self._openai, lease.endpoint, call.rubric.fields
         where, optional = endpoint.config.shown, optional_fields(self.config, wanted, lease.endpoint.not_taken)
         try:
