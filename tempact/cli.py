@@ -86,6 +86,14 @@ def main(argv: list[str] | None = None) -> int:
     return guarded(lambda: _verb(arguments[0] if arguments else "")(arguments[1:]))
 
 
+def of_ranks(action: Callable[[], int]) -> int:
+    """`guarded`, for a command that several processes may run together."""
+    code = guarded(action)
+    if joined := sys.modules.get("tempact.distributed"):
+        joined.leave(code)
+    return code
+
+
 def _verb(name: str) -> Callable[[list[str]], int]:
     if name in VERBS:
         return importlib.import_module(f"tempact.{name}").main
@@ -190,17 +198,6 @@ def _options(arguments: list[str]) -> dict[str, list[str]]:
         else:
             next(reversed(given.values())).append(argument)
     return given
-
-
-def without(arguments: Sequence[str], *names: str) -> list[str]:
-    """A command line without the options of these names and the words after them."""
-    kept, named = [], False
-    for argument in arguments:
-        if argument.startswith("--"):
-            named = argument[2:].partition("=")[0].replace("-", "_") in names
-        if not named:
-            kept.append(argument)
-    return kept
 
 
 def help_text(config: RunConfig, program: str) -> str:

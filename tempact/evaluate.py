@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tempact.cli import callable_command, parse_run, preset_or_run, refuse_named
-from tempact.config import RunConfig
-from tempact.errors import LineParser, Stopped, UserError, guarded
+from tempact.cli import RunOptions, callable_command, of_ranks, parse_run, preset_or_run, refuse_named
+from tempact.config import RunConfig, keys_of
+from tempact.errors import LineParser, Stopped, UserError
 from tempact.evaluation import (
     BOTH,
     CONDITIONS,
@@ -33,23 +33,25 @@ from tempact.evaluation.prompts import choose_prompts
 from tempact.worlds import world_of
 
 if TYPE_CHECKING:
+    from tempact.distributed import Ranks
     from tempact.policies import PolicyPair
 
 PROGRAM = "python -m tempact.evaluate"
+KEPT = "what is done is kept; the same command goes on from here"
 SHAPEWORLD, TEMPORAL_ORDER = "shapeworld", "temporal-order"
 ORDER_ONLY = ("judge", "pickscore", "prompts", "seeds", "frames", "conditions", "export", "retry_missing", "output")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 bad input, 3 a judge that was silent for too long, 130 stopped (what was done is kept)."""
-    return guarded(lambda: _goes_on(*_parser().parse_known_args(argv)))
+    return of_ranks(lambda: _goes_on(sys.argv[1:] if argv is None else list(argv)))
 
 
-def _goes_on(arguments: argparse.Namespace, options: list[str]) -> int:
+def _goes_on(argv: list[str]) -> int:
     try:
-        return _evaluate(arguments, options)
+        return _evaluate(argv)
     except Stopped:
-        sys.stderr.write("what is done is kept; the same command goes on from here\n")
+        sys.stderr.write(f"{KEPT}\n")
         raise
 
 
@@ -64,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, help="of prompts, plans and noise (default: as the run)")
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: as the run")
     made.add_argument("--threads", type=int, help="CPU threads (default: as the run)")
+    made.add_argument("--gpus", metavar="N", help=keys_of(RunOptions)["gpus"].about)
     made.add_argument("--split", choices=("test", "validation"), help="of ShapeWorld's instructions (default: test)")
     order = made.add_argument_group(TEMPORAL_ORDER)
     order.add_argument("--output", type=Path, help="folder (default: temporal-order in the run's or preset's own)")
@@ -80,46 +83,69 @@ def _parser() -> argparse.ArgumentParser:
     return made
 
 
-def _evaluate(arguments: argparse.Namespace, options: list[str]) -> int:
+def _evaluate(argv: list[str]) -> int:
+    arguments, options = _parser().parse_known_args(argv)
     refuse_named(options, PROGRAM)
     undotted = [word for word in options if word.startswith("--") and "." not in word.partition("=")[0]]
     if undotted:
         _parser().error(f"unrecognized arguments: {' '.join(undotted)}")
-    config, run = _configured(arguments, options)
+    config, run, processes = _configured(arguments, options)
     world = world_of(config)
+    asked = None
     if world.chosen_suite(arguments.suite) == SHAPEWORLD:
         config = replace(config, evaluation=replace(config.evaluation, **_shapeworld_counts(arguments)))
-
-        from tempact.runs.evaluation import evaluate_shapeworld
-
-        return evaluate_shapeworld(config, run, partial(_load, config, run))
-    if arguments.split is not None:
+    elif arguments.split is not None:
         raise UserError("--split: is not for --suite temporal-order; accepted there: --prompts SET=FILE")
-    asked = _benchmark_options(arguments, config, real_video=world.real_video, trained=run is not None)
+    else:
+        asked = _benchmark_options(arguments, config, real_video=world.real_video, trained=run is not None)
+    if processes:
+        from tempact.distributed.launch import launched
 
-    from tempact.runs.evaluation import evaluate_benchmark
+        code = launched("tempact.evaluate", argv, config.device, processes)
+        if code is not None:
+            return code
 
-    return evaluate_benchmark(config, run, partial(_load, config, run), asked, arguments.output)
+    from tempact.runs import together
+    from tempact.runs.evaluation import untrained_folder
+
+    act = partial(_together, config, run, asked, arguments.output)
+    return together(config, arguments.output or run or untrained_folder(config), act, KEPT)
 
 
-def _load(config: RunConfig, run: Path | None) -> tuple[PolicyPair, str]:
+def _together(
+    config: RunConfig, run: Path | None, asked: BenchmarkOptions | None, output: Path | None, ranks: Ranks
+) -> int:
+    """The benchmark as it is asked for, else ShapeWorld's own suite."""
+    from tempact.runs.evaluation import evaluate_benchmark, evaluate_shapeworld
+    from tempact.runs.run import judged_here
+
+    load = partial(_load, config, run, ranks)
+    if asked is None:
+        return evaluate_shapeworld(config, run, load, ranks)
+    return evaluate_benchmark(judged_here(config, ranks), run, load, asked, output, ranks)
+
+
+def _load(config: RunConfig, run: Path | None, ranks: Ranks) -> tuple[PolicyPair, str]:
     """A run's policies and the name of its newest checkpoint, or a preset's own."""
     from tempact.policies import build_policies
-    from tempact.runs.run import load_newest
+    from tempact.runs.run import load_adapters, newest, use_newest
 
     if run is None:
         return build_policies(config), "untrained"
-    policies, checkpoint = load_newest(config, run)
-    return policies, checkpoint.name
+    found = ranks.from_first(lambda: newest(run))  # a run without a checkpoint is refused before weights are loaded
+    policies = build_policies(config)
+    return policies, use_newest(run, found, partial(load_adapters, policies)).name
 
 
-def _configured(arguments: argparse.Namespace, options: list[str]) -> tuple[RunConfig, Path | None]:
-    """The configuration of the preset or run with the command line's values, and the run's folder if it is one."""
+def _configured(arguments: argparse.Namespace, options: list[str]) -> tuple[RunConfig, Path | None, int]:
+    """The configuration of the preset or run with the command line's values, the run's folder if it is one, and how
+    many processes are asked for."""
     source, run = preset_or_run(arguments.target)
     own = {"evaluation.seed": arguments.seed, "evaluation.split": arguments.split}
-    own |= {"device": arguments.device, "threads": arguments.threads}
+    own |= {"device": arguments.device, "threads": arguments.threads, "gpus": arguments.gpus}
     given = [word for key, value in own.items() if value is not None for word in (f"--{key}", str(value))]
-    return parse_run([*source, *options, *given], PROGRAM)[0], run
+    config, others = parse_run([*source, *options, *given], PROGRAM)
+    return config, run, others.gpus
 
 
 def _shapeworld_counts(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -9,19 +9,34 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tempact.cli import CONFIG, callable_command, lora_options, parse_run, preset_or_run, refuse_named
-from tempact.config import RunConfig
-from tempact.errors import LineParser, UserError, guarded
+from tempact.cli import (
+    CONFIG,
+    RunOptions,
+    callable_command,
+    lora_options,
+    of_ranks,
+    parse_run,
+    preset_or_run,
+    refuse_named,
+)
+from tempact.config import RunConfig, keys_of
+from tempact.errors import LineParser, UserError
 from tempact.presets import backbone_inference
+
+if TYPE_CHECKING:
+    from tempact.distributed import Ranks
+    from tempact.planner.plans import Request
 
 PROGRAM = "python -m tempact.generate"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad input."""
-    return guarded(lambda: _generate(sys.argv[1:] if argv is None else argv))
+    """Exit codes: 0 done, 2 bad input, 130 stopped; of several processes also 1, an unexpected exception."""
+    return of_ranks(lambda: _generate(sys.argv[1:] if argv is None else argv))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--frames", metavar="N", help="latent frames of every video, as --executor.frames")
     made.add_argument("--output", type=Path, default=Path("videos"), help="folder for videos, film strips and plans")
     made.add_argument("--seed", type=int, default=0, help="of the first video; each further one has the next")
+    made.add_argument("--gpus", metavar="N", help=keys_of(RunOptions)["gpus"].about)
     made.add_argument("--count", type=int, default=1, help="videos of a prompt, each with its noise and plan")
     return made
 
@@ -55,26 +71,44 @@ def _generate(argv: Sequence[str]) -> int:
     arguments.prompt = arguments.prompt and _typed(arguments.prompt)
     refuse_named(options, PROGRAM)
     source, run = preset_or_run(named[0]) if named else ([], None)
-    config = _configured(arguments, options, source, run)
+    config, others = _configured(arguments, options, source, run)
+    if others.gpus or others.max_restarts:
+        from tempact.distributed.launch import launched
+
+        code = launched("tempact.generate", [*argv], config.device, others.gpus, others.max_restarts)
+        if code is not None:
+            return code
 
     from tempact.runs.logs import starting
 
     starting()
-    from tempact.planner.plans import Request, read_plan, read_requests
+    from tempact.runs import together
+
+    act = partial(_made, config, arguments, run or arguments.adapter)
+    return together(config, arguments.output, act, "what is written stays")
+
+
+def _made(config: RunConfig, arguments: argparse.Namespace, source: Path | None, ranks: Ranks) -> int:
+    """Makes the videos; prints their paths, on rank 0."""
     from tempact.runs.generation import Asked, make_videos
+
+    requests = ranks.from_first(partial(_requests, config, arguments))
+    asked = Asked(arguments.seed, arguments.count, arguments.best_of, arguments.output)
+    for path in make_videos(config, requests, asked, source, ranks):
+        sys.stdout.write(f"{path}\n")
+    return 0
+
+
+def _requests(config: RunConfig, arguments: argparse.Namespace) -> list[Request]:
+    from tempact.planner.plans import Request, read_plan, read_requests
     from tempact.types import Prompt
 
     executor = config.executor
     lengths = executor.frames, executor.chunk_frames, executor.switch_rounding
     if arguments.prompts:
-        requests = read_requests(arguments.prompts, *lengths)
-    else:
-        plan = read_plan(arguments.plan, arguments.prompt, *lengths) if arguments.plan else None
-        requests = [Request("--prompt", Prompt("", arguments.prompt), plan)]
-    asked = Asked(arguments.seed, arguments.count, arguments.best_of, arguments.output)
-    for path in make_videos(config, requests, asked, run or arguments.adapter):
-        sys.stdout.write(f"{path}\n")
-    return 0
+        return read_requests(arguments.prompts, *lengths)
+    plan = read_plan(arguments.plan, arguments.prompt, *lengths) if arguments.plan else None
+    return [Request("--prompt", Prompt("", arguments.prompt), plan)]
 
 
 def _typed(text: str) -> str:
@@ -87,8 +121,8 @@ def _typed(text: str) -> str:
 
 def _configured(
     arguments: argparse.Namespace, options: Sequence[str], source: Sequence[str], run: Path | None
-) -> RunConfig:
-    """The preset's or the run's values, with those of a PEFT folder and of the command line over them."""
+) -> tuple[RunConfig, RunOptions]:
+    """The preset's or the run's values, with a PEFT folder's and the command line's over them; other options."""
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise UserError("--prompt: found an empty text; accepted: an instruction")
     if arguments.prompts and arguments.plan:
@@ -106,8 +140,9 @@ def _configured(
         source = [*source, *lora_options(arguments.adapter, "executor")]
     frames = ["--executor.frames", arguments.frames] if arguments.frames else []
     untrained = ["--planner.train", "false", "--executor.train", "false"]  # any sampling setting may be tried
-    config = parse_run([*source, *frames, *options, *untrained], PROGRAM)[0]
-    return backbone_inference(config) if arguments.inference == "backbone" else config
+    processes = ["--gpus", arguments.gpus] if arguments.gpus is not None else []
+    config, others = parse_run([*source, *frames, *options, *untrained, *processes], PROGRAM)
+    return backbone_inference(config) if arguments.inference == "backbone" else config, others
 
 
 callable_command(__name__, "tempact.runs.generation")

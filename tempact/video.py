@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from functools import lru_cache
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
 
@@ -12,6 +13,7 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tempact.errors import UserError
@@ -151,3 +153,27 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which matplotlib ships."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     return ImageFont.truetype(str(folder / ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf")), size)
+
+
+@dataclass(frozen=True)
+class VideoFormat:
+    """How videos are kept. save and read take the path of a file; frames are uint8 [T, 3, height, width]."""
+
+    suffix: str
+    save: Callable[[Tensor, Path], None]
+    read: Callable[[Path], Tensor]
+
+
+def mp4_format(fps: float) -> VideoFormat:
+    """H.264, which anyone can look at and score again."""
+    return VideoFormat(".mp4", partial(save_mp4, fps=fps), read_mp4)
+
+
+def _save_frames(frames: Tensor, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path) as partial_file:
+        save_file({"frames": frames.cpu().contiguous()}, partial_file)
+
+
+# for judges that measure single pixels
+LOSSLESS = VideoFormat(".safetensors", _save_frames, lambda path: load_file(path)["frames"])

@@ -73,7 +73,7 @@ class LoggedJudge:
 
 def fake_judges(asked: Path, pause_s: float = 0.0, outage_after: int = 10**9):
     @contextmanager
-    def served(names: Sequence[str], settings: JudgeSettings) -> Iterator[list[LoggedJudge]]:
+    def served(names: Sequence[str], settings: JudgeSettings, processes: int) -> Iterator[list[LoggedJudge]]:
         yield [LoggedJudge(name, asked, pause_s, outage_after) for name in names]
 
     return served

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tempact.config import RunConfig, TrainerConfig
 from tempact.evaluation import BOTH, EXECUTOR_ONLY, PLANNER_ONLY, SINGLE, STEP
-from tempact.evaluation.harness import LOSSLESS, Evaluation
+from tempact.evaluation.harness import Evaluation
 from tempact.evaluation.statistics import MethodScores
 from tempact.executor import rollout as rollout_module
 from tempact.executor.rollout import Branch
@@ -36,6 +36,7 @@ from tempact.trainer import (
     switch_frames,
 )
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Scored, Step
+from tempact.video import LOSSLESS
 
 NAN = float("nan")
 

@@ -50,6 +50,7 @@ class Ranks:
     waited_s: float = 0.0
     meetings: int = 0
     queues: int = 0
+    posts: dict[int, int] = field(default_factory=dict)  # values that each rank has posted, or that were taken from it
     direct: bool = False  # gradients travel between GPUs
     torn: bool = False  # a collective has failed here
     _values: Any = None  # the group of values on the host
@@ -187,6 +188,37 @@ class Ranks:
         assert self.watch is not None
         while (taken := self.watch.store.add(f"queue/{self.queues}", 1) - 1) < len(units):
             yield units[order[taken]]
+
+    def post(self, value: object) -> None:
+        """Leaves a value for rank 0, which finds it among those `posted`; waits for nobody. Up to 8 MB, pickled."""
+        assert self.watch is not None
+        with self.stop.held():
+            count = self.posts.get(self.rank, 0)
+            self.watch.store.set(f"post/{self.rank}/{count}", pickle.dumps(value))
+            self.posts[self.rank] = count + 1
+
+    def posted(self, wait: bool = False) -> Iterator[Any]:
+        """On rank 0, what the others have posted since; nothing elsewhere. Each one's values come in their order.
+
+        A value whose reader raises comes again. wait: until all others wait for rank 0, which is to `arrive` next.
+        """
+        over = self.alone or not self.first
+        while not over:
+            assert self.watch is not None
+            store, sign = self.watch.store, self.watch.sign
+            over = not wait or store.add(f"meeting/{self.meetings + 1}/count", 0) == self.size - 1
+            for rank in range(1, self.size):
+                while store.check([key := f"post/{rank}/{self.posts.get(rank, 0)}"]):
+                    yield pickle.loads(store.get(key))
+                    self.posts[rank] = self.posts.get(rank, 0) + 1
+                    store.delete_key(key)
+            if not over:
+                sign.waiting = True
+                try:
+                    time.sleep(POLL_S)
+                finally:
+                    sign.waiting = False
+                self.waited_s += POLL_S
 
     def arrive(self) -> None:
         """Waits until all ranks are here. Raises `Stopped` where one has declared an end instead."""

@@ -1,4 +1,4 @@
-"""`python -m tempact.train --gpus N`: starts the processes of a run on this machine and ends as they do, in one line.
+"""`--gpus N` of a command: starts the processes of a run on this machine and ends as they do, in one line.
 
 The processes are those of torch's `elastic.multiprocessing`, with the environment that torchrun gives, and meet in a
 store of this process, which outlives each of them. torchrun's agent above it is left out: it forgets the exit codes of
@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from tempact.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, StopRequest
+from tempact.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, StopRequest, UserError
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import ProcessFailure
@@ -42,6 +42,39 @@ class Requests(StopRequest):
             raise Stopped(self.name)
 
 
+def launched(module: str, arguments: list[str], device: str, processes: int, max_restarts: int = 0) -> int | None:
+    """The exit code of `python -m MODULE ARGUMENTS` in so many processes, without the options --gpus and
+    --max-restarts; None where one is asked for, which is this one.
+
+    UserError in a process that torchrun has started, and for restarts of this one.
+    """
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if processes and ranks != "1":
+        found = f"--gpus: found {processes} in one of {ranks} processes, as torchrun starts them"
+        raise UserError(f"{found}; accepted: nothing under torchrun, which has started them already")
+    if max_restarts and not processes:
+        found = f"--max_restarts: found {max_restarts} without --gpus"
+        raise UserError(f"{found}; accepted: with --gpus N; torchrun has an option of its own")
+    if processes <= 1 and not max_restarts:
+        return None
+    warn_of_few_gpus(device, processes)
+    return launch(without(arguments, "gpus", "max_restarts"), processes, max_restarts, ("-m", module))
+
+
+def without(arguments: list[str], *names: str) -> list[str]:
+    """A command line without the options of these names and the word after each."""
+    kept, named = [], False
+    for argument in arguments:
+        name, equals, _ = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and name.replace("-", "_") in names:
+            named = not equals
+        elif named:
+            named = False
+        else:
+            kept.append(argument)
+    return kept
+
+
 def warn_of_few_gpus(device: str, processes: int) -> None:
     """A line where several processes have to share a GPU. device: as configured."""
     import torch
@@ -51,9 +84,7 @@ def warn_of_few_gpus(device: str, processes: int) -> None:
         _tell(f"warning: --gpus: {processes} processes share {gpus} GPU{'s' * (gpus > 1)}, and exchange through gloo")
 
 
-def launch(
-    arguments: list[str], processes: int, max_restarts: int, entry: tuple[str, ...] = ("-m", "tempact.train")
-) -> int:
+def launch(arguments: list[str], processes: int, max_restarts: int, entry: tuple[str, ...]) -> int:
     """Runs `python ENTRY ARGUMENTS` in so many processes, whose output passes through; returns the exit code.
 
     It is that of the process that failed first, 128 + n where the signal n ended it. A failure that no process has told

@@ -6,34 +6,39 @@ settings.json  what scores depend on, registered before the first one
 plans.jsonl    every plan, by prompt, planner and seed
 videos.jsonl   every file of videos/, by prompt, condition (the method's name) and seed
 scores.jsonl   every verdict, by prompt, condition, seed and judge; "scores" is null where it is missing
+
+Several processes take whole batches, the longest first: a judge that is shown a batch rounds as the batch has it. The
+folder is one that all of them see, as that of the checkpoints is. Whoever makes a video writes its file, as nobody else
+has its name and frames are not to travel. What says what is done is rank 0's to write; the others post it their rows.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tempact.distributed import Ranks
+from tempact.errors import UserError
 from tempact.evaluation import Method
-from tempact.evaluation.judges import PICKSCORE_FRAMES, JudgedVideo, Verdict, VideoJudge, judged_frames
+from tempact.evaluation.judges import PICKSCORE_FRAMES, JudgedVideo, Verdict, VideoJudge, judged_frames, no_verdict
 from tempact.evaluation.ledger import Ledger, Row, register
 from tempact.evaluation.prompts import OrderPrompt
 from tempact.evaluation.statistics import MethodScores
-from tempact.files import file_hash, safe_name, writing
+from tempact.files import file_hash, safe_name
 from tempact.seeds import derive_seed
 from tempact.types import Plan, Prompt, Step
-from tempact.video import read_mp4, save_mp4
+from tempact.video import VideoFormat
 
 if TYPE_CHECKING:  # reports read scores without loading what makes videos
     from tempact.executor.executor import Executor
@@ -44,31 +49,8 @@ log = logging.getLogger(__name__)
 
 SETTINGS, PLANS, VIDEOS, SCORES = "settings.json", "plans.jsonl", "videos.jsonl", "scores.jsonl"
 DRAWS, DRAWS_OF_OLD = {"draws": "a seed a video"}, {"draws": "a seed a batch"}  # of a folder that does not name them
+DONE = "done"  # what is posted beside rows of VIDEOS and SCORES: how many videos are done
 WAITING = 128  # verdicts on their way before the next video is made: their frames are held in memory
-
-
-@dataclass(frozen=True)
-class VideoFormat:
-    """How videos are kept. save and read take the path of a file; frames are uint8 [T, 3, height, width]."""
-
-    suffix: str
-    save: Callable[[Tensor, Path], None]
-    read: Callable[[Path], Tensor]
-
-
-def mp4_format(fps: float) -> VideoFormat:
-    """H.264, which anyone can look at and score again."""
-    return VideoFormat(".mp4", partial(save_mp4, fps=fps), read_mp4)
-
-
-def _save_frames(frames: Tensor, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path) as partial_file:
-        save_file({"frames": frames.cpu().contiguous()}, partial_file)
-
-
-# for judges that measure single pixels
-LOSSLESS = VideoFormat(".safetensors", _save_frames, lambda path: load_file(path)["frames"])
 
 
 @dataclass(frozen=True)
@@ -105,10 +87,6 @@ class Suite:
                 found[f"prompt.{prompt.prompt_id}"] = digest
         return found | {f"judge.{judge.name}": judge.version for judge in self.judges}
 
-    def judged_together(self, prompts: Sequence[OrderPrompt]) -> list[Sequence[OrderPrompt]]:
-        """A batch's prompts, by what a judge is shown at a time."""
-        return [prompts] if self.batched else [[prompt] for prompt in prompts]
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -120,65 +98,131 @@ class Sample:
     frames: Tensor
 
 
+@dataclass(frozen=True)
+class Unit:
+    """Videos that are made one after the other and judged together: of a method and seed, a batch of a set's prompts.
+
+    left: how many of them are not made or lack a judge's verdict.
+    """
+
+    set: str
+    method: Method
+    seed: int
+    prompts: Sequence[OrderPrompt]
+    left: int
+
+
 class Evaluation:
     """A suite in a folder: makes and scores what is missing there, and gives what is done.
 
     noise: `executor.sampler.gaussian_noise`, from seed, shape and device. again: missing scores are asked for again.
+    ranks: the processes that make and score; rank 0 alone has all that is done.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        suite: Suite,
-        planner: Planner,
-        executor: Executor,
-        noise: Callable[[int, tuple[int, ...], torch.device], NoiseSource],
-        files: VideoFormat,
-        again: bool = False,
-    ):
+        self, folder: Path, suite: Suite, planner: Planner, executor: Executor,
+        noise: Callable[[int, tuple[int, ...], torch.device], NoiseSource], files: VideoFormat, again: bool = False,
+        ranks: Ranks | None = None,
+    ):  # fmt: skip
         """UserError for a ledger in `folder` that cannot be read."""
         self.folder, self.suite, self.files = folder, suite, files
         self.planner, self.executor, self.noise = planner, executor, noise
-        plan, video = ("steps", "format_score", "repairs", "response"), ("file", "sha256", "steps")
-        self._plans = Ledger(folder / PLANS, ("prompt_id", "planner", "seed"), plan)
-        self._videos = Ledger(folder / VIDEOS, ("prompt_id", "condition", "seed"), video)
-        self.scores = Ledger(folder / SCORES, ("prompt_id", "condition", "seed", "judge"), ("scores", "sha256"))
         self._waiting: dict[Future[Verdict], Row] = {}
-        self._again = again
+        self._again, self.ranks = again, ranks or Ranks()
+        self.ranks.from_first(self._open)  # first: it mends what a kill has cut off
+        if not self.ranks.first:
+            self._open()
+
+    def _open(self) -> None:
+        """Reads the ledgers. Plans are known to all ranks, so that rank 0 is told of videos and scores alone."""
+        post = None if self.ranks.first else self.ranks.post
+        plan, video = ("steps", "format_score", "repairs", "response"), ("file", "sha256", "steps")
+        key = ("prompt_id", "condition", "seed")
+        self._plans = Ledger(self.folder / PLANS, ("prompt_id", "planner", "seed"), plan, post and (lambda rows: None))
+        self._videos = Ledger(self.folder / VIDEOS, key, video, post and (lambda rows: post((VIDEOS, rows))))
+        self.scores = Ledger(
+            self.folder / SCORES, (*key, "judge"), ("scores", "sha256"), post and (lambda rows: post((SCORES, rows)))
+        )
 
     def run(
         self, policies: str, tell: Callable[[str], None], step: Callable[[int], None] = lambda videos: None
     ) -> None:
-        """Makes and scores what is missing; `tell` is given a word on what is being done, `step` how many of `left`
-        have been made and shown to the judges since.
+        """Makes and scores what is missing; `tell` is given a word on what is being done here, `step`, on rank 0, how
+        many of `left` have been made and shown to the judges since.
 
-        Videos are judged while the next ones are made. Leaves the global random state as it was. UserError where the
-        folder holds scores that were obtained under other settings (policies: as for `Suite.settings`), and for a
-        length that the window cannot make. Whatever ends this early, what a judge raises too, is raised once the
-        verdicts that came are written.
+        All plans come first; videos are judged while the next ones are made. Leaves the global random state as it was.
+        UserError where the folder holds scores that were obtained under other settings (policies: as for
+        `Suite.settings`), for a folder that a rank does not see, and for a length that the window cannot make. Whatever
+        ends this early, what a judge raises too, is raised once the verdicts that came are written.
         """
-        register(self.folder / SETTINGS, self.suite.settings(policies), DRAWS_OF_OLD)
+        ranks, suite, now = self.ranks, self.suite, ""
+
+        def told(what: str) -> None:
+            nonlocal now
+            ranks.phase(f"evaluation, {what}")
+            if what != now:
+                tell(now := what)
+
+        ranks.from_first(lambda: register(self.folder / SETTINGS, suite.settings(policies), DRAWS_OF_OLD))
+        ranks.agreed(self._see, UserError)
         if len(self.scores):
             log.info("%s: goes on with %d scores", self.scores.path, len(self.scores))
-        try:
-            for name, prompts in self.suite.prompts.items():
-                with self._at_length(self.suite.frames[name]):
-                    for method in self.suite.methods:
-                        tell(f"{method.name}, {name}")
-                        for seed in range(self.suite.seeds):
-                            self._work_off(method, prompts, seed, step)
-            if self._waiting:
-                tell("waiting for the judges")
+        with ExitStack() as last:
+            last.callback(self._receive, step)
+            last.callback(self._write_down, block=False)  # before that
+            units, unplanned = ranks.from_first(self._work)
+            for name, prompts in suite.prompts.items():
+                with self._at_length(suite.frames[name]):
+                    for _, who, seed in (each for each in unplanned if each[0] == name):
+                        told(f"plans, {name}")
+                        self._plan(who, prompts, seed)
+            for unit in ranks.take(units, lambda unit: suite.frames[unit.set] * unit.left):
+                told(f"{unit.method.name}, {unit.set}")
+                self._work_off(unit)
+                self._receive(step)
+                step(unit.left) if ranks.first else ranks.post((DONE, unit.left))
             while self._waiting:
+                told("waiting for the judges")
                 self._write_down(block=True)
-        finally:
-            self._write_down(block=False)
+            self._receive(step, wait=True)
+            ranks.arrive()
+
+    def _see(self) -> None:
+        if not (self.folder / SETTINGS).is_file():
+            found = f"{self.folder}: found another folder on the machine of rank {self.ranks.rank}"
+            raise UserError(f"{found}; accepted: a folder that all machines share")
+
+    def _work(self) -> tuple[list[Unit], list[tuple[str, str, int]]]:
+        """What is left, and the sets, planners and seeds of which a video lacks its plan."""
+        size = self.suite.batch
+        units = [
+            Unit(name, method, seed, some, len(left))
+            for name, prompts in self.suite.prompts.items()
+            for method, seed in itertools.product(self.suite.methods, range(self.suite.seeds))
+            for some in (prompts[first : first + size] for first in range(0, len(prompts), size))
+            if (left := self._left(method, some, seed))
+        ]
+        lacking = {
+            (unit.set, unit.method.planner, unit.seed): None
+            for unit in units
+            for prompt in unit.prompts
+            if unit.method.planner and (prompt.prompt_id, unit.method.planner, unit.seed) not in self._plans
+            if self.video(unit.method, prompt, unit.seed) is None
+        }
+        return units, list(lacking)
+
+    def _receive(self, step: Callable[[int], None], wait: bool = False) -> None:
+        """On rank 0, writes down what the others have posted since; wait: until they have no more."""
+        for what, posted in self.ranks.posted(wait):
+            if what == DONE:
+                step(posted)
+            else:
+                (self._videos if what == VIDEOS else self.scores).add(posted, again=True)
 
     @property
     def left(self) -> int:
         """How many videos are not made or lack a judge's verdict."""
-        seeds, suite = range(self.suite.seeds), self.suite
-        return sum(len(self._left(method, suite.all_prompts, seed)) for method in suite.methods for seed in seeds)
+        return sum(unit.left for unit in self._work()[0])
 
     def video(self, method: Method, prompt: OrderPrompt, seed: int) -> Row | None:
         """The row of a video whose file is as it was made: its `file`, `sha256` and the `steps` it was made from."""
@@ -248,25 +292,21 @@ class Evaluation:
             return False
         return known["scores"] is not None or not self._again
 
-    def _work_off(self, method: Method, prompts: Sequence[OrderPrompt], seed: int, step: Callable[[int], None]) -> None:
-        """Makes the videos of a set and shows them to the judges, batch by batch."""
-        for first in range(0, len(prompts), self.suite.batch):
-            some = prompts[first : first + self.suite.batch]
-            left = self._left(method, some, seed)
-            if left:
-                self._make(method, some, prompts, seed)
-                for group in self.suite.judged_together(some):
-                    self._judge(method, group, seed)
-                step(len(left))
+    def _work_off(self, unit: Unit) -> None:
+        """Makes the videos of a batch and shows them to the judges."""
+        with self._at_length(self.suite.frames[unit.set]):
+            self._make(unit.method, unit.prompts, unit.seed)
+            for group in [unit.prompts] if self.suite.batched else [[prompt] for prompt in unit.prompts]:
+                self._judge(unit.method, group, unit.seed)
 
-    def _make(self, method: Method, some: Sequence[OrderPrompt], prompts: Sequence[OrderPrompt], seed: int) -> None:
-        """Those videos that are missing of `some` of a set's prompts."""
+    def _make(self, method: Method, prompts: Sequence[OrderPrompt], seed: int) -> None:
+        """Those videos that are missing."""
         from tempact.executor.sampler import NoiseSource
 
-        missing = [prompt for prompt in some if self.video(method, prompt, seed) is None]
+        missing = [prompt for prompt in prompts if self.video(method, prompt, seed) is None]
         if not missing:
             return
-        chosen = self._planned(method.planner, missing, prompts, seed)
+        chosen = self._planned(method.planner, missing, seed)
         shape, device = self.executor.noise_shape(1, 1), self.executor.device
         seeds = [derive_seed(self.suite.seed, seed, f"{prompt.prompt_id} noise") for prompt in missing]
         sources = [self.noise(own, shape, device) for own in seeds]
@@ -287,29 +327,26 @@ class Evaluation:
             )  # fmt: skip
         self._videos.add(rows, again=True)  # a file may have been removed or changed
 
-    def _planned(
-        self, who: str | None, asked: Sequence[OrderPrompt], prompts: Sequence[OrderPrompt], seed: int
-    ) -> list[Plan]:
-        """The plans of those asked for among a set's prompts.
+    def _plan(self, who: str, prompts: Sequence[OrderPrompt], seed: int) -> None:
+        """Samples the plans of a set, which all ranks share: each plan has its seed by its number in the set, the same
+        for the planner and its start."""
+        of_set = [Prompt(prompt.prompt_id, prompt.text, prompt.category) for prompt in prompts]
+        number = derive_seed(self.suite.seed, seed, f"{prompts[0].set} plans")
+        sampled = self.planner.sample(of_set, 1, number, reference=who == "start", ranks=self.ranks).plans
+        self._plans.add(
+            {
+                "prompt_id": prompt.prompt_id, "planner": who, "seed": seed,
+                "steps": [asdict(step) for step in plan.steps], "format_score": plan.format_score,
+                "repairs": list(plan.repairs), "response": plan.response,
+            }
+            for prompt, plan in zip(prompts, sampled, strict=True)
+            if (prompt.prompt_id, who, seed) not in self._plans
+        )  # fmt: skip
 
-        All of the set are sampled in one call, which gives each its seed by its number. The planner and its start are
-        asked with the same seeds.
-        """
+    def _planned(self, who: str | None, asked: Sequence[OrderPrompt], seed: int) -> list[Plan]:
+        """The plans of these prompts; the prompts themselves where nobody plans."""
         if who is None:
             return [Plan(p.text, (Step(0, self.planner.frames, p.text),)) for p in asked]
-        if any((prompt.prompt_id, who, seed) not in self._plans for prompt in asked):
-            of_set = [Prompt(prompt.prompt_id, prompt.text, prompt.category) for prompt in prompts]
-            number = derive_seed(self.suite.seed, seed, f"{prompts[0].set} plans")
-            sampled = self.planner.sample(of_set, 1, number, reference=who == "start").plans
-            self._plans.add(
-                {
-                    "prompt_id": prompt.prompt_id, "planner": who, "seed": seed,
-                    "steps": [asdict(step) for step in plan.steps], "format_score": plan.format_score,
-                    "repairs": list(plan.repairs), "response": plan.response,
-                }
-                for prompt, plan in zip(prompts, sampled, strict=True)
-                if (prompt.prompt_id, who, seed) not in self._plans
-            )  # fmt: skip
         rows = [self._plans[prompt.prompt_id, who, seed] for prompt in asked]
         return [
             Plan(p.text, _steps(row), row["format_score"], tuple(row["repairs"]), row["response"])
@@ -335,12 +372,16 @@ class Evaluation:
             sound = [video for made, video in due if not made.get("broken")]
             verdicts = iter(judge.submit(sound) if sound else ())
             for (made, _), row in zip(due, asked, strict=True):
-                self._waiting[_no_verdict() if made.get("broken") else next(verdicts)] = row
+                self._waiting[
+                    no_verdict("the video's latents are not finite") if made.get("broken") else next(verdicts)
+                ] = row
         self._write_down(block=False)
         while len(self._waiting) >= WAITING:
             self._write_down(block=True)
 
     def _write_down(self, block: bool) -> None:
+        if block:
+            self.ranks.phase("evaluation, waiting for the judges")
         done = wait(self._waiting, None if block else 0, FIRST_COMPLETED).done
         errors = [error for future in done if (error := future.exception()) is not None]
         rows = []
@@ -354,13 +395,6 @@ class Evaluation:
         self.scores.add(rows, again=True)  # a video may have been made anew, a missing score asked for again
         if errors:
             raise errors[0]
-
-
-def _no_verdict() -> Future[Verdict]:
-    """On a video whose latents were NaN or infinite: a black one may look clean."""
-    verdict: Future[Verdict] = Future()
-    verdict.set_result(Verdict({}, "the video's latents are not finite"))
-    return verdict
 
 
 def _steps(row: Row) -> tuple[Step, ...]:

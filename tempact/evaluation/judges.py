@@ -64,6 +64,13 @@ class Verdict:
     picks: tuple[int, ...] = ()
 
 
+def no_verdict(why: str) -> Future[Verdict]:
+    """That a video has no scores, without asking the judge."""
+    verdict: Future[Verdict] = Future()
+    verdict.set_result(Verdict({}, why))
+    return verdict
+
+
 class VideoJudge(Protocol):
     """`name` is the judge's column in the table; `version` says what its scores depend on beside the video."""
 
@@ -194,8 +201,10 @@ def shapeworld_judges(device: torch.device) -> list[VideoJudge]:
 
 
 @contextmanager
-def served_judges(names: Sequence[str], settings: JudgeSettings) -> Iterator[list[VideoJudge]]:
+def served_judges(names: Sequence[str], settings: JudgeSettings, processes: int = 1) -> Iterator[list[VideoJudge]]:
     """The judges of `names` (keys of ROLES) behind one client, which shares training's cache of replies.
+
+    processes: of the evaluation; each keeps to its part of the judges' limits.
 
     UserError where the environment does not say where a judge is, or names one model for both judges.
     """
@@ -209,5 +218,5 @@ def served_judges(names: Sequence[str], settings: JudgeSettings) -> Iterator[lis
     if len(set(models.values())) < len(models):
         accepted = "another model for the held-out judge: TEMPACT_JUDGE_HELD_OUT_BASE_URL, _MODEL and _API_KEY"
         raise UserError(f"--judge: found {next(iter(models.values()))!r} for all judges; accepted: {accepted}")
-    with JudgeClient(config) as client:
+    with JudgeClient(config.divided(processes)) as client:
         yield [ServedJudge(name, model, client) for name, model in models.items()]

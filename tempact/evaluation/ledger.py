@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,17 @@ Row = dict[str, Any]
 
 
 class Ledger:
-    """Rows of one file by the values of their `key` fields, in the order they were written."""
+    """Rows of one file by the values of their `key` fields, in the order they were written.
 
-    def __init__(self, path: Path, key: tuple[str, ...], more: tuple[str, ...] = ()):
+    elsewhere: of a process that leaves the file to another one, takes the rows that would be written.
+    """
+
+    def __init__(
+        self, path: Path, key: tuple[str, ...], more: tuple[str, ...] = (),
+        elsewhere: Callable[[list[Row]], object] | None = None,
+    ):  # fmt: skip
         """UserError that names the line for a file that is not a ledger with this key and `more` in every row."""
-        self.path, self.key, self.more = path, key, more
+        self.path, self.key, self.more, self.elsewhere = path, key, more, elsewhere
         self._rows: dict[Key, Row] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._read()
@@ -53,7 +59,11 @@ class Ledger:
         assert twice is None, f"{self.path}: {twice} twice"
         if not added:
             return
-        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in added.values()).encode()
+        (self.elsewhere or self._write)([*added.values()])
+        self._rows |= added
+
+    def _write(self, rows: list[Row]) -> None:
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         try:
             with self.path.open("ab") as file:
                 file.write(data)
@@ -65,7 +75,6 @@ class Ledger:
             raise UserError(
                 f"{self.path}: found no space left on the disk; accepted: {len(data)} free bytes"
             ) from error
-        self._rows |= added
 
     def _key_of(self, row: Mapping[str, Any]) -> Key:
         return tuple(row[name] for name in self.key)
@@ -73,7 +82,7 @@ class Ledger:
     def _read(self) -> None:
         data = self.path.read_bytes() if self.path.is_file() else b""
         whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
+        if len(whole) < len(data) and self.elsewhere is None:
             log.warning("%s: the last line was cut off; left out", self.path)
             with self.path.open("r+b") as file:
                 file.truncate(len(whole))

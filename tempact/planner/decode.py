@@ -94,12 +94,14 @@ def respond(
     Args:
         model: a causal language model in eval mode, with or without PEFT's LoRA layers, whose active adapter acts.
         settings: temperature, top_k, top_p, max_new_tokens, eos_token_id (a list), pad_token_id.
-        prompts, seeds: token ids, at least one, and a seed for each response.
+        prompts, seeds: token ids and a seed for each response; none where a rank has no share.
         rows: responses decoded together, as `rows_of` gives them.
         stepwise: the model has been found to be one that `steps` accepts.
 
     Raises UserError for logits that are NaN or infinite.
     """
+    if not prompts:
+        return []
     on_gpu = model.device.type == "cuda"
     asked = [Asked(*each) for each in zip(range(len(seeds)), prompts, seeds, strict=True)]
     asked.sort(key=lambda each: list(each.prompt))  # equal ones are neighbours

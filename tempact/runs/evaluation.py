@@ -12,8 +12,10 @@ from pathlib import Path
 
 from tempact.cli import EXIT_ABORTED, from_yaml, to_yaml
 from tempact.config import VIDEO, EvaluationConfig, RunConfig, flatten, keys_of
+from tempact.distributed import Ranks
+from tempact.errors import UserError
 from tempact.evaluation import BOTH, METHODS, SINGLE, STEP, BenchmarkOptions, Method
-from tempact.evaluation.harness import LOSSLESS, Evaluation, Suite, mp4_format
+from tempact.evaluation.harness import Evaluation, Suite
 from tempact.evaluation.judges import load_pickscore, served_judges, shapeworld_judges
 from tempact.evaluation.prompts import SETS, OrderPrompt
 from tempact.evaluation.statistics import Bootstrap, Origin, write_evaluation
@@ -26,6 +28,7 @@ from tempact.reporting.strips import write_showcase
 from tempact.rewards.judges import JudgeOutage
 from tempact.runs.logs import Progress, setup_logging
 from tempact.shapeworld.world import held_out_prompts
+from tempact.video import LOSSLESS, mp4_format
 from tempact.worlds import world_of
 
 log = logging.getLogger(__name__)
@@ -35,35 +38,49 @@ SHOWN = {SINGLE: "single prompt", STEP: "before: step prompts", BOTH: "after: + 
 Load = Callable[[], tuple[PolicyPair, str]]  # the policies, and the name of their weights
 
 
-def evaluate_shapeworld(config: RunConfig, run: Path | None, load: Load) -> int:
+def evaluate_shapeworld(config: RunConfig, run: Path | None, load: Load, ranks: Ranks) -> int:
     """ShapeWorld's own table, beside the run (or, for a preset, beside its runs); returns the exit code."""
     setup_logging()
     policies, weights = load()
-    with claim_run_folder(run or untrained_folder(config)) as folder:
+    with ExitStack() as opened:
+        folder = claimed(run or untrained_folder(config), opened, ranks)
         methods = [method for method in METHODS if run or not method.trained]
-        table = evaluate(config, folder, policies, weights.partition(" ")[0], methods)
-    sys.stdout.write("".join(f"{line}\n" for line in leave_report(table)))
+        table = evaluate(config, folder, policies, weights.partition(" ")[0], methods, ranks)
+    if ranks.first:
+        sys.stdout.write("".join(f"{line}\n" for line in leave_report(table)))
+    ranks.arrive()
     return 0
 
 
+def claimed(folder: Path, opened: ExitStack, ranks: Ranks) -> Path:
+    """The folder, which rank 0 holds for all ranks until `opened` is closed."""
+    ranks.from_first(lambda: opened.enter_context(claim_run_folder(folder)) and None)
+    return folder
+
+
 def evaluate(
-    config: RunConfig, run: Path, policies: PolicyPair, checkpoint: str = "", methods: Sequence[Method] = METHODS
-) -> Path:
+    config: RunConfig, run: Path, policies: PolicyPair, checkpoint: str = "", methods: Sequence[Method] = METHODS,
+    ranks: Ranks | None = None,
+) -> Path:  # fmt: skip
     """The held-out table, videos and report of a finished run of ShapeWorld, or of an untrained preset's folder.
 
     They are written into `run` where the settings are those of its config.yaml, else into a folder of their own in it
     (`table_folder`); returns that folder. The executor holds its averaged weights, of `checkpoint` ("step-000040").
-    What is done is kept in a folder whose name differs wherever scores may, so that a killed evaluation goes on there.
+    What is done is kept in a folder whose name differs wherever scores may, so that a killed evaluation goes on there,
+    with any number of ranks; all of them make and score videos, rank 0 writes.
     """
-    folder = table_folder(config, run)
+    ranks = ranks or Ranks()
+    folder = ranks.from_first(lambda: table_folder(config, run))
     suite = shapeworld_suite(config, policies, methods)
     weights, settings = adapters_digest(policies), config.evaluation
     known = f"adapters {weights}, settings {policy_digest(config)}"
     own = hashlib.sha256(json.dumps(suite.settings(known), sort_keys=True).encode()).hexdigest()[:12]
     evaluation = Evaluation(
-        folder / "evaluation" / own, suite, policies.planner, policies.executor, gaussian_noise, LOSSLESS
+        folder / "evaluation" / own, suite, policies.planner, policies.executor, gaussian_noise, LOSSLESS, ranks=ranks
     )
     run_shown(evaluation, known)
+    if not ranks.first:
+        return folder
     sizes = {name: len(prompts) for name, prompts in suite.prompts.items()}
     origin = Origin(settings.split, settings.seed, sizes, checkpoint, weights, own)
     bootstrap = Bootstrap(settings.bootstrap, suite.seed)
@@ -77,10 +94,19 @@ def evaluate(
 
 
 def run_shown(evaluation: Evaluation, policies: str) -> None:
-    """Runs an evaluation and shows how far it is."""
+    """Runs an evaluation and shows, on rank 0, how far it is. UserError where ranks hold other weights or settings."""
+    first = evaluation.ranks.first
+    alike(evaluation.ranks, policies)
     total = len(evaluation.suite.all_prompts) * len(evaluation.suite.methods) * evaluation.suite.seeds
-    with Progress("evaluation", total, total - evaluation.left, unit="videos") as progress:
+    done = total - evaluation.left if first else 0
+    with Progress("evaluation", total, done, first and None, "videos") as progress:
         evaluation.run(policies, progress.tell, lambda videos: progress.step({}, videos))
+
+
+def alike(ranks: Ranks, weights: object) -> None:
+    """UserError where ranks have loaded different weights."""
+    if any(each != weights for each in ranks.gather(weights)):
+        raise UserError("ranks: found different weights on them; accepted: a run that is finished, the same files")
 
 
 def table_folder(config: RunConfig, run: Path) -> Path:
@@ -122,7 +148,7 @@ def instructions(settings: EvaluationConfig) -> dict[str, list[OrderPrompt]]:
 
 
 def evaluate_benchmark(
-    config: RunConfig, run: Path | None, load: Load, options: BenchmarkOptions, output: Path | None
+    config: RunConfig, run: Path | None, load: Load, options: BenchmarkOptions, output: Path | None, ranks: Ranks
 ) -> int:
     """The Temporal Order Benchmark in `output`, else in the run's or preset's folder; returns the exit code.
 
@@ -131,32 +157,35 @@ def evaluate_benchmark(
     setup_logging()
     settings = config.evaluation
     with ExitStack() as opened:
-        judges = opened.enter_context(served_judges(options.judges, config.judges))
+        judges = opened.enter_context(served_judges(options.judges, config.judges, ranks.size))
         judges = [*judges, *(load_pickscore(config.judges, device_of(config)) if options.pickscore else [])]
         policies, weights = load()
-        folder = opened.enter_context(claim_run_folder(output or (run or untrained_folder(config)) / "temporal-order"))
+        folder = claimed(output or (run or untrained_folder(config)) / "temporal-order", opened, ranks)
         suite = Suite(
             options.prompts, options.frames, options.methods, options.seeds, judges, settings.seed, settings.batch
         )
         files = mp4_format(policies.executor.codec.fps)
         evaluation = Evaluation(
-            folder, suite, policies.planner, policies.executor, gaussian_noise, files, options.retry_missing
+            folder, suite, policies.planner, policies.executor, gaussian_noise, files, options.retry_missing, ranks
         )
         named = world_of(config).note or weights
         known = f"{config.preset}, {named}, settings {policy_digest(config)}"
         try:
             run_shown(evaluation, known)
         except JudgeOutage as error:
+            if not ranks.alone:
+                raise
             sys.stderr.write(f"stopped: {error}; the same command goes on from here\n")
             return EXIT_ABORTED
         written = []
-        if judges:
+        if judges and ranks.first:
             results = gather(evaluation, settings.bootstrap)
             written += write_results(evaluation, results, settings.strips)
             log.info("\n%s", markdown(results))
-        if options.export:
+        if options.export and ranks.first:
             written += export_vbench(evaluation)
     sys.stdout.write("".join(f"{path}\n" for path in written))
+    ranks.arrive()
     return 0
 
 

@@ -6,8 +6,12 @@ import hashlib
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -15,17 +19,19 @@ from torch import Tensor
 
 from tempact.cli import CONFIG
 from tempact.config import LARGEST_SEED, VIDEO, RunConfig, flatten, keys_of
+from tempact.distributed import Ranks
 from tempact.errors import UserError
 from tempact.executor.executor import Executor
 from tempact.executor.sampler import gaussian_noise
 from tempact.executor.stream import stream_frames
-from tempact.files import claim_run_folder, file_hash, safe_name, write_atomic
+from tempact.files import file_hash, safe_name, write_atomic
 from tempact.models.wan.codec import Codec
 from tempact.planner.planner import Planner
 from tempact.planner.plans import Request
 from tempact.policies import PolicyPair, build_executor, build_planner, device_of
 from tempact.reporting.strips import COLUMNS, StripRow, film_strip, save_strip, shown_frames
 from tempact.runs.checkpoint import Checkpoint
+from tempact.runs.evaluation import alike, claimed
 from tempact.runs.logs import Progress
 from tempact.runs.run import load_policies, newest, use_newest
 from tempact.types import Plan, Prompt
@@ -106,41 +112,67 @@ def generate(
     yield from stream_frames(pair.executor, own, noise)
 
 
-def make_videos(config: RunConfig, requests: Sequence[Request], asked: Asked, source: Path | None) -> Iterator[Path]:
+def make_videos(
+    config: RunConfig, requests: Sequence[Request], asked: Asked, source: Path | None, ranks: Ranks | None = None
+) -> Iterator[Path]:
     """Writes the videos of every request under `asked.output`; yields the paths of each video when it is written.
 
+    Of several ranks each makes and writes the next video; rank 0 alone yields, all paths in the order of one process.
     Video n has the request's seed plus n, else `asked.seed` plus n: for its noise, and for its plans where the request
     has none. The planner is loaded only if a request needs it. source: a run, whose newest checkpoint is loaded, or a
     PEFT folder of the executor. UserError, before anything is loaded or written, for an instruction that the executor
     cannot follow, plans that the world cannot rate, a seed out of range and a run without an intact checkpoint.
     """
-    if not 0 <= asked.seed <= LARGEST_SEED:
-        raise UserError(f"--seed: found {asked.seed}; accepted: 0 to {LARGEST_SEED}")
-    world = world_of(config)
-    if world.real_video and (asked.best_of or 1) > 1:
-        raise UserError(f"--best-of: found {asked.best_of}; accepted: 1 here, as only ShapeWorld rates plans by rules")
+    world, ranks = world_of(config), ranks or Ranks()
+    checkpoint = ranks.from_first(partial(_checked, world, requests, asked, source))
     best_of = 1 if world.real_video else asked.best_of or BEST_OF
-    for request in requests:
-        _check_instruction(world, request)
-    peft = source is not None and (source / CONFIG).is_file()
-    checkpoint = None if source is None or peft else newest(source)
-    with claim_run_folder(asked.output) as folder:
+    with ExitStack() as opened:
+        folder = claimed(asked.output, opened, ranks)
         planned = any(each.plan is None for each in requests)
         executor, planner, adapter, weights = _loaded(config, source, checkpoint, planned)
-        latents = latent_of_frames(executor.codec, executor.settings.frames)
-        with Progress("making chunks", len(requests) * asked.count * executor.settings.chunks) as progress:
-            for number, request in enumerate(requests):
+        alike(ranks, (adapter, weights))
+        latents, chunks = latent_of_frames(executor.codec, executor.settings.frames), executor.settings.chunks
+
+        def write(number: int, seed: int) -> list[Path]:
+            ranks.phase(f"video {number}, seed {seed}")
+            request = requests[number]
+            if seed == firsts[number]:
                 _warn_of_unseen(executor, request)
-                named = f"{number:03d}-" if len(requests) > 1 and not request.prompt.prompt_id else ""
-                stem = named + safe_name(request.prompt.prompt_id or request.prompt.text)
-                note = note_of(config, planned=request.plan is None)
-                first = asked.seed if request.seed is None else request.seed
-                for seed in range(first, first + asked.count):
-                    plan = request.plan or _planned(planner, request, seed, best_of, world)
-                    name = f"{stem}-seed{seed}-{_digest(config, plan, weights)}"
-                    facts = _facts(config, executor, request, seed, adapter)
-                    frames = _streamed(executor, plan, seed, progress)
-                    yield from write_video(folder, name, plan, frames, latents, executor.codec.fps, facts, note)
+            named = f"{number:03d}-" if len(requests) > 1 and not request.prompt.prompt_id else ""
+            stem = named + safe_name(request.prompt.prompt_id or request.prompt.text)
+            note = note_of(config, planned=request.plan is None)
+            plan = request.plan or _planned(planner, request, seed, best_of, world)
+            name = f"{stem}-seed{seed}-{_digest(config, plan, weights)}"
+            facts = _facts(config, executor, request, seed, adapter)
+            frames = _streamed(executor, plan, seed, progress)
+            return write_video(folder, name, plan, frames, latents, executor.codec.fps, facts, note)
+
+        firsts = [asked.seed if request.seed is None else request.seed for request in requests]
+        videos = [(number, first + n) for number, first in enumerate(firsts) for n in range(asked.count)]
+        missing, made = deque(videos), dict[tuple[int, int], list[Path]]()
+        with Progress("making chunks", len(videos) * chunks, live=ranks.first and None) as progress:
+            for video in chain(ranks.take(videos, lambda video: 1.0), [None]):
+                if video is not None and ranks.first:
+                    made[video] = write(*video)
+                elif video is not None:
+                    ranks.post((video, write(*video)))
+                for other, paths in ranks.posted(wait=video is None):
+                    made[other] = paths
+                    progress.step({}, chunks)
+                while missing and missing[0] in made:
+                    yield from made.pop(missing.popleft())
+        ranks.arrive()
+
+
+def _checked(world: World, requests: Sequence[Request], asked: Asked, source: Path | None) -> Checkpoint | None:
+    """The checkpoint of a run; UserError for what `make_videos` refuses."""
+    if not 0 <= asked.seed <= LARGEST_SEED:
+        raise UserError(f"--seed: found {asked.seed}; accepted: 0 to {LARGEST_SEED}")
+    if world.real_video and (asked.best_of or 1) > 1:
+        raise UserError(f"--best-of: found {asked.best_of}; accepted: 1 here, as only ShapeWorld rates plans by rules")
+    for request in requests:
+        _check_instruction(world, request)
+    return None if source is None or (source / CONFIG).is_file() else newest(source)
 
 
 def _loaded(

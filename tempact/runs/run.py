@@ -269,9 +269,9 @@ class Run:
         ranks.phase("evaluation")
         if world_of(self.config).real_video:
             log.info("no held-out evaluation: ShapeWorld's is for its own executor")
-        elif ranks.first:
+        else:
             with self.trainer.ema.applied(self.policies.executor.parameters()):
-                evaluate(self.config, self.folder, self.policies, f"step-{self.trainer.done:06d}")
+                evaluate(self.config, self.folder, self.policies, f"step-{self.trainer.done:06d}", ranks=ranks)
         if ranks.first:
             track_videos(self.folder, self.config.wandb_project)
         ranks.arrive()

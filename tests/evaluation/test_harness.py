@@ -17,10 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tempact.distributed import Ranks
 from tempact.errors import Stopped, UserError
 from tempact.evaluation import METHODS, Method, harness
 from tempact.evaluation import tables as vbench
-from tempact.evaluation.harness import LOSSLESS, Evaluation, Suite, VideoFormat, mp4_format
+from tempact.evaluation.harness import Evaluation, Suite
 from tempact.evaluation.judges import JudgedVideo, Verdict
 from tempact.evaluation.ledger import Ledger, Row
 from tempact.evaluation.prompts import OrderPrompt
@@ -30,6 +31,7 @@ from tempact.executor.sampler import WINDOWS, gaussian_noise
 from tempact.reporting.report import write_results
 from tempact.rewards.judges import JudgeOutage
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Step
+from tempact.video import LOSSLESS, VideoFormat, mp4_format
 
 SINGLE, STEP, PLANNER_ONLY, EXECUTOR_ONLY, BOTH = METHODS
 SIDE = 16
@@ -47,7 +49,9 @@ class FakePlanner:
     frames: int = 6
     asked: list[tuple[str, bool, int]] = field(default_factory=list)
 
-    def sample(self, prompts: list[Prompt], plans_per_prompt: int, seed: int, *, reference: bool = False) -> PlanBatch:
+    def sample(
+        self, prompts: list[Prompt], plans_per_prompt: int, seed: int, *, reference: bool = False, ranks: Ranks
+    ) -> PlanBatch:
         self.asked += [(prompt.prompt_id, reference, seed) for prompt in prompts]
         who = "start" if reference else "trained"
         steps = [(Step(0, 3, f"{who} a"), Step(3, self.frames, f"{who} {seed} {i}")) for i in range(len(prompts))]
@@ -657,7 +661,7 @@ def test_lossless_videos_are_read_as_they_were_and_a_full_disk_is_one_line(
         raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patched:
-        patched.setattr(harness, "save_file", full)
+        patched.setattr("tempact.video.save_file", full)
         with pytest.raises(UserError, match="a.safetensors: found no space left on the disk"):
             LOSSLESS.save(frames, path)
     assert list(path.parent.iterdir()) == []
