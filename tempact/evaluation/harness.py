@@ -189,8 +189,8 @@ class Evaluation:
 
     def _see(self) -> None:
         if not (self.folder / SETTINGS).is_file():
-            found = f"{self.folder}: found another folder on the machine of rank {self.ranks.rank}"
-            raise UserError(f"{found}; accepted: a folder that all machines share")
+            found = f"{self.folder}: found another folder on rank {self.ranks.rank}"
+            raise UserError(f"{found}; accepted: one that all machines share")
 
     def _work(self) -> tuple[list[Unit], list[tuple[str, str, int]]]:
         """What is left, and the sets, planners and seeds of which a video lacks its plan."""
