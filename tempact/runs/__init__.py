@@ -28,7 +28,9 @@ def together(config: RunConfig, folder: Path, act: Callable[[Ranks], int], kept:
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     with StopRequest().listening() as stop, Ranks.joined(stop, config.trainer.stall_s, on_gpu) as ranks:
         try:
-            return act(ranks)
+            code = act(ranks)
+            sys.stdout.flush()  # here, where a reader that went away can be told to the others
+            return code
         except BrokenPipeError as error:  # of what reads rank 0's output
             if not ranks.alone:
                 ranks.fail(str(error), EXIT_UNREAD)
@@ -37,8 +39,9 @@ def together(config: RunConfig, folder: Path, act: Callable[[Ranks], int], kept:
         except (Exception, Stopped) as error:
             if ranks.alone:
                 raise
-            folder.mkdir(parents=True, exist_ok=True)
             mistake = isinstance(error, UserError)  # is told as in one process
+            if not mistake and isinstance(error, Exception):
+                folder.mkdir(parents=True, exist_ok=True)
             try:
                 return Ending(ranks, stop).code(error, folder, None if mistake else lambda: kept)
             except RunFailed as failure:
