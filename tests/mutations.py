@@ -679,12 +679,42 @@ MUTATIONS = [
     ),
     Mutation(
         "tempact/evaluation/harness.py",
-        'sampled = self.planner.sample(of_set, 1, number, reference=who == "start").plans',
-        "sampled = self.planner.sample(of_set, 1, number, reference=False).plans",
+        'reference=who == "start", ranks=self.ranks).plans',
+        "reference=False, ranks=self.ranks).plans",
         (
             "tests/evaluation/test_harness.py::test_a_condition_is_made_by_the_policies_that_it_names",
             "tests/runs/test_evaluation.py::test_the_baselines_of_a_run_are_those_of_the_untrained_policies",
         ),
+    ),
+    Mutation(
+        "tempact/evaluation/harness.py",
+        "        post = None if self.ranks.first else self.ranks.post\n",
+        "        post = None\n",
+        ("tests/distributed/test_evaluation_ranks.py::test_results_do_not_depend_on_the_number_of_ranks",),
+    ),
+    Mutation(
+        "tempact/evaluation/harness.py",
+        "            self._receive(step, wait=True)\n",
+        "            self._receive(step)\n",
+        ("tests/distributed/test_evaluation_ranks.py::test_results_do_not_depend_on_the_number_of_ranks",),
+    ),
+    Mutation(
+        "tempact/evaluation/harness.py",
+        "for unit in ranks.take(units, lambda unit: suite.frames[unit.set] * unit.left):",
+        "for unit in units[ranks.rank :: ranks.size]:",
+        ("tests/distributed/test_evaluation_ranks.py::test_every_rank_takes_its_part_and_the_longest_come_first",),
+    ),
+    Mutation(
+        "tempact/runs/generation.py",
+        "while missing and missing[0] in made:\n                    yield from made.pop(missing.popleft())",
+        "while made:\n                    yield from made.pop(next(iter(made)))",
+        ("tests/distributed/test_generation_ranks.py::test_files_and_printed_paths_are_those_of_one_process",),
+    ),
+    Mutation(
+        "tempact/runs/generation.py",
+        "for other, paths in ranks.posted(wait=video is None):",
+        "for other, paths in ranks.posted():",
+        ("tests/distributed/test_generation_ranks.py::test_files_and_printed_paths_are_those_of_one_process",),
     ),
     Mutation(
         "tempact/evaluation/__init__.py",
@@ -811,7 +841,7 @@ MUTATIONS = [
     ),
     Mutation(
         "tempact/runs/evaluation.py",
-        "folder = table_folder(config, run)",
+        "folder = ranks.from_first(lambda: table_folder(config, run))",
         "folder = run",
         ("tests/runs/test_evaluation.py::test_an_evaluation_with_another_seed_leaves_the_runs_own_alone",),
     ),
