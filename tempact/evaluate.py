@@ -2,7 +2,7 @@
 
 The Temporal Order Benchmark's videos are scored by judges behind servers (environment: TEMPACT_JUDGE_..., and
 TEMPACT_JUDGE_HELD_OUT_... for the held-out one); ShapeWorld's suite brings its own judges. The same command given again
-goes on where a killed evaluation was; nothing is scored twice.
+goes on where a killed evaluation was; no score that was written down is asked for again.
 """
 
 from __future__ import annotations

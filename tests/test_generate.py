@@ -406,7 +406,7 @@ def test_runs_and_adapters_that_do_not_fit(tmp_path: Path, capsys: pytest.Captur
 def test_the_inference_of_a_backbones_authors_is_one_flag() -> None:
     def configured(preset: str, *more: str) -> RunConfig:
         line = ["--prompt", "x", "--executor.weights", "random-tiny", "--planner.weights", "random"]
-        return generate._configured(*generate.parser().parse_known_args([*line, *more]), [preset], None)
+        return generate._configured(*generate.parser().parse_known_args([*line, *more]), [preset], None)[0]
 
     ours, theirs = configured("self-forcing").executor, configured("self-forcing", "--inference", "backbone").executor
     assert (ours.smooth_prompts, ours.window, ours.frames) == (True, "tempact-self-forcing", 30)

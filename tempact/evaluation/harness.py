@@ -14,11 +14,10 @@ has its name and frames are not to travel. What says what is done is rank 0's to
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +30,7 @@ from torch import Tensor
 from tempact.distributed import Ranks
 from tempact.errors import UserError
 from tempact.evaluation import Method
-from tempact.evaluation.judges import PICKSCORE_FRAMES, JudgedVideo, Verdict, VideoJudge, judged_frames, no_verdict
+from tempact.evaluation.judges import DRAWS_OF_OLD, JudgedVideo, Suite, Verdict, VideoJudge, no_verdict
 from tempact.evaluation.ledger import Ledger, Row, register
 from tempact.evaluation.prompts import OrderPrompt
 from tempact.evaluation.statistics import MethodScores
@@ -48,44 +47,8 @@ if TYPE_CHECKING:  # reports read scores without loading what makes videos
 log = logging.getLogger(__name__)
 
 SETTINGS, PLANS, VIDEOS, SCORES = "settings.json", "plans.jsonl", "videos.jsonl", "scores.jsonl"
-DRAWS, DRAWS_OF_OLD = {"draws": "a seed a video"}, {"draws": "a seed a batch"}  # of a folder that does not name them
 DONE = "done"  # what is posted beside rows of VIDEOS and SCORES: how many videos are done
 WAITING = 128  # verdicts on their way before the next video is made: their frames are held in memory
-
-
-@dataclass(frozen=True)
-class Suite:
-    """What is evaluated: the prompts of every set, each set's length in latent frames, methods, seeds and judges.
-
-    seed     of the videos' noise, which belongs to prompt and seed, and of the plans, which belong to a prompt's number
-             in its set and to the seed: neither depends on the batch
-    batch    videos made together
-    batched  a judge is shown a batch at a time, and rounds as the batch has it; else one video
-    """
-
-    prompts: Mapping[str, Sequence[OrderPrompt]]
-    frames: Mapping[str, int]
-    methods: Sequence[Method]
-    seeds: int
-    judges: Sequence[VideoJudge]
-    seed: int
-    batch: int
-    batched: bool = False
-
-    @property
-    def all_prompts(self) -> list[OrderPrompt]:
-        return [prompt for prompts in self.prompts.values() for prompt in prompts]
-
-    def settings(self, policies: str) -> dict[str, str | int | float]:
-        """What scores depend on. policies: which weights and sampler settings make the videos."""
-        found: dict[str, str | int | float] = {"seed": self.seed, **DRAWS, "policies": policies}
-        found |= {"batch": self.batch} if self.batched else {"frames.PickScore": PICKSCORE_FRAMES}
-        for name, prompts in self.prompts.items():
-            found |= {f"latent_frames.{name}": self.frames[name], f"judged_frames.{name}": judged_frames(name)}
-            for prompt in prompts:
-                digest = hashlib.sha256(f"{prompt.set}\n{prompt.text}".encode()).hexdigest()[:12]
-                found[f"prompt.{prompt.prompt_id}"] = digest
-        return found | {f"judge.{judge.name}": judge.version for judge in self.judges}
 
 
 @dataclass(frozen=True)
@@ -176,6 +139,7 @@ class Evaluation:
                     for _, who, seed in (each for each in unplanned if each[0] == name):
                         told(f"plans, {name}")
                         self._plan(who, prompts, seed)
+            self._encode(units)
             for unit in ranks.take(units, lambda unit: suite.frames[unit.set] * unit.left):
                 told(f"{unit.method.name}, {unit.set}")
                 self._work_off(unit)
@@ -186,6 +150,17 @@ class Evaluation:
                 self._write_down(block=True)
             self._receive(step, wait=True)
             ranks.arrive()
+
+    def _encode(self, units: Sequence[Unit]) -> None:
+        """The first rank of a machine alone loads the text encoder; the others find the rows in its cache on disk."""
+        first = self.ranks.local_rank == 0 and not self.ranks.alone
+        for number, unit in enumerate(units if first else ()):
+            self.ranks.phase(f"evaluation, texts of batch {number}")
+            with self._at_length(self.suite.frames[unit.set]):
+                if missing := self._missing(unit.method, unit.prompts, unit.seed):
+                    plans = self._planned(unit.method.planner, missing, unit.seed)
+                    self.executor.read(self.executor.prompts(plans))
+        self.ranks.arrive()
 
     def _see(self) -> None:
         if not (self.folder / SETTINGS).is_file():
@@ -205,9 +180,8 @@ class Evaluation:
         lacking = {
             (unit.set, unit.method.planner, unit.seed): None
             for unit in units
-            for prompt in unit.prompts
+            for prompt in self._missing(unit.method, unit.prompts, unit.seed)
             if unit.method.planner and (prompt.prompt_id, unit.method.planner, unit.seed) not in self._plans
-            if self.video(unit.method, prompt, unit.seed) is None
         }
         return units, list(lacking)
 
@@ -249,12 +223,12 @@ class Evaluation:
         metric: the field of verdicts that have several; of a judge with one score it is the judge's name.
         """
         found = []
-        for name, prompts in self.suite.prompts.items():
-            for method in self.suite.methods:
-                for judge in self.suite.judges:
-                    keys = ((p.prompt_id, seed) for p in prompts for seed in range(self.suite.seeds))
-                    own = [self.score(prompt_id, method, seed, judge.name, metric) for prompt_id, seed in keys]
-                    found.append(MethodScores(method.name, name, judge.name, own))
+        for (name, prompts), method, judge in itertools.product(
+            self.suite.prompts.items(), self.suite.methods, self.suite.judges
+        ):
+            keys = ((p.prompt_id, seed) for p in prompts for seed in range(self.suite.seeds))
+            own = [self.score(prompt_id, method, seed, judge.name, metric) for prompt_id, seed in keys]
+            found.append(MethodScores(method.name, name, judge.name, own))
         return found
 
     def score(self, prompt_id: str, method: Method, seed: int, judge: str, metric: str) -> float:
@@ -303,8 +277,7 @@ class Evaluation:
         """Those videos that are missing."""
         from tempact.executor.sampler import NoiseSource
 
-        missing = [prompt for prompt in prompts if self.video(method, prompt, seed) is None]
-        if not missing:
+        if not (missing := self._missing(method, prompts, seed)):
             return
         chosen = self._planned(method.planner, missing, seed)
         shape, device = self.executor.noise_shape(1, 1), self.executor.device
@@ -326,6 +299,9 @@ class Evaluation:
                 }
             )  # fmt: skip
         self._videos.add(rows, again=True)  # a file may have been removed or changed
+
+    def _missing(self, method: Method, prompts: Sequence[OrderPrompt], seed: int) -> list[OrderPrompt]:
+        return [prompt for prompt in prompts if self.video(method, prompt, seed) is None]
 
     def _plan(self, who: str, prompts: Sequence[OrderPrompt], seed: int) -> None:
         """Samples the plans of a set, which all ranks share: each plan has its seed by its number in the set, the same

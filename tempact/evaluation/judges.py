@@ -1,4 +1,4 @@
-"""Judges of whole videos: vision-language models behind servers, PickScore, and ShapeWorld's own.
+"""Judges of whole videos: vision-language models behind servers, PickScore, and ShapeWorld's own; suites of them.
 
 How many frames a judge sees is registered here, before any score is known. A judge is shown what the video's file
 holds, so that anyone can score the files again.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tempact.config import JudgeSettings
 from tempact.errors import UserError
-from tempact.evaluation import ROLES
+from tempact.evaluation import ROLES, Method
 from tempact.evaluation.prompts import OrderPrompt
 from tempact.evaluation.statistics import CLEARNESS, DUPLICATES, PICKSCORE, PICTURE_QUALITY
 from tempact.rewards import spread
@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # it needs transformers' CLIP
 # as many as the reference's judge saw (docs/algorithm.md section 7); other sets have those of the simple one
 JUDGED_FRAMES = {"simple": 6, "hard": 10}
 PICKSCORE_FRAMES = 8
+DRAWS, DRAWS_OF_OLD = {"draws": "a seed a video"}, {"draws": "a seed a batch"}  # of a folder that does not name them
 COMBINED, TEMPORAL_ORDER = "combined", "temporal_order"
 CUT = "cut"  # beside a PickScore: 1 where CLIP did not read all of the prompt, else 0
 
@@ -82,6 +83,41 @@ class VideoJudge(Protocol):
     def submit(self, videos: Sequence[JudgedVideo]) -> list[Future[Verdict]]:
         """Starts scoring. A future that raises ends the evaluation; the videos without a verdict stay unscored."""
         ...
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is evaluated: the prompts of every set, each set's length in latent frames, methods, seeds and judges.
+
+    seed     of the videos' noise, which belongs to prompt and seed, and of the plans, which belong to a prompt's number
+             in its set and to the seed: neither depends on the batch
+    batch    videos made together
+    batched  a judge is shown a batch at a time, and rounds as the batch has it; else one video
+    """
+
+    prompts: Mapping[str, Sequence[OrderPrompt]]
+    frames: Mapping[str, int]
+    methods: Sequence[Method]
+    seeds: int
+    judges: Sequence[VideoJudge]
+    seed: int
+    batch: int
+    batched: bool = False
+
+    @property
+    def all_prompts(self) -> list[OrderPrompt]:
+        return [prompt for prompts in self.prompts.values() for prompt in prompts]
+
+    def settings(self, policies: str) -> dict[str, str | int | float]:
+        """What scores depend on. policies: which weights and sampler settings make the videos."""
+        found: dict[str, str | int | float] = {"seed": self.seed, **DRAWS, "policies": policies}
+        found |= {"batch": self.batch} if self.batched else {"frames.PickScore": PICKSCORE_FRAMES}
+        for name, prompts in self.prompts.items():
+            found |= {f"latent_frames.{name}": self.frames[name], f"judged_frames.{name}": judged_frames(name)}
+            for prompt in prompts:
+                digest = hashlib.sha256(f"{prompt.set}\n{prompt.text}".encode()).hexdigest()[:12]
+                found[f"prompt.{prompt.prompt_id}"] = digest
+        return found | {f"judge.{judge.name}": judge.version for judge in self.judges}
 
 
 def judged_frames(set_name: str) -> int:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from tempact.evaluation import BOTH, EXECUTOR_ONLY, PLANNER_ONLY, SEEDS, SINGLE, STEP
-from tempact.evaluation.harness import SETTINGS, Evaluation, Suite
-from tempact.evaluation.judges import COMBINED, CUT, TEMPORAL_ORDER
+from tempact.evaluation.harness import SETTINGS, Evaluation
+from tempact.evaluation.judges import COMBINED, CUT, TEMPORAL_ORDER, Suite
 from tempact.evaluation.prompts import SETS
 from tempact.evaluation.statistics import (
     AVERAGE,

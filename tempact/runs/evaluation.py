@@ -15,8 +15,8 @@ from tempact.config import VIDEO, EvaluationConfig, RunConfig, flatten, keys_of
 from tempact.distributed import Ranks
 from tempact.errors import UserError
 from tempact.evaluation import BOTH, METHODS, SINGLE, STEP, BenchmarkOptions, Method
-from tempact.evaluation.harness import Evaluation, Suite
-from tempact.evaluation.judges import load_pickscore, served_judges, shapeworld_judges
+from tempact.evaluation.harness import Evaluation
+from tempact.evaluation.judges import Suite, load_pickscore, served_judges, shapeworld_judges
 from tempact.evaluation.prompts import SETS, OrderPrompt
 from tempact.evaluation.statistics import Bootstrap, Origin, write_evaluation
 from tempact.evaluation.tables import export_vbench, gather, markdown

@@ -129,6 +129,20 @@ def test_every_rank_takes_its_part_and_the_longest_come_first(tmp_path: Path) ->
     assert all(lines == sorted(lines, key=order.index) for lines in each)
 
 
+def test_one_rank_of_a_machine_encodes_the_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = tmp_path / "read"
+
+    def noted(self: FakeExecutor, prompts: list[str]) -> None:
+        with read.open("a") as file:
+            file.write("".join(f"{os.environ['RANK']} {prompt}\n" for prompt in prompts))
+
+    monkeypatch.setattr(FakeExecutor, "read", noted)
+    own = bench(tmp_path / "own")
+    assert in_ranks(2, partial(act, own)) == [0, 0]
+    texts = Counter(read.read_text().splitlines())
+    assert texts == Counter({f"0 {prompt.text}": 3 * 2 for prompt in own.suite.all_prompts})
+
+
 def test_ranks_without_a_batch_or_a_plan_wait(tmp_path: Path) -> None:
     alone, own = (replace(bench(tmp_path / name), counts=(1, 1), seeds=1, methods=METHODS[1:2]) for name in "ab")
     for each in (alone, own):

@@ -21,8 +21,8 @@ from tempact.distributed import Ranks
 from tempact.errors import Stopped, UserError
 from tempact.evaluation import METHODS, Method, harness
 from tempact.evaluation import tables as vbench
-from tempact.evaluation.harness import Evaluation, Suite
-from tempact.evaluation.judges import JudgedVideo, Verdict
+from tempact.evaluation.harness import Evaluation
+from tempact.evaluation.judges import JudgedVideo, Suite, Verdict
 from tempact.evaluation.ledger import Ledger, Row
 from tempact.evaluation.prompts import OrderPrompt
 from tempact.evaluation.statistics import PICKSCORE
@@ -69,6 +69,12 @@ class FakeExecutor:
     brightness: float = 0
     made: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+
+    def prompts(self, plans: list[Plan]) -> list[str]:
+        return [plan.instruction for plan in plans]
+
+    def read(self, prompts: list[str]) -> None:
+        assert prompts
 
     def noise_shape(self, plans: int, continuations: int) -> tuple[int, ...]:
         return (plans, continuations, 1, 1, 3, 1, 1)
