@@ -128,12 +128,14 @@ def _together(
 def _load(config: RunConfig, run: Path | None, ranks: Ranks) -> tuple[PolicyPair, str]:
     """A run's policies and the name of its newest checkpoint, or a preset's own."""
     from tempact.policies import build_policies
-    from tempact.runs.run import load_adapters, newest, use_newest
+    from tempact.runs.run import load_adapters, newest, quiet, use_newest
 
-    if run is None:
-        return build_policies(config), "untrained"
-    found = ranks.from_first(lambda: newest(run))  # a run without a checkpoint is refused before weights are loaded
-    policies = build_policies(config)
+    # a run without a checkpoint is refused before weights are loaded
+    found = None if run is None else ranks.from_first(lambda: newest(run))
+    with quiet(not ranks.first):
+        policies = build_policies(config)
+    if run is None or found is None:
+        return policies, "untrained"
     return policies, use_newest(run, found, partial(load_adapters, policies)).name
 
 

@@ -356,8 +356,6 @@ class Evaluation:
             self._write_down(block=True)
 
     def _write_down(self, block: bool) -> None:
-        if block:
-            self.ranks.phase("evaluation, waiting for the judges")
         done = wait(self._waiting, None if block else 0, FIRST_COMPLETED).done
         errors = [error for future in done if (error := future.exception()) is not None]
         rows = []

@@ -33,7 +33,7 @@ from tempact.reporting.strips import COLUMNS, StripRow, film_strip, save_strip, 
 from tempact.runs.checkpoint import Checkpoint
 from tempact.runs.evaluation import alike, claimed
 from tempact.runs.logs import Progress
-from tempact.runs.run import load_policies, newest, use_newest
+from tempact.runs.run import load_policies, newest, quiet, use_newest
 from tempact.types import Plan, Prompt
 from tempact.video import Mp4Writer
 from tempact.worlds import World, world_of
@@ -129,7 +129,8 @@ def make_videos(
     with ExitStack() as opened:
         folder = claimed(asked.output, opened, ranks)
         planned = any(each.plan is None for each in requests)
-        executor, planner, adapter, weights = _loaded(config, source, checkpoint, planned)
+        with quiet(not ranks.first):
+            executor, planner, adapter, weights = _loaded(config, source, checkpoint, planned)
         alike(ranks, (adapter, weights))
         latents, chunks = latent_of_frames(executor.codec, executor.settings.frames), executor.settings.chunks
 

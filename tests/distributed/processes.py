@@ -1,6 +1,6 @@
 """Short runs of one process or several, each forked from a process that has imported everything already.
 
-Without evaluation and report, which the first rank makes alone.
+Without evaluation and report.
 """
 
 from __future__ import annotations
