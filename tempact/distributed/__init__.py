@@ -223,10 +223,12 @@ class Ranks:
     def _decide(self, watch: Watch, key: str) -> None:
         go, end = b"go", b"end"
         store, decision = watch.store, f"{key}/decision"
-        found, pause = b"", POLL_S / 16
+        found, pause, looked = b"", POLL_S / 16, False
         if store.add(f"{key}/count", 1) == self.size:
             found = store.compare_set(decision, "", go.decode())
         while found not in (go, end):
+            if self.stop and not looked:  # a launcher's signal follows the loss of a rank, which then never comes
+                looked, _ = True, self._lost(watch)
             leaving = watch.end is not None or (self.stop and self.stop.opened)
             if leaving:
                 found = store.compare_set(decision, "", end.decode())
