@@ -281,13 +281,14 @@ class Ranks:
         return watch.declare(End(FAILED, line, 1, lost[0], lost=True))
 
     def teller(self, end: End) -> bool:
-        """Is it this rank that writes the line? Rank 0 does, or, where it is lost, the one after it."""
+        """Is it this rank that writes the line? Rank 0 does, or, where it is lost, the one after it. Where the store is
+        gone, the first of each machine does: they no longer know of each other."""
         if self.first:
             return True
         assert self.watch is not None
         if not self.torn:  # else rank 0 may wait in the collective for this process' end
             self.watch.wait_for_rank_0()
-        return self.rank == 1 and end.lost and end.rank == 0
+        return self.local_rank == 0 if self.watch.gone else self.rank == 1 and end.lost and end.rank == 0
 
 
 __all__ = ["FAILED", "End", "Ranks", "leave", "told"]
