@@ -255,10 +255,12 @@ class Ranks:
     def _decide(self, watch: Watch, key: str) -> None:
         go, end = b"go", b"end"
         store, decision = watch.store, f"{key}/decision"
-        found, pause = b"", POLL_S / 16
+        found, pause, looked = b"", POLL_S / 16, False
         if store.add(f"{key}/count", 1) == self.size:
             found = store.compare_set(decision, "", go.decode())
         while found not in (go, end):
+            if self.stop and not looked:  # a launcher's signal follows the loss of a rank, which then never comes
+                looked, _ = True, self._lost(watch)
             leaving = watch.end is not None or (self.stop and self.stop.opened)
             if leaving:
                 found = store.compare_set(decision, "", end.decode())
@@ -311,13 +313,14 @@ class Ranks:
         return watch.declare(End(FAILED, line, 1, lost[0], lost=True))
 
     def teller(self, end: End) -> bool:
-        """Is it this rank that writes the line? Rank 0 does, or, where it is lost, the one after it."""
+        """Is it this rank that writes the line? Rank 0 does, or, where it is lost, the one after it. Where the store is
+        gone, the first of each machine does: they no longer know of each other."""
         if self.first:
             return True
         assert self.watch is not None
         if not self.torn:  # else rank 0 may wait in the collective for this process' end
             self.watch.wait_for_rank_0()
-        return self.rank == 1 and end.lost and end.rank == 0
+        return self.local_rank == 0 if self.watch.gone else self.rank == 1 and end.lost and end.rank == 0
 
 
 __all__ = ["FAILED", "End", "Ranks", "leave", "told"]

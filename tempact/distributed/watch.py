@@ -82,6 +82,8 @@ class Watch:
         self.sign = Sign(host=socket.gethostname(), process=os.getpid())
         self.end: End | None = None
         self.acknowledged = False  # the main thread is on its way out
+        self.gone = False  # nothing can be said to the others, nor learned of them
+        self._parent = os.getppid()
         self._ended_at = 0.0
         self._seen: dict[int, tuple[Sign, float, float]] = {}  # sign, when it last changed, when it last moved
         self._over = threading.Event()
@@ -106,8 +108,16 @@ class Watch:
     def declare(self, end: End) -> End:
         """Ends the run for all ranks; returns the end that holds, which is the first one declared."""
         with self._lock:
-            self.end = self.end or _end(self.store.compare_set("end", "", json.dumps(asdict(end))))
+            try:
+                self.end = self.end or _end(self.store.compare_set("end", "", json.dumps(asdict(end))))
+            except (RuntimeError, OSError) as error:
+                self.end = self._alone(error)
         return self.end
+
+    def _alone(self, error: Exception) -> End:
+        """The end where the store is gone, and with it whoever started the ranks."""
+        self.gone = True
+        return End(FAILED, f"{self.where(self.rank)}: the store is gone ({error})", 1, self.rank)
 
     def lost(self) -> list[int]:
         """Ranks that give no sign for SURE_S."""
@@ -140,12 +150,15 @@ class Watch:
                 self.sign.moved = Heart.moved
                 self._beat(self.mine)
                 self._look_for_end()
+                if self.end is None and os.getppid() != self._parent:
+                    end = End(FAILED, f"{self.where(self.rank)}: what started it was killed", 1, self.rank)
+                    self._ended(_end(self.mine.compare_set("end", "", json.dumps(asdict(end)))))
                 if self.end is None:
                     self._look_at_others()
                 elif not self.acknowledged and time.monotonic() > self._ended_at + GRACE_S:
                     self._give_up(self.end)
-        except (RuntimeError, OSError) as error:  # the store is gone, and with it whoever started the ranks
-            self._ended(End(FAILED, f"rank {self.rank} on {self.sign.host}: the store is gone ({error})", 1, self.rank))
+        except (RuntimeError, OSError) as error:
+            self._ended(self._alone(error))
 
     def _give_up(self, end: End) -> None:
         """The main thread sits in a call that nothing ends, a collective on GPUs for one."""
@@ -198,8 +211,13 @@ class Watch:
                 os.kill(sign.process, signal.SIGKILL)
 
     def _signs(self, store: Any, ranks: Iterable[int]) -> dict[int, Sign]:
+        """Where the store is gone, all have left."""
         ranks = list(ranks)
-        found = store.multi_get([f"sign/{rank}" for rank in ranks]) if ranks else []
+        try:
+            found = store.multi_get([f"sign/{rank}" for rank in ranks]) if ranks else []
+        except (RuntimeError, OSError):
+            self.gone = True
+            return dict.fromkeys(ranks, Sign(left=True))
         return {rank: Sign(**json.loads(each)) for rank, each in zip(ranks, found, strict=True)}
 
 

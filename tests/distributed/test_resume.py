@@ -88,7 +88,8 @@ def children(pid: int) -> list[int]:
 @pytest.mark.parametrize("machine", [True, False], ids=["with its process", "alone"])
 @pytest.mark.parametrize("number", [0, 1])
 def test_an_agent_is_killed(number: int, machine: bool, tmp_path: Path) -> None:
-    """The other side ends with a line, and a process that is left without its agent ends, too."""
+    """The other side ends with a line, and a process that is left without its agent ends, too. Of two machines that
+    have lost the store each has a line."""
     folder, log = tmp_path / "run", tmp_path / "log"
     both = agents(folder, log, ["--trainer.stall-s", str(STALL_S), "--trainer.iterations", "200"])
     deadline = time.monotonic() + LONGEST_S
@@ -104,10 +105,12 @@ def test_an_agent_is_killed(number: int, machine: bool, tmp_path: Path) -> None:
         took = time.monotonic() - began
         while left(folder) and time.monotonic() < began + STALL_S + END_S:
             time.sleep(0.2)
-        told = [line for each in (0, 1) for line in (tmp_path / f"log.{each}").read_text().splitlines()]
-        lines = [line for line in told if line.startswith("error: ")]
+        lines = [
+            [line for line in (tmp_path / f"log.{each}").read_text().splitlines() if line.startswith("error: ")]
+            for each in (0, 1)
+        ]
         sys.stdout.write(f"agent {number}, machine {machine}: {took:.1f} s, {lines}\n")
-        assert len(lines) == 1 and left(folder) == []
+        assert all(len(own) <= 1 for own in lines) and any(lines) and left(folder) == []
     finally:
         for agent in both:
             for pid in (*(children(agent.pid) if agent.poll() is None else []), agent.pid):
