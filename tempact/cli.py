@@ -37,6 +37,7 @@ from tempact.config import (
     flatten,
     key,
     keys_of,
+    refuse,
     sections_of,
     validate,
 )
@@ -174,15 +175,24 @@ def refuse_named(arguments: Sequence[str], program: str, kinds: Sequence[str] = 
 def preset_or_run(word: str) -> tuple[list[str], Path | None]:
     """The beginning of `parse_run`'s command line for a preset's name or a run's folder, and that folder.
 
-    UserError for a word that is neither.
+    No processes share weights in a command that does not train: each holds all of them. UserError for a word that is
+    neither.
     """
+    whole = ["--executor.shard", "1"]
     run = Path(word)
     if (run / "config.yaml").is_file():
-        return ["--config", str(run / "config.yaml")], run
+        return ["--config", str(run / "config.yaml"), *whole], run
     if word not in PRESETS:
         presets = ", ".join(PRESETS)
         raise UserError(f"{word}: holds no config.yaml; accepted: the folder of a training run, or a preset: {presets}")
-    return [word], None
+    return [word, *whole], None
+
+
+def check_whole(config: RunConfig) -> RunConfig:
+    """`config`; UserError where it asks that processes share weights, in a command that does not train."""
+    if config.executor.shard > 1:
+        refuse("executor.shard", config.executor.shard, "1 in a command that does not train")
+    return config
 
 
 def _options(arguments: list[str]) -> dict[str, list[str]]:

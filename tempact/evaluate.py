@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tempact.cli import RunOptions, callable_command, of_ranks, parse_run, preset_or_run, refuse_named
+from tempact.cli import RunOptions, callable_command, check_whole, of_ranks, parse_run, preset_or_run, refuse_named
 from tempact.config import RunConfig, keys_of
 from tempact.errors import LineParser, Stopped, UserError
 from tempact.evaluation import (
@@ -147,7 +147,7 @@ def _configured(arguments: argparse.Namespace, options: list[str]) -> tuple[RunC
     own |= {"device": arguments.device, "threads": arguments.threads, "gpus": arguments.gpus}
     given = [word for key, value in own.items() if value is not None for word in (f"--{key}", str(value))]
     config, others = parse_run([*source, *options, *given], PROGRAM)
-    return config, run, others.gpus
+    return check_whole(config), run, others.gpus
 
 
 def _shapeworld_counts(arguments: argparse.Namespace) -> dict[str, Any]:

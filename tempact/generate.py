@@ -17,6 +17,7 @@ from tempact.cli import (
     CONFIG,
     RunOptions,
     callable_command,
+    check_whole,
     lora_options,
     of_ranks,
     parse_run,
@@ -142,6 +143,7 @@ def _configured(
     untrained = ["--planner.train", "false", "--executor.train", "false"]  # any sampling setting may be tried
     processes = ["--gpus", arguments.gpus] if arguments.gpus is not None else []
     config, others = parse_run([*source, *frames, *options, *untrained, *processes], PROGRAM)
+    check_whole(config)
     return backbone_inference(config) if arguments.inference == "backbone" else config, others
 
 

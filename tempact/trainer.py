@@ -24,6 +24,7 @@ from torch import Tensor
 from tempact.agreement import Agreement
 from tempact.config import RunConfig
 from tempact.distributed import Ranks
+from tempact.distributed.shards import block_of
 from tempact.errors import UserError
 from tempact.executor.executor import Executor
 from tempact.executor.rollout import cost_of
@@ -104,13 +105,15 @@ def switch_frames(batch: PlanBatch, chunk: int, rngs: Sequence[random.Random]) -
 class OwnVideos:
     """What this process makes of an iteration's videos.
 
-    forks    switch frame of every plan, of all processes
-    noise    of all videos
-    rollout  frames [P, N, ...] of all plans; of several processes, only its own plans' are filled
-    records  of its plans
+    forks          switch frame of every plan, of all processes
+    continuations  of each plan that it makes; processes that share weights make the others
+    noise          of these continuations of all plans
+    rollout        frames [P, n, ...] of them; of several processes, only its own plans' are filled
+    records        of its plans
     """
 
     forks: list[int]
+    continuations: range
     noise: NoiseSource
     rollout: Rollout = field(default_factory=lambda: Rollout(torch.empty(0)))
     records: dict[range, Transition] = field(default_factory=dict)
@@ -118,8 +121,8 @@ class OwnVideos:
 
 @dataclass
 class Iteration:
-    """What one iteration made, for logs, samples and videos. rollout: of several processes, the videos of the plans
-    that this one made."""
+    """What one iteration made, for logs, samples and videos. rollout: of several processes, the videos that this one
+    made."""
 
     number: int
     plans: PlanBatch
@@ -128,6 +131,7 @@ class Iteration:
     batch: Batch
     metrics: dict[str, float]
     own: frozenset[int]  # plans whose videos are in `rollout`
+    continuations: range  # of these plans, in the order of `rollout`
 
 
 class Trainer:
@@ -176,11 +180,16 @@ class Trainer:
             plans = self.planner.sample(prompts, planner.plans_per_prompt, self._seed("plans"), ranks=self.ranks)
             rngs = [random.Random(self._seed("switch", prompt)) for prompt in range(len(prompts))]
             forks = switch_frames(plans, executor.chunk_frames, rngs)
-            shape = self.executor.noise_shape(len(plans.plans), executor.continuations)
-            videos = OwnVideos(forks, gaussian_noise(self._seed("noise"), shape, self.executor.device))
+            count, chunks = executor.continuations, [frame // executor.chunk_frames for frame in forks]
+            own = range(count)[block_of(count, self.ranks.member, self.ranks.members)]
+            shape = self.executor.noise_shape(len(plans.plans), count)
+            noise = gaussian_noise(self._seed("noise"), shape, self.executor.device)
+            videos = OwnVideos(forks, own, noise.block(own, chunks))
         with timed("rollout"):
-            # what may end here alone, silent judges for one, ends the iteration of all processes
-            found = self.ranks.agreed(partial(self._score, plans, videos, timed), JudgeOutage, UserError)
+            # what may end here alone, silent judges for one, ends the iteration of all processes; where weights are
+            # shared it ends the run at once, because others wait for this one's calls
+            travelling = (JudgeOutage, UserError) if self.ranks.members == 1 else ()
+            found = self.ranks.agreed(partial(self._score, plans, videos, timed), *travelling)
         with timed("rewards"):
             self._check_videos(torch.stack([broken for _, broken in found]).any(0))
             scored = self.rewards.whole(plans, [scores for scores, _ in found])
@@ -193,14 +202,14 @@ class Trainer:
         metrics |= self.agreement.metrics(self.done + 1, self.meter, self.rewards.metrics())
         self._note_idle(batch)
         self.done += 1
-        own = frozenset(plan for unit in videos.records for plan in unit)
-        return Iteration(self.done, plans, videos.rollout, scored, batch, metrics, own)
+        made = frozenset(plan for unit in videos.records for plan in unit)
+        return Iteration(self.done, plans, videos.rollout, scored, batch, metrics, made, own)
 
     def _score(self, plans: PlanBatch, videos: OwnVideos, timed: Timed) -> tuple[Scores, Tensor]:
         """Makes the videos that fall to this process, while they are scored; their scores, and which are broken [P, N]
         (False for those of others)."""
-        settings, count = self.config.executor, len(plans.plans)
-        scoring = self.rewards.begin(plans, self.ranks.share(count))
+        count, continuations, ranks = len(plans.plans), self.config.executor.continuations, self.ranks
+        scoring = self.rewards.begin(plans, ranks.share(count), videos.continuations if ranks.members > 1 else None)
 
         def made(unit: range, part: Rollout) -> None:
             assert part.transition is not None
@@ -208,18 +217,19 @@ class Trainer:
             with timed("rewards"):
                 scoring.add(part, unit)
 
-        taken = None
-        if self.config.deterministic or not self.ranks.alone:
-            parts = count if self.config.deterministic else self.ranks.size  # a GPU rounds as the batch has it
-            units = self.executor.rollout_units(count, settings.continuations, parts)
-            own = videos.forks, settings.continuations, self.executor.settings
-            taken = self.ranks.take(units, lambda unit: cost_of(unit, *own))
+        taken, each = None, len(videos.continuations)
+        if self.config.deterministic or not ranks.alone:
+            parts = count if self.config.deterministic else ranks.groups  # a GPU rounds as the batch has it
+            units = self.executor.rollout_units(count, each, parts)
+            taken = ranks.take(units, lambda unit: cost_of(unit, videos.forks, each, self.executor.settings))
         prompts = self.executor.prompts(plans.plans)
-        self.ranks.in_turn(lambda: self.executor.read(prompts))  # what one process of a machine has encoded is read
+        ranks.in_turn(lambda: self.executor.read(prompts))  # what one process of a machine has encoded is read
         videos.rollout = self.executor.rollout(plans.plans, videos.forks, videos.noise, made, taken)
         assert videos.rollout.broken is not None
+        broken = torch.zeros(count, continuations, dtype=torch.bool)
+        broken[:, videos.continuations] = videos.rollout.broken
         with timed("rewards"):
-            return scoring.scores(), videos.rollout.broken
+            return scoring.scores(), broken
 
     def state(self) -> dict:
         """All that a resumed run needs beside the adapters."""
@@ -309,8 +319,9 @@ class Trainer:
             updates["planner"] = PlannerUpdates(self.planner, self.planner_policy, batch, parts)
         if self.config.executor.train:
             updates["executor"] = ExecutorUpdates(
-                self.executor, self.executor_policy, plans, batch, videos.forks, videos.records, videos.noise, parts
-            )
+                self.executor, self.executor_policy, plans, batch, videos.forks, videos.records, videos.noise, parts,
+                videos.continuations,
+            )  # fmt: skip
         metrics: dict[str, float] = {}
         self.wide_gap = ""
         for i in range(len(parts)):

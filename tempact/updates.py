@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 
-from tempact.distributed import Ranks
+from tempact.distributed import share_of
 from tempact.distributed.records import move_records
 from tempact.distributed.reduction import UpdateSum
 from tempact.executor.executor import Executor
@@ -24,7 +25,8 @@ class PlannerUpdates:
     def __init__(self, planner: Planner, policy: PolicyOptimizer, batch: Batch, parts: Sequence[list[int]]):
         self.planner, self.policy, self.batch, self.parts = planner, policy, batch, parts
         self.units = [planner.units(batch, part) for part in parts]
-        later = [unit for units in self.units[1:] for unit in _own(units, policy.ranks)]
+        ranks = policy.ranks
+        later = [unit for units in self.units[1:] for unit in _dealt(units, ranks.rank, ranks.size)]
         self.old = planner.old_log_probs(batch, later) if later else {}
 
     def update(self, number: int) -> dict[str, float]:
@@ -35,41 +37,46 @@ class PlannerUpdates:
 
 
 class ExecutorUpdates:
-    """The executor's, as `PlannerUpdates`. Records of plans come to the process that works on them."""
+    """The executor's, as `PlannerUpdates`. Records of plans come to the process that works on them.
+
+    Processes that share weights work on the same plans, each on its own of their continuations.
+    """
 
     def __init__(
         self, executor: Executor, policy: PolicyOptimizer, plans: PlanBatch, batch: Batch, forks: list[int],
-        records: dict[range, Transition], noise: NoiseSource, parts: Sequence[list[int]],
+        records: dict[range, Transition], noise: NoiseSource, parts: Sequence[list[int]], continuations: range,
     ):  # fmt: skip
         self.executor, self.policy, self.batch, ranks = executor, policy, batch, policy.ranks
         mask = batch.execution_mask
         self.units = [executor.units(part, forks, mask) for part in parts]
         self.terms = [executor.terms(part, mask) for part in parts]
-        self.own = [[plan for unit in _own(units, ranks) for plan in unit] for units in self.units]
+        dealt = [[_dealt(units, group, ranks.groups) for units in self.units] for group in range(ranks.groups)]
+        self.own = dealt[ranks.rank // ranks.members]
         if batch.transition is None or not ranks.alone:
-            wanted = [
-                [plan for units in self.units for unit in _own(units, Ranks(rank, ranks.size)) for plan in unit]
-                for rank in range(ranks.size)
-            ]
-            mine = wanted[ranks.rank]
+            wanted = [[plan for units in own for unit in units for plan in unit] for own in dealt]
+            wanted = [wanted[rank // ranks.members] for rank in range(ranks.size)]
+            mine, block = wanted[ranks.rank], slice(continuations.start, continuations.stop)
             room = executor.blank([plans.plans[plan] for plan in mine], [forks[plan] for plan in mine], noise)
             assert room is not None, "a fork at frame 0"
             move_records(ranks, records, wanted, forks, room)
-            advantage = batch.execution_advantage[mine]
-            self.batch = replace(batch, execution_advantage=advantage, execution_mask=mask[mine], transition=room)
+            advantage, counted = batch.execution_advantage[mine, block], mask[mine, block]
+            self.batch = replace(batch, execution_advantage=advantage, execution_mask=counted, transition=room)
             rows = {plan: row for row, plan in enumerate(mine)}
-            self.own = [[rows[plan] for plan in own] for own in self.own]
+            self.own = [[[rows[plan] for plan in unit] for unit in own] for own in self.own]
         transition = self.batch.transition
         assert transition is not None
         with torch.no_grad():
-            self.old = [executor.velocities(transition, own) if i else None for i, own in enumerate(self.own)]
+            self.old = [
+                executor.velocities(transition, [*chain(*own)]) if i else None for i, own in enumerate(self.own)
+            ]
 
     def update(self, number: int) -> dict[str, float]:
         """Gradient and metrics of the update of a part, without its optimiser step."""
-        total = UpdateSum(self.policy.gradient, len(self.units[number]), self.terms[number])
-        return self.executor.update(self.batch, self.own[number], self.old[number], total)
+        own, ranks = self.own[number], self.policy.ranks
+        total = UpdateSum(self.policy.gradient, len(self.units[number]), self.terms[number], ranks.members)
+        return self.executor.update(self.batch, [*chain(*own)], self.old[number], total, own)
 
 
-def _own(units: list[list[int]], ranks: Ranks) -> list[list[int]]:
-    share = ranks.share(len(units))
-    return units[share.start : share.stop]
+def _dealt(units: list[list[int]], part: int, parts: int) -> list[list[int]]:
+    own = share_of(len(units), part, parts)
+    return units[own.start : own.stop]

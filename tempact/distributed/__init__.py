@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tempact.distributed.watch import FAILED, End, Watch, seconds, stopped, told
+from tempact.distributed.watch import FAILED, GRACE_S, STOPPED, End, Watch, seconds, stopped, told
 from tempact.errors import Stopped, StopRequest, UserError
 
 T = TypeVar("T")
@@ -35,8 +35,8 @@ POLL_S = 0.02
 class Ranks:
     """The processes of a run. rank, size: of all machines. local_rank, local_size: of this one. node, nodes: machines.
 
-    waited_s: seconds spent waiting for other ranks since the last reading. travelling: exceptions that one rank raises
-    and all of them are to raise.
+    members: processes of a group, which share the executor's frozen weights and make the same calls of it: this one is
+    number `member` of its group. waited_s: seconds spent waiting for other ranks since the last reading.
     """
 
     rank: int = 0
@@ -48,11 +48,13 @@ class Ranks:
     stop: StopRequest = field(default_factory=StopRequest)
     watch: Watch | None = None
     waited_s: float = 0.0
+    members: int = 1
     meetings: int = 0
     queues: int = 0
     posts: dict[int, int] = field(default_factory=dict)  # values that each rank has posted, or that were taken from it
+    turns: int = 0  # units that this group has asked for
     direct: bool = False  # gradients travel between GPUs
-    torn: bool = False  # a collective has failed here
+    torn: bool = False  # others may be left in a collective
     _values: Any = None  # the group of values on the host
 
     @property
@@ -70,9 +72,23 @@ class Ranks:
         """Is this the rank that writes the run's folder?"""
         return self.rank == 0
 
+    @property
+    def member(self) -> int:
+        """The number of this process in its group."""
+        return self.rank % self.members
+
+    @property
+    def alike(self) -> range:
+        """The ranks of this number in their groups."""
+        return range(self.member, self.size, self.members)
+
+    @property
+    def groups(self) -> int:
+        return self.size // self.members
+
     @classmethod
     @contextmanager
-    def joined(cls, stop: StopRequest, stall_s: float, on_gpu: bool) -> Iterator[Ranks]:
+    def joined(cls, stop: StopRequest, stall_s: float, on_gpu: bool, members: int = 1) -> Iterator[Ranks]:
         """The ranks that torchrun has started, this one among them; `Ranks()` in a process that it has not started.
 
         stop: takes this process' signals. stall_s: as `Watch`. Leaves the others in order, or, after an end that one of
@@ -84,7 +100,7 @@ class Ranks:
         own = {name.lower(): int(os.environ.get(name, default)) for name, default in _VARIABLES.items()}
         ranks = cls(
             own["rank"], own["world_size"], own["local_rank"], own["local_world_size"], own["group_rank"],
-            max(1, own["world_size"] // max(1, own["local_world_size"])), stop,
+            max(1, own["world_size"] // max(1, own["local_world_size"])), stop, members=members,
         )  # fmt: skip
         watch = ranks.watch = ranks._join(stall_s, on_gpu)
         stop.once = True
@@ -176,18 +192,35 @@ class Ranks:
 
     def share(self, count: int) -> range:
         """This rank's part of 0 .. count - 1: consecutive, as even as can be."""
-        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+        return share_of(count, self.rank, self.size)
 
     def take(self, units: Sequence[T], cost: Callable[[T], float]) -> Iterator[T]:
-        """The units that fall to this rank: the most costly first, each to whoever is free."""
+        """The units that fall to this rank's group: the most costly first, each to whoever is free."""
         if self.alone:
             yield from units
             return
         order = sorted(range(len(units)), key=lambda i: (-cost(units[i]), i))
         self.queues += 1
-        assert self.watch is not None
-        while (taken := self.watch.store.add(f"queue/{self.queues}", 1) - 1) < len(units):
+        while (taken := self._taken()) < len(units):
             yield units[order[taken]]
+
+    def _taken(self) -> int:
+        """The number of the next unit, which the group's first member takes from the queue and tells the others."""
+        assert self.watch is not None
+        store, key = self.watch.store, f"group/{self.rank // self.members}"
+        self.turns += 1
+        if self.member == 0:
+            taken = store.add(f"queue/{self.queues}", 1) - 1
+            if self.members > 1:
+                store.set(f"{key}/{self.turns}", str(taken))
+                store.delete_key(f"{key}/{self.turns - 1}")  # the others have done that unit, too
+            return taken
+        began, self.watch.sign.waiting = time.monotonic(), True
+        while not store.check([f"{key}/{self.turns}"]):
+            time.sleep(POLL_S / 4)
+        self.watch.sign.waiting = False
+        self.waited_s += time.monotonic() - began
+        return int(store.get(f"{key}/{self.turns}"))
 
     def post(self, value: object) -> None:
         """Leaves a value for rank 0, which finds it among those `posted`; waits for nobody. Up to 8 MB, pickled."""
@@ -302,6 +335,7 @@ class Ranks:
         """From here on no signal interrupts this process, which is on its way out."""
         assert self.watch is not None
         self.watch.acknowledged = self.stop.last = True
+        self.torn |= self.members > 1  # others may wait for its part of a call
         return self.watch
 
     def _lost(self, watch: Watch) -> End | None:
@@ -311,6 +345,17 @@ class Ranks:
             return None
         line = f"{watch.where(lost[0])}: was lost (killed, or hangs)"
         return watch.declare(End(FAILED, line, 1, lost[0], lost=True))
+
+    def drain(self) -> None:
+        """Waits for the GPU; RuntimeError where it is in a call of a group, and waits for a member that has left."""
+        if self.members == 1 or not self.direct:
+            return
+        event, deadline = torch.cuda.Event(), time.monotonic() + GRACE_S
+        event.record()
+        while not event.query():
+            if time.monotonic() > deadline:
+                raise RuntimeError("the GPU waits for a process that has left")
+            time.sleep(POLL_S)
 
     def teller(self, end: End) -> bool:
         """Is it this rank that writes the line? Rank 0 does, or, where it is lost, the one after it. Where the store is
@@ -323,7 +368,12 @@ class Ranks:
         return self.local_rank == 0 if self.watch.gone else self.rank == 1 and end.lost and end.rank == 0
 
 
-__all__ = ["FAILED", "End", "Ranks", "leave", "told"]
+def share_of(count: int, part: int, parts: int) -> range:
+    """A part of 0 .. count - 1: consecutive, as even as can be."""
+    return range(count * part // parts, count * (part + 1) // parts)
+
+
+__all__ = ["FAILED", "STOPPED", "End", "Ranks", "leave", "share_of", "told"]
 
 _VARIABLES = {
     "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0",

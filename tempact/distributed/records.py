@@ -19,16 +19,18 @@ def move_records(
     """Fills `room`, the record of the plans wanted[rank] in that order, from those that the ranks hold.
 
     held: records of consecutive plans by their numbers. wanted: by rank, the same on all of them. starts: switch frame
-    of every plan.
+    of every plan. A member of a group holds a block of each plan's continuations, which other groups' member of its
+    number work on.
     """
     mine = {plan: (record, plan - own.start) for own, record in held.items() for plan in own}
-    owner = {plan: rank for rank, plans in enumerate(ranks.gather(sorted(mine))) for plan in plans}
+    everyone = ranks.gather(sorted(mine))
+    owner = {plan: rank for rank in ranks.alike for plan in everyone[rank]}
     rows = {plan: row for row, plan in enumerate(wanted[ranks.rank])}
     room.prefix.zero_()
     arriving: list[tuple[Tensor, Tensor]] = []  # where to, and what has come
     sending: list[dist.P2POp] = []
-    for rank, plans in enumerate(wanted):
-        for plan in plans:
+    for rank in ranks.alike:
+        for plan in wanted[rank]:
             if ranks.rank not in (rank, owner[plan]):
                 continue
             parts = _parts(*mine[plan], starts[plan]) if plan in mine else []

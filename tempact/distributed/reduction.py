@@ -1,10 +1,13 @@
 """The sum of a policy's gradients over the units of an update, in one order whatever the number of processes.
 
 Floating-point sums depend on their order. Here it is a binary tree over the units: 0 with 1, 2 with 3, then the pairs,
-and so on; an absent right child adds nothing. A rank works on consecutive units and adds whole subtrees by itself. The
+and so on; an absent right child adds nothing. A rank works on consecutive leaves and adds whole subtrees by itself. The
 top of the tree is added slice by slice: the slices of all subtrees go to the rank that owns the slice
 (`all_to_all_single`), and sums come back (`all_gather_into_tensor`). That is what an all-reduce moves, where every rank
 has one subtree.
+
+Where members of a group work on the same units, each on a part of their terms, there is a leaf for each member and
+unit: those of one member stand together, and the sum depends on the number of members, not on that of groups.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tempact.distributed import Ranks
+from tempact.distributed import Ranks, share_of
 
 
 class Gradient:
@@ -59,11 +62,14 @@ class UpdateSum:
     Args:
         gradient: of the policy; it holds nothing yet.
         units: number of all units. terms: what the update's mean is over, in all of them.
+        members: processes that each have a part of every unit.
     """
 
-    def __init__(self, gradient: Gradient, units: int, terms: int):
-        self.gradient, self.units, self.terms = gradient, units, terms
-        self.own = gradient.ranks.share(units)
+    def __init__(self, gradient: Gradient, units: int, terms: int, members: int = 1):
+        self.gradient, self.leaves, self.terms = gradient, units * members, terms
+        ranks = gradient.ranks
+        self.layout = [leaves_of(units, rank, ranks.size, members) for rank in range(ranks.size)]
+        self.own = self.layout[ranks.rank]
         self._next = self.own.start
         self._nodes: list[tuple[int, Tensor]] = []  # level and value of the subtrees that wait for their right sibling
         self._metrics: list[Mapping[str, Tensor | float]] = []
@@ -73,7 +79,7 @@ class UpdateSum:
         self._metrics.append(metrics)
         index, level = self._next, 0
         self._next += 1
-        if self.units == 1:
+        if self.leaves == 1:
             return  # the gradient is where it belongs
         self.gradient.attach()
         value = self.gradient.flat
@@ -89,8 +95,8 @@ class UpdateSum:
         assert self._next == self.own.stop, f"{self._next - self.own.start} of {len(self.own)} units"
         ranks = self.gradient.ranks
         shares = [share for own in ranks.gather(_numbers(self._metrics)) for share in own]
-        if self.units > 1 or (self.units and not ranks.alone):
-            if self.units == 1 and self.own:  # the gradient is its only node
+        if self.leaves > 1 or (self.leaves and not ranks.alone):
+            if self.leaves == 1 and self.own:  # the gradient is its only node
                 self._nodes = [(0, self.gradient.flat.clone())]
             self._sum(ranks)
         return {name: math.fsum(share[name] for share in shares) for share in shares[:1] for name in share}
@@ -99,7 +105,7 @@ class UpdateSum:
         if ranks.alone:
             self.gradient.flat.copy_(_top([(level, i, v) for i, (level, v) in _placed(self._nodes, self.own.start)]))
             return
-        layout = [blocks(ranks_share(self.units, rank, ranks.size)) for rank in range(ranks.size)]
+        layout = [blocks(own) for own in self.layout]
         assert [level for level, _ in layout[ranks.rank]] == [level for level, _ in self._nodes]
         staged = self.gradient.flat if ranks.direct else self.gradient.flat.cpu()
         width = self.gradient.length // ranks.size
@@ -127,13 +133,14 @@ class UpdateSum:
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def ranks_share(count: int, rank: int, size: int) -> range:
-    """`Ranks.share` of another rank."""
-    return Ranks(rank, size).share(count)
+def leaves_of(units: int, rank: int, size: int, members: int) -> range:
+    """The leaves of a rank: its group's share of the units, behind the leaves of the members before it."""
+    own, before = share_of(units, rank // members, size // members), rank % members * units
+    return range(before + own.start, before + own.stop)
 
 
 def blocks(own: range) -> list[tuple[int, int]]:
-    """The largest whole subtrees that consecutive units are made of: level and number in the level, in order."""
+    """The largest whole subtrees that consecutive leaves are made of: level and number in the level, in order."""
     found, start = [], own.start
     while start < own.stop:
         level = (start & -start).bit_length() - 1 if start else (own.stop - start).bit_length() - 1

@@ -193,8 +193,12 @@ class Watch:
             still = last is not None and last.moved == sign.moved and last.phase == sign.phase
             lives, moves = now if alive else lives, now if not still or (sign.waiting and alive) else moves
             self._seen[rank] = (sign, lives, moves)
+        quiet = {rank for rank in after if now - self._seen[rank][1] > SURE_S and not self._seen[rank][0].left}
+        for rank in after:
+            sign, lives, moves = self._seen[rank]
             silent = now - lives > min(self.stall_s, LOST_S)
-            if not sign.left and (silent or now - moves > self.stall_s):
+            # who does not move may wait, within a call, for one who gives no sign
+            if not sign.left and (silent or (now - moves > self.stall_s and not quiet - {rank})):
                 cause = f"gave no sign for {now - lives:.0f} s" if silent else f"did not move for {now - moves:.0f} s"
                 line = f"rank {rank} on {sign.host}, {sign.phase}: {cause}"
                 lost = End(FAILED, line, 1, rank, lost=True)

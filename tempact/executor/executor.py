@@ -271,9 +271,9 @@ class Executor:
 
     def units(self, plans: list[int], starts: Sequence[int], mask: Tensor) -> list[list[int]]:
         """What an update of these plans works on, one after the other: plans with something to learn from that share a
-        switch frame and fit into a micro-batch. starts, mask: of all plans, as `Transition.start` and
-        `Batch.execution_mask`."""
-        continuations, steps = mask.shape[1], self.settings.schedule.transitions
+        switch frame and fit into a micro-batch, alike for all that share weights. starts, mask: of all plans, as
+        `Transition.start` and `Batch.execution_mask`."""
+        continuations, steps = mask.shape[1] // self.config.shard, self.settings.schedule.transitions
         counted = [plan for plan in plans if bool(mask[plan].any())]
         size, found = max(1, self.config.micro_batch // (continuations * steps)), []
         for start in dict.fromkeys(starts[plan] for plan in counted):
@@ -286,19 +286,21 @@ class Executor:
         return int(mask[plans].sum()) * self.settings.schedule.transitions if plans else 0
 
     def update(
-        self, batch: Batch, plans: list[int], v_old: Tensor | None = None, total: UpdateSum | None = None
-    ) -> dict[str, float]:
+        self, batch: Batch, plans: list[int], v_old: Tensor | None = None, total: UpdateSum | None = None,
+        units: list[list[int]] | None = None,
+    ) -> dict[str, float]:  # fmt: skip
         """Accumulates the gradient of the Flow-GRPO loss over the transitions of the plans with these indices.
 
         v_old: as `velocities` returned it before the iteration's first optimiser step; None in that first step, where
         v_old is the velocity itself without gradient. total: sum of the update of which these plans are the `units` of
-        this process; None: they are all. The gradient is the mean over the counted (plan, continuation, transition)
-        terms. Returns metrics, without v_old also the mean `rollout_gap` of every sigma in units of the clip; {} if no
-        term counts.
+        this process; None: they are all. units: the same of these plans, where what others hold of them has decided
+        what is worked on. The gradient is the mean over the counted (plan, continuation, transition) terms. Returns
+        metrics, without v_old also the mean `rollout_gap` of every sigma in units of the clip; {} if no term counts.
         """
         transition = batch.transition
         assert transition is not None
-        units = self.units(plans, transition.start.tolist(), batch.execution_mask)
+        if units is None:
+            units = self.units(plans, transition.start.tolist(), batch.execution_mask)
         counted = [plan for unit in units for plan in unit]
         rows = {plan: plans.index(plan) for plan in counted}
         terms = self.terms(plans, batch.execution_mask) if total is None else total.terms

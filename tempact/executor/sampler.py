@@ -150,6 +150,15 @@ class NoiseSource:
         own = range(self.shape[0])[plans]
         return replace(self, shape=(len(own), *self.shape[1:]), first=self.first + own.start)
 
+    def block(self, own: range, forks: Sequence[int]) -> NoiseSource:
+        """The source of consecutive continuations of every plan; until its fork each follows the noise of the plan's
+        first one, whoever makes that. forks: of each plan, in chunks."""
+
+        def draw(plan: int, continuation: int, chunk: int) -> Tensor:
+            return self.draw(plan, own.start + continuation if chunk >= forks[plan] else 0, chunk)
+
+        return replace(self, shape=(self.shape[0], len(own), *self.shape[2:]), draw=draw)
+
 
 def gaussian_noise(seed: int, shape: tuple[int, ...], device: torch.device) -> NoiseSource:
     """Noise with a seed of its own for every plan, continuation and chunk; shape as `Executor.noise_shape` gives it.

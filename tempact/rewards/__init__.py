@@ -199,24 +199,23 @@ class RewardSet:
         """The set with more of the user's rewards. Raises UserError where two have one name."""
         return replace(self, custom=(*self.custom, *rewards))
 
-    def begin(self, plans: PlanBatch, own: range | None = None) -> Scoring:
+    def begin(self, plans: PlanBatch, own: range | None = None, continuations: range | None = None) -> Scoring:
         """Starts to score plans whose videos are still to be made; own: the plans whose quality is scored here, where
-        others are scored by other processes."""
+        others are scored by other processes; continuations: those whose videos are, where others make the rest."""
         own = range(len(plans.plans)) if own is None else own
         none = torch.empty(len(own), 0, 0, 3, 0, 0, dtype=torch.uint8)
         prompts, spans = [plans.prompt_of(p).text for p in own], list[Span | None]([None] * len(own))
         quality = self.plan_quality(prompts, [plans.plans[p] for p in own], none, spans) if own else []
-        return Scoring(self, plans, own, quality)
+        return Scoring(self, plans, own, quality, continuations)
 
     def whole(self, plans: PlanBatch, processes: Iterable[Scores]) -> Scored:
         """The scores of all plans from those of every process. Every tensor has its whole shape."""
-        parts = sorted((part for own in processes for part in own), key=lambda part: part[0].start)
+        count, parts = len(plans.plans), [part for own in processes for part in own]
+        continuations = max(videos.stop for _, videos, _ in parts)
         whole = {
-            name: torch.cat([scores[name] for _, scores in parts if name in scores])
+            name: placed([(*part[:2], part[2][name]) for part in parts if name in part[2]], count, continuations)
             for name in ("plan_quality", *VIDEO_REWARDS, *(reward.name for reward in self.custom))
         }
-        count = len(plans.plans)
-        assert all(len(scores) == count for scores in whole.values()), f"scores of others than {count} plans"
         return Scored(
             **{name: whole[name] for name in ("plan_quality", *VIDEO_REWARDS)},
             format_score=torch.tensor([plan.format_score for plan in plans.plans]),
@@ -225,7 +224,19 @@ class RewardSet:
 
 
 VIDEO_REWARDS = ("temporal_following", "step_following", "aesthetics")
-Scores: TypeAlias = list[tuple[range, dict[str, Tensor]]]  # of consecutive plans, by the reward's name
+# of consecutive plans and consecutive continuations of them, by the reward's name
+Scores: TypeAlias = list[tuple[range, range, dict[str, Tensor]]]
+
+
+def placed(parts: Sequence[tuple[range, range, Tensor]], plans: int, continuations: int) -> Tensor:
+    """Scores [P] or [P, N] from those of consecutive plans and continuations, which must be all of them."""
+    shape = (plans, continuations)[: max(scores.ndim for *_, scores in parts)]
+    whole = torch.empty(shape)
+    assert sum(scores.numel() for *_, scores in parts) == whole.numel(), f"scores of others than {list(shape)}"
+    for own, videos, scores in parts:
+        rows = whole[own.start : own.stop]
+        (rows[:, videos.start : videos.stop] if whole.ndim == 2 else rows).copy_(scores)
+    return whole
 
 
 @dataclass
@@ -239,6 +250,7 @@ class Scoring:
     plans: PlanBatch
     own: range  # plans whose quality is scored here
     quality: Any  # what the function of plan quality has returned
+    continuations: range | None = None  # whose videos come here; None: all
     parts: list[tuple[range, dict[str, Any]]] = field(default_factory=list)  # what the others have returned, by name
     broken: list[Tensor] = field(default_factory=list)  # of the parts: videos that have no score
 
@@ -262,16 +274,18 @@ class Scoring:
         scores of a wrong shape and for infinite ones.
         """
         name = "plan_quality"
-        found: Scores = [(self.own, {name: self._valid(name, _tensor(name, self.quality, [[len(self.own)]]))})]
+        quality = self._valid(name, _tensor(name, self.quality, [[len(self.own)]]))
+        found: Scores = [(self.own, range(0), {name: quality})]
         levels: dict[str, RewardLevel] = {reward.name: reward.level for reward in self.rewards.custom}
         for (own, returned), broken in zip(self.parts, self.broken, strict=True):
             scores = {}
             for name, value in returned.items():
-                level = levels.get(name, "execution")
-                whole = _tensor(name, value, [list(broken.shape)] + [[len(own)]] * (level == "plan"))
+                # a plan's one score is that of all its videos
+                alone = levels.get(name) == "plan" and self.continuations is None
+                whole = _tensor(name, value, [list(broken.shape)] + [[len(own)]] * alone)
                 whole = whole.masked_fill(broken if whole.ndim == 2 else broken.all(1), float("nan"))
                 scores[name] = self._finite(name, whole) if name in levels else self._valid(name, whole)
-            found.append((own, scores))
+            found.append((own, self.continuations or range(broken.shape[1]), scores))
         return found
 
     def result(self) -> Scored:

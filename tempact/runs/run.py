@@ -14,7 +14,7 @@ import torch
 
 from tempact.cli import EXIT_ABORTED, fingerprint, from_yaml, to_yaml
 from tempact.config import RunConfig, validate
-from tempact.distributed import FAILED, End, Ranks, told
+from tempact.distributed import FAILED, STOPPED, End, Ranks, told
 from tempact.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, StopRequest, UserError
 from tempact.files import claim_run_folder, write_atomic
 from tempact.policies import PolicyPair, build_policies, build_trainer, device_of
@@ -87,7 +87,7 @@ def train(
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     with (
         StopRequest().listening() as stop,
-        Ranks.joined(stop, config.trainer.stall_s, on_gpu) as ranks,
+        Ranks.joined(stop, config.trainer.stall_s, on_gpu, config.executor.shard) as ranks,
         ExitStack() as opened,
     ):
         ending = Ending(ranks, stop)
@@ -125,14 +125,17 @@ class Ending:
 
         Raises UserError, or RunFailed for an unexpected exception, where this process is to tell.
         """
+        if not self.ranks.alone:
+            self.stop.last = True  # another process' end may come as a signal here
         if isinstance(error, Stopped):
-            return self._stopped(error, kept)
+            self.stop.handled()
+            return self._ended(self.ranks.stopping(str(error)), kept)
         code = exit_code(error)
         line = str(error) if code != 1 else f"{failed(folder, error)}; traceback in {folder / TRACEBACKS}"
         if not self.ranks.alone:
             end = self.ranks.fail(self._where(error) + line, code)
-            if not self.ranks.first:
-                return self._silent(end)
+            if not self.ranks.first or end.kind == STOPPED:
+                return self._ended(end, kept)
             told()
             line, code = (end.line, end.code) if kept else (line, code)
         if kept is None and code == EXIT_USER_ERROR:
@@ -145,13 +148,11 @@ class Ending:
 
     def _where(self, error: Exception) -> str:
         """The rank that has failed (`Ranks.agreed` notes another one), unless all of them have alike."""
-        alike = isinstance(error, Aborted | JudgeOutage)
+        alike = isinstance(error, Aborted)
         notes = getattr(error, "__notes__", [] if alike else [self.ranks.where(self.ranks.rank)])
         return "".join(f"{where}: " for where in notes)
 
-    def _stopped(self, stopped: Stopped, kept: Callable[[], str] | None) -> int:
-        self.stop.handled()
-        end = self.ranks.stopping(str(stopped))
+    def _ended(self, end: End, kept: Callable[[], str] | None) -> int:
         if not self.ranks.first:
             return self._silent(end)
         told()
@@ -256,6 +257,7 @@ class Run:
         stop.close(f"saving after iteration {trainer.done}")
         try:
             if trainer.done != self.saved:
+                trainer.ranks.drain()
                 self.save()
         except (Stopped, OSError, RuntimeError, ValueError) as error:
             return f"not saved ({error}), iterations after {self.saved} are lost"
@@ -267,8 +269,8 @@ class Run:
         stop.open()
         ranks = self.trainer.ranks
         ranks.phase("evaluation")
-        if world_of(self.config).real_video:
-            log.info("no held-out evaluation: ShapeWorld's is for its own executor")
+        if world_of(self.config).real_video or ranks.members > 1:
+            log.info("no held-out evaluation: ShapeWorld's is for its own executor, whole in one process")
         else:
             with self.trainer.ema.applied(self.policies.executor.parameters()):
                 evaluate(self.config, self.folder, self.policies, f"step-{self.trainer.done:06d}", ranks=ranks)
@@ -326,7 +328,11 @@ class Run:
         if ranks.first:
             write_samples(self.folder, number, plans, scored, iteration.batch)
         shown = ranks.from_first(lambda: videos_of_extremes(self.folder, number))
-        own = {(p, n): rollout.frames[p, n].clone() for p, n in shown if p in iteration.own}
+        own = {
+            (p, n): rollout.frames[p, iteration.continuations.index(n)].clone()
+            for p, n in shown
+            if p in iteration.own and n in iteration.continuations
+        }
         frames = {video: each for of_rank in ranks.gather(own) for video, each in of_rank.items()}
         if ranks.first:
             write_extremes(self.folder, number, plans, frames)
@@ -379,10 +385,11 @@ def restore(checkpoint: Checkpoint, config: RunConfig, policies: PolicyPair, tra
 def load_policies(run: str | Path, device: str = "auto") -> PolicyPair:
     """Planner and executor of a run's newest checkpoint; UserError for a folder without an intact one.
 
-    run: a run folder, also of a run that is training. device: auto, cpu or cuda.
+    run: a run folder, also of a run that is training. device: auto, cpu or cuda. All weights are in this process.
     """
-    folder = Path(run)
-    return load_newest(replace(from_yaml(folder / "config.yaml"), device=device), folder)[0]
+    config = from_yaml(Path(run) / "config.yaml")
+    whole = replace(config, device=device, executor=replace(config.executor, shard=1))
+    return load_newest(whole, Path(run))[0]
 
 
 def load_newest(config: RunConfig, folder: Path) -> tuple[PolicyPair, Checkpoint]:
