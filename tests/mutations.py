@@ -9,6 +9,7 @@ RESUME = "tempact/runs/resume.py"
 CHECKPOINTS, ENDINGS, TRAINING = "tests/runs/test_checkpoint.py", "tests/runs/test_endings.py", "tests/test_trainer.py"
 
 EQUAL, BITS = "tests/distributed/test_equal.py", "test_several_processes_have_the_bits_of_one"
+GROUPS = "tests/distributed/test_groups.py"
 
 
 def faults(file: str, tests: str, *pairs: tuple[str, str, str]) -> list[Mutation]:
@@ -900,11 +901,15 @@ MUTATIONS = [
     *faults(
         "tempact/updates.py",
         EQUAL,
-        (f"{BITS}[six plans-2]", "sum(map(len, units)))", "sum(map(len, _own(units, self.policy.ranks))))"),
+        (
+            f"{BITS}[six plans-2]",
+            "sum(map(len, units)))",
+            "sum(map(len, _dealt(units, self.policy.ranks.rank, self.policy.ranks.size))))",
+        ),
         (
             f"{BITS}[six plans-2]",
             "self.terms = [executor.terms(part, mask) for part in parts]",
-            "self.terms = [executor.terms([p for unit in _own(own, ranks) for p in unit], mask) for own in self.units]",
+            "self.terms = [executor.terms([*chain(*_dealt(own, ranks.rank, ranks.size))], mask) for own in self.units]",
         ),
     ),
     *faults(
@@ -933,6 +938,35 @@ MUTATIONS = [
             "test_an_error_of_one_rank_is_raised_by_all_and_says_where",
             "self.agreed(lambda: None if self.local_rank else early.append(act()), UserError)",
             "self.gather(None if self.local_rank else early.append(act()))",
+        ),
+    ),
+    *faults(
+        "tempact/distributed/reduction.py",
+        GROUPS,
+        ("test_leaves_fall_to_one_rank_each_and_their_sum_has_one_order", "rank % members * units\n", "0\n"),
+    ),
+    *faults(
+        "tempact/distributed/__init__.py",
+        GROUPS,
+        ("test_ranks_of_groups", "range(self.member, self.size, self.members)", "range(self.size)"),
+    ),
+    *faults(
+        "tempact/executor/sampler.py",
+        GROUPS,
+        (
+            "test_a_block_follows_the_first_continuations_noise_until_its_fork",
+            "own.start + continuation if chunk >= forks[plan] else 0",
+            "own.start + continuation",
+        ),
+    ),
+    *faults(
+        "tempact/rewards/__init__.py",
+        GROUPS,
+        ("test_scores_of_blocks_are_put_together_by_their_place", "rows[:, videos.start : videos.stop]", "rows[:, :2]"),
+        (
+            "test_a_plans_one_score_is_not_that_of_a_part_of_its_videos",
+            'levels.get(name) == "plan" and self.continuations is None',
+            'levels.get(name) == "plan"',
         ),
     ),
 ]
