@@ -128,9 +128,9 @@ def few_videos(
 def repeated_scores(scoring: Scoring) -> Scores:
     """With the scores of the videos that were made for all others, too."""
     quality, *made = SCORES(scoring)
-    there = {plan for own, _ in made for plan in own}
+    there = {plan for own, *_ in made for plan in own}
     missing = [plan for plan in range(len(scoring.plans.plans)) if plan not in there]
-    more = [(range(plan, plan + 1), made[i % len(made)][1]) for i, plan in enumerate(missing)]
+    more = [(range(plan, plan + 1), *made[i % len(made)][1:]) for i, plan in enumerate(missing)]
     return [quality, *made, *more]
 
 

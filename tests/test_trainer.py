@@ -67,7 +67,7 @@ class FixedRewards:
     scored: Scored
     told: list[object] = field(default_factory=list)
 
-    def begin(self, plans: PlanBatch, own: range) -> FixedRewards:
+    def begin(self, plans: PlanBatch, *own: object) -> FixedRewards:
         self.told.append(plans)
         return self
 
@@ -289,8 +289,8 @@ def two_updates() -> tuple[Trainer, Iteration, list[dict]]:
     trainer = make(smoke(updates_per_iteration=2), rewards([[0.9, 0.9], [0.1, 0.1]], [[0.2, 0.8], [0.8, 0.2]]))
 
     def watched(who: str, update: Callable) -> Callable:
-        def run(batch, plans, old, total):
-            metrics = update(batch, plans, old, total)
+        def run(batch, plans, old, total, *units):
+            metrics = update(batch, plans, old, total, *units)
             seen.append({"who": who, "plans": plans, "old": old, "metrics": metrics})
             return metrics
 
