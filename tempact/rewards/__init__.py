@@ -274,8 +274,8 @@ class Scoring:
         scores of a wrong shape and for infinite ones.
         """
         name = "plan_quality"
-        quality = self._valid(name, _tensor(name, self.quality, [[len(self.own)]]))
-        found: Scores = [(self.own, range(0), {name: quality})]
+        scores = {name: self._valid(name, _tensor(name, self.quality, [[len(self.own)]]))}
+        found: Scores = [(self.own, range(0), scores)]
         levels: dict[str, RewardLevel] = {reward.name: reward.level for reward in self.rewards.custom}
         for (own, returned), broken in zip(self.parts, self.broken, strict=True):
             scores = {}
