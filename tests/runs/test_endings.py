@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("log_handlers")
 
 @pytest.fixture
 def unevaluated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "evaluate", lambda *given: None)
+    monkeypatch.setattr(run_module, "evaluate", lambda *given, **more: None)
 
 
 def once(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int, act: Callable[[], None]) -> None:
@@ -56,7 +56,7 @@ def steps(folder: Path) -> list[str]:
     [
         (Planner, "sample", signal.SIGTERM),
         (Executor, "rollout", signal.SIGINT),
-        (Scoring, "result", signal.SIGHUP),
+        (Scoring, "scores", signal.SIGHUP),
         (Planner, "update", signal.SIGUSR1),
     ],
     ids=["plan", "rollout", "rewards", "update"],
@@ -236,6 +236,19 @@ def test_an_unexpected_exception_saves_the_last_whole_iteration(
     assert [row["step"] for row in read_metrics(tmp_path)] == [1]
     assert start(tmp_path) == 0
     assert_same_run(unbroken, tmp_path)
+
+
+def test_a_signal_while_an_exception_is_noted_takes_nothing_of_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], unevaluated: None
+) -> None:
+    def fail() -> None:
+        raise KeyError("planted")
+
+    once(monkeypatch, Planner, "update", 2, fail)
+    once(monkeypatch, run_module, "failed", 1, lambda: signal.raise_signal(signal.SIGTERM))
+    assert start(tmp_path) == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(told) == 1 and "KeyError: 'planted'" in told[0] and "saved after iteration 1" in told[0]
 
 
 def test_a_mistake_of_the_user_in_mid_run_is_one_line_and_loses_nothing(
