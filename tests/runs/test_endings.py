@@ -21,7 +21,7 @@ from tempact.errors import EXIT_STOPPED, EXIT_USER_ERROR, REMIND_S, Stopped, Sto
 from tempact.executor.executor import Executor
 from tempact.planner.planner import Planner
 from tempact.reporting import read_metrics
-from tempact.rewards import Scoring
+from tempact.rewards import RewardSet, Scoring
 from tempact.rl import PolicyOptimizer
 from tempact.runs import run as run_module
 from tempact.runs.checkpoint import verify
@@ -268,15 +268,15 @@ def test_a_mistake_of_the_user_in_mid_run_is_one_line_and_loses_nothing(
 def test_rewards_that_are_no_use_end_the_run_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], unevaluated: None
 ) -> None:
-    plain = Scoring.result
+    plain = RewardSet.whole
 
-    def refused(scoring: Scoring):
-        scored = plain(scoring)
+    def refused(*given: object):
+        scored = plain(*given)
         scored.temporal_following[:] = scored.step_following[:] = float("nan")  # a judge that answers prose
         return scored
 
     with monkeypatch.context() as patch:
-        patch.setattr(Scoring, "result", refused)
+        patch.setattr(RewardSet, "whole", refused)
         assert start(tmp_path, "--trainer.max_idle_iterations", "2") == EXIT_ABORTED
     told = capsys.readouterr().err
     assert "planner: 2 iterations in a row without a group whose rewards can be compared" in told
@@ -287,14 +287,14 @@ def test_rewards_that_are_no_use_end_the_run_saved(
 def test_a_run_shorter_than_the_limit_that_learned_nothing_does_not_end_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unevaluated: None
 ) -> None:
-    plain = Scoring.result
+    plain = RewardSet.whole
 
-    def refused(scoring: Scoring):
-        scored = plain(scoring)
+    def refused(*given: object):
+        scored = plain(*given)
         scored.temporal_following[:] = scored.step_following[:] = float("nan")
         return scored
 
-    monkeypatch.setattr(Scoring, "result", refused)
+    monkeypatch.setattr(RewardSet, "whole", refused)
     assert start(tmp_path, "--trainer.max_idle_iterations", "50") == EXIT_ABORTED
     assert steps(tmp_path) == ["step-000003"]
 
