@@ -120,8 +120,8 @@ MUTATIONS = [
         ),
         (
             "test_a_rollback_takes_back_what_is_not_confirmed_to_the_bit",
-            'value.detach().to("cpu", copy=True)',
-            "value.detach()",
+            "return place.copy_(value.detach(), non_blocking=True)",
+            "return value.detach()",
         ),
         (
             "test_iterations_from_which_nothing_can_be_learned_end_the_run",
@@ -220,9 +220,9 @@ MUTATIONS = [
         ),
     ),
     Mutation(
-        "tempact/train.py",
-        'if options.gpus and ranks != "1":',
-        "if options.gpus and not ranks:",
+        "tempact/distributed/launch.py",
+        'if processes and ranks != "1":',
+        "if processes and not ranks:",
         ("tests/distributed/test_launch.py::test_wrong_options_are_one_line_before_any_process",),
     ),
     *faults(

@@ -125,10 +125,9 @@ class Ending:
 
         Raises UserError, or RunFailed for an unexpected exception, where this process is to tell.
         """
-        if not self.ranks.alone:
-            self.stop.last = True  # another process' end may come as a signal here
+        self.stop.close("saving what is done")
+        self.stop.last = not self.ranks.alone  # another process' end may come as a signal here
         if isinstance(error, Stopped):
-            self.stop.handled()
             return self._ended(self.ranks.stopping(str(error)), kept)
         code = exit_code(error)
         line = str(error) if code != 1 else f"{failed(folder, error)}; traceback in {folder / TRACEBACKS}"

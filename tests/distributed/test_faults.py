@@ -88,4 +88,4 @@ def ending(kind: str, rank: int, phase: str) -> str:
     # which of those that sit in a collective has not entered it cannot be seen from outside
     named = r"\d" if (kind, phase) == ("hang", "meeting") else rank
     where = rf"rank {named} on {re.escape(socket.gethostname())}, iteration 2, {PHASE_OF.get(phase, phase)}: "
-    return (r"\S+ ERROR " if kind == "outage" else "error: ") + where + f"({CAUSES[kind]}); "
+    return (r"(\S+ ERROR|error:) " if kind == "outage" else "error: ") + where + f"({CAUSES[kind]}); "

@@ -21,7 +21,7 @@ from tempact.errors import EXIT_STOPPED, EXIT_USER_ERROR, REMIND_S, Stopped, Sto
 from tempact.executor.executor import Executor
 from tempact.planner.planner import Planner
 from tempact.reporting import read_metrics
-from tempact.rewards import Scoring
+from tempact.rewards import RewardSet, Scoring
 from tempact.rl import PolicyOptimizer
 from tempact.runs import run as run_module
 from tempact.runs.checkpoint import verify
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("log_handlers")
 
 @pytest.fixture
 def unevaluated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "evaluate", lambda *given: None)
+    monkeypatch.setattr(run_module, "evaluate", lambda *given, **more: None)
 
 
 def once(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int, act: Callable[[], None]) -> None:
@@ -56,7 +56,7 @@ def steps(folder: Path) -> list[str]:
     [
         (Planner, "sample", signal.SIGTERM),
         (Executor, "rollout", signal.SIGINT),
-        (Scoring, "result", signal.SIGHUP),
+        (Scoring, "scores", signal.SIGHUP),
         (Planner, "update", signal.SIGUSR1),
     ],
     ids=["plan", "rollout", "rewards", "update"],
@@ -238,6 +238,19 @@ def test_an_unexpected_exception_saves_the_last_whole_iteration(
     assert_same_run(unbroken, tmp_path)
 
 
+def test_a_signal_while_an_exception_is_noted_takes_nothing_of_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], unevaluated: None
+) -> None:
+    def fail() -> None:
+        raise KeyError("planted")
+
+    once(monkeypatch, Planner, "update", 2, fail)
+    once(monkeypatch, run_module, "failed", 1, lambda: signal.raise_signal(signal.SIGTERM))
+    assert start(tmp_path) == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(told) == 1 and "KeyError: 'planted'" in told[0] and "saved after iteration 1" in told[0]
+
+
 def test_a_mistake_of_the_user_in_mid_run_is_one_line_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], unevaluated: None
 ) -> None:
@@ -255,15 +268,15 @@ def test_a_mistake_of_the_user_in_mid_run_is_one_line_and_loses_nothing(
 def test_rewards_that_are_no_use_end_the_run_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], unevaluated: None
 ) -> None:
-    plain = Scoring.result
+    plain = RewardSet.whole
 
-    def refused(scoring: Scoring):
-        scored = plain(scoring)
+    def refused(*given: object):
+        scored = plain(*given)
         scored.temporal_following[:] = scored.step_following[:] = float("nan")  # a judge that answers prose
         return scored
 
     with monkeypatch.context() as patch:
-        patch.setattr(Scoring, "result", refused)
+        patch.setattr(RewardSet, "whole", refused)
         assert start(tmp_path, "--trainer.max_idle_iterations", "2") == EXIT_ABORTED
     told = capsys.readouterr().err
     assert "planner: 2 iterations in a row without a group whose rewards can be compared" in told
@@ -274,14 +287,14 @@ def test_rewards_that_are_no_use_end_the_run_saved(
 def test_a_run_shorter_than_the_limit_that_learned_nothing_does_not_end_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unevaluated: None
 ) -> None:
-    plain = Scoring.result
+    plain = RewardSet.whole
 
-    def refused(scoring: Scoring):
-        scored = plain(scoring)
+    def refused(*given: object):
+        scored = plain(*given)
         scored.temporal_following[:] = scored.step_following[:] = float("nan")
         return scored
 
-    monkeypatch.setattr(Scoring, "result", refused)
+    monkeypatch.setattr(RewardSet, "whole", refused)
     assert start(tmp_path, "--trainer.max_idle_iterations", "50") == EXIT_ABORTED
     assert steps(tmp_path) == ["step-000003"]
 
