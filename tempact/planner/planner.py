@@ -79,7 +79,6 @@ class Planner:
             kernels = liger.use_kernels(model)
             log.info("planner: Liger's kernels: %s, its fused loss: %s", kernels, serves == "all")
         self.peft = adapted(model, lora, "planner", adapter)
-        self.device = model.device
         self.peft.eval()  # no dropout: the policy that samples is the one that is trained
         check_head(model)
         self.stepwise = decode.steps(model, self.generation)
@@ -105,6 +104,11 @@ class Planner:
         """
         model, tokenizer = load_chat_model(folder, config.precision, device)
         return cls(model, tokenizer, config, frames, chunk, Path(config.adapter) if config.adapter else None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; weights may wait elsewhere."""
+        return next(parameter.device for parameter in self.peft.parameters() if parameter.requires_grad)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name."""
