@@ -187,7 +187,7 @@ def test_an_iteration_with_judges_of_real_video(tmp_path: Path, monkeypatch: pyt
     judges = FakeJudges(says)
     rewards = real_rewards(judges, PickScorer(*tiny_clip()), config.judges)
 
-    def sample(prompts: list[Prompt], plans_per_prompt: int, seed: int) -> PlanBatch:
+    def sample(prompts: list[Prompt], plans_per_prompt: int, seed: int, ranks: object) -> PlanBatch:
         return PlanBatch(prompts, [Plan(prompts[0].text, steps)] * plans_per_prompt, plans_per_prompt)
 
     class Prompts:

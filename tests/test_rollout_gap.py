@@ -74,7 +74,7 @@ def test_a_wide_gap_leaves_the_executor_as_it_was(another_policy: None) -> None:
 def test_the_run_is_saved_and_ends_with_its_own_exit_code(
     tmp_path: Path, another_policy: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run_module, "evaluate", lambda *given: None)
+    monkeypatch.setattr(run_module, "evaluate", lambda *given, **more: None)
     folder = tmp_path / "run"
     assert train.main([*SMOKE, "--output", str(folder)]) == EXIT_ABORTED == 3
     told = " ".join(capsys.readouterr().err.split())

@@ -191,7 +191,7 @@ def test_weighted_scores_are_added_to_their_level() -> None:
 def test_a_run_learns_from_its_own_reward_and_records_it(
     module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_handlers: None
 ) -> None:
-    monkeypatch.setattr(run_module, "evaluate", lambda *given: None)
+    monkeypatch.setattr(run_module, "evaluate", lambda *given, **more: None)
 
     def run(name: str, *custom: str) -> tuple[dict[str, float], list[dict]]:
         folder = tmp_path / name

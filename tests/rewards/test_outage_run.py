@@ -104,7 +104,7 @@ def check_no_key(folder: Path, *texts: str) -> None:
 @pytest.fixture
 def unevaluated(monkeypatch: pytest.MonkeyPatch, log_handlers: None) -> None:
     """Runs end before their evaluation."""
-    monkeypatch.setattr(run_module, "evaluate", lambda *given: None)
+    monkeypatch.setattr(run_module, "evaluate", lambda *given, **more: None)
 
 
 @pytest.mark.usefixtures("unevaluated")
