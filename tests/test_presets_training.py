@@ -101,7 +101,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> None:
 
     rewards = RewardSet(length, Brightness(0), Brightness(9), Brightness(1))
     monkeypatch.setattr("tempact.planner.planner.parse_plan", planned)
-    monkeypatch.setattr(World, "rewards", lambda world, device: rewards)
+    monkeypatch.setattr(World, "rewards", lambda world, *given: rewards)
     monkeypatch.setattr(run_module, "write_extremes", lambda *given: None)  # a third of the time, and tested elsewhere
 
 

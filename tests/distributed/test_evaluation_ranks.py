@@ -226,7 +226,7 @@ def test_an_error_of_one_rank_ends_all_in_one_line(
     assert in_ranks(2, partial(act, own, partial(ends, rank=rank, end=partial(raising, error)))) == [code, code]
     lines = [line for line in capfd.readouterr().err.splitlines() if "INFO" not in line]
     assert len(lines) == 1 and told in lines[0], lines
-    assert (f"rank 1 on {HOST}, evaluation, " in lines[0]) is (rank == 1 and code != 3)  # judges are everyone's
+    assert (f"rank 1 on {HOST}, evaluation, " in lines[0]) is (rank == 1)
     assert ("what is done is kept" in lines[0]) is (code != 2 or rank == 1)
     assert (own.folder / "tracebacks.txt").exists() is (code == 1)
     unbroken = bench(tmp_path / "unbroken")

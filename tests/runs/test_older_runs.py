@@ -33,7 +33,7 @@ def old(tmp_path: Path) -> Path:
 
 
 def test_it_goes_on(old: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(run_module, "evaluate", lambda *given: None)
+    monkeypatch.setattr(run_module, "evaluate", lambda *given, **more: None)
     assert train.main([*ARGUMENTS, "--output", str(old), "--trainer.iterations", "3"]) == 0
     assert [row["step"] for row in read_metrics(old)] == [1, 2, 3]
     told = capsys.readouterr().err
