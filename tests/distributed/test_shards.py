@@ -205,7 +205,8 @@ def check_parts(executor: Executor) -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "lora"])
-def test_two_processes_compute_the_bits_of_one(backend: str, tmp_path: Path) -> None:
+def test_two_processes_compute_the_bits_of_one(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # where the processes find this module
     if backend == "torch":
         sizes = replace(SMALL, in_dim=16, out_dim=16)
         wan = synthesise.wan_folder(tmp_path / "wan", synthesise.random_state(sizes), sizes, shards=3)
