@@ -35,15 +35,23 @@ from tempact.files import write_atomic
 RUNS = 7
 
 
-def timed(act: Callable[[], object], ranks: Ranks, device: torch.device) -> float:
-    """Median seconds, the slowest process' of each run."""
+def timed(
+    act: Callable[[], object], ranks: Ranks, device: torch.device, before: Callable[[], object] = lambda: None
+) -> float:
+    """Median seconds of `act`, the slowest process' of each run; `before` comes first, untimed."""
+
+    def finished() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
     found = []
     for _ in range(RUNS + 1):  # the first allocates
+        before()
+        finished()
         ranks.arrive()
         began = time.perf_counter()
         act()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        finished()
         found.append(max(ranks.gather(time.perf_counter() - began)))
     return statistics.median(found[1:])
 
@@ -62,22 +70,9 @@ def measure(ranks: Ranks, numbers: int, units: int) -> dict[str, float]:
 
     unit_s = timed(work, ranks, device) / max(1, len(UpdateSum(gradient, units, units).own))
 
-    def finish() -> None:
-        sums[0].finish()
-
-    tree = []
-    for _ in range(RUNS + 1):
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        ranks.arrive()
-        began = time.perf_counter()
-        finish()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        tree.append(max(ranks.gather(time.perf_counter() - began)))
+    tree_s = timed(lambda: sums[0].finish(), ranks, device, before=work)
     plain = timed(lambda: dist.all_reduce(gradient.flat), ranks, device)
-    tree_s, size = statistics.median(tree[1:]), numbers * 4 / 1e9
+    size = numbers * 4 / 1e9
     bus = 2 * (ranks.size - 1) / ranks.size * size
     return {
         "gigabytes": size, "unit_s": unit_s, "tree_s": tree_s, "all_reduce_s": plain,

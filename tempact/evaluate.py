@@ -128,7 +128,8 @@ def _together(
 def _load(config: RunConfig, run: Path | None, ranks: Ranks) -> tuple[PolicyPair, str]:
     """A run's policies and the name of its newest checkpoint, or a preset's own."""
     from tempact.policies import build_policies
-    from tempact.runs.run import load_adapters, newest, quiet, use_newest
+    from tempact.runs.ending import quiet
+    from tempact.runs.run import load_adapters, newest, use_newest
 
     # a run without a checkpoint is refused before weights are loaded
     found = None if run is None else ranks.from_first(lambda: newest(run))

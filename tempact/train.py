@@ -36,7 +36,8 @@ def _train(arguments: list[str]) -> int:
     from tempact.runs.logs import starting
 
     starting()
-    from tempact.runs.run import RunFailed, train
+    from tempact.runs.ending import RunFailed
+    from tempact.runs.run import train
 
     try:
         result = train(config, options.resume)

@@ -170,7 +170,8 @@ class RewardSet:
     aesthetics          P [P, N] of the pictures after the switch
     custom              the user's own
     metrics             gives metrics of the scoring itself since its last call, named as in `metrics.jsonl`
-    check               asks what the rewards depend on for an example, before there is a plan; raises as `result` does
+    check               asks what the rewards depend on for an example, before there is a plan; raises as
+                        `Scoring.scores`
     close               ends what the rewards have started; they score nothing afterwards
     warn                writes warnings that may come with every iteration
 
@@ -287,10 +288,6 @@ class Scoring:
                 scores[name] = self._finite(name, whole) if name in levels else self._valid(name, whole)
             found.append((own, self.continuations or range(broken.shape[1]), scores))
         return found
-
-    def result(self) -> Scored:
-        """Waits for all scores, where all of them come here. Raises as `scores`."""
-        return self.rewards.whole(self.plans, [self.scores()])
 
     def _finite(self, name: str, scores: Tensor) -> Tensor:
         if torch.isinf(scores).any():

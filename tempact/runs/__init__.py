@@ -23,7 +23,7 @@ def together(config: RunConfig, folder: Path, act: Callable[[Ranks], int], kept:
     import torch
 
     from tempact.distributed import Ranks, told
-    from tempact.runs.run import Ending, RunFailed
+    from tempact.runs.ending import Ending, RunFailed
 
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     with StopRequest().listening() as stop, Ranks.joined(stop, config.trainer.stall_s, on_gpu) as ranks:

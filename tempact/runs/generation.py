@@ -31,9 +31,10 @@ from tempact.planner.plans import Request
 from tempact.policies import PolicyPair, build_executor, build_planner, device_of
 from tempact.reporting.strips import COLUMNS, StripRow, film_strip, save_strip, shown_frames
 from tempact.runs.checkpoint import Checkpoint
+from tempact.runs.ending import quiet
 from tempact.runs.evaluation import alike, claimed
 from tempact.runs.logs import Progress
-from tempact.runs.run import load_policies, newest, quiet, use_newest
+from tempact.runs.run import load_policies, newest, use_newest
 from tempact.types import Plan, Prompt
 from tempact.video import Mp4Writer
 from tempact.worlds import World, world_of

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tempact.rewards import RewardFunction, RewardSet, switch_spans
+from tempact.rewards import RewardFunction, RewardSet, Scoring, switch_spans
 from tempact.rewards.judges import JudgeCall, JudgeResult
 from tempact.rewards.judges.replies import BadReply, read_reply
 from tempact.types import Missing, Plan, PlanBatch, Prompt, Rollout, Scored, Step, Transition
@@ -93,7 +93,12 @@ def score(rewards: RewardSet, plans: PlanBatch, rollout: Rollout) -> Scored:
     """All raw rewards of a whole rollout."""
     scoring = rewards.begin(plans)
     scoring.add(rollout)
-    return scoring.result()
+    return result(scoring)
+
+
+def result(scoring: Scoring) -> Scored:
+    """What a process that is alone makes of its scores."""
+    return scoring.rewards.whole(scoring.plans, [scoring.scores()])
 
 
 def tint(plan: int, continuation: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rewards.reward_cases import STEPS, plan_batch, rollout_of, score
+from rewards.reward_cases import STEPS, plan_batch, result, rollout_of, score
 from torch import Tensor
 
 from tempact import train
@@ -127,7 +127,7 @@ def test_a_reward_is_given_prompts_plans_frames_and_the_switched_steps() -> None
     scoring = base(Reward("look", look)).begin(plans)
     scoring.add(rollout_of(plan_batch(STEPS), [6]))
     scoring.add(rollout_of(plan_batch([Step(0, 30, "all")], STEPS), [3, 15]))
-    (own,) = scoring.result().custom
+    (own,) = result(scoring).custom
     assert own.scores.shape == (3, 2) and own.scores.dtype == torch.float32
     texts = ["a cat sits, jumps, sleeps"]
     assert [prompts for prompts, _, _ in seen] == [texts, texts * 2]
@@ -146,7 +146,7 @@ def test_scores_may_be_sequences_or_on_their_way() -> None:
     scoring = base(*own).begin(plans)
     scoring.add(rollout_of(plans, [6, 6]))
     later.set_result(torch.tensor([[1, 2], [3, 4]]))
-    scored = scoring.result()
+    scored = result(scoring)
     assert [each.name for each in scored.custom] == ["rows", "each", "later"]
     torch.testing.assert_close(scored.custom[0].scores, torch.tensor([[1, 2], [3, NAN]]), equal_nan=True)
     assert scored.custom[1].scores.tolist() == [1.0, -2.0]

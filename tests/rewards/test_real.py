@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rewards.reward_cases import STEPS, FakeJudges, plan_batch, rollout_of, score
+from rewards.reward_cases import STEPS, FakeJudges, plan_batch, result, rollout_of, score
 from rewards.tiny_clip import tiny_clip
 
 from tempact.config import JudgeSettings, RewardConfig
@@ -69,7 +69,7 @@ def test_judges_work_while_the_next_videos_are_made() -> None:
     assert len(judges.waiting) == 3 + 6 + 6
     assert all(torch.isfinite(returned["aesthetics"]).all() for _, returned in scoring.parts)
     judges.release()
-    scored = scoring.result()
+    scored = result(scoring)
     assert scored.plan_quality.tolist() == pytest.approx([0.9] * 3)
     assert scored.temporal_following.shape == scored.step_following.shape == scored.aesthetics.shape == (3, 2)
     assert len(judges.calls) == 3 + 6 + 6  # nothing is asked twice
@@ -88,7 +88,7 @@ def test_videos_in_parts_are_scored_as_together() -> None:
     for p, start in enumerate((6, 3)):
         part = rollout_of(plan_batch(STEPS), [start])
         scoring.add(replace(part, frames=whole.frames[p : p + 1]))
-    parts = scoring.result()
+    parts = result(scoring)
     for (name, scores), (_, expected) in zip(parts.named(), together.named(), strict=True):
         torch.testing.assert_close(scores, expected, equal_nan=True, msg=name)
 
@@ -97,7 +97,7 @@ def test_scores_of_videos_that_never_came_are_no_scores() -> None:
     scoring = rewards_of(FakeJudges(says)).begin(plan_batch(STEPS, STEPS))
     scoring.add(rollout_of(plan_batch(STEPS), [6]))
     with pytest.raises(AssertionError, match="scores of others than"):
-        scoring.result()
+        result(scoring)
 
 
 def test_missing_scores_leave_the_groups_and_change_nobody_elses_advantage() -> None:
