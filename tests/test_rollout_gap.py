@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tempact import train
+from tempact.cli import EXIT_ABORTED
 from tempact.executor.executor import Executor
 from tempact.planner.planner import Planner
 from tempact.policies import build_policies, build_trainer
@@ -16,7 +17,6 @@ from tempact.presets import get_preset
 from tempact.reporting import read_metrics
 from tempact.runs import run as run_module
 from tempact.runs.checkpoint import verify
-from tempact.runs.run import EXIT_ABORTED
 from tempact.trainer import RolloutGapTooWide, Trainer, too_wide
 
 SIGMAS = ("1.000", "0.938", "0.833")

@@ -20,13 +20,13 @@ from rewards.judge_cases import KEY
 from rewards.judge_server import GOOD, Server
 
 from tempact import train
+from tempact.cli import EXIT_ABORTED
 from tempact.errors import EXIT_USER_ERROR
 from tempact.presets import get_preset
 from tempact.reporting import read_metrics
 from tempact.rewards.judges import client as judge_client
 from tempact.runs import run as run_module
 from tempact.runs.checkpoint import defect, latest
-from tempact.runs.run import EXIT_ABORTED
 from tempact.worlds import world_of
 
 ITERATIONS = 4

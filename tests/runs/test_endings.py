@@ -23,6 +23,7 @@ from tempact.planner.planner import Planner
 from tempact.reporting import read_metrics
 from tempact.rewards import RewardSet, Scoring
 from tempact.rl import PolicyOptimizer
+from tempact.runs import ending
 from tempact.runs import run as run_module
 from tempact.runs.checkpoint import verify
 
@@ -245,7 +246,7 @@ def test_a_signal_while_an_exception_is_noted_takes_nothing_of_its_line(
         raise KeyError("planted")
 
     once(monkeypatch, Planner, "update", 2, fail)
-    once(monkeypatch, run_module, "failed", 1, lambda: signal.raise_signal(signal.SIGTERM))
+    once(monkeypatch, ending, "failed", 1, lambda: signal.raise_signal(signal.SIGTERM))
     assert start(tmp_path) == 1
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(told) == 1 and "KeyError: 'planted'" in told[0] and "saved after iteration 1" in told[0]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_references import undocumented
 
 from tempact import evaluate, generate, report, train
-from tempact.cli import from_yaml
+from tempact.cli import EXIT_ABORTED, from_yaml
 from tempact.errors import EXIT_USER_ERROR
 from tempact.evaluation import METHODS
 from tempact.evaluation.statistics import Row, read_evaluation
@@ -29,7 +29,6 @@ from tempact.rewards.judges import JudgeOutage
 from tempact.runs import run as run_module
 from tempact.runs.checkpoint import defect, verify
 from tempact.runs.evaluation import SHOWN
-from tempact.runs.run import EXIT_ABORTED
 from tempact.trainer import Trainer
 from tempact.types import PlanBatch
 from tempact.worlds import WEIGHTS, ShapeWorld
