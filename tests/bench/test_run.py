@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
+COMMANDS = ("judge_client", "reduction", "shapeworld")  # of their own, not benches of pytest
 FIELDS = {
     "op", "case", "impl", "ms", "p20", "p80", "tflops", "gbps", "ratio_to", "error", "torch", "triton", "commit"
 }  # fmt: skip
@@ -30,7 +31,7 @@ def test_it_checks_every_op_and_says_what_it_ran_on() -> None:
     assert done.returncode == 0, done.stdout[-3000:]
     assert "tiny shapes on the torch path" in done.stdout and "errors only" in done.stdout
     benches = (path.stem.removeprefix("bench_") for path in (REPOSITORY / "bench").glob("bench_*.py"))
-    ops = sorted(name for name in benches if name not in ("judge_client", "reduction"))  # commands of their own
+    ops = sorted(name for name in benches if name not in COMMANDS)
     assert {op for op in ops if f"\n{op}: " in done.stdout} >= set(ops) - {"kv_cache"}
     assert "no speed" not in done.stdout
 
