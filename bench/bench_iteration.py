@@ -2,7 +2,7 @@
 
     PYTHONPATH=tests python -m bench.bench_iteration
     [--prompts 16] [--plans 4] [--continuations 8] [--frames 30] [--iterations 2] [--save [FILE]] [--memory-only]
-    [--tiny] [--folder FOLDER] [--judge-delay 1.0] [--section.key value ...]
+    [--gpus 1] [--tiny] [--folder FOLDER] [--judge-delay 1.0] [--section.key value ...]
 
 Runs `python -m tempact.train self-forcing` on random weights of the real sizes (bench/weights.py, written to the folder
 once, 25 GB), loaded by the product's own loaders. Plans come from a script (bench/stories.py): the planner samples all
@@ -14,7 +14,8 @@ For each iteration: seconds and peak memory of each phase, the latter beside the
 configuration, judge calls, gaps between sampling and training, memory of the host. The last one is the result: the
 first records CUDA graphs and compiles. --save writes everything to FILE (bench/baselines/iteration-<gpu>.json) after
 each iteration, so that a run that is cut off leaves those that it finished. --memory-only measures memory in minutes
-(what it leaves out: bench/stories.py); its seconds mean nothing. --tiny: small models on the CPU.
+(what it leaves out: bench/stories.py); its seconds mean nothing. --gpus N starts a process a GPU by torchrun.
+--tiny: small models on the CPU.
 
 Runs in the background with `setsid`, its output in a file; SIGTERM ends it and everything that it has started.
 """
@@ -66,9 +67,10 @@ UPDATES = "update"  # end of the dry run's names for the phases of that one; oth
 
 @dataclass(frozen=True)
 class Work:
-    """What is run. given: further keys of the configuration; sizes: as REAL."""
+    """What is run. given: further keys of the configuration; sizes: as REAL; gpus: processes."""
 
     sizes: dict[str, int]
+    gpus: int
     tiny: bool
     memory_only: bool
     judge_delay_s: float
@@ -106,7 +108,7 @@ class Work:
         return peaks
 
 
-def measured(row: dict[str, Any], before_s: float, host_gib: float) -> dict[str, Any]:
+def measured(row: dict[str, Any], before_s: float, host_gib: float, gpus: int = 1) -> dict[str, Any]:
     """What a row of metrics.jsonl tells; before_s: `time_s` of the row before."""
     judges = [name.split("/")[1] for name in row if name.startswith("judge/") and name.endswith("/calls")]
     calls = {role: round(row[f"judge/{role}/calls"]) for role in judges}
@@ -115,7 +117,7 @@ def measured(row: dict[str, Any], before_s: float, host_gib: float) -> dict[str,
     return {
         "iteration": row["step"],
         "seconds": seconds | {"all": sum(seconds.values()), "between rows": row["time_s"] - before_s},
-        "gpu_hours": sum(seconds.values()) / 3600,
+        "gpu_hours": gpus * sum(seconds.values()) / 3600,
         "peak_gib": {name.removesuffix("_gib"): value for name, value in peaks.items()},
         "host_gib": host_gib,
         "judge_calls": sum(calls.values()),
@@ -124,6 +126,7 @@ def measured(row: dict[str, Any], before_s: float, host_gib: float) -> dict[str,
         "gaps": {name: value for name, value in row.items() if "_gap" in name},
         "missing": {who: row[f"{who}/missing"] for who in ("planner", "executor")},
         "grad_norm": {who: row.get(f"{who}/grad_norm") for who in ("planner", "executor")},
+        "idle": {name: value for name, value in row.items() if name.startswith("ranks/idle")},
     }
 
 
@@ -150,12 +153,16 @@ def table(found: dict[str, Any], planned: dict[str, float]) -> str:
 
 
 def most_memory_gib(process: int) -> float:
-    """Most host memory that a process has had, pages of mapped files included; 0 once it is gone."""
+    """Most host memory that a process and those that it has started have had, pages of mapped files included; 0 once it
+    is gone."""
+    most = 0.0
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{process}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / GIB
-    return 0.0
+                most += int(line.split()[1]) * 1024 / GIB
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        most += sum(most_memory_gib(int(child)) for child in children)
+    return most
 
 
 def rows_of(process: subprocess.Popen[bytes], run: Path) -> Iterator[tuple[dict[str, Any], float]]:
@@ -193,19 +200,20 @@ def run(work: Work, folder: Path, save: Callable[[dict[str, Any]], None], write:
     server = Apart(Behaviour(delay_s=work.judge_delay_s, verdicts=True))
     environment |= {"TEMPACT_JUDGE_BASE_URL": server.url, "TEMPACT_JUDGE_MODEL": "fake"}
     options = ["--memory-only"] * work.memory_only + work.arguments(folder)
-    process = subprocess.Popen([*python, "bench.stories", *options], env=environment)
+    several = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(work.gpus), "-m"] * (work.gpus > 1)
+    process = subprocess.Popen([*python, *several, "bench.stories", *options], env=environment)
     try:
         planned = work.plan(folder)
         found: list[dict[str, Any]] = []
         before_s = 0.0
         for row, memory in rows_of(process, made / "run"):
-            found.append(measured(row, before_s, memory))
+            found.append(measured(row, before_s, memory, work.gpus))
             before_s = row["time_s"]
             write(table(found[-1], planned) + NOTE * work.memory_only)
             save(about(work, made / "run") | {"dry_run_peak_gib": planned, "measured": found})
         return process.wait()
     finally:
-        process.kill()  # told to stop it would finish the iteration
+        (process.terminate if several else process.kill)()  # told to stop a run would finish the iteration
         process.wait()
         server.stop()
 
@@ -222,6 +230,7 @@ def about(work: Work, run: Path) -> dict[str, Any]:
         "memory_only": work.memory_only,
         "videos": work.sizes["prompts"] * work.sizes["plans"] * work.sizes["continuations"],
         "judge_delay_s": work.judge_delay_s,
+        "processes": work.gpus,
         **work.sizes,
     }
 
@@ -234,6 +243,7 @@ def main(argv: list[str] | None = None, write: Callable[[str], None] = printed) 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     for name, value in REAL.items():
         parser.add_argument(f"--{name}", type=int, help=f"{value}; {TINY[name]} of --tiny")
+    parser.add_argument("--gpus", type=int, default=1, help="processes, each with a GPU of its own")
     parser.add_argument("--tiny", action="store_true", help="small models on the CPU")
     parser.add_argument("--memory-only", action="store_true", help="cut short in time, not in memory")
     parser.add_argument("--judge-delay", type=float, default=1.0, help="seconds of a judge's reply")
@@ -244,7 +254,7 @@ def main(argv: list[str] | None = None, write: Callable[[str], None] = printed) 
     sizes = {name: value if (asked := getattr(own, name)) is None else asked for name, value in usual.items()}
     if own.save is not None:
         own.save.parent.mkdir(parents=True, exist_ok=True)
-    work = Work(sizes, own.tiny, own.memory_only, own.judge_delay, given)
+    work = Work(sizes, own.gpus, own.tiny, own.memory_only, own.judge_delay, given)
 
     def save(results: dict[str, Any]) -> None:
         if own.save is not None:

@@ -86,7 +86,7 @@ def test_a_number_that_the_run_refuses_is_one_line_before_weights_are_written(
 
 def test_keys_that_are_given_go_to_the_run() -> None:
     given = ["--executor.window", "longlive"]
-    work = Work(TINY, tiny=True, memory_only=False, judge_delay_s=0.0, given=given)
+    work = Work(TINY, gpus=1, tiny=True, memory_only=False, judge_delay_s=0.0, given=given)
     config = work.config(Path("/a folder"))
     assert (config.executor.window, config.executor.frames, config.executor.video_size) == ("longlive", 15, (16, 32))
     assert config.output == "/a folder/made/run" and config.executor.max_rollout_gap == 1e9

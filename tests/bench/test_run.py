@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-COMMANDS = ("judge_client", "reduction", "shapeworld")  # of their own, not benches of pytest
+COMMANDS = ("judge_client", "reduction", "scaling", "shapeworld")  # of their own, not benches of pytest
 FIELDS = {
     "op", "case", "impl", "ms", "p20", "p80", "tflops", "gbps", "ratio_to", "error", "torch", "triton", "commit"
 }  # fmt: skip
