@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from csrc_triton._registration import custom_op, differentiable
 
-@torch.library.custom_op("csrc_triton::fork_attention", mutates_args=())
+
+@custom_op("fork_attention")
 def forward(
     q: Tensor,
     k: Tensor,
@@ -53,7 +55,7 @@ def _(
     return q.new_empty(q.shape), q.new_empty((branches, heads, length), dtype=torch.float32)
 
 
-@torch.library.custom_op("csrc_triton::fork_attention_backward", mutates_args=())
+@custom_op("fork_attention_backward")
 def backward(
     grad: Tensor,
     grad_lse: Tensor | None,
@@ -127,4 +129,4 @@ def _differentiate(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tu
     return *found, None, None, None, None
 
 
-forward.register_autograd(_differentiate, setup_context=_save)
+differentiable(forward, _differentiate, setup_context=_save)

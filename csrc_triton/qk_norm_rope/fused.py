@@ -174,13 +174,12 @@ def forward(
     batch, length, dim = some.shape
     tiling = TILINGS["forward"]
     pool_rows = (0, 0) if pool_k is None or pool_v is None else (pool_k.stride(0), pool_v.stride(0))
-    with torch.cuda.device_of(some):
-        forward_kernel[(triton.cdiv(length, tiling.rows), batch)](
-            q, k, v, weight_q, weight_k, cos, sin, q_out, k_out, pool_k, pool_v, first_rows,
-            *_strides(q, k, v), *pool_rows, length, eps,
-            ROPED_POOL=write_roped, ROWS=tiling.rows, DIM=dim, HEAD_DIM=head_dim, CHUNK=tiling.chunk_of(dim),
-            num_warps=tiling.warps_of(dim),
-        )  # fmt: skip
+    forward_kernel[(triton.cdiv(length, tiling.rows), batch)](
+        q, k, v, weight_q, weight_k, cos, sin, q_out, k_out, pool_k, pool_v, first_rows,
+        *_strides(q, k, v), *pool_rows, length, eps,
+        ROPED_POOL=write_roped, ROWS=tiling.rows, DIM=dim, HEAD_DIM=head_dim, CHUNK=tiling.chunk_of(dim),
+        num_warps=tiling.warps_of(dim),
+    )  # fmt: skip
 
 
 def backward(
@@ -199,11 +198,10 @@ def backward(
     loaded = 2 * dim * x.element_size() + 4 * grad.shape[-1]
     dx = x.new_empty(x.shape if wants_x else (0,))
     partials = x.new_empty((1, batch * tiles, dim), dtype=torch.float32) if wants_weight else None
-    with torch.cuda.device_of(x):
-        backward_kernel[(tiles, batch)](
-            rows, x, weight, cos, sin, dx if wants_x else None, partials, *_strides(rows, x), length, eps,
-            STEPS=steps, STAGES=tiling.stages_of(loaded), ROWS=tiling.rows,
-            DIM=dim, HEAD_DIM=grad.shape[-1], CHUNK=tiling.chunk_of(dim), num_warps=tiling.warps_of(dim),
-        )  # fmt: skip
-        dweight = weight.new_empty(0) if partials is None else sum_rows(partials, weight.dtype)[0]
+    backward_kernel[(tiles, batch)](
+        rows, x, weight, cos, sin, dx if wants_x else None, partials, *_strides(rows, x), length, eps,
+        STEPS=steps, STAGES=tiling.stages_of(loaded), ROWS=tiling.rows,
+        DIM=dim, HEAD_DIM=grad.shape[-1], CHUNK=tiling.chunk_of(dim), num_warps=tiling.warps_of(dim),
+    )  # fmt: skip
+    dweight = weight.new_empty(0) if partials is None else sum_rows(partials, weight.dtype)[0]
     return dx, dweight

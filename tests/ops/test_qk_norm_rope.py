@@ -292,24 +292,6 @@ def test_writes_under_compile(device: torch.device, compiler: str):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and (found[0][3] != -7).any()
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_the_registered_ops_keep_torchs_rules(device: torch.device, alone: bool):
-    q, k, weight_q, weight_k = (t.requires_grad_() for t in inputs(device, 3, 4, 64, torch.float32))
-    tables = (None, None) if alone else angles(device, 4, 32)
-    arguments = (q, None, weight_q, None) if alone else (q, k, weight_q, weight_k)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(ops.forward_op, (*arguments, *tables, 2, EPS), test_utils=tests)
-    grad = draw(device, 3, 4, 2, 32)
-    plain = [t.detach() for t in (q, k, weight_q, weight_k)]
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.backward_op, (grad, plain[0], plain[2], *tables, EPS, True, not alone), test_utils=tests)
-    rows = cache(device, 2, 32, 4, torch.float32)
-    given = (None, plain[1], plain[0], None, plain[3]) if alone else (plain[0], plain[1], plain[0], *plain[2:])
-    torch.library.opcheck(
-        ops.write_op, (*given, *tables, rows.k, rows.v, rows.first_rows, 2, EPS, True), test_utils=tests
-    )
-
-
 def good() -> dict[str, Any]:
     q = torch.zeros(3, 4, 64)
     rows = cache(torch.device("cpu"), 2, 32, 4, torch.float32)
