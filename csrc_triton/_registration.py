@@ -18,11 +18,11 @@ from torch.library import CustomOpDef
 
 from csrc_triton import runtime
 
-NAMESPACE = "csrc_triton"
+PREFIX = "csrc_triton::"  # of the ops' names
 BACKWARD = "_backward"  # how the name of an op ends that computes another's gradient
 REVERSE = "reverse mode, once (backward, torch.func.grad, torch.func.vjp)"
 
-_transforms = torch.library.Library(NAMESPACE, "FRAGMENT")  # an op's rules live as long as it does
+_transforms = torch.library.Library(PREFIX.removesuffix("::"), "FRAGMENT")  # an op's rules live as long as it does
 
 
 def custom_op(
@@ -45,7 +45,7 @@ def custom_op(
             with torch.cuda.device_of(tensors[0]):
                 return implementation(*args)
 
-        op = torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=written, schema=signature)
+        op = torch.library.custom_op(f"{PREFIX}{name}", run, mutates_args=written, schema=signature)
         if written:
             _transforms.impl(name, functools.partial(_refuse_transform, name), "FuncTorchDynamicLayerFrontMode")
         else:
