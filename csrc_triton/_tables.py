@@ -134,7 +134,9 @@ class Reservation:
     length: int
     first_rows_on_device: Tensor = field(repr=False)  # [B] int64
     cancel: Callable[[Reservation], None] = field(repr=False)
+    layers: int  # of the cache
     state: str = "open"  # or "committed", "cancelled"
+    written: set[int] = field(default_factory=set, repr=False)  # layers, by `write` or through `rows_of`
 
     @cached_property
     def rows(self) -> Tensor:
@@ -152,6 +154,15 @@ class Reservation:
             else:
                 found.append((slice(i, i + 1), row))
         return found
+
+    def mark_written(self) -> None:
+        """Declares every layer written: for writes that the cache does not see, as those of a replayed CUDA graph."""
+        self.written.update(range(self.layers))
+
+    def check_written(self) -> None:
+        if len(self.written) < self.layers:
+            missing = [layer for layer in range(self.layers) if layer not in self.written]
+            raise ValueError(f"{self}: found layers {missing} unwritten; accepted: all {self.layers} layers written")
 
     def check_open(self) -> None:
         if self.state != "open":
@@ -259,6 +270,8 @@ class BoundRows:
     def update(self, reservation: Reservation) -> None:
         """Makes `rows` refer to an open reservation with the bound numbers of branches and tokens.
 
+        The reservation counts as written in every layer, since the host does not see what a replayed graph writes.
+
         Raises:
             ValueError: for a reservation that is closed or of other sizes.
         """
@@ -268,6 +281,7 @@ class BoundRows:
             accepted = f"{len(self._first_rows)} and {self._length}, as bound"
             raise ValueError(f"{reservation}: found {found[0]} branches of {found[1]} tokens; accepted: {accepted}")
         self._first_rows.copy_(reservation.first_rows_on_device, non_blocking=True)
+        reservation.mark_written()
 
 
 def staged(numbers: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from csrc_triton._chunks import Chunk
 from csrc_triton._rows import RowCounts, Run, Segment, Segments, cut_out, join, locate
 from csrc_triton._tables import BoundRows, BoundTable, CacheRows, CacheView, LayerViews, Reservation, staged
 
@@ -26,6 +27,7 @@ __all__ = [
     "BranchMemory",
     "CacheRows",
     "CacheView",
+    "Chunk",
     "ForkableKVCache",
     "LayerViews",
     "Reservation",
@@ -195,7 +197,7 @@ class ForkableKVCache:
                 self._counts.add(row, length, -1)
             self._counts.resize(total)
             raise
-        reservation = Reservation(tuple(branches), tuple(first_rows), length, on_device, self.cancel)
+        reservation = Reservation(tuple(branches), tuple(first_rows), length, on_device, self.cancel, self.layers)
         self._open.add(reservation)
         return reservation
 
@@ -219,7 +221,15 @@ class ForkableKVCache:
             raise
 
     def rows_of(self, reservation: Reservation, layer: int) -> CacheRows:
-        """Rows of one layer of an open reservation, for kernels that write K and V themselves."""
+        """Rows of one layer of an open reservation, for kernels that write K and V themselves.
+
+        The layer counts as written.
+        """
+        rows = self._rows_of(reservation, layer)
+        reservation.written.add(layer)
+        return rows
+
+    def _rows_of(self, reservation: Reservation, layer: int) -> CacheRows:
         self._check_own(reservation)
         if not 0 <= layer < self.layers:
             raise ValueError(f"layer: found {layer}; accepted: 0 to {self.layers - 1} ({reservation})")
@@ -228,7 +238,7 @@ class ForkableKVCache:
 
     def write(self, reservation: Reservation, layer: int, k: Tensor, v: Tensor) -> None:
         """Stores one layer of a reservation; k, v [B, length, heads, head_dim], rounded to the pools' dtype."""
-        rows = self.rows_of(reservation, layer)
+        rows = self._rows_of(reservation, layer)
         expected = (len(reservation.branches), reservation.length, *rows.k.shape[1:])
         for name, own, pool in (("k", k, rows.k), ("v", v, rows.v)):
             if own.shape != expected or own.device != pool.device:
@@ -240,22 +250,34 @@ class ForkableKVCache:
                 # .data: autograd refuses a backward whose saved pool was written since; committed rows never change
                 target = pool.data[row : row + len(block) * reservation.length]
                 target.unflatten(0, block.shape[:2]).copy_(block)
+        reservation.written.add(layer)
 
     def commit(self, reservation: Reservation) -> None:
-        """Appends the reserved tokens to their branches; from now on the rows are immutable."""
+        """Appends the reserved tokens to their branches; from now on the rows are immutable.
+
+        Raises:
+            ValueError: naming layers that were not written. `Reservation.mark_written` is for writes that the cache
+                does not see.
+        """
         self._check_own(reservation)
         branches = [self._branch(branch) for branch in reservation.branches]
+        reservation.check_written()
         for name, row, (segments, end) in zip(reservation.branches, reservation.first_rows, branches, strict=True):
             block = Segment(end, row, reservation.length)
             self._branches[name] = _Branch(join((*segments, block)), end + reservation.length)
         self._close(reservation, "committed")
 
     def replace(self, reservation: Reservation, start: int) -> None:
-        """Replaces tokens [start, start + length) of the branches, dropped or not, by the reserved tokens."""
+        """Replaces tokens [start, start + length) of the branches, dropped or not, by the reserved tokens.
+
+        Raises:
+            ValueError: as `commit`.
+        """
         self._check_own(reservation)
         stop = start + reservation.length
         for name in reservation.branches:
             self._check_tokens(name, start, stop)
+        reservation.check_written()
         for name, row in zip(reservation.branches, reservation.first_rows, strict=True):
             self.drop(name, start, stop)
             segments, length = self._branches[name]
@@ -301,6 +323,34 @@ class ForkableKVCache:
         _check_branches(batch)
         found = [[run for branch, ranges in pieces for run in self.segments(branch, ranges)] for pieces in batch]
         return LayerViews.of(self._pools, found)
+
+    def chunk(
+        self,
+        branches: Sequence[int],
+        tokens: int,
+        *,
+        attended: Sequence[tuple[int, int]] | None = None,
+        commit: bool = False,
+    ) -> Chunk:
+        """The next chunk of a model's call: its context, and with commit=True the rows that it is appended to.
+
+            with cache.chunk(branches, tokens, commit=True) as chunk:
+                out = chunk.attend(layer, q, k, v)  # in every layer
+
+        With commit=True rows are reserved when the block is entered, and its tokens are appended to the branches at
+        the end of the block; an exception inside cancels the reservation. Otherwise nothing is kept.
+
+        Args:
+            branches: one a batch row, all of one length unless `attended` is given.
+            tokens: L, tokens of the chunk in each batch row.
+            attended: token ranges [start, stop) of the branches that the chunk attends to; None: all of their tokens.
+            commit: append the chunk's K and V to the branches.
+
+        Raises:
+            ValueError: for branches of different lengths, tokens that a branch does not hold, and, when the block is
+                entered, as `reserve`; at the end of the block as `commit`: then nothing is appended.
+        """
+        return Chunk(self, branches, tokens, attended, commit)
 
     def bind(self, batch: int, slots: int) -> BoundTable:
         """Views at fixed addresses of `batch` branches with at most `slots` segments each.

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csrc_triton import runtime
+from csrc_triton._tables import CacheView
 from csrc_triton.fork_attention import naive, ops
-from csrc_triton.kv_cache import CacheView
 
 Context = CacheView | tuple[Tensor, Tensor]
 

@@ -67,8 +67,10 @@ def test_a_fork_of_24_branches_takes_under_a_millisecond_and_copies_nothing() ->
     own = ForkableKVCache(30, 1, 2, rows=16 * 1560, dtype=torch.bfloat16, device=CPU)
     root, other = own.new_branch(), own.new_branch()
     for _ in range(3):
-        own.commit(own.reserve([root], 3 * 1560))
-        own.commit(own.reserve([other], 10))
+        for branch, tokens in ((root, 3 * 1560), (other, 10)):
+            reservation = own.reserve([branch], tokens)
+            reservation.mark_written()
+            own.commit(reservation)
     assert len(own.segments(root, [(0, 9 * 1560)])) == 3
     used, seconds = own.rows_used, []
     for _ in range(5):
@@ -111,6 +113,7 @@ def test_memory_is_counted_by_row() -> None:
     with own.reserve([branch], 2) as reservation:
         assert (own.rows_used, own.rows_reserved) == (2, 2)
         assert own.memory(branch) == (0, 0)
+        reservation.mark_written()
         own.commit(reservation)
     assert (own.rows_used, own.rows_reserved, own.memory(branch)) == (2, 0, (2 * row, 0))
     own.fork(branch, 2)
@@ -404,6 +407,31 @@ def test_errors_name_the_branch() -> None:
     assert own.rows_used == 0
     with pytest.raises(ValueError, match="accepted: at least 1"):
         own.fork(own.new_branch(), 0)
+
+
+def test_layers_that_were_not_written_are_named() -> None:
+    own = cache()
+    branch = own.new_branch()
+    fill(own, [branch], 2, 1.0)
+    block = torch.ones(1, 2, HEADS, DIM)
+    reservation = own.reserve([branch], 2)
+    for end in (own.commit, lambda r: own.replace(r, 0)):
+        with pytest.raises(ValueError, match=r"rows \(2,\) \+ 2: found layers \[0, 1\] unwritten; accepted: all 2"):
+            end(reservation)
+    with pytest.raises(ValueError, match="k: found"):
+        own.write(reservation, 0, block[:, :1], block)
+    own.write(reservation, 1, block, block)
+    with pytest.raises(ValueError, match=r"found layers \[0\] unwritten"):
+        own.commit(reservation)
+    assert (own.length(branch), reservation.state) == (2, "open")
+    own.rows_of(reservation, 0).k[2:4] = 5.0  # rows that were asked for count as written
+    own.commit(reservation)
+    assert keys(own, branch, (2, 4)) == [5.0, 5.0]
+    for declare in (lambda r: r.mark_written(), own.bind_rows(1, 2).update):  # a graph's writes are not seen
+        reservation = own.reserve([branch], 2)
+        declare(reservation)
+        own.commit(reservation)
+    assert own.length(branch) == 8
 
 
 def test_errors_name_the_argument() -> None:
