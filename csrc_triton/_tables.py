@@ -6,22 +6,26 @@ again only when the copies from it are done, so nothing waits and no copy in fli
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from csrc_triton._rows import Run
+from csrc_triton._rows import Handouts, Run
 
 
 @dataclass(frozen=True, eq=False)
 class CacheView:
     """Context of a batch of B branches in one layer: pools of K and V, and the segments of rows to attend to.
 
-    A view is valid while its branches hold the tokens, until the backward pass of attention over it has run.
+    A view is valid while its branches hold the tokens, until the backward pass of attention over it has run. Attention
+    over a view of a cache, and the backward pass of such a call, raise ValueError where rows of the view were handed
+    out for writing since, or its bound table was updated since; the host's books are asked, not the device. There is no
+    such check for views of plain tensors (`CacheView.of`, `CacheView` from a table alone, `LayerViews.with_table`),
+    inside a graph of torch.compile, and in a replayed CUDA graph.
 
     k, v: the layer's pools, [rows, heads, head_dim].
     table: (first row, length) of each segment in order, [B, S, 2] int32 on the pools' device; unused slots have
@@ -68,6 +72,19 @@ class CacheView:
         k, v = (pool.index_select(0, rows.flatten()).unflatten(0, rows.shape) for pool in (self.k, self.v))
         return k, v
 
+    def check_held(self) -> None:
+        """Raises ValueError where rows of the view were handed out for writing since it was made or updated."""
+        if self.segments is not None and not torch.compiler.is_compiling():
+            self.segments.read.check()
+
+    def guard(self, *outputs: Tensor) -> None:
+        """Makes the backward pass of attention over this view raise ValueError where its rows are others by then."""
+        if self.segments is None or torch.compiler.is_compiling():
+            return
+        for node in {output.grad_fn for output in outputs}:
+            if node is not None:
+                node.register_prehook(partial(_check_unchanged, self.segments, self.segments.read))
+
 
 @dataclass(frozen=True, eq=False)
 class LayerViews:
@@ -82,9 +99,17 @@ class LayerViews:
     segments: SegmentTable | None = field(default=None, repr=False)  # of which `table` is the device's part
 
     @classmethod
-    def of(cls, pools: Sequence[tuple[Tensor, Tensor]], segments: Sequence[Sequence[Run]]) -> LayerViews:
-        """segments[b] are the (first row, length) of batch row b; they are not checked against the pools."""
-        table = SegmentTable(len(segments), max([1, *map(len, segments)]), pools[0][0].device)
+    def of(
+        cls,
+        pools: Sequence[tuple[Tensor, Tensor]],
+        segments: Sequence[Sequence[Run]],
+        handouts: Handouts | None = None,
+    ) -> LayerViews:
+        """segments[b] are the (first row, length) of batch row b; they are not checked against the pools.
+
+        handouts: the pools' books of rows handed out for writing; None: rows are not checked later.
+        """
+        table = SegmentTable(len(segments), max([1, *map(len, segments)]), pools[0][0].device, handouts)
         table.set(segments)
         return cls(tuple(pools), table.table, table)
 
@@ -179,11 +204,42 @@ class Reservation:
             self.cancel(self)
 
 
-class SegmentTable:
-    """Segments of a batch on the device, [batch, slots, 2] int32, filled by the host; all layers' views share it."""
+class Read:
+    """Rows that a segment table names since it was filled."""
 
-    def __init__(self, batch: int, slots: int, device: torch.device):
+    def __init__(self, runs: Iterable[Run], handouts: Handouts | None):
+        self._runs, self._handouts = frozenset(runs), handouts
+        self._since = self._checked = 0 if handouts is None else handouts.latest
+
+    def check(self) -> None:
+        """Raises ValueError where some were handed out for writing since."""
+        if self._handouts is None or self._checked == self._handouts.latest:
+            return
+        taken = self._handouts.since(self._runs, self._since)
+        if taken is not None:
+            found = f"rows {taken[0]} to {sum(taken) - 1} handed out for writing since the view was made"
+            accepted = "a view whose branches hold its tokens, until the backward pass of attention over it"
+            raise ValueError(f"context: found {found}; accepted: {accepted}")
+        self._checked = self._handouts.latest
+
+
+def _check_unchanged(segments: SegmentTable, read: Read, *_: object) -> None:
+    if segments.read is not read:
+        accepted = "`update` after the backward pass of attention over the bound table"
+        raise ValueError(f"context: found its bound table updated since the call; accepted: {accepted}")
+    read.check()
+
+
+class SegmentTable:
+    """Segments of a batch on the device, [batch, slots, 2] int32, filled by the host; all layers' views share it.
+
+    handouts: the books of the pools; None: `read` says nothing of rows that were handed out since.
+    """
+
+    def __init__(self, batch: int, slots: int, device: torch.device, handouts: Handouts | None = None):
         self.table = torch.zeros(batch, slots, 2, dtype=torch.int32, device=device)
+        self._handouts = handouts
+        self.read = Read((), handouts)
         self._lengths = [0] * batch
         self._rows: Tensor | None = None
 
@@ -191,7 +247,7 @@ class SegmentTable:
     def read(cls, table: Tensor) -> SegmentTable:
         """A segment table around a tensor on a device; synchronises to read the lengths."""
         own = cls.__new__(cls)
-        own.table, own._rows = table, None
+        own.table, own._rows, own._handouts = table, None, None
         own._lengths = table[..., 1].sum(1).tolist()
         return own
 
@@ -202,6 +258,7 @@ class SegmentTable:
         self.table.copy_(staged(numbers, torch.int32, self.table.device).view(batch, slots, 2), non_blocking=True)
         self._lengths = [sum(length for _, length in runs) for runs in segments]
         self._rows = None
+        self.read = Read((run for runs in segments for run in runs), self._handouts)
 
     def rows(self) -> Tensor:
         """Row number of every token of the context, [B, Lc] int64 on the device."""
@@ -231,9 +288,10 @@ class BoundTable:
         batch: int,
         slots: int,
         pools: Sequence[tuple[Tensor, Tensor]],
+        handouts: Handouts,
     ):
         self._locate = locate
-        self._segments = SegmentTable(batch, slots, pools[0][0].device)
+        self._segments = SegmentTable(batch, slots, pools[0][0].device, handouts)
         self.views = [CacheView(k, v, self._segments.table, self._segments) for k, v in pools]
 
     @property

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton._chunks import Chunk
-from csrc_triton._rows import RowCounts, Run, Segment, Segments, cut_out, join, locate
+from csrc_triton._rows import Handouts, RowCounts, Run, Segment, Segments, cut_out, join, locate
 from csrc_triton._tables import BoundRows, BoundTable, CacheRows, CacheView, LayerViews, Reservation, staged
 
 __all__ = [
@@ -91,7 +91,7 @@ class ForkableKVCache:
             (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
             for _ in range(layers)
         ]
-        self._counts = RowCounts(rows)
+        self._counts, self._handouts = RowCounts(rows), Handouts(rows)
         self._limit, self._grow = limit, grow
         self._branches: dict[int, _Branch] = {}
         self._open: set[Reservation] = set()
@@ -197,6 +197,7 @@ class ForkableKVCache:
                 self._counts.add(row, length, -1)
             self._counts.resize(total)
             raise
+        self._handouts.add((row, length) for row in first_rows)
         reservation = Reservation(tuple(branches), tuple(first_rows), length, on_device, self.cancel, self.layers)
         self._open.add(reservation)
         return reservation
@@ -322,7 +323,7 @@ class ForkableKVCache:
         """
         _check_branches(batch)
         found = [[run for branch, ranges in pieces for run in self.segments(branch, ranges)] for pieces in batch]
-        return LayerViews.of(self._pools, found)
+        return LayerViews.of(self._pools, found, self._handouts)
 
     def chunk(
         self,
@@ -360,7 +361,7 @@ class ForkableKVCache:
         if min(batch, slots) < 1:
             raise ValueError(f"batch, slots: found {batch}, {slots}; accepted: at least 1")
         self._grow = False
-        return BoundTable(self.segments, batch, slots, self._pools)
+        return BoundTable(self.segments, batch, slots, self._pools, self._handouts)
 
     def bind_rows(self, batch: int, length: int) -> BoundRows:
         """Rows at fixed addresses for blocks of `length` tokens of `batch` branches; see `bind`."""
@@ -420,6 +421,8 @@ class ForkableKVCache:
             if len(pools[0]) < self.rows_total:
                 k, v = (_grown(pool, self.rows_total) for pool in pools)
                 self._pools[layer] = k, v
+        if self._handouts.total < self.rows_total:  # views made before read the old pools, which no one writes again
+            self._handouts = Handouts(self.rows_total)
 
 
 def _check_branches(branches: Sequence[object]) -> None:
