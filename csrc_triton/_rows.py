@@ -82,12 +82,31 @@ class RowCounts(_RowNumbers):
             assert self._numbers[i] >= 0, f"row {self._starts[i]} released more often than held"
         self._merge(first, last)
 
-    def find(self, length: int, near: int | None) -> int | None:
-        """First of `length` successive free rows: `near` if a run starts there, else in the first run that fits."""
-        rows = [row for row, free in self.free() if free >= length]
-        if near in rows:
-            return near
-        return rows[0] if rows else None
+    def pages(self, page: int) -> list[Run]:
+        """Runs of free whole pages, by row; pages begin at multiples of their size."""
+        inner = [(-(-row // page) * page, (row + length) // page * page) for row, length in self.free()]
+        return [(row, stop - row) for row, stop in inner if row < stop]
+
+    def place(self, length: int, near: int | None, page: int | None) -> tuple[Run, ...] | None:
+        """Free rows for a block of `length` tokens, in as few runs as there are; None where they do not fit.
+
+        At best the rows from `near` on, else the shortest run that is long enough. Without pages there must be one.
+        With them the block may be scattered: what is left after `near` and the longest runs.
+        """
+        free, found = self.pages(page or 1), list[Run]()
+        if page is not None and sum(rows for _, rows in free) < length:
+            return None
+        while length:
+            wanted = length
+            fits = [run for run in free if run[1] >= wanted]
+            following = [run for run in free if run[0] == near and (run in fits or not fits)]
+            if not fits and page is None:
+                return None
+            run = (following or sorted(fits, key=_length)[:1] or [max(free, key=_length)])[0]
+            found.append((run[0], min(length, run[1])))
+            free.remove(run)
+            length -= found[-1][1]
+        return tuple(found)
 
     def free_at_the_end(self) -> int:
         return self.total - self._starts[-1] if not self._numbers[-1] else 0
@@ -123,6 +142,10 @@ class Handouts(_RowNumbers):
         return next((run for row, length in runs for run, last in self.runs(row, length) if last > moment), None)
 
 
+def _length(run: Run) -> int:
+    return run[1]
+
+
 def join(segments: Iterable[Segment]) -> Segments:
     """Segments sorted by token; segments that continue each other in tokens and rows are merged."""
     joined: list[Segment] = []
@@ -133,6 +156,15 @@ def join(segments: Iterable[Segment]) -> Segments:
         else:
             joined.append(segment)
     return tuple(joined)
+
+
+def laid(runs: Iterable[Run], start: int) -> list[Segment]:
+    """Segments of a block in these rows, whose first token is `start`."""
+    found: list[Segment] = []
+    for row, length in runs:
+        found.append(Segment(start, row, length))
+        start += length
+    return found
 
 
 def cut_out(segments: Segments, start: int, stop: int) -> tuple[Segments, list[Run]]:

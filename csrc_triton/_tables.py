@@ -75,7 +75,7 @@ class CacheView:
     def check_held(self) -> None:
         """Raises ValueError where rows of the view were handed out for writing since it was made or updated."""
         if self.segments is not None and not torch.compiler.is_compiling():
-            self.segments.read.check()
+            self.segments.seen.check()
 
     def guard(self, *outputs: Tensor) -> None:
         """Makes the backward pass of attention over this view raise ValueError where its rows are others by then."""
@@ -83,7 +83,7 @@ class CacheView:
             return
         for node in {output.grad_fn for output in outputs}:
             if node is not None:
-                node.register_prehook(partial(_check_unchanged, self.segments, self.segments.read))
+                node.register_prehook(partial(_check_unchanged, self.segments, self.segments.seen))
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,16 +134,22 @@ class LayerViews:
 
 @dataclass(frozen=True, eq=False)
 class CacheRows:
-    """Destination of one layer of a reservation: `length` consecutive rows for each branch.
+    """Destination of one layer of a reservation: rows for `length` tokens of each branch.
 
     k, v: the layer's pools, [rows, heads, head_dim].
-    first_rows: first row of each branch, [B] int64 on the pools' device.
+    first_rows: int64 on the pools' device; [B], the first of `length` consecutive rows of each branch, or, from a cache
+        with pages, [B, S]: the first row of each of the S pages of length / S tokens that make up a branch's block.
     """
 
     k: Tensor
     v: Tensor
     first_rows: Tensor
     length: int
+
+    @property
+    def rows(self) -> Tensor:
+        """Row number of every token, branch by branch, [B * length] int64 on the pools' device."""
+        return _row_numbers(self.first_rows, self.length)
 
 
 @dataclass(eq=False)
@@ -155,29 +161,40 @@ class Reservation:
     """
 
     branches: tuple[int, ...]
-    first_rows: tuple[int, ...]
+    runs: tuple[tuple[Run, ...], ...]  # rows of each branch's block, by token
     length: int
-    first_rows_on_device: Tensor = field(repr=False)  # [B] int64
+    first_rows_on_device: Tensor = field(repr=False)  # int64, as `CacheRows.first_rows`
     cancel: Callable[[Reservation], None] = field(repr=False)
     layers: int  # of the cache
     state: str = "open"  # or "committed", "cancelled"
     written: set[int] = field(default_factory=set, repr=False)  # layers, by `write` or through `rows_of`
+    handed_out: bool = False  # by `rows_of`: the pools must stay where they are
+
+    @property
+    def first_rows(self) -> tuple[int, ...]:
+        """First row of each branch."""
+        return tuple(block[0][0] for block in self.runs)
 
     @cached_property
     def rows(self) -> Tensor:
         """Row numbers, branch by branch, [B * length] int64 on the pools' device."""
-        tokens = torch.arange(self.length, device=self.first_rows_on_device.device)
-        return (self.first_rows_on_device[:, None] + tokens).flatten()
+        return _row_numbers(self.first_rows_on_device, self.length)
 
     @cached_property
-    def adjacent(self) -> list[tuple[slice, int]]:
-        """Slices of the batch whose blocks are adjacent in the pools, each with its first row."""
-        found: list[tuple[slice, int]] = []
-        for i, row in enumerate(self.first_rows):
-            if i and row == self.first_rows[i - 1] + self.length:
-                found[-1] = (slice(found[-1][0].start, i + 1), found[-1][1])
-            else:
-                found.append((slice(i, i + 1), row))
+    def copies(self) -> list[tuple[slice, slice, int]]:
+        """Batch rows and tokens that lie in consecutive rows, with the first of these."""
+        found: list[tuple[slice, slice, int]] = []
+        last = None  # row after the last one, where whole blocks go on
+        for i, block in enumerate(self.runs):
+            token = 0
+            for row, rows in block:
+                if rows == self.length and row == last:
+                    batch, tokens, first = found[-1]
+                    found[-1] = slice(batch.start, i + 1), tokens, first
+                else:
+                    found.append((slice(i, i + 1), slice(token, token + rows), row))
+                last = row + rows if rows == self.length else None
+                token += rows
         return found
 
     def mark_written(self) -> None:
@@ -194,7 +211,9 @@ class Reservation:
             raise ValueError(f"{self}: already {self.state}; accepted: an open reservation")
 
     def __str__(self) -> str:
-        return f"reservation of branches {self.branches}, rows {self.first_rows} + {self.length}"
+        whole = all(len(block) == 1 for block in self.runs)
+        rows = f"{self.first_rows} + {self.length}" if whole else f"{self.runs}"
+        return f"reservation of branches {self.branches}, rows {rows}"
 
     def __enter__(self) -> Reservation:
         return self
@@ -224,7 +243,7 @@ class Read:
 
 
 def _check_unchanged(segments: SegmentTable, read: Read, *_: object) -> None:
-    if segments.read is not read:
+    if segments.seen is not read:
         accepted = "`update` after the backward pass of attention over the bound table"
         raise ValueError(f"context: found its bound table updated since the call; accepted: {accepted}")
     read.check()
@@ -233,13 +252,13 @@ def _check_unchanged(segments: SegmentTable, read: Read, *_: object) -> None:
 class SegmentTable:
     """Segments of a batch on the device, [batch, slots, 2] int32, filled by the host; all layers' views share it.
 
-    handouts: the books of the pools; None: `read` says nothing of rows that were handed out since.
+    handouts: the books of the pools; None: `seen` says nothing of rows that were handed out since.
     """
 
     def __init__(self, batch: int, slots: int, device: torch.device, handouts: Handouts | None = None):
         self.table = torch.zeros(batch, slots, 2, dtype=torch.int32, device=device)
         self._handouts = handouts
-        self.read = Read((), handouts)
+        self.seen = Read((), handouts)
         self._lengths = [0] * batch
         self._rows: Tensor | None = None
 
@@ -258,7 +277,7 @@ class SegmentTable:
         self.table.copy_(staged(numbers, torch.int32, self.table.device).view(batch, slots, 2), non_blocking=True)
         self._lengths = [sum(length for _, length in runs) for runs in segments]
         self._rows = None
-        self.read = Read((run for runs in segments for run in runs), self._handouts)
+        self.seen = Read((run for runs in segments for run in runs), self._handouts)
 
     def rows(self) -> Tensor:
         """Row number of every token of the context, [B, Lc] int64 on the device."""
@@ -320,8 +339,9 @@ class BoundTable:
 class BoundRows:
     """`CacheRows` at fixed addresses for a captured CUDA graph; `rows` has one for each layer."""
 
-    def __init__(self, batch: int, length: int, pools: Sequence[tuple[Tensor, Tensor]]):
-        self._first_rows = torch.zeros(batch, dtype=torch.int64, device=pools[0][0].device)
+    def __init__(self, batch: int, length: int, pages: int | None, pools: Sequence[tuple[Tensor, Tensor]]):
+        shape = (batch,) if pages is None else (batch, pages)
+        self._first_rows = torch.zeros(shape, dtype=torch.int64, device=pools[0][0].device)
         self._length = length
         self.rows = [CacheRows(k, v, self._first_rows, length) for k, v in pools]
 
@@ -340,6 +360,11 @@ class BoundRows:
             raise ValueError(f"{reservation}: found {found[0]} branches of {found[1]} tokens; accepted: {accepted}")
         self._first_rows.copy_(reservation.first_rows_on_device, non_blocking=True)
         reservation.mark_written()
+
+
+def _row_numbers(first_rows: Tensor, length: int) -> Tensor:
+    page = length // (first_rows.shape[1] if first_rows.ndim == 2 else 1)
+    return (first_rows[..., None] + torch.arange(page, device=first_rows.device)).flatten()
 
 
 def staged(numbers: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
