@@ -21,7 +21,7 @@ from csrc_triton.feature_maps import enlarge, norm_silu
 from csrc_triton.flow_policy_loss import FlowPolicyTerms, flow_policy_loss, flow_policy_loss_and_grad
 from csrc_triton.flow_sde import FlowStep, flow_sde_step
 from csrc_triton.fork_attention import fork_attention
-from csrc_triton.kv_cache import CacheRows, CacheView, ForkableKVCache, LayerViews
+from csrc_triton.kv_cache import CacheRows, CacheView, Chunk, ForkableKVCache, LayerViews, PoolFull
 from csrc_triton.qk_norm_rope import qk_norm_rope, rope_tables, rope_tables_from_complex
 
 # an import looks for a submodule in what has the package's name, which here is the function
@@ -32,10 +32,12 @@ vars(qk_norm_rope)["rope"] = importlib.import_module(f"{qk_norm_rope.__module__}
 __all__ = [
     "CacheRows",
     "CacheView",
+    "Chunk",
     "FlowPolicyTerms",
     "FlowStep",
     "ForkableKVCache",
     "LayerViews",
+    "PoolFull",
     "adaln",
     "decode_attention",
     "enlarge",
