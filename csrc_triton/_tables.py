@@ -282,7 +282,8 @@ class SegmentTable:
     def rows(self) -> Tensor:
         """Row number of every token of the context, [B, Lc] int64 on the device."""
         if self._rows is None:
-            if len(set(self._lengths)) != 1:
+            # by pairs: torch.compile would take the numbers of a set as constants
+            if any(length != self._lengths[0] for length in self._lengths):
                 raise ValueError(f"gather: found contexts of {self._lengths} tokens; accepted: one length")
             first, lengths = self.table.long().unbind(-1)
             stops = lengths.cumsum(1)

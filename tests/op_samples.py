@@ -73,7 +73,9 @@ def total(outputs: Any) -> Tensor:
     """[B] of all outputs that are tensors, of any shape [B, ...], each element with a weight of its own."""
     outputs = [outputs] if isinstance(outputs, Tensor) else [out for out in outputs if isinstance(out, Tensor)]
     floats = [out.flatten(1) if out.ndim > 1 else out[:, None] for out in outputs if out.is_floating_point()]
-    return torch.stack([(out.sin() * torch.arange(1, out.shape[1] + 1)).mean(1) for out in floats]).sum(0)
+    return torch.stack(
+        [(out.sin() * torch.arange(1, out.shape[1] + 1, device=out.device)).mean(1) for out in floats]
+    ).sum(0)
 
 
 def _norm_silu(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
@@ -83,8 +85,8 @@ def _norm_silu(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
 
 
 def _write(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    pools = [torch.zeros(B * L, HEADS, HEAD_DIM) for _ in range(2)]
-    rows = CacheRows(*pools, L * torch.arange(B), L)
+    pools = [torch.zeros(B * L, HEADS, HEAD_DIM, device=q.device) for _ in range(2)]
+    rows = CacheRows(*pools, L * torch.arange(B, device=q.device), L)
     out = qk_norm_rope(q, k, weight, bias, None, heads=HEADS, eps=EPS, v=v, write=rows)
     return total([*out, *(pool.unflatten(0, (B, L)) for pool in pools)])
 

@@ -73,7 +73,7 @@ def fork_attention(
     """
     _check_own(q, k, v)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    if not (math.isfinite(scale) and scale > 0):
+    if not 0 < scale < math.inf:
         raise ValueError(f"softmax_scale: found {scale}; accepted: a positive number")
     if isinstance(context, CacheView):
         _check_view(q, context)

@@ -56,15 +56,15 @@ def test_on_other_gpus_the_portable_kernels_serve_attention(capability: None) ->
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter stands in where there is no GPU")
 def test_a_reason_is_the_ops_own() -> None:
-    found = served(torch.bfloat16, 48)
-    assert found["fork_attention"][0] == "torch" and "head_dim 48; accepted:" in found["fork_attention"][1]
-    assert found["qk_norm_rope"] == ("torch", "heads of 48 channels; accepted: a power of two in [2, 256]")
-    assert found["decode_attention"][1].startswith("heads of 48; accepted: 16,")
+    found = served(torch.bfloat16, 36)
+    assert found["fork_attention"][0] == "torch" and "head_dim 36; accepted:" in found["fork_attention"][1]
+    assert found["qk_norm_rope"] == ("torch", "heads of 36 channels; accepted: a power of two in [2, 256]")
+    assert found["decode_attention"][1].startswith("heads of 36; accepted: 16,")
     assert found["adaln"] == ("torch", "the interpreter serves where it is forced")
     with runtime.backend("triton"):
-        found = served(torch.bfloat16, 48)
+        found = served(torch.bfloat16, 36)
         assert found["decode_attention"][0] == "none: an error" and found["adaln"] == ("triton", "")
-        assert found["decode_attention"][1].startswith("triton is forced, and does not serve heads of 48; accepted: 16")
+        assert found["decode_attention"][1].startswith("triton is forced, and does not serve heads of 36; accepted: 16")
         assert set(served(torch.bfloat16, 64).values()) == {("triton", ""), attention_here()}
     with runtime.backend("torch"):
         assert set(served(torch.bfloat16, 64).values()) == {("torch", "the backend torch is forced")}

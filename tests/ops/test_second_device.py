@@ -56,7 +56,7 @@ def test_calls_on_a_second_gpu_equal_those_on_the_first(name: str) -> None:
     found = []
     for device in ("cuda:0", "cuda:1"):
         leaves = {key: value.to(device).requires_grad_(key in CALLS[name].leaves) for key, value in INPUTS.items()}
-        with torch.cuda.device(0), runtime.backend("triton"), torch.device(device):
+        with torch.cuda.device(0), runtime.backend("triton"):
             out = run(name, leaves)
             if CALLS[name].leaves:
                 out.sum().backward()
