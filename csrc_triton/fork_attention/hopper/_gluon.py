@@ -19,8 +19,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-# Triton 3.7 has renamed it
+# Triton 3.7 has renamed the first; 3.8 the others, whose older names 3.9 refuses
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+async_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 UNSPECIALIZED = ["heads", "length", "branches", "share", "past_size", "table_by_context", "table_by_slot"]
 SWIZZLE = 128  # bytes
@@ -219,7 +221,7 @@ def put(source, index, head, row, ring, done):
     stage = done % STAGES
     mbarrier.wait(free.index(stage), done // STAGES + 1 & 1)
     mbarrier.expect(full.index(stage), source.block_type.nbytes)
-    tma.async_copy_global_to_shared(source, [index, head, row, 0], full.index(stage), slots.index(stage))
+    async_load(source, [index, head, row, 0], full.index(stage), slots.index(stage))
     return done + 1
 
 
@@ -237,7 +239,7 @@ def put_cleared(source, head, row, keys, ring, done, landed, turn):
     stage = done % STAGES
     mbarrier.wait(free.index(stage), done // STAGES + 1 & 1)
     mbarrier.expect(landed, source.block_type.nbytes)
-    tma.async_copy_global_to_shared(source, [0, head, row, 0], landed, slots.index(stage))
+    async_load(source, [0, head, row, 0], landed, slots.index(stage))
     mbarrier.wait(landed, turn & 1)
     tile = matrix(slots, stage)
     rows = gl.arange(0, CLEARED, gl.SliceLayout(1, LAYOUT))
@@ -346,7 +348,7 @@ def put_tile(target, outs, acc, branch, head, tile, WHO: gl.constexpr):
     barrier()
     matrix(outs, WHO).store(acc.to(target.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(target, [branch, head, (2 * tile + WHO) * acc.shape[0], 0], outs.index(WHO))
+    async_store(target, [branch, head, (2 * tile + WHO) * acc.shape[0], 0], outs.index(WHO))
 
 
 @gluon.jit

@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from csrc_triton.fork_attention.hopper._gluon import (
     UNSPECIALIZED,
+    async_load,
     await_full,
     barriers,
     context_of,
@@ -173,8 +174,8 @@ def _produce(
             mbarrier.expect(q_full, 4 * queries[0].block_type.nbytes)
             for who in gl.static_range(2):
                 at = [branch, head, (2 * tile + who) * QUERIES, 0]
-                tma.async_copy_global_to_shared(queries[0], at, q_full, keeps[0].index(who))
-                tma.async_copy_global_to_shared(queries[1], at, q_full, keeps[1].index(who))
+                async_load(queries[0], at, q_full, keeps[0].index(who))
+                async_load(queries[1], at, q_full, keeps[1].index(who))
         its = context_of(branch, context)
         done, landings = put_all(
             own, past, branch, head, here(sizes[1]), its, ring, done, landed, landings, part, parts,

@@ -25,6 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from csrc_triton.fork_attention.hopper._gluon import (
     UNSPECIALIZED,
+    async_load,
     await_full,
     barriers,
     descriptor,
@@ -121,15 +122,15 @@ def _produce(
         turn += 1
         mbarrier.expect(kept, 2 * own.block_type.nbytes)
         for who in gl.static_range(2):
-            tma.async_copy_global_to_shared(own, [branch, head, (2 * tile + who) * KEYS, 0], kept, keeps.index(who))
+            async_load(own, [branch, head, (2 * tile + who) * KEYS, 0], kept, keeps.index(who))
         at = ((branch * here(sizes[0]) + head) * 2 + SECOND) * (gl.cdiv(length, 2 * KEYS) * (2 * KEYS))
         first, last = steps_of(gl.cdiv(length, QUERIES), part, parts, SPLIT)
         for row in range(first * QUERIES, last * QUERIES, QUERIES):
             stage = done % STAGE_COUNT
             mbarrier.wait(free.index(stage), done // STAGE_COUNT + 1 & 1)
             mbarrier.expect(full.index(stage), rows_of.block_type.nbytes + vectors.block_type.nbytes)
-            tma.async_copy_global_to_shared(rows_of, [branch, head, row, 0], full.index(stage), slots.index(stage))
-            tma.async_copy_global_to_shared(vectors, [at + row], full.index(stage), vector_slots.index(stage))
+            async_load(rows_of, [branch, head, row, 0], full.index(stage), slots.index(stage))
+            async_load(vectors, [at + row], full.index(stage), vector_slots.index(stage))
             done += 1
         work = next_work(work)
 

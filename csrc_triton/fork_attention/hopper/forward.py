@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from csrc_triton.fork_attention.hopper._gluon import (
     UNSPECIALIZED,
+    async_load,
     await_full,
     barriers,
     computed,
@@ -200,7 +201,7 @@ def _produce(
             mbarrier.expect(q_full, 2 * q.block_type.nbytes)
             for who in gl.static_range(2):
                 row = (2 * tile + who) * QUERIES
-                tma.async_copy_global_to_shared(q, [branch, head, row, 0], q_full, queries.index(who))
+                async_load(q, [branch, head, row, 0], q_full, queries.index(who))
         its = context_of(branch, context)
         done, landings = put_all(
             own, past, branch, head, here(sizes[1]), its, ring, done, landed, landings, part, parts,
