@@ -22,6 +22,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from csrc_triton.fork_attention.hopper import backward, dkv, forward
+from csrc_triton.fork_attention.hopper._gluon import LAUNCH
 
 KERNELS = {
     "forward": (forward.forward_kernel, forward.KEYS.value),
@@ -58,7 +59,7 @@ def compiled(name: str, dtype: str, head_dim: int, past: int, split: bool) -> An
         signature["vectors"] = "*fp32"
     aligned = {(i,): [["tt.divisibility", 16]] for i, type_ in enumerate(signature.values()) if type_[0] == "*"}
     source = GluonASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=LAUNCH)
 
 
 def described(name: str, dtype: str, head_dim: int, past: int, split: bool) -> dict[str, Any]:

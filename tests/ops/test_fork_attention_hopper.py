@@ -199,10 +199,10 @@ def test_a_forced_backend_that_cannot_serve_says_why(device: torch.device) -> No
 
 
 def test_versions_of_triton() -> None:
-    for version in ("3.6.0", "3.6.1+git12", "3.7.1"):
+    for version in ("3.6.0", "3.6.1+git12", "3.7.1", "3.8.0", "3.9.0"):
         assert selection.why_not_triton(version) is None
-    for version in ("3.5.1", "3.8.0", "4.0.0"):
-        assert selection.why_not_triton(version) == f"Triton {version}; accepted: 3.6, 3.7"
+    for version in ("3.5.1", "3.10.0", "4.0.0"):
+        assert selection.why_not_triton(version) == f"Triton {version}; accepted: 3.6, 3.7, 3.8, 3.9"
 
 
 @pytest.fixture(autouse=True)
@@ -234,7 +234,7 @@ def test_an_untested_triton_is_warned_of_once(
 ) -> None:
     q = torch.zeros(1, 4, 1, 64, dtype=torch.bfloat16)
     monkeypatch.setattr(selection.triton, "__version__", "3.9.0")
-    monkeypatch.setattr(selection, "why_not_hopper", lambda *_: selection.why_not_triton("3.9.0"))
+    monkeypatch.setattr(selection, "why_not_hopper", lambda *_: selection.why_not_triton("3.10.0"))
     caplog.set_level(logging.INFO)
     for _ in range(3):
         with runtime.backend("auto"):
@@ -245,7 +245,7 @@ def test_an_untested_triton_is_warned_of_once(
         assert not selection.hopper_serves(q)
     [record] = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.getMessage() == "fork_attention: the portable kernels serve: Triton 3.9.0; accepted: 3.6, 3.7"
+    assert record.getMessage() == "fork_attention: the portable kernels serve: Triton 3.10.0; accepted: 3.6, 3.7, 3.8, 3.9"
 
 
 def test_one_line_says_that_hopper_serves(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from csrc_triton.fork_attention.hopper._gluon import (
+    LAUNCH,
     UNSPECIALIZED,
     async_load,
     await_full,
@@ -270,7 +271,7 @@ def _query_gradient(call: Call, grad: Tensor, vectors: Tensor) -> Tensor:
         query_gradient_kernel[(split.programs,)](
             descriptor(q, rows[0]), descriptor(grad, rows[0]), *sources, descriptor(grad_q, rows[0]), past.table,
             vectors, call.scale, call.softmax_scale, heads, length, branches, past.share, past.size, *strides,
-            split.whole, split.parts, sums, PAST=past.kind, SPLIT=split.parts > 1, num_warps=4,
+            split.whole, split.parts, sums, PAST=past.kind, SPLIT=split.parts > 1, **LAUNCH,
         )  # fmt: skip
     if split.parts > 1:
         merge(split, sums, grad_q)

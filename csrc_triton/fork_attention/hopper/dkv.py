@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from csrc_triton.fork_attention.hopper._gluon import (
+    LAUNCH,
     UNSPECIALIZED,
     async_load,
     await_full,
@@ -182,7 +183,7 @@ def key_gradient(call: Call, grad: Tensor, vectors: Tensor) -> tuple[Tensor, Ten
             descriptor(k, rows[0]), descriptor(v, rows[0]), descriptor(q, rows[1]), descriptor(grad, rows[1]),
             _parts(vectors, rows[1]), descriptor(grad_k, rows[0]), descriptor(grad_v, rows[0]),
             call.scale, call.softmax_scale, heads, length, branches, split.whole, split.parts, k_sums, v_sums,
-            SPLIT=split.parts > 1, num_warps=4,
+            SPLIT=split.parts > 1, **LAUNCH,
         )  # fmt: skip
     if split.parts > 1:
         merge(split, k_sums, grad_k)

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from csrc_triton.fork_attention.hopper._gluon import (
+    LAUNCH,
     UNSPECIALIZED,
     async_load,
     await_full,
@@ -261,7 +262,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         forward_kernel[(split.programs,)](
             descriptor(q, rows[0]), *sources, descriptor(out, rows[0]), past.table, lse, call.scale,
             heads, length, branches, past.share, past.size, *strides, split.whole, split.parts, sums, tops,
-            PAST=past.kind, SPLIT=split.parts > 1, TURNS=TURNS, num_warps=4,
+            PAST=past.kind, SPLIT=split.parts > 1, TURNS=TURNS, **LAUNCH,
         )  # fmt: skip
     if split.parts > 1:
         merge(split, sums, out, tops, lse)
