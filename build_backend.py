@@ -1,4 +1,4 @@
-"""Build backend of tempact: setuptools, which tells setup.py whether it makes an editable installation or an archive."""
+"""Build backend of tempact: setuptools, which tells setup.py that an editable installation or an archive is made."""
 
 from __future__ import annotations
 
