@@ -2,8 +2,8 @@
 
 csrc_triton is a distribution of its own, csrc-triton (csrc_triton/pyproject.toml), and the only owner of its files. An
 installed tempact depends on it: pip builds it from the folder beside this file, and an archive (`python -m build`),
-beside which there is no such folder, asks for the distribution of its own version. An editable tempact owns no files and
-serves both packages from the checkout, so that changes of kernels take effect at once.
+beside which there is no such folder, asks for the distribution of its own version. An editable tempact owns no files
+and serves both packages from the checkout, so that changes of kernels take effect at once.
 """
 
 from __future__ import annotations

@@ -97,19 +97,37 @@ def beyond(row: dict[str, Any], target: int) -> list[str]:
     ]
 
 
-def compiled_kernels(module: str, targets: Iterable[int] = TARGETS, which: str = "all") -> list[dict[str, Any]]:
+def compiled_by(*command: str | Path, triton: Path | None = None) -> list[dict[str, Any]]:
+    """The JSON lines that a script of tests/ prints, compiled by the installed Triton or by that of a folder."""
+    tests = Path(__file__).parent
+    path = os.pathsep.join(map(str, [*([triton] if triton else []), tests, tests.parent]))
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, tests / command[0], *command[1:]], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def compiled_kernels(
+    module: str, targets: Iterable[int] = TARGETS, which: str = "all", triton: Path | None = None
+) -> list[dict[str, Any]]:
     """`compile_ahead` of `module`.AHEAD_OF_TIME, in a process of its own; every chip could launch what it is for.
 
-    which: "all", or "one" for the first specialisation of each kernel.
+    which: "all", or "one" for the first specialisation of each kernel; triton: see `compiled_by`.
     """
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, __file__, module, which, *map(str, targets)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = compiled_by("kernel_checks.py", module, which, *map(str, targets), triton=triton)
     chips = [(row, chip) for row in rows for chip in (row["target"], *ALIKE.get(row["target"], ()))]
     assert not [reason for row, chip in chips for reason in beyond(row, chip)]
     return rows
+
+
+def assert_well_compiled(rows: Iterable[dict[str, Any]]) -> None:
+    """What is compiled for Hopper neither spills nor waits for each of its matrix products."""
+    for row in rows:
+        assert row["stack"] == 0 and row["loads"] > 0, row
+        assert row["shared"] <= SHARED[90], row
+        assert row["products"] >= 4 * row["waits"], row  # where ptxas serialises them there is a wait for each
 
 
 if __name__ == "__main__":

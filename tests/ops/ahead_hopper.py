@@ -2,7 +2,7 @@
 
 `python tests/ops/ahead_hopper.py` prints one JSON line a kernel: registers, spilled bytes (stack), shared memory, and
 what its machine code has of matrix instructions, waits for them and loads by the tensor memory accelerator. With
-`everything` it compiles all contexts, precisions and head sizes.
+`everything` it compiles all contexts, precisions and head sizes; with `one`, the listed ones that are split into parts.
 """
 
 from __future__ import annotations
@@ -106,5 +106,6 @@ def everything() -> Iterator[tuple[str, str, int, int, bool]]:
 
 
 if __name__ == "__main__":
-    for case in everything() if "everything" in sys.argv[1:] else LISTED:
+    which = {"everything": everything(), "one": [case for case in LISTED if case[-1]]}
+    for case in which.get(sys.argv[-1], LISTED):
         sys.stdout.write(json.dumps(described(*case)) + "\n")
