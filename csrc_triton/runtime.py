@@ -135,7 +135,9 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if _traced.fake if torch.compiler.is_compiling() else _fake.get():
         return None
     if device.type == "cuda":
-        if torch.version.hip is None and _capability(device) < OLDEST_CAPABILITY:
+        if torch.version.hip is not None:
+            return "a GPU under ROCm, on which no tiling has been tried; accepted: NVIDIA GPUs from sm_80"
+        if _capability(device) < OLDEST_CAPABILITY:
             return "a GPU older than sm_80"
         return None
     if device.type == "cpu" and interpreted():

@@ -14,7 +14,7 @@ from csrc_triton.fork_attention.tiles import HOPPER, describable
 
 log = logging.getLogger(__name__)
 
-TESTED_TRITON = ((3, 6), (3, 7))  # Gluon changes between minor versions
+TESTED_TRITON = ((3, 6), (3, 7), (3, 8), (3, 9))  # Gluon changes between minor versions
 HEAD_DIMS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -55,9 +55,14 @@ def why_not_hopper(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
     return why_not_triton(triton.__version__)
 
 
+def minor(version: str) -> tuple[int, ...]:
+    """The major and minor number of a version of Triton."""
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
 def why_not_triton(version: str) -> str | None:
     """Reason why the Hopper kernels cannot run on a version of Triton; None if they can."""
-    if tuple(int(part) for part in version.split(".")[:2]) in TESTED_TRITON:
+    if minor(version) in TESTED_TRITON:
         return None
     return f"Triton {version}; accepted: {', '.join('.'.join(map(str, v)) for v in TESTED_TRITON)}"
 
