@@ -211,13 +211,13 @@ def test_an_untested_triton_is_warned_of_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     q = torch.zeros(1, 4, 1, 64, dtype=torch.bfloat16)
-    monkeypatch.setattr(selection.triton, "__version__", "3.9.0")
+    monkeypatch.setattr(selection.triton, "__version__", "3.10.0")
     monkeypatch.setattr(selection, "why_not_hopper", lambda *_: selection.why_not_triton("3.10.0"))
     caplog.set_level(logging.INFO)
     for _ in range(3):
         with runtime.backend("auto"):
             assert not selection.hopper_serves(q)
-    with runtime.backend("hopper"), pytest.raises(ValueError, match="Triton 3.9.0"):
+    with runtime.backend("hopper"), pytest.raises(ValueError, match="Triton 3.10.0"):
         selection.hopper_serves(q)
     with runtime.backend("triton"):
         assert not selection.hopper_serves(q)
