@@ -116,6 +116,10 @@ def test_pools_grow_by_what_is_short() -> None:
     assert own.rows_total == 9 * PAGE and own.free_rows == [] and own.rows_peak == 9 * PAGE
     own.grow(10 * PAGE - 2)
     assert own.rows_total == 10 * PAGE
+    large = cache(32 * PAGE)
+    fill(large, [large.new_branch()], 32, 1.0)
+    fill(large, [large.new_branch()], 1, 1.0)  # a 24th are 4 rows, of which one page is whole
+    assert large.rows_total == 33 * PAGE and large.free_rows == []
 
 
 def test_sizes_that_pages_do_not_divide_are_refused() -> None:
