@@ -32,21 +32,23 @@ TILED = {"q": "queries", "grad": "queries", "k": "keys", "v": "keys", "past_k": 
 RESULTS = ("out", "grad_q", "grad_k", "grad_v")
 FIXED = {
     "table": "*i32",
+    "indices": "*i32",
     "lse": "*fp32",
     "delta": "*fp32",
     "grad_lse": "*fp32",
     "scale": "fp32",
     "softmax_scale": "fp32",
 }
-UNALIGNED = ("heads", "length", "branches", "share", "past_size", "table_by_slot")
+UNALIGNED = ("heads", "length", "own", "branches", "share", "past_size", "block", "table_by_slot")
+SWITCHES = {"GROUP": 1, "INDEXED": False, "CAUSAL": False, "BLIND": False}
 
 
-def case(kernel: str, major: int, dtype: str, head_dim: int, past: int = 2) -> Compiled:
+def case(kernel: str, major: int, dtype: str, head_dim: int, past: int = 2, **switches: Any) -> Compiled:
     """One kernel as it runs on aligned tensors; past: 0 no context, 1 a pair of tensors, 2 segments in a cache."""
     tiling = tiles.tiling_of(TABLES[kernel], major, head_dim, SIZES[dtype])
     values: dict[str, Any] = {
         "PAST": past, "SLOTS": 16 if past == 2 else 1, "QUERIES": tiling.queries, "KEYS": tiling.keys,
-        "WIDTH": head_dim, "DESCRIPTORS": tiling.descriptors,
+        "WIDTH": tiles.width_of(head_dim), "HEAD": head_dim, "DESCRIPTORS": tiling.descriptors, **SWITCHES, **switches,
     }  # fmt: skip
     names = KERNELS[kernel].arg_names
     signature = {}
@@ -59,12 +61,13 @@ def case(kernel: str, major: int, dtype: str, head_dim: int, past: int = 2) -> C
             signature[name] = "constexpr" if name in values else FIXED.get(name, "i32")
     options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
     constants = {name: value for name, value in values.items() if name in names}
-    name = f"{kernel}, sm_{major}0, {dtype}, {head_dim}, past {past}"
+    name = ", ".join([kernel, f"sm_{major}0", dtype, str(head_dim), f"past {past}", *map(str.lower, switches)])
     return Compiled(name, KERNELS[kernel], signature, constants, options, _aligned(signature))
 
 
 def delta(dtype: str, head_dim: int) -> Compiled:
-    constants = {"ROWS": backward.DELTA_ROWS, "WIDTH": head_dim, "GRAD_LSE": True}
+    width = tiles.width_of(head_dim)
+    constants = {"ROWS": backward.DELTA_ROWS, "WIDTH": width, "HEAD": head_dim, "GRAD_LSE": True}
     kernel = backward.delta_kernel
     signature = {name: "constexpr" if name in constants else FIXED.get(name, "i32") for name in kernel.arg_names}
     signature |= {"out": f"*{dtype}", "grad": f"*{dtype}"}
