@@ -44,7 +44,7 @@ def options(q: Tensor, softmax_scale: float | None, causal_block: int | None) ->
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"softmax_scale: found {scale}; accepted: a positive number")
-    if causal_block is not None and (not isinstance(causal_block, int) or causal_block < 1):
+    if causal_block is not None and (type(causal_block) is not int or causal_block < 1):
         raise ValueError(f"causal_block: found {causal_block!r}; accepted: None, or a number of tokens from 1")
     return scale
 

@@ -301,6 +301,22 @@ def dot(a, b, acc=None):
 
 
 @triton.jit
+def product(a, b):
+    """a @ b.T of two tiles of rows, in fp32.
+
+    fp32 inputs, which no matrix unit takes unrounded, come in slices of 16 columns side by side: a thread would hold
+    whole rows of both in its registers.
+    """
+    if a.dtype == tl.float32 and a.shape[1] > 64:
+        SLICES: tl.constexpr = a.shape[1] // 16
+        left = a.reshape(a.shape[0], SLICES, 16).permute(1, 0, 2)
+        right = b.reshape(b.shape[0], SLICES, 16).permute(1, 2, 0)
+        return tl.sum(dot(left, right), 0)
+    else:
+        return dot(a, b.T)
+
+
+@triton.jit
 def narrow(x, dtype: tl.constexpr):
     """fp32 to the kernel's precision, rounded to nearest."""
     if INTERPRETED and dtype == tl.bfloat16:  # the interpreter would cut the lower bits off

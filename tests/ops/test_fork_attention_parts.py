@@ -24,9 +24,12 @@ def test_attention_in_parts(device: torch.device) -> None:
         top = each.max(1).values
         weights = torch.exp2(each - top[:, None])
         sums[part], tops[part] = weights @ value, torch.stack([top, weights.sum(1)], 1)
-    out = torch.full((2, LENGTH, 1, WIDTH), float("nan"), device=device)
-    lse = torch.full((2, 1, LENGTH), float("nan"), device=device)
+    # the third branch is memory of others
+    outs = torch.full((3, LENGTH, 1, WIDTH), float("nan"), device=device)
+    lses = torch.full((3, 1, LENGTH), float("nan"), device=device)
+    out, lse = outs[:2], lses[:2]
     merge(split, sums, out, tops, lse)
+    assert outs[2].isnan().all() and lses[2].isnan().all()
     whole = math.log(2) * torch.cat(scores, 1).double()[:40]
     exact = torch.softmax(whole, 1) @ torch.cat(values).double()
     assert (out[1, TILE:, 0] - exact).abs().max() < 1e-5

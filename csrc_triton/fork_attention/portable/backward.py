@@ -25,6 +25,7 @@ from csrc_triton.fork_attention.tiles import (
     on,
     operands,
     place,
+    product,
     seen,
     store_tile,
     tiling,
@@ -70,13 +71,13 @@ def _query_step(
     values = load_tile(
         v, index, head, row, end, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, MASKED, HEAD
     )
-    scores = dot(q, keys.T)
+    scores = product(q, keys)
     if CAUSAL:
         scores = tl.where((row + tl.arange(0, KEYS))[None, :] < sees[:, None], scores, float("-inf"))
     elif MASKED:  # the rows are zeros, but exp2(0 - lse) may overflow
         scores = tl.where((row + tl.arange(0, KEYS) < end)[None, :], scores, float("-inf"))
     weights = tl.exp2(scores * scale - lse[:, None])
-    grad_weights = dot(grad, values.T)
+    grad_weights = product(grad, values)
     grad_scores = weights * (grad_weights - delta[:, None])
     return dot(narrow(grad_scores, q.dtype), keys, acc)
 

@@ -16,6 +16,7 @@ from csrc_triton.fork_attention.tiles import (
     on,
     operands,
     place,
+    product,
     seen,
     store_tile,
     tiling,
@@ -46,13 +47,13 @@ def _key_step(
     else:
         lses = tl.load(lse + rows)
         deltas = tl.load(delta + rows)
-    scores = dot(keys, queries.T)
+    scores = product(keys, queries)
     if CAUSAL:
         sees = seen(rows + (own - length), block, own)
         scores = tl.where((first + tl.arange(0, KEYS))[:, None] < sees[None, :], scores, float("-inf"))
     weights = tl.exp2(scores * scale - (lses * 1.4426950408889634)[None, :])
     acc_v = dot(narrow(weights, keys.dtype), grads, acc_v)
-    grad_weights = dot(values, grads.T)
+    grad_weights = product(values, grads)
     grad_scores = weights * (grad_weights - deltas[None, :])
     acc_k = dot(narrow(grad_scores, keys.dtype), queries, acc_k)
     return acc_k, acc_v

@@ -24,6 +24,7 @@ from csrc_triton.fork_attention.tiles import (
     on,
     operands,
     place,
+    product,
     seen,
     store_tile,
     tiling,
@@ -51,7 +52,7 @@ def _step(
     values = load_tile(
         v, index, head, row, end, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, DESCRIPTORS, MASKED and not ZEROS, HEAD
     )
-    scores = dot(q, keys.T)
+    scores = product(q, keys)
     if CAUSAL:
         scores = tl.where((row + tl.arange(0, KEYS))[None, :] < sees[:, None], scores, float("-inf"))
     elif MASKED:
