@@ -78,7 +78,6 @@ class CacheView:
         k, v = (pool.index_select(0, rows.flatten()).unflatten(0, rows.shape) for pool in (self.k, self.v))
         return k, v
 
-
     def gather_each(self) -> list[tuple[Tensor, Tensor]]:
         """As `gather`, for contexts of any lengths: K and V [1, Lc, heads, head_dim] of each batch row by itself."""
         table = self.segments or SegmentTable.read(self.table)

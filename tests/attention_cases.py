@@ -80,9 +80,11 @@ def make(
 
 
 def draw_case(draw: random.Random, device: torch.device, most: int, dtypes: Sequence[torch.dtype]) -> Case:
-    """A random combination of shapes, windows, head sizes, groups of heads and options; chunks of up to `most` tokens."""
+    """Random shapes, windows, head sizes, groups of heads and options; chunks of up to `most` tokens."""
     few = device.type == "cpu"  # where an interpreter may run the kernels
-    branches, contexts = draw.choice([(1, 1), (2, 1), (2, 2), (1, 2)] if few else [(1, 1), (2, 1), (2, 2), (3, 2), (6, 3)])
+    branches, contexts = draw.choice(
+        [(1, 1), (2, 1), (2, 2), (1, 2)] if few else [(1, 1), (2, 1), (2, 2), (3, 2), (6, 3)]
+    )
     kv_heads, group = draw.choice([(1, 1), (1, 2)] if few else [(1, 1), (2, 1), (1, 3), (2, 2), (1, 8)])
     length = draw.choice([1, draw.randint(1, most), draw.randint(1, most)])
     own = draw.choice([length, length, draw.randint(1, most), 0])

@@ -88,9 +88,9 @@ def _nothing(q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Both:
 
 
 def _without_lse(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, mask: Tensor | None) -> Both:
-    heads_first = (t.transpose(1, 2) for t in (q, k, v))
-    grouped = q.shape[2] != k.shape[2]
-    out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=softmax_scale, enable_gqa=grouped)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale, enable_gqa=grouped)
     return out.transpose(1, 2), None
 
 
@@ -103,22 +103,13 @@ def _with_lse(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, mask: Tenso
     rows = max(1, SCORES // (group * keys))
     found: dict[tuple[int, int], Both] = {}
     for b, head in itertools.product(range(batch), range(kv_heads)):
-        of_keys = (t[b : b + 1, :, head : head + 1] for t in (k, v))
-        of_queries = q[b : b + 1, :, head * group : (head + 1) * group]
-        each_k, each_v = of_keys
-        parts = [
-            checkpoint(
-                _in_fp32,
-                of_queries[:, row : row + rows],
-                each_k,
-                each_v,
-                softmax_scale,
-                None if mask is None else mask[row : row + rows],
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-            for row in range(0, length, rows)
-        ]
+        each_k, each_v = (t[b : b + 1, :, head : head + 1] for t in (k, v))
+        of_head = q[b : b + 1, :, head * group : (head + 1) * group]
+        parts = []
+        for row in range(0, length, rows):
+            part = None if mask is None else mask[row : row + rows]
+            given = of_head[:, row : row + rows], each_k, each_v, softmax_scale, part
+            parts.append(checkpoint(_in_fp32, *given, use_reentrant=False, preserve_rng_state=False))
         found[b, head] = _joined(parts, 1, 2)
     branches = [_joined([found[b, head] for head in range(kv_heads)], 2, 1) for b in range(batch)]
     return _joined(branches, 0, 0)

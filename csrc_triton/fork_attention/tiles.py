@@ -34,10 +34,12 @@ class Tiling:
     descriptors: bool = False
 
 
-# (major capability, width, bytes of an element) -> Tiling. Major 0 is the interpreter, 9 is Hopper, and 8 serves all
-# other GPUs, and Hopper where it has no entry. Plain dictionaries: a tuning run replaces entries.
+# (major capability, width, bytes of an element) -> Tiling. Major 0 is the interpreter, 9 is Hopper, 12 the Blackwell of
+# sm_120, and 8 serves all other GPUs, and those two where they have no entry. Tiles of 8 and 12 are small enough
+# for 99 KB of shared memory and for the registers: compiled ahead, no loop over tiles spills. Plain dictionaries: a tuning run
+# replaces entries.
 Table = dict[tuple[int, int, int], Tiling]
-PLAIN, HOPPER = 8, 9
+PLAIN, HOPPER, SM_120 = 8, 9, 12
 WIDTHS = (16, 32, 64, 128, 256)  # of a tile: powers of two
 
 
@@ -51,22 +53,25 @@ FORWARD = _table(
     (8, (16, 32), 2, Tiling(128, 64, 4, 3)),
     (8, (64,), 2, Tiling(128, 64, 8, 3)),
     (8, (128,), 2, Tiling(128, 32, 8, 3)),
-    (8, (256,), 2, Tiling(64, 32, 8, 2)),
+    (8, (256,), 2, Tiling(32, 32, 8, 2)),
     (8, (16, 32), 4, Tiling(64, 32, 8, 2)),
-    (8, (64, 128), 4, Tiling(32, 32, 8, 2)),
-    (8, (256,), 4, Tiling(16, 16, 8, 2)),
+    (8, (64,), 4, Tiling(32, 32, 8, 2)),
+    (8, (128, 256), 4, Tiling(16, 16, 8, 1)),
     (9, (32, 64, 128), 2, Tiling(128, 128, 8, 3, descriptors=True)),
+    (12, (128,), 2, Tiling(128, 16, 8, 3)),
 )
 QUERY_GRADIENT = _table(
     (0, WIDTHS, 2, Tiling(64, 64, 4, 1)),
     (0, WIDTHS, 4, Tiling(64, 64, 4, 1)),
     (8, (16, 32, 64), 2, Tiling(128, 64, 8, 2)),
     (8, (128,), 2, Tiling(128, 32, 8, 2)),
-    (8, (256,), 2, Tiling(64, 32, 8, 1)),
-    (8, (16, 32), 4, Tiling(64, 32, 8, 2)),
-    (8, (64, 128), 4, Tiling(32, 32, 8, 2)),
-    (8, (256,), 4, Tiling(16, 16, 8, 1)),
+    (8, (256,), 2, Tiling(16, 32, 8, 2)),
+    (8, (16, 32), 4, Tiling(32, 32, 8, 2)),
+    (8, (64, 128), 4, Tiling(16, 16, 8, 1)),
+    (8, (256,), 4, Tiling(4, 16, 8, 1)),
     (9, (32, 64, 128), 2, Tiling(128, 64, 8, 3, descriptors=True)),
+    (12, (64,), 2, Tiling(64, 64, 4, 2)),
+    (12, (128,), 2, Tiling(32, 64, 8, 2)),
 )
 KEY_GRADIENT = _table(
     (0, WIDTHS, 2, Tiling(64, 64, 4, 1)),
@@ -74,12 +79,13 @@ KEY_GRADIENT = _table(
     (8, (16, 32), 2, Tiling(64, 128, 8, 2)),
     (8, (64,), 2, Tiling(32, 128, 8, 2)),
     (8, (128,), 2, Tiling(16, 128, 8, 2)),
-    (8, (256,), 2, Tiling(16, 64, 8, 1)),
-    (8, (16, 32), 4, Tiling(32, 64, 8, 2)),
-    (8, (64,), 4, Tiling(32, 32, 8, 2)),
-    (8, (128,), 4, Tiling(16, 32, 8, 2)),
-    (8, (256,), 4, Tiling(16, 16, 8, 1)),
+    (8, (256,), 2, Tiling(16, 16, 8, 1)),
+    (8, (16, 32), 4, Tiling(32, 32, 8, 2)),
+    (8, (64,), 4, Tiling(16, 16, 8, 1)),
+    (8, (128,), 4, Tiling(16, 8, 8, 1)),
+    (8, (256,), 4, Tiling(16, 4, 8, 1)),
     (9, (32, 64, 128), 2, Tiling(64, 128, 8, 2, descriptors=True)),
+    (12, (128,), 2, Tiling(64, 32, 8, 2)),
 )
 
 
@@ -87,8 +93,8 @@ KEY_GRADIENT = _table(
 def _major(device: torch.device) -> int:
     if device.type == "cpu":
         return 0
-    hopper = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == HOPPER
-    return HOPPER if hopper else PLAIN
+    major = PLAIN if torch.version.hip is not None else torch.cuda.get_device_capability(device)[0]
+    return major if major in (HOPPER, SM_120) else PLAIN
 
 
 def width_of(head_dim: int) -> int:

@@ -99,7 +99,9 @@ def test_own_tensors_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError, match="softmax_scale: found .*; accepted: a positive number"):
             fork_attention(q, q, q, softmax_scale=scale)
     for block in (0, -3, 2.0, True):
-        with pytest.raises(ValueError, match=f"causal_block: found {block}; accepted: None, or a number of tokens from 1"):
+        with pytest.raises(
+            ValueError, match=f"causal_block: found {block}; accepted: None, or a number of tokens from 1"
+        ):
             fork_attention(q, q, q, causal_block=block)  # type: ignore[call-overload]
 
 
@@ -158,7 +160,9 @@ def test_a_forced_kernel_that_cannot_serve_is_an_error() -> None:
     with runtime.backend("triton"):
         for head_dim in (4, 20, 264):
             odd = draw(1, 5, 2, head_dim, dtype=torch.float32)
-            with pytest.raises(ValueError, match=f"cannot serve: head_dim {head_dim}; accepted: multiples of 8 up to 256"):
+            with pytest.raises(
+                ValueError, match=f"cannot serve: head_dim {head_dim}; accepted: multiples of 8 up to 256"
+            ):
                 fork_attention(odd, odd, odd)
         with pytest.raises(ValueError, match="fork_attention: .*cannot serve: torch.float64 tensors"):
             fork_attention(double, double, double)

@@ -243,7 +243,9 @@ def test_shapes_and_options_that_the_kernels_pass_on(
     reasons = {
         selection.why_not_shapes(call(heads=1)): "2 heads of queries and 1 of keys; accepted: equal numbers",
         selection.why_not_shapes(call(own=3)): "a query length other than the own keys'; accepted: equal lengths",
-        selection.why_not_shapes(call(index=torch.zeros(2))): "context_index with a pair of tensors; accepted: with a view",
+        selection.why_not_shapes(
+            call(index=torch.zeros(2))
+        ): "context_index with a pair of tensors; accepted: with a view",
         selection.why_not_shapes(call(block=3)): "causal_block 3; accepted: None",
     }
     monkeypatch.setattr(selection, "why_not_hopper", lambda *_: None)
@@ -253,7 +255,10 @@ def test_shapes_and_options_that_the_kernels_pass_on(
         assert found is not None and found.startswith(expected)
         with runtime.backend("auto"):
             assert not selection.hopper_serves(q, unfit=found)
-        with runtime.backend("hopper"), pytest.raises(ValueError, match="backend 'hopper' is forced and cannot serve: "):
+        with (
+            runtime.backend("hopper"),
+            pytest.raises(ValueError, match="backend 'hopper' is forced and cannot serve: "),
+        ):
             selection.hopper_serves(q, unfit=found)
     told = [record.getMessage() for record in caplog.records]
     assert told == [f"fork_attention: the portable kernels serve: {found}" for found in reasons]

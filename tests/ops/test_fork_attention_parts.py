@@ -34,7 +34,9 @@ def test_attention_in_parts(device: torch.device) -> None:
     exact = torch.softmax(whole, 1) @ torch.cat(values).double()
     assert (out[1, TILE:, 0] - exact).abs().max() < 1e-5
     assert (lse[1, 0, TILE:] - whole.logsumexp(1)).abs().max() < 1e-5
-    assert out[0].isnan().all() and out[1, :TILE].isnan().all() and lse[0].isnan().all() and lse[1, 0, :TILE].isnan().all()
+    assert (
+        out[0].isnan().all() and out[1, :TILE].isnan().all() and lse[0].isnan().all() and lse[1, 0, :TILE].isnan().all()
+    )
 
 
 def test_sums_in_parts(device: torch.device) -> None:

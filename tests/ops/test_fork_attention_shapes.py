@@ -76,7 +76,11 @@ def test_shapes_on_the_kernels(device: torch.device, way: str, name: str) -> Non
 
 @pytest.mark.parametrize(
     ("way", "name"),
-    [(WAYS[0], "two heads of keys"), (WAYS[1], "causal, queries that see nothing"), (WAYS[1], "one head of keys, a pair")],
+    [
+        (WAYS[0], "two heads of keys"),
+        (WAYS[1], "causal, queries that see nothing"),
+        (WAYS[1], "one head of keys, a pair"),
+    ],
     indirect=["way"],
 )
 def test_shapes_in_sixteen_bits(device: torch.device, way: str, name: str) -> None:
