@@ -35,8 +35,8 @@ class Tiling:
 
 
 # (major capability, width, bytes of an element) -> Tiling. Major 0 is the interpreter, 9 is Hopper, 12 the Blackwell of
-# sm_120, and 8 serves all other GPUs, and those two where they have no entry. Tiles of 8 and 12 are small enough
-# for 99 KB of shared memory and for the registers: compiled ahead, no loop over tiles spills. Plain dictionaries: a tuning run
+# sm_120, and 8 serves all other GPUs, and those two where they have no entry. Tiles of 8 and 12 are small enough for the
+# registers and for 99 KB of shared memory: compiled ahead, no loop over tiles spills. Plain dictionaries: a tuning run
 # replaces entries.
 Table = dict[tuple[int, int, int], Tiling]
 PLAIN, HOPPER, SM_120 = 8, 9, 12
