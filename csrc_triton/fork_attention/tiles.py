@@ -35,9 +35,9 @@ class Tiling:
 
 
 # (major capability, width, bytes of an element) -> Tiling. Major 0 is the interpreter, 9 is Hopper, 12 the Blackwell of
-# sm_120, and 8 serves all other GPUs, and those two where they have no entry. Tiles of 8 and 12 are small enough for the
-# registers and for 99 KB of shared memory: compiled ahead, no loop over tiles spills. Plain dictionaries: a tuning run
-# replaces entries.
+# sm_120, and 8 serves all other GPUs, and those two where they have no entry. Tiles of 8 and 12 are small enough for
+# the registers and for 99 KB of shared memory: compiled ahead, no loop over tiles spills. Plain dictionaries: a tuning
+# run replaces entries.
 Table = dict[tuple[int, int, int], Tiling]
 PLAIN, HOPPER, SM_120 = 8, 9, 12
 WIDTHS = (16, 32, 64, 128, 256)  # of a tile: powers of two
@@ -85,7 +85,7 @@ KEY_GRADIENT = _table(
     (8, (128,), 4, Tiling(16, 8, 8, 1)),
     (8, (256,), 4, Tiling(16, 4, 8, 1)),
     (9, (32, 64, 128), 2, Tiling(64, 128, 8, 2, descriptors=True)),
-    (12, (128,), 2, Tiling(64, 32, 8, 2)),
+    (12, (128,), 2, Tiling(32, 32, 8, 2)),
 )
 
 

@@ -214,13 +214,13 @@ def test_the_custom_ops_keep_torchs_rules(device: torch.device, way: str) -> Non
     case = make(device, 1, 2, 2, 24, torch.float32, [[(0, 3)], [(3, 3)]], own=3, kv_heads=1)
     leaves = [t.detach().requires_grad_() for t in (case.q, case.k, case.v)]
     index = torch.tensor([1], device=device)
+    empty = [t[:, :0] for t in leaves[1:]]
     torch.library.opcheck(ops.forward, (*leaves, *pair_of(case), None, 0.2, index, 2))
-    if case.q.is_cuda:  # slow in the interpreter
-        empty = [t[:, :0] for t in leaves[1:]]
-        torch.library.opcheck(ops.forward, (leaves[0], *empty, *pair_of(case), None, 0.2, index))
+    rules = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    torch.library.opcheck(ops.forward, (leaves[0], *empty, *pair_of(case), None, 0.2, index), test_utils=rules)
     out, lse = ops.forward(*(t.detach() for t in leaves), *pair_of(case), None, 0.2, index, 2)
     given = case.grad, None, case.q, case.k, case.v, *pair_of(case), None, out, lse, 0.2
-    torch.library.opcheck(ops.backward, (*given, True, True, index, 2))
+    torch.library.opcheck(ops.backward, (*given, True, True, index, 2), test_utils=rules)
 
 
 def test_under_compile(device: torch.device) -> None:
@@ -257,7 +257,7 @@ def drawn(seed: int, count: int, device: torch.device, most: int, dtypes: list[t
 
 @pointers
 def test_some_random_combinations(device: torch.device, way: str) -> None:
-    drawn(0, 4 if device.type == "cpu" else 40, device, 20, [torch.float32, torch.bfloat16, torch.float16], "triton")
+    drawn(0, 3 if device.type == "cpu" else 40, device, 20, [torch.float32, torch.bfloat16, torch.float16], "triton")
 
 
 def test_random_combinations_in_plain_pytorch(device: torch.device) -> None:
