@@ -49,6 +49,16 @@ class CacheView:
     def of(cls, k: Tensor, v: Tensor, segments: Sequence[Sequence[Run]]) -> CacheView:
         """A view of plain tensors used as pools; segments[b] lists (first row, length) for batch row b.
 
+        A cache that is one tensor [B, T, heads, head_dim] for K and one for V, written in place, is such a pool when
+        its first two dimensions are flattened: token t of batch row b is row b * T + t. A window of `sink` first and
+        `recent` latest of `filled` tokens, without a copy:
+
+            runs = [[(b * T, sink), (b * T + filled - recent, recent)] for b in range(B)]
+            view = CacheView.of(k_cache.flatten(0, 1), v_cache.flatten(0, 1), runs)
+            out = fork_attention(q, k, v, view)
+
+        Other rows of the cache may be written before the backward pass; rows of the view must not.
+
         Raises:
             ValueError: for pools that do not fit, and for segments outside them.
         """
@@ -71,6 +81,17 @@ class CacheView:
         rows = (self.segments or SegmentTable.read(self.table)).rows()
         k, v = (pool.index_select(0, rows.flatten()).unflatten(0, rows.shape) for pool in (self.k, self.v))
         return k, v
+
+    def gather_each(self) -> list[tuple[Tensor, Tensor]]:
+        """As `gather`, for contexts of any lengths: K and V [1, Lc, heads, head_dim] of each batch row by itself."""
+        table = self.segments or SegmentTable.read(self.table)
+        each = (table.rows_of(batch) for batch in range(len(table.lengths)))
+        return [(self.k.index_select(0, rows)[None], self.v.index_select(0, rows)[None]) for rows in each]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each batch row's context. Synchronises as `gather` does."""
+        return (self.segments or SegmentTable.read(self.table)).lengths
 
     def check_held(self) -> None:
         """Raises ValueError where rows of the view were handed out for writing since it was made or updated."""
@@ -278,6 +299,18 @@ class SegmentTable:
         self._lengths = [sum(length for _, length in runs) for runs in segments]
         self._rows = None
         self.seen = Read((run for runs in segments for run in runs), self._handouts)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each batch row's context."""
+        return tuple(self._lengths)
+
+    def rows_of(self, batch: int) -> Tensor:
+        """Row number of every token of one batch row's context, [Lc] int64 on the device."""
+        first, lengths = self.table[batch].long().unbind(-1)
+        stops = lengths.cumsum(0)
+        tokens = torch.arange(self._lengths[batch], device=self.table.device)
+        return (first - stops + lengths)[torch.searchsorted(stops, tokens, right=True)] + tokens
 
     def rows(self) -> Tensor:
         """Row number of every token of the context, [B, Lc] int64 on the device."""

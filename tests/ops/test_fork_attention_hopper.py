@@ -207,6 +207,41 @@ def test_what_the_kernels_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason() == "a GPU of capability 10.0; accepted: 9.0"
 
 
+def test_shapes_and_options_that_the_kernels_pass_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from csrc_triton.fork_attention.tiles import Call, Past
+
+    def call(heads: int = 2, own: int = 4, index: Tensor | None = None, block: int = 0) -> Call:
+        q, k = torch.zeros(2, 4, 2, 64), torch.zeros(2, own, heads, 64)
+        past = Past.of(q, torch.zeros(3, 5, heads, 64), torch.zeros(3, 5, heads, 64), None, index)
+        return Call(q, k, k, past, 0.1, block)
+
+    assert selection.why_not_shapes(call()) is None
+    reasons = {
+        selection.why_not_shapes(call(heads=1)): "2 heads of queries and 1 of keys; accepted: equal numbers",
+        selection.why_not_shapes(call(own=3)): "a query length other than the own keys'; accepted: equal lengths",
+        selection.why_not_shapes(
+            call(index=torch.zeros(2))
+        ): "context_index with a pair of tensors; accepted: with a view",
+        selection.why_not_shapes(call(block=3)): "causal_block 3; accepted: None",
+    }
+    monkeypatch.setattr(selection, "why_not_hopper", lambda *_: None)
+    caplog.set_level(logging.INFO)
+    q = torch.zeros(1, 4, 2, 64, dtype=torch.bfloat16)
+    for found, expected in reasons.items():
+        assert found is not None and found.startswith(expected)
+        with runtime.backend("auto"):
+            assert not selection.hopper_serves(q, unfit=found)
+        with (
+            runtime.backend("hopper"),
+            pytest.raises(ValueError, match="backend 'hopper' is forced and cannot serve: "),
+        ):
+            selection.hopper_serves(q, unfit=found)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [f"fork_attention: the portable kernels serve: {found}" for found in reasons]
+
+
 def test_an_untested_triton_is_warned_of_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -82,11 +82,12 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
     "fork_attention": [
         (*leaves("q4", "k4", "v4"), *plain("past_k", "past_v"), None, 0.2),
         (*leaves("q4", "k4", "v4"), *pools(), TABLE, 0.2),
-        (*leaves("q4", "k4", "v4"), None, None, None, 0.2),
+        (*leaves("q4", "k4", "v4"), None, None, None, 0.2, None, 2),
+        (*leaves("q4", "k4", "v4"), *plain("past_k", "past_v"), None, 0.2, torch.zeros(B, dtype=torch.int32)),
     ],
     "fork_attention_backward": [
         (BY_HEADS, None, *plain("q4", "k4", "v4", "past_k", "past_v"), None, *SAVED, 0.2, True, True),
-        (BY_HEADS, -SAVED[1], *plain("q4", "k4", "v4"), None, None, None, *SAVED, 0.2, False, True),
+        (BY_HEADS, -SAVED[1], *plain("q4", "k4", "v4"), None, None, None, *SAVED, 0.2, False, True, None, 2),
         (BY_HEADS, None, *plain("q4", "k4", "v4"), *pools(), TABLE, *SAVED, 0.2, True, False),
     ],
     "norm_silu": [
