@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from csrc_triton.fork_attention.selection import TESTED_TRITON
 from tempact import __version__
 
 REPOSITORY = Path(__file__).parents[2]
@@ -121,6 +122,21 @@ def test_its_own_distribution_has_every_package_and_needs_no_more(installed: Pat
     assert (PACKAGE / "LICENSE").read_text() == (REPOSITORY / "LICENSE").read_text()
     assert project["project"]["version"] == __version__
     assert (installed / "csrc_triton" / "py.typed").is_file()
+
+
+def test_its_readme_names_the_versions_that_it_asks_for_and_is_tested_with() -> None:
+    project = tomllib.loads((PACKAGE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pinned = dict(re.findall(r"^([\w.-]+)==(\d+\.\d+)", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE))
+    text = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| (\w+) \| ([\d.]+) \|", text, re.MULTILINE))
+    tested = dict(re.findall(r"^\| (\w+) \| [\d.]+ \| ([\d.]+) \|", text, re.MULTILINE))
+    for need in ["Python" + project["requires-python"], *project["dependencies"]]:
+        name, least = oldest(need)
+        (row,) = (row for row in table if row.lower() == name.lower())
+        assert tuple(map(int, table[row].split("."))) == least, row
+        assert tested[row] == pinned.get(name, tested[row]), row
+    hoppers = [".".join(map(str, version)) for version in (TESTED_TRITON[0], TESTED_TRITON[-1])]
+    assert f"{hoppers[0]} to {hoppers[1]} |" in text
 
 
 def test_no_file_has_two_owners_where_both_are_installed(installed: Path, checkout: Path, tmp_path: Path) -> None:
