@@ -19,6 +19,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 
@@ -31,6 +32,7 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # torch.compi
 _process = "auto"  # backend where no block forces one
 _block: ContextVar[str | None] = ContextVar("csrc_triton_backend", default=None)
 _fake: ContextVar[bool] = ContextVar("csrc_triton_shapes_only", default=False)
+_VARIABLES: dict[str, ContextVar[Any]] = {"block": _block, "fake": _fake}
 
 
 class _Traced(threading.local):
@@ -69,11 +71,11 @@ def backend(name: str) -> Iterator[None]:
         ValueError: for a name that is not in BACKENDS.
     """
     _check_backend("backend", name)
-    before = _set_block(name)
+    before = _hold("block", name)
     try:
         yield
     finally:
-        _set_block(before)
+        _hold("block", before)
 
 
 @contextmanager
@@ -82,32 +84,21 @@ def shapes_only() -> Iterator[None]:
 
     Holds for this thread or asyncio task alone.
     """
-    before = _set_fake(True)
+    before = _hold("fake", True)
     try:
         yield
     finally:
-        _set_fake(before)
+        _hold("fake", before)
 
 
-def _set_block(value: str | None) -> str | None:
-    """Returns the value before."""
+def _hold(name: str, value: Any) -> Any:
+    """Sets one of the variables and returns its value before."""
     if torch.compiler.is_compiling():
-        before, _traced.block = _traced.block, value
-        return before
-    before = _block.get()
-    _block.set(value)
-    _traced.block = value
-    return before
-
-
-def _set_fake(value: bool) -> bool:
-    """Returns the value before."""
-    if torch.compiler.is_compiling():
-        before, _traced.fake = _traced.fake, value
-        return before
-    before = _fake.get()
-    _fake.set(value)
-    _traced.fake = value
+        before = getattr(_traced, name)
+    else:
+        before = _VARIABLES[name].get()
+        _VARIABLES[name].set(value)
+    setattr(_traced, name, value)
     return before
 
 

@@ -88,6 +88,19 @@ def test_a_new_thread_has_the_process_backend_and_a_copied_context_the_blocks() 
     assert runtime.get_backend() == "hopper"
 
 
+def test_a_backward_pass_has_the_backend_of_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on another thread, as autograd runs it for a GPU, and outside of the block."""
+    from csrc_triton.adaln import fused
+
+    seen, compute = [], fused.gate_backward
+    monkeypatch.setattr(fused, "gate_backward", lambda *args: seen.append(runtime.get_backend()) or compute(*args))
+    x = torch.ones(1, 2, 32, requires_grad=True)
+    with runtime.backend("triton"):
+        out = gated_residual(x, x, x)
+    in_a_thread(lambda: out.sum().backward())
+    assert seen == ["triton"] and torch.equal(x.grad, torch.full_like(x, 3.0))
+
+
 def test_tasks_of_one_thread_do_not_change_each_others_backend() -> None:
     async def task(name: str) -> list[str]:
         found = []
