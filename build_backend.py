@@ -1,4 +1,4 @@
-"""Build backend of tempact: setuptools, which tells setup.py by EDITABLE whether the installation is editable."""
+"""Build backend of tempact: setuptools, which tells setup.py that an editable installation or an archive is made."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 from setuptools import build_meta
 from setuptools.build_meta import (
-    build_sdist,
     build_wheel,
     get_requires_for_build_editable,
     get_requires_for_build_sdist,
@@ -26,7 +25,7 @@ __all__ = [
     "prepare_metadata_for_build_wheel",
 ]
 
-EDITABLE = "TEMPACT_EDITABLE"
+EDITABLE, ARCHIVE = "TEMPACT_EDITABLE", "TEMPACT_ARCHIVE"
 
 
 def prepare_metadata_for_build_editable(*args: Any, **kwargs: Any) -> str:
@@ -37,3 +36,8 @@ def prepare_metadata_for_build_editable(*args: Any, **kwargs: Any) -> str:
 def build_editable(*args: Any, **kwargs: Any) -> str:
     os.environ[EDITABLE] = "1"
     return build_meta.build_editable(*args, **kwargs)
+
+
+def build_sdist(*args: Any, **kwargs: Any) -> str:
+    os.environ[ARCHIVE] = "1"
+    return build_meta.build_sdist(*args, **kwargs)

@@ -1,7 +1,8 @@
 """Packaging of tempact. Exact tested versions are in constraints.txt.
 
 csrc_triton is a distribution of its own, csrc-triton (csrc_triton/pyproject.toml), and the only owner of its files. An
-installed tempact depends on it, and pip builds it from the folder beside this file. An editable tempact owns no files
+installed tempact depends on it: pip builds it from the folder beside this file, and an archive (`python -m build`),
+beside which there is no such folder, asks for the distribution of its own version. An editable tempact owns no files
 and serves both packages from the checkout, so that changes of kernels take effect at once.
 """
 
@@ -13,15 +14,23 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-KERNELS = Path(__file__).resolve().parent / "csrc_triton"
+FOLDER = Path(__file__).resolve().parent
+KERNELS = FOLDER / "csrc_triton"
 PACKAGE = KERNELS.with_name("tempact") / "__init__.py"
 VERSION = re.findall(r'^__version__ = "(.+)"$', PACKAGE.read_text(encoding="utf-8"), re.MULTILINE)[0]
 EDITABLE = "TEMPACT_EDITABLE" in os.environ  # set by build_backend.py
+ARCHIVE = "TEMPACT_ARCHIVE" in os.environ or (FOLDER / "PKG-INFO").is_file()  # being made, or unpacked
+if EDITABLE:
+    OF_KERNELS = "triton>=3.5; platform_system == 'Linux'"
+else:
+    OF_KERNELS = f"csrc-triton=={VERSION}" if ARCHIVE else f"csrc-triton @ {KERNELS.as_uri()}"
 
 setup(
     name="tempact",
     version=VERSION,
     description="Post-training of autoregressive video models for temporal order: a planner and an executor, together",
+    long_description=(FOLDER / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
@@ -32,7 +41,7 @@ setup(
                     "evaluation/*.jsonl"],
     },
     install_requires=[
-        "triton>=3.5; platform_system == 'Linux'" if EDITABLE else f"csrc-triton @ {KERNELS.as_uri()}",
+        OF_KERNELS,
         "huggingface-hub>=1.0",
         "imageio-ffmpeg>=0.5",
         "jinja2>=3.1",

@@ -66,7 +66,7 @@ class WarmChunk:
         self.frame_tokens = config.frame_tokens(*self.size)
         self.cache = ForkableKVCache(
             config.layers, config.heads, config.head_dim, rows=FIRST_FRAMES * self.frame_tokens, dtype=dtype,
-            device=bench.device,
+            device=bench.device, page=self.frame_tokens,
         )  # fmt: skip
         self.noise = self._draw(branches, SCHEDULE.calls, dtype=torch.float32)
         self.words = torch.randn(branches, config.text_len, config.text_dim, device=self.device, dtype=dtype)

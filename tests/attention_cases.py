@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,10 @@ ONE: Segments = [[(3, 40)]]
 
 @dataclass
 class Case:
-    """Queries, keys and values of branches, and the pools and segments of their context; all else there is NaN."""
+    """Queries, keys and values of branches, and the pools and segments of their contexts; all else there is NaN.
+
+    index: the context of each branch; None: equal shares, in order.
+    """
 
     q: Tensor
     k: Tensor
@@ -33,6 +37,8 @@ class Case:
     pools: tuple[Tensor, Tensor]
     segments: Segments
     scale: float
+    index: Sequence[int] | None = None
+    causal_block: int | None = None
 
     @property
     def view(self) -> CacheView | None:
@@ -40,29 +46,63 @@ class Case:
 
     def past(self, branch: int) -> tuple[Tensor, Tensor]:
         """One branch's context written out, [1, Lc, heads, head_dim]."""
-        runs = self.segments[branch * len(self.segments) // len(self.q)] if self.segments else []
+        which = branch * len(self.segments) // len(self.q) if self.index is None else self.index[branch]
+        runs = self.segments[which] if self.segments else []
         k, v = (torch.cat([p[:0], *(p[row : row + n] for row, n in runs)])[None] for p in self.pools)
         return k, v
 
 
 def make(
     device: torch.device | str, branches: int, length: int, heads: int, head_dim: int, dtype: torch.dtype,
-    segments: Segments, integers: bool = False,
+    segments: Segments, integers: bool = False, *, own: int | None = None, kv_heads: int | None = None,
+    index: Sequence[int] | None = None, causal_block: int | None = None,
 ) -> Case:  # fmt: skip
-    """integers: with a scale of log 2 all exponentials are powers of two, and sums of them are exact."""
+    """own, kv_heads: the own keys and their heads, if not those of the queries.
+
+    integers: with a scale of log 2 all exponentials are powers of two, and sums of them are exact.
+    """
 
     def draw(*shape: int) -> Tensor:
         if integers:
             return (torch.randint(-1, 2, shape) * (torch.rand(shape) < 0.1)).to(device, dtype)
         return torch.randn(*shape, device=device).to(dtype)
 
-    q, k, v, grad = (draw(branches, length, heads, head_dim) for _ in range(4))
+    kv_heads = heads if kv_heads is None else kv_heads
+    q, grad = (draw(branches, length, heads, head_dim) for _ in range(2))
+    k, v = (draw(branches, length if own is None else own, kv_heads, head_dim) for _ in range(2))
     rows = 7 + max((row + n for runs in segments for row, n in runs), default=0)
-    pools = tuple(torch.full((rows, heads, head_dim), float("nan"), device=device, dtype=dtype) for _ in range(2))
+    pools = tuple(torch.full((rows, kv_heads, head_dim), float("nan"), device=device, dtype=dtype) for _ in range(2))
     for row, n in sorted({run for runs in segments for run in runs}):
         for pool in pools:
-            pool[row : row + n] = draw(n, heads, head_dim)
-    return Case(q, k, v, grad, pools, segments, LOG_2 if integers else head_dim**-0.5)  # type: ignore[arg-type]
+            pool[row : row + n] = draw(n, kv_heads, head_dim)
+    scale = LOG_2 if integers else head_dim**-0.5
+    return Case(q, k, v, grad, pools, segments, scale, index, causal_block)  # type: ignore[arg-type]
+
+
+def draw_case(draw: random.Random, device: torch.device, most: int, dtypes: Sequence[torch.dtype]) -> Case:
+    """Random shapes, windows, head sizes, groups of heads and options; chunks of up to `most` tokens."""
+    few = device.type == "cpu"  # where an interpreter may run the kernels
+    branches, contexts = draw.choice(
+        [(1, 1), (2, 1), (2, 2), (1, 2)] if few else [(1, 1), (2, 1), (2, 2), (3, 2), (6, 3)]
+    )
+    kv_heads, group = draw.choice([(1, 1), (1, 2)] if few else [(1, 1), (2, 1), (1, 3), (2, 2), (1, 8)])
+    length = draw.choice([1, draw.randint(1, most), draw.randint(1, most)])
+    own = draw.choice([length, length, draw.randint(1, most), 0])
+    segments: list[list[tuple[int, int]]] = []
+    for _ in range(contexts):
+        runs, row = [], 0
+        for _ in range(draw.randint(0, 4)):
+            row += draw.randint(0, 40)
+            runs.append((row, draw.choice([0, draw.randint(1, 127), 128, draw.randint(1, most)])))
+            row += runs[-1][1]
+        segments.append(runs)
+    index = [draw.randrange(contexts) for _ in range(branches)] if branches % contexts or draw.random() < 0.3 else None
+    block = draw.choice([None, None, 1, draw.randint(1, most)])
+    head_dim = draw.choice([8, 32, 64, 80, 96, 128, 160, 192, 256, 8 * draw.randint(1, 32)])
+    return make(
+        device, branches, length, group * kv_heads, head_dim, draw.choice(dtypes), segments,
+        own=own, kv_heads=kv_heads, index=index, causal_block=block,
+    )  # fmt: skip
 
 
 def on_torch(
@@ -79,12 +119,10 @@ def on_torch(
     leaves = [t[one].detach().clone().to(dtype).requires_grad_() for t in (case.q, case.k, case.v)]
     past = tuple(p.to(dtype) for p in case.past(branch))
     working = torch.promote_types(dtype, torch.float32)
-    out, lse = naive.fork_attention(*(t.to(working) for t in leaves), past, case.scale)
+    own = (t.to(working) for t in leaves)
+    out, lse = naive.fork_attention(*own, past, case.scale, causal_block=case.causal_block)
     if not exact:
-        q, k, v = (t.transpose(1, 2) for t in (leaves[0], *naive.concatenate(*leaves[1:], past)))
-        half = q.is_cuda and dtype != torch.float32
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION if half else list(SDPBackend.__members__.values())):
-            out = F.scaled_dot_product_attention(q, k, v, scale=case.scale).transpose(1, 2)
+        out = _on_sdpa(case, leaves, past)
     grads = torch.autograd.grad(out, leaves, case.grad[one].to(out.dtype), retain_graph=True)
     if grad_lse is not None:
         more = torch.autograd.grad(lse, leaves[:2], grad_lse[one].to(lse.dtype))
@@ -92,11 +130,32 @@ def on_torch(
     return [out.detach().to(dtype), lse.detach(), *grads]
 
 
+def _on_sdpa(case: Case, leaves: list[Tensor], past: tuple[Tensor, Tensor]) -> Tensor:
+    """Queries that see no key, which come first, are left out."""
+    length, own, behind = case.q.shape[1], case.k.shape[1], past[0].shape[1]
+    blind = length if own + behind == 0 else 0
+    mask = None
+    if case.causal_block is not None:
+        mask = naive.visible(length, own, behind, case.causal_block, case.q.device)
+        blind = int((~mask.any(1)).sum())
+        mask = mask[blind:]
+    if blind == length:
+        return 0 * leaves[0] + sum(t.sum() for t in leaves[1:])
+    q, k, v = (t.transpose(1, 2) for t in (leaves[0][:, blind:], *naive.concatenate(*leaves[1:], past)))
+    flash = q.is_cuda and q.dtype != torch.float32 and mask is None
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION if flash else list(SDPBackend.__members__.values())):
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=case.scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    return F.pad(out.transpose(1, 2), (0, 0, 0, 0, blind, 0))
+
+
 def on_kernel(case: Case, context: Context, grad_lse: Tensor | None = None, by: str = "triton") -> list[Tensor]:
-    """The same of all branches from the kernels of backend `by`."""
+    """The same of all branches from the implementation of backend `by`."""
     leaves = [t.detach().requires_grad_() for t in (case.q, case.k, case.v)]
+    given = {"softmax_scale": case.scale, "context_index": case.index, "causal_block": case.causal_block}
     with runtime.backend(by):
-        out, lse = fork_attention(*leaves, context, softmax_scale=case.scale, return_lse=True)
+        out, lse = fork_attention(*leaves, context, return_lse=True, **given)  # type: ignore[call-overload]
         wanted, grads = ((out,), (case.grad,)) if grad_lse is None else ((out, lse), (case.grad, grad_lse))
         return [out.detach(), lse.detach(), *torch.autograd.grad(wanted, leaves, grads)]
 
@@ -112,7 +171,12 @@ def assert_right(
         for name, a, b, c in zip(NAMES, got, same, exact, strict=True):
             # an fp32 reference is itself off by a few units in the last place of numbers around 10
             atol = 4e-6 if name == "lse" and reference == torch.float32 else 1e-6
-            assert_as_good(f"{name} of branch {branch}", a[branch : branch + 1], b, c, atol)
+            given = a[branch : branch + 1]
+            if name == "lse":
+                assert torch.equal(given == -torch.inf, c == -torch.inf), f"lse of branch {branch}: who sees no key"
+                given, b, c = (t.nan_to_num(neginf=0.0) for t in (given, b.to(given.dtype), c))
+                assert given.isfinite().all()
+            assert_as_good(f"{name} of branch {branch}", given, b, c, atol)
 
 
 def assert_exact(case: Case, out: Tensor) -> None:

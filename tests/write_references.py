@@ -1,10 +1,12 @@
-"""docs/config.md and docs/metrics.md from the code: `PYTHONPATH=tests python tests/write_references.py`."""
+"""Generated pages of docs/ (see PAGES), from the code: `PYTHONPATH=tests python tests/write_references.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING
 from pathlib import Path
+
+from write_api import api_lines
 
 from tempact.cli import kind_word, word
 from tempact.config import RUN, SPEED, TRAINING, VIDEO, RunConfig, keys_of, sections_of
@@ -86,7 +88,12 @@ def metrics_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"config.md": config_page, "metrics.md": metrics_page}
+def api_page() -> str:
+    """Every public name of csrc_triton."""
+    return "\n".join(api_lines(NOTE)).rstrip("\n") + "\n"
+
+
+PAGES = {"config.md": config_page, "metrics.md": metrics_page, "kernels-api.md": api_page}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

@@ -268,13 +268,12 @@ def norm(
     tokens, tiling = length // frames, TILINGS["norm"]
     out, residual = _empty(x, True), _empty(x, y is not None)
     mean, rstd = (x.new_empty((batch, length), dtype=torch.float32) for _ in range(2))
-    with torch.cuda.device_of(x):
-        norm_kernel[(triton.cdiv(tokens, tiling.rows), frames, batch)](
-            x, y, gate, shift, scale, None if y is None else residual, out, mean, rstd,
-            *_strides(x, y, gate, shift, scale), tokens, eps,
-            PLUS_ONE=scale.ndim == 3, ROWS=tiling.rows, DIM=dim, CHUNK=tiling.chunk_of(dim),
-            num_warps=tiling.warps_of(dim),
-        )  # fmt: skip
+    norm_kernel[(triton.cdiv(tokens, tiling.rows), frames, batch)](
+        x, y, gate, shift, scale, None if y is None else residual, out, mean, rstd,
+        *_strides(x, y, gate, shift, scale), tokens, eps,
+        PLUS_ONE=scale.ndim == 3, ROWS=tiling.rows, DIM=dim, CHUNK=tiling.chunk_of(dim),
+        num_warps=tiling.warps_of(dim),
+    )  # fmt: skip
     return out, residual, mean, rstd
 
 
@@ -295,18 +294,17 @@ def norm_backward(
     grad, kept = as_rows(grad), None if grad_residual is None else as_rows(grad_residual)
     loaded = (2 + (kept is not None) + wants[2]) * dim * x.element_size()
     partials = [x.new_empty((batch * frames, tiles, dim), dtype=torch.float32) if want else None for want in wants[2:]]
-    with torch.cuda.device_of(x):
-        norm_backward_kernel[(tiles, frames, batch)](
-            grad, kept, x, y if wants[2] else None, gate, scale, mean, rstd,
-            dx if wants[0] else None, dy if wants[1] else None, *partials,
-            *_strides(grad, kept, x, y, gate, scale), tokens,
-            PLUS_ONE=scale.ndim == 3, STEPS=steps, STAGES=tiling.stages_of(loaded), ROWS=tiling.rows,
-            DIM=dim, CHUNK=tiling.chunk_of(dim), num_warps=tiling.warps_of(dim),
-        )  # fmt: skip
-        dgate, dshift, dscale = (
-            x.new_empty(0) if partial is None else _sum(partial, vector)
-            for partial, vector in zip(partials, (gate, shift, scale), strict=True)
-        )
+    norm_backward_kernel[(tiles, frames, batch)](
+        grad, kept, x, y if wants[2] else None, gate, scale, mean, rstd,
+        dx if wants[0] else None, dy if wants[1] else None, *partials,
+        *_strides(grad, kept, x, y, gate, scale), tokens,
+        PLUS_ONE=scale.ndim == 3, STEPS=steps, STAGES=tiling.stages_of(loaded), ROWS=tiling.rows,
+        DIM=dim, CHUNK=tiling.chunk_of(dim), num_warps=tiling.warps_of(dim),
+    )  # fmt: skip
+    dgate, dshift, dscale = (
+        x.new_empty(0) if partial is None else _sum(partial, vector)
+        for partial, vector in zip(partials, (gate, shift, scale), strict=True)
+    )
     return dx, dy, dgate, dshift, dscale
 
 
@@ -325,11 +323,10 @@ def gate(x: Tensor | None, y: Tensor, factor: Tensor) -> Tensor:
     tokens = length // frames
     y = as_rows(y)
     out = _empty(y, True)
-    with torch.cuda.device_of(y):
-        gate_kernel[(triton.cdiv(tokens, tiling.rows), frames, batch)](
-            x, y, factor, out, *_strides(x, y, factor), tokens,
-            ROWS=tiling.rows, DIM=dim, CHUNK=tiling.chunk_of(dim), num_warps=tiling.warps_of(dim),
-        )  # fmt: skip
+    gate_kernel[(triton.cdiv(tokens, tiling.rows), frames, batch)](
+        x, y, factor, out, *_strides(x, y, factor), tokens,
+        ROWS=tiling.rows, DIM=dim, CHUNK=tiling.chunk_of(dim), num_warps=tiling.warps_of(dim),
+    )  # fmt: skip
     return out
 
 
@@ -341,11 +338,10 @@ def gate_backward(grad: Tensor, y: Tensor, factor: Tensor, wants_y: bool) -> tup
     tiles = triton.cdiv(tokens, tiling.rows * steps)
     rows, dy = as_rows(grad), _empty(y, wants_y)
     partials = y.new_empty((batch * frames, tiles, dim), dtype=torch.float32)
-    with torch.cuda.device_of(y):
-        gate_backward_kernel[(tiles, frames, batch)](
-            rows, y, factor, dy if wants_y else None, partials, *_strides(rows, y, factor), tokens,
-            STEPS=steps, STAGES=tiling.stages_of(2 * dim * y.element_size()), ROWS=tiling.rows,
-            DIM=dim, CHUNK=tiling.chunk_of(dim), num_warps=tiling.warps_of(dim),
-        )  # fmt: skip
-        dfactor = _sum(partials, factor)
+    gate_backward_kernel[(tiles, frames, batch)](
+        rows, y, factor, dy if wants_y else None, partials, *_strides(rows, y, factor), tokens,
+        STEPS=steps, STAGES=tiling.stages_of(2 * dim * y.element_size()), ROWS=tiling.rows,
+        DIM=dim, CHUNK=tiling.chunk_of(dim), num_warps=tiling.warps_of(dim),
+    )  # fmt: skip
+    dfactor = _sum(partials, factor)
     return dy, dfactor

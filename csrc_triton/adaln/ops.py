@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from csrc_triton._registration import custom_op, differentiable
+
 
 def _like(of: Tensor, wanted: bool) -> Tensor:
     """To be filled; without elements where not wanted."""
     return of.new_empty(of.shape if wanted else (0,))
 
 
-@torch.library.custom_op("csrc_triton::adaln", mutates_args=())
+@custom_op("adaln")
 def norm_op(
     x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -37,7 +39,7 @@ def _(
     return _like(x, True), _like(x, y is not None), mean, rstd
 
 
-@torch.library.custom_op("csrc_triton::adaln_backward", mutates_args=())
+@custom_op("adaln_backward")
 def norm_backward_op(
     grad: Tensor,
     grad_residual: Tensor | None,
@@ -79,6 +81,7 @@ def _(
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, y, gate, shift, scale, _ = inputs
     _, residual, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
     ctx.added = y is not None
     # y, as large as x, is needed for the gradient of the gate alone
@@ -102,10 +105,10 @@ def _differentiate_norm(
     return dx if needs_x else None, dy if gated else dx if needs_y else None, *vectors, None
 
 
-norm_op.register_autograd(_differentiate_norm, setup_context=_save_norm)
+differentiable(norm_op, _differentiate_norm, setup_context=_save_norm)
 
 
-@torch.library.custom_op("csrc_triton::gated_residual", mutates_args=())
+@custom_op("gated_residual")
 def gate_op(x: Tensor | None, y: Tensor, factor: Tensor) -> Tensor:
     """x + y factor, or y factor; x, y [B, F * T, dim], factor [B, F, dim]."""
     from csrc_triton.adaln import fused
@@ -118,7 +121,7 @@ def _(x: Tensor | None, y: Tensor, factor: Tensor) -> Tensor:
     return _like(y, True)
 
 
-@torch.library.custom_op("csrc_triton::gated_residual_backward", mutates_args=())
+@custom_op("gated_residual_backward")
 def gate_backward_op(grad: Tensor, y: Tensor, factor: Tensor, wants_y: bool) -> tuple[Tensor, Tensor]:
     """Gradients of y (no elements where not wanted) and of factor."""
     from csrc_triton.adaln import fused
@@ -147,4 +150,4 @@ def _differentiate_gate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad if needs_x else None, dy if needs_y else None, dfactor
 
 
-gate_op.register_autograd(_differentiate_gate, setup_context=_save_gate)
+differentiable(gate_op, _differentiate_gate, setup_context=_save_gate)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from csrc_triton import runtime
-from csrc_triton.decode_attention import naive
+from csrc_triton._registration import no_gradient
+from csrc_triton.decode_attention import naive, ops
 from csrc_triton.runtime import describe
 
 HEAD_DIMS = (16, 32, 64, 128, 256)  # that a kernel serves
 MOST_HEADS = 65_535  # the kernels' grid
 
 
-@torch.no_grad()
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, softmax_scale: float | None = None) -> Tensor:
     """softmax(q k^T * scale) v over the first `lengths[b]` keys of each sequence; returns [B, heads, head_dim].
 
@@ -30,9 +30,10 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, softma
         softmax_scale: None for head_dim ** -0.5.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: naming the argument, also for one that requires a gradient where gradients are recorded.
     """
     _check(q, k, v, lengths)
+    no_gradient("decode_attention", q=q, k=k, v=v)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     unfit = runtime.why_unfit(q)
     if unfit is None and q.shape[-1] not in HEAD_DIMS:
@@ -40,9 +41,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, softma
     if unfit is None and max(q.shape[0], k.shape[1]) > MOST_HEADS:
         unfit = f"more than {MOST_HEADS} sequences or key heads"
     if runtime.choose("decode_attention", q.device, q.dtype, unfit=unfit) == "triton":
-        from csrc_triton.decode_attention import fused
-
-        return fused.decode_attention(q, k, v, lengths, scale)
+        return ops.decode_attention_op(q, k, v, lengths, scale)
     return naive.decode_attention(q, k, v, lengths, scale)
 
 

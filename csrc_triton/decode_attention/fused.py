@@ -13,7 +13,8 @@ from torch import Tensor
 
 from csrc_triton.fork_attention.tiles import dot, narrow
 
-SPLIT, BLOCK = 256, 64  # keys of a program, and of one step in it
+SPLIT = 256  # keys of a program
+STEP_BYTES = 16384  # of keys in one step of it: three steps of keys and values fit into the 99 KB of sm_86 to sm_120
 LEAST_HEADS = 16  # rows of the smallest matrix product
 WARPS, STAGES = 4, 3
 LOG2E = 1.4426950408889634
@@ -79,6 +80,11 @@ def join_kernel(
     tl.store(out + row * DIM + channel, value)
 
 
+def block_of(dim: int, size: int) -> int:
+    """Keys of one step, for heads of `dim` channels of `size` bytes."""
+    return max(16, min(64, STEP_BYTES // (dim * size)))
+
+
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Tensor:
     """As the public function; `scale` given."""
     batch, heads, dim = q.shape
@@ -90,8 +96,8 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: fl
     out = torch.empty(batch, heads, dim, dtype=q.dtype, device=q.device)
     part_kernel[parts, key_heads, batch](
         q, k, v, lengths, part_out, sums, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], keys, scale * LOG2E,
-        GROUP=group, ROWS=max(LEAST_HEADS, triton.next_power_of_2(group)), DIM=dim, SPLIT=SPLIT, BLOCK=BLOCK,
-        num_warps=WARPS, num_stages=STAGES,
+        GROUP=group, ROWS=max(LEAST_HEADS, triton.next_power_of_2(group)), DIM=dim, SPLIT=SPLIT,
+        BLOCK=block_of(dim, k.element_size()), num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     join_kernel[heads, batch](
         part_out, sums, lengths, out, keys,

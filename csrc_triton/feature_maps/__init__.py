@@ -6,10 +6,10 @@ it: on a GPU a convolution adds its bias in a separate pass over memory.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from csrc_triton import runtime
+from csrc_triton._registration import no_gradient
 from csrc_triton.feature_maps import naive, ops
 from csrc_triton.runtime import describe
 
@@ -17,7 +17,6 @@ MOST_CHANNELS = 4096
 MOST_BATCH = 65_535  # the kernels' grid
 
 
-@torch.no_grad()
 def norm_silu(
     x: Tensor,
     gamma: Tensor | None,
@@ -41,7 +40,7 @@ def norm_silu(
         total: shape and dtype of x, written in place; None: s is not stored.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: naming the argument, also for one that requires a gradient where gradients are recorded.
     """
     if x.ndim != 3 or not x.is_floating_point():
         raise ValueError(f"x: found {describe(x)}; accepted: floating point [b, positions, C]")
@@ -51,6 +50,7 @@ def norm_silu(
         raise ValueError(f"out: found {describe(out)}; accepted: [b, positions, at least {x.shape[-1]}]")
     _check_map("out", out, x, (*x.shape[:2], out.shape[-1]))
     _check_vectors(x, x.shape[-1], gamma=gamma, bias=bias)
+    no_gradient("norm_silu", x=x, update=update, gamma=gamma, bias=bias, out=out, total=total)
     if _choose("norm_silu", x, out.shape[-1], gamma, bias) == "triton":
         ops.norm_silu_op(x, update, bias, gamma, total, out)
         return
@@ -63,7 +63,6 @@ def norm_silu(
         out[..., channels:].zero_()
 
 
-@torch.no_grad()
 def enlarge(x: Tensor, *, update: Tensor | None = None, bias: Tensor | None = None, parts: int = 1) -> Tensor:
     """Nearest-neighbour upsampling by 2 of x + update + bias; returns [n * parts, 2H, 2W, C].
 
@@ -74,7 +73,7 @@ def enlarge(x: Tensor, *, update: Tensor | None = None, bias: Tensor | None = No
         parts: groups of channels; each becomes a map of its own, in order.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: naming the argument, also for one that requires a gradient where gradients are recorded.
     """
     if x.ndim != 4 or not x.is_floating_point() or not x.is_contiguous():
         raise ValueError(f"x: found {describe(x)}; accepted: contiguous floating point [n, H, W, parts * C]")
@@ -83,6 +82,7 @@ def enlarge(x: Tensor, *, update: Tensor | None = None, bias: Tensor | None = No
     if update is not None and (describe(update) != describe(x) or not update.is_contiguous()):
         raise ValueError(f"update: found {describe(update)}; accepted: contiguous {describe(x)}, as x")
     _check_vectors(x, x.shape[-1], bias=bias)
+    no_gradient("enlarge", x=x, update=update, bias=bias)
     if _choose("enlarge", x, x.shape[-1] // parts, bias) == "triton":
         return ops.enlarge_op(x, update, bias, parts)
     return naive.enlarge(naive.total(x, update, bias).to(x.dtype), parts)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from csrc_triton._registration import custom_op
 
-@torch.library.custom_op("csrc_triton::norm_silu", mutates_args=("total", "out"))
+
+@custom_op("norm_silu", mutates_args=("total", "out"))
 def norm_silu_op(
     x: Tensor, update: Tensor | None, bias: Tensor | None, gamma: Tensor | None, total: Tensor | None, out: Tensor
 ) -> None:
@@ -23,7 +24,7 @@ def _(
     pass
 
 
-@torch.library.custom_op("csrc_triton::enlarge", mutates_args=())
+@custom_op("enlarge")
 def enlarge_op(x: Tensor, update: Tensor | None, bias: Tensor | None, parts: int) -> Tensor:
     """As `feature_maps.enlarge`."""
     from csrc_triton.feature_maps import fused

@@ -105,11 +105,14 @@ def flow_policy_loss_and_grad(
         skip_kl = v_ref is None or (not isinstance(kl_weight, Tensor) and kl_weight == 0)
         *found, gradient = fused.terms_and_gradient_op(*constants, clip, rows[0], None if skip_kl else rows[1])
         return FlowPolicyTerms(*found), gradient
-    with torch.enable_grad():
-        leaf = v.detach().requires_grad_()
+
+    def weighted(leaf: Tensor) -> tuple[Tensor, FlowPolicyTerms]:
         terms = flow_policy_loss(leaf, v_old, v_ref, noise, advantage, clip=clip)
-        (gradient,) = torch.autograd.grad((loss_weight * terms.loss + kl_weight * terms.kl).sum(), leaf)
-    return FlowPolicyTerms(*(term.detach() for term in terms)), gradient
+        return (loss_weight * terms.loss + kl_weight * terms.kl).sum(), terms
+
+    # torch.compile traces torch.func.grad, not torch.autograd.grad
+    gradient, terms = torch.func.grad(weighted, has_aux=True)(v.detach())
+    return FlowPolicyTerms(*(term.detach() for term in terms)), gradient.detach()
 
 
 def _check(v: Tensor, v_old: Tensor, v_ref: Tensor | None, noise: Tensor, advantage: Tensor, clip: float) -> None:

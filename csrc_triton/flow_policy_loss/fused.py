@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from csrc_triton._registration import custom_op, differentiable
 from csrc_triton._samples import SUM_BLOCK, Config, as_rows
 
 # The blocks of "forward" and "one_pass" are part of their results: they say how the sums are split.
@@ -107,12 +108,11 @@ def _launch(
     flat = [None if t is None else as_rows(t) for t in tensors]
     rows, elements = next(t.shape for t in flat if t is not None)
     blocks = triton.cdiv(elements, config.block)
-    with torch.cuda.device_of(tensors[3] if tensors[0] is None else tensors[0]):
-        policy_kernel[(rows * blocks,)](
-            *flat, partials, dv, *(None if t is None else t.contiguous() for t in scales),
-            *(0 if t is None else t.stride(0) for t in flat), elements, blocks,
-            BLOCK=config.block, num_warps=config.warps,
-        )  # fmt: skip
+    policy_kernel[(rows * blocks,)](
+        *flat, partials, dv, *(None if t is None else t.contiguous() for t in scales),
+        *(0 if t is None else t.stride(0) for t in flat), elements, blocks,
+        BLOCK=config.block, num_warps=config.warps,
+    )  # fmt: skip
 
 
 def _partials(v: Tensor, config: Config) -> Tensor:
@@ -124,11 +124,10 @@ def _terms(partials: Tensor, advantage: Tensor, clip: float, elements: int, kl: 
     _, rows, blocks = partials.shape
     wide = [torch.empty(rows, dtype=torch.float32, device=partials.device) for _ in range(5)]
     clipped = torch.empty(rows, dtype=torch.bool, device=partials.device)
-    with torch.cuda.device_of(partials):
-        terms_kernel[(rows,)](
-            partials, advantage.contiguous(), *wide, clipped, math.log1p(-clip), math.log1p(clip), elements, blocks,
-            KL=kl, BLOCK=SUM_BLOCK, num_warps=1,
-        )  # fmt: skip
+    terms_kernel[(rows,)](
+        partials, advantage.contiguous(), *wide, clipped, math.log1p(-clip), math.log1p(clip), elements, blocks,
+        KL=kl, BLOCK=SUM_BLOCK, num_warps=1,
+    )  # fmt: skip
     return *wide, clipped
 
 
@@ -182,21 +181,21 @@ def terms_and_gradient(
     return loss, kl, ratio, log_ratio, clipped, dv
 
 
-terms_op = torch.library.custom_op(
-    "csrc_triton::flow_policy_loss", terms, mutates_args=(),
+terms_op = custom_op(
+    "flow_policy_loss",
     schema="(Tensor v, Tensor v_old, Tensor? v_ref, Tensor noise, Tensor advantage, float clip) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)  # fmt: skip
-gradient_op = torch.library.custom_op(
-    "csrc_triton::flow_policy_loss_backward", gradient, mutates_args=(),
+)(terms)  # fmt: skip
+gradient_op = custom_op(
+    "flow_policy_loss_backward",
     schema="(Tensor v, Tensor? v_ref, Tensor noise, Tensor slope, Tensor ratio, Tensor? grad_loss, Tensor? grad_ratio,"
     " Tensor? grad_log_ratio, Tensor? grad_kl) -> Tensor",
-)  # fmt: skip
-terms_and_gradient_op = torch.library.custom_op(
-    "csrc_triton::flow_policy_loss_and_grad", terms_and_gradient, mutates_args=(),
+)(gradient)  # fmt: skip
+terms_and_gradient_op = custom_op(
+    "flow_policy_loss_and_grad",
     schema="(Tensor v, Tensor v_old, Tensor? v_ref, Tensor noise, Tensor advantage, float clip, Tensor loss_weight,"
     " Tensor? kl_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)  # fmt: skip
+)(terms_and_gradient)  # fmt: skip
 
 
 def _fake_terms(v: Tensor, count: int) -> list[Tensor]:
@@ -221,7 +220,8 @@ def _(v: Tensor, *_: Any) -> tuple[Tensor, ...]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     v, _, v_ref, noise = inputs[:4]
-    _, _, ratio, _, slope, _ = output
+    _, _, ratio, _, slope, clipped = output
+    ctx.mark_non_differentiable(slope, clipped)
     ctx.set_materialize_grads(False)  # a gradient of zeros would be read like any other
     ctx.save_for_backward(v, v_ref, noise, slope, ratio)
 
@@ -234,4 +234,4 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     return gradient_op(*ctx.saved_tensors, loss, ratio, log_ratio, kl), *nothing
 
 
-terms_op.register_autograd(_differentiate, setup_context=_save)
+differentiable(terms_op, _differentiate, setup_context=_save)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -45,8 +46,8 @@ def flow_sde_step(
     *,
     kind: str = "cps",
     eta: float = 1.0,
-    seed: int | None = None,
-    offset: int = 0,
+    seed: SupportsIndex | None = None,
+    offset: SupportsIndex = 0,
     return_mean: bool = True,
 ) -> FlowStep:
     """One stochastic denoising step, sample = mean(x, v) + std * noise, with its log-probability.
@@ -59,13 +60,13 @@ def flow_sde_step(
         noise: [B, ...], shape of x; None: standard normals from a counter-based generator (Philox). Element i of
             sample b is then number offset + b * D + i of the stream `seed`, with D elements a sample: the draw does
             not depend on the device, the dtypes, or how a batch is split.
-        sigma, sigma_next: noise levels, 1 >= sigma > sigma_next >= 0; numbers, or tensors [B].
+        sigma, sigma_next: noise levels, 1 >= sigma > sigma_next >= 0; numbers, or tensors, 0-d or [B].
         kind: "cps" (coefficient-preserving), "renoise" (the distilled sampler: "cps" at eta 1), "flow_grpo" or
             "dance_grpo".
         eta: amount of noise; 0 is the Euler step. In [0, 1] for "cps", exactly 1 for "renoise", at least 0 for
             "flow_grpo" (about 0.7, called a there) and "dance_grpo".
-        seed: stream of the drawn noise, in [0, 2**63); None where noise is given.
-        offset: numbers of the stream to skip, at least 0. Fastest where it and D are multiples of 4.
+        seed: stream of the drawn noise, an integer (NumPy's too) in [0, 2**63); None where noise is given.
+        offset: numbers of the stream to skip, an integer of at least 0. Fastest where it and D are multiples of 4.
         return_mean: False: the mean is not written, a fifth of the bytes that the step moves.
 
     Raises:
@@ -77,7 +78,7 @@ def flow_sde_step(
     s, n = _level("sigma", sigma, x), _level("sigma_next", sigma_next, x)
     if not isinstance(s, Tensor) and not isinstance(n, Tensor) and not s > n:
         raise ValueError(f"sigma_next: found {sigma_next}; accepted: a level below sigma ({sigma})")
-    stream = _check_seed(seed, offset, x, drawn=noise is None)
+    stream, skipped = _check_seed(seed, offset, x, drawn=noise is None)
     draw = None if noise is None else noise.detach()
     unfit = why_unfit("x", "sample", x, v=v, noise=noise)
     if runtime.choose("flow_sde_step", x.device, x.dtype, unfit=unfit) == "triton":
@@ -85,11 +86,11 @@ def flow_sde_step(
 
         return FlowStep(
             *fused.flow_sde_step(
-                x, v, draw, s, n, kind=kind, eta=eta, seed=stream, offset=offset, return_mean=return_mean
+                x, v, draw, s, n, kind=kind, eta=eta, seed=stream, offset=skipped, return_mean=return_mean
             )
         )
     if draw is None:
-        draw = naive.normal_noise(stream, offset, x.shape[0], math.prod(x.shape[1:]), x.device).view(x.shape)
+        draw = naive.normal_noise(stream, skipped, x.shape[0], math.prod(x.shape[1:]), x.device).view(x.shape)
     coefficients = KINDS[kind](_wide(s), _wide(n), eta)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     sample, mean, std, log_prob = naive.flow_sde_step(x.to(dtype), v.to(dtype), draw.to(dtype), coefficients)
@@ -111,15 +112,28 @@ def _check_tensors(x: Tensor, v: Tensor, noise: Tensor | None) -> None:
         raise ValueError(f"{names}: found devices {found}; accepted: one device")
 
 
-def _check_seed(seed: int | None, offset: int, x: Tensor, *, drawn: bool) -> int:
-    """The seed; 0 where nothing is drawn."""
-    if drawn and not (isinstance(seed, int) and 0 <= seed < 2**63):
+def _check_seed(seed: Any, offset: Any, x: Tensor, *, drawn: bool) -> tuple[int, int]:
+    """The seed, 0 where nothing is drawn, and the offset."""
+    stream, skipped = _integer(seed), _integer(offset)
+    if drawn and not (stream is not None and 0 <= stream < 2**63):
         raise ValueError(f"seed: found {seed}; accepted: an integer in [0, 2**63) where noise is None")
     if not drawn and seed is not None:
         raise ValueError(f"seed: found {seed}; accepted: None where noise is given")
-    if not (isinstance(offset, int) and 0 <= offset <= 2**63 - 1 - x.numel()):
+    if skipped is None or not 0 <= skipped <= 2**63 - 1 - x.numel():
         raise ValueError(f"offset: found {offset}; accepted: an integer in [0, 2**63 - {x.numel() + 1}]")
-    return seed or 0
+    return stream or 0, skipped
+
+
+def _integer(value: Any) -> int | None:
+    """Of a Python or NumPy integer, 0-d arrays included; None for all else. A tensor would synchronise."""
+    if isinstance(value, int):
+        return value
+    if isinstance(value, Tensor) or not hasattr(value, "__index__"):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # an array of floats
+        return None
 
 
 def _check_kind(kind: str, eta: float) -> None:
@@ -133,9 +147,10 @@ def _check_kind(kind: str, eta: float) -> None:
 def _level(name: str, level: float | Tensor, x: Tensor) -> float | Tensor:
     """A number, or [B] beside x, without gradient."""
     if isinstance(level, Tensor):
-        if level.shape != x.shape[:1]:
-            raise ValueError(f"{name}: found shape {tuple(level.shape)}; accepted: a number or [{x.shape[0]}]")
-        return level.detach().to(x.device)
+        if level.ndim and level.shape != x.shape[:1]:
+            found = tuple(level.shape)
+            raise ValueError(f"{name}: found shape {found}; accepted: a number, or a tensor 0-d or [{x.shape[0]}]")
+        return level.detach().to(x.device).expand(x.shape[:1])
     if not 0.0 <= level <= 1.0:
         raise ValueError(f"{name}: found {level}; accepted: a number in [0, 1]")
     return float(level)

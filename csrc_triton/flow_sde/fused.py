@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from csrc_triton._registration import custom_op, differentiable
 from csrc_triton._samples import SUM_BLOCK, Config, as_rows
 from csrc_triton.flow_sde import naive
 from csrc_triton.flow_sde.coefficients import KINDS, cps_shares
@@ -213,18 +214,17 @@ def step(
     flat_x, flat_v, flat_noise = as_rows(x), as_rows(v), None if noise is None else as_rows(noise)
     given, shares = ((0.0,) * 5, numbers) if sigma is not None else (numbers, (0.0,) * 2)
     aligned = noise is None and offset % 4 == 0 and elements % 4 == 0
-    with torch.cuda.device_of(x):
-        step_kernel[(rows * blocks,)](
-            flat_x, flat_v, flat_noise, sample, mean if return_mean else None, None if noise is not None else drawn,
-            partials, sigma, sigma_next,
-            flat_x.stride(0), flat_v.stride(0), 0 if flat_noise is None else flat_noise.stride(0), elements, blocks,
-            *given[:3], *shares, *_halves(seed), *_halves(offset),
-            KIND=kind, ALIGNED=aligned, BLOCK=config.block, num_warps=config.warps,
-        )  # fmt: skip
-        finish_kernel[(rows,)](
-            partials, table, log_prob, sigma, sigma_next, elements, blocks, *given, *shares,
-            KIND=kind, BLOCK=SUM_BLOCK, num_warps=1,
-        )  # fmt: skip
+    step_kernel[(rows * blocks,)](
+        flat_x, flat_v, flat_noise, sample, mean if return_mean else None, None if noise is not None else drawn,
+        partials, sigma, sigma_next,
+        flat_x.stride(0), flat_v.stride(0), 0 if flat_noise is None else flat_noise.stride(0), elements, blocks,
+        *given[:3], *shares, *_halves(seed), *_halves(offset),
+        KIND=kind, ALIGNED=aligned, BLOCK=config.block, num_warps=config.warps,
+    )  # fmt: skip
+    finish_kernel[(rows,)](
+        partials, table, log_prob, sigma, sigma_next, elements, blocks, *given, *shares,
+        KIND=kind, BLOCK=SUM_BLOCK, num_warps=1,
+    )  # fmt: skip
     return sample, mean, drawn, log_prob, table
 
 
@@ -243,13 +243,12 @@ def backward(
     blocks = triton.cdiv(elements, config.block)
     dx, dv = (_gradient(noise, dtype) for dtype in (x_dtype, v_dtype))
     flat = as_rows(noise)
-    with torch.cuda.device_of(noise):
-        backward_kernel[(rows * blocks,)](
-            flat, table, None if grad_log_prob is None else grad_log_prob.contiguous(),
-            None if grad_mean is None else grad_mean.contiguous(),
-            None if x_dtype is None else dx, None if v_dtype is None else dv, flat.stride(0), elements, blocks, rows,
-            BLOCK=config.block, num_warps=config.warps,
-        )  # fmt: skip
+    backward_kernel[(rows * blocks,)](
+        flat, table, None if grad_log_prob is None else grad_log_prob.contiguous(),
+        None if grad_mean is None else grad_mean.contiguous(),
+        None if x_dtype is None else dx, None if v_dtype is None else dv, flat.stride(0), elements, blocks, rows,
+        BLOCK=config.block, num_warps=config.warps,
+    )  # fmt: skip
     return dx, dv
 
 
@@ -257,16 +256,16 @@ def _gradient(noise: Tensor, dtype: torch.dtype | None) -> Tensor:
     return torch.empty(noise.shape if dtype is not None else (0,), dtype=dtype, device=noise.device)
 
 
-step_op = torch.library.custom_op(
-    "csrc_triton::flow_sde_step", step, mutates_args=(),
+step_op = custom_op(
+    "flow_sde_step",
     schema="(Tensor x, Tensor v, Tensor? noise, Tensor? sigma, Tensor? sigma_next, float[] numbers, str kind, int seed,"
     " int offset, bool return_mean) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)  # fmt: skip
-backward_op = torch.library.custom_op(
-    "csrc_triton::flow_sde_step_backward", backward, mutates_args=(),
+)(step)  # fmt: skip
+backward_op = custom_op(
+    "flow_sde_step_backward",
     schema="(Tensor noise, Tensor table, Tensor? grad_log_prob, Tensor? grad_mean, ScalarType? x_dtype,"
     " ScalarType? v_dtype) -> (Tensor, Tensor)",
-)  # fmt: skip
+)(backward)  # fmt: skip
 
 
 @step_op.register_fake
@@ -282,16 +281,19 @@ def _(noise: Tensor, table: Tensor, grad_log_prob: Any, grad_mean: Any, x_dtype:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, v, noise = inputs[:3]
-    _, _, drawn, _, table = output
+    sample, mean, drawn, _, table = output
+    ctx.mark_non_differentiable(sample, drawn, table)
     ctx.set_materialize_grads(False)  # a gradient of zeros would be read like any other
+    ctx.has_mean = mean.numel() > 0
     ctx.save_for_backward(drawn if noise is None else noise, table)
     ctx.dtypes = x.dtype, v.dtype
 
 
 def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Only the mean and log_prob have gradients: the caller detaches the rest."""
     _, grad_mean, _, grad_log_prob, _ = grads
     nothing = (None,) * 8
+    if not ctx.has_mean:
+        grad_mean = None  # of a tensor without elements
     if grad_mean is None and grad_log_prob is None:
         return None, None, *nothing
     needed = ctx.needs_input_grad[:2]
@@ -300,7 +302,7 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     return *(gradient if need else None for gradient, need in zip(found, needed, strict=True)), *nothing
 
 
-step_op.register_autograd(_differentiate, setup_context=_save)
+differentiable(step_op, _differentiate, setup_context=_save)
 
 
 def flow_sde_step(
@@ -320,6 +322,5 @@ def flow_sde_step(
         constant = math.log(std) + 0.5 * math.log(2 * math.pi) if std > 0 else math.nan
         numbers = [decay, kappa, std, kappa / std if std > 0 else math.inf, constant]
     sample, mean, drawn, log_prob, table = step_op(x, v, noise, *levels, numbers, kind, seed, offset, return_mean)
-    table = table.detach()
-    used = drawn.detach() if noise is None else noise
-    return sample.detach(), mean if return_mean else None, table[2], log_prob, table[3], used
+    used = drawn if noise is None else noise
+    return sample, mean if return_mean else None, table[2], log_prob, table[3], used

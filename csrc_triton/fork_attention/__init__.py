@@ -2,154 +2,107 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, overload
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from csrc_triton import runtime
-from csrc_triton.fork_attention import naive, ops
-from csrc_triton.kv_cache import CacheView
+from csrc_triton._tables import CacheView
+from csrc_triton.fork_attention import checks, eager, naive, ops
+from csrc_triton.fork_attention.checks import Context, Index
 
-Context = CacheView | tuple[Tensor, Tensor]
+__all__ = ["HEAD_DIMS", "Context", "fork_attention", "naive"]
 
-HEAD_DIMS = (32, 64, 128)  # that the kernels serve
+HEAD_DIMS = tuple(range(8, 257, 8))  # that the kernels serve (torch.compile takes no symbol in a range)
 
 
 @overload
 def fork_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
     context: Context | None = None,
     *,
     softmax_scale: float | None = None,
     return_lse: Literal[False] = False,
+    context_index: Index | None = None,
+    causal_block: int | None = None,
 ) -> Tensor: ...
 
 
 @overload
 def fork_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
     context: Context | None = None,
     *,
     softmax_scale: float | None = None,
     return_lse: Literal[True],
+    context_index: Index | None = None,
+    causal_block: int | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
 def fork_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
     context: Context | None = None,
     *,
     softmax_scale: float | None = None,
     return_lse: bool = False,
+    context_index: Index | None = None,
+    causal_block: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of each query over the keys of the context and of its own chunk together.
 
     Equal to attention over the concatenated keys, without concatenating or expanding them; lengths are arbitrary.
     Gradients reach q, k and v, also through the log-sum-exp. The context gets none, and its rows must not change until
-    the backward pass. Returns [B, L, heads, head_dim] in the dtype of q.
+    the backward pass (`CacheView` says where that is checked); other rows of the same storage may, such as those that
+    a cache writes next. Returns [B, Lq, heads, head_dim] in the dtype of q, also under autocast.
+
+    A query that sees no key at all (an empty own chunk with an empty context, or the first queries of a causal chunk
+    with more queries than keys and no context) gives zeros, a log-sum-exp of -inf and gradients of zero.
 
     Args:
-        q, k, v: [B, L, heads, head_dim], one dtype and device, the last dimension contiguous.
-        context: None, a `CacheView` of P branches, or keys and values [P, Lp, heads, head_dim]; P divides B, and batch
-            row b attends to context b // (B // P). The segments of a view must lie in its pools, which the cache and
-            `CacheView.of` ensure; a check here would synchronise with the device.
+        q: [B, Lq, heads, head_dim], the last dimension contiguous.
+        k, v: [B, Lk, kv_heads, head_dim], as q in dtype, device and layout. kv_heads divides heads, and consecutive
+            heads of q share one of k and v (GQA, MQA). Lk may differ from Lq and be 0; None for both is the same as
+            Lk = 0: attention to the context alone.
+        context: None, a `CacheView` of P contexts, or keys and values [P, Lp, kv_heads, head_dim]; P divides B, and
+            batch row b attends to context b // (B // P), unless there is a context_index. The segments of a view must
+            lie in its pools, which the cache and `CacheView.of` ensure; a check here would synchronise with the device.
         softmax_scale: factor of the scores, > 0; head_dim ** -0.5 by default.
-        return_lse: also return the natural log of the sum of exponentials, fp32 [B, heads, L].
+        return_lse: also return the natural log of the sum of exponentials, fp32 [B, heads, Lq].
+        context_index: the number of the context of each batch row, [B] int32 or int64, or a list; P is then any number.
+            Numbers outside [0, P) are refused where they are on the host (a list, a tensor on the CPU); on the device
+            they are not checked, and the result is undefined.
+        causal_block: None, or the tokens of a block of the own chunk: query i sees own key j if
+            j // causal_block <= i // causal_block, as in block-causal training (one frame a block); 1 is causal by
+            token. Where Lq differs from Lk the last query stands at the last key: i + Lk - Lq instead of i. The
+            context is seen whole.
 
     Raises:
         ValueError: for tensors that do not fit together, and where a forced backend cannot serve (the kernels: head
-            sizes 32, 64 and 128 in fp32, bf16 and fp16; the Hopper kernels: a GPU of capability 9.0, head sizes 64
-            and 128 in bf16 and fp16, and addresses and strides that are multiples of 16 bytes), naming the argument,
-            what was found and what is accepted.
+            sizes that are multiples of 8 up to 256, in fp32, bf16 and fp16; the Hopper kernels: a GPU of capability
+            9.0, head sizes 64 and 128 in bf16 and fp16, addresses and strides that are multiples of 16 bytes, Lq = Lk,
+            kv_heads = heads, no causal_block, and no context_index with a pair of tensors), naming the argument, what
+            was found and what is accepted.
     """
-    _check_own(q, k, v)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"softmax_scale: found {scale}; accepted: a positive number")
-    if isinstance(context, CacheView):
-        _check_view(q, context)
-    elif context is not None:
-        _check_pair(q, context)
-    unfit = None if q.shape[-1] in HEAD_DIMS else f"head_dim {q.shape[-1]}; accepted: 32, 64, 128"
+    k, v = checks.own_keys(q, k, v, context)
+    scale = checks.options(q, softmax_scale, causal_block)
+    index = checks.context(q, k.shape[2], context, context_index)
+    unfit = None if q.shape[-1] in HEAD_DIMS else f"head_dim {q.shape[-1]}; accepted: multiples of 8 up to 256"
     if runtime.choose("fork_attention", q.device, q.dtype, unfit=unfit) == "torch":
-        return _on_torch(q, k, v, context, scale, return_lse)
+        out, lse = eager.fork_attention(q, k, v, context, scale, return_lse, index, causal_block)
+        if isinstance(context, CacheView):
+            context.guard(*(found for found in (out, lse) if found is not None))
+        return out if lse is None else (out, lse)
     if isinstance(context, CacheView):
-        out, lse = ops.forward(q, k, v, context.k, context.v, context.table, scale)
+        table = context.table if index is None else context.table.index_select(0, index)
+        out, lse = ops.forward(q, k, v, context.k, context.v, table, scale, None, causal_block or 0)
+        context.guard(out)
     else:
-        out, lse = ops.forward(q, k, v, *(context or (None, None)), None, scale)
+        out, lse = ops.forward(q, k, v, *(context or (None, None)), None, scale, index, causal_block or 0)
     return (out, lse) if return_lse else out
-
-
-def _on_torch(
-    q: Tensor, k: Tensor, v: Tensor, context: Context | None, scale: float, return_lse: bool
-) -> Tensor | tuple[Tensor, Tensor]:
-    pair = context.gather() if isinstance(context, CacheView) else context
-    if return_lse:
-        working = torch.promote_types(q.dtype, torch.float32)
-        out, lse = naive.fork_attention(q.to(working), k.to(working), v.to(working), pair, scale)
-        return out.to(q.dtype), lse.float()
-    if pair is not None:
-        k, v = naive.concatenate(k, v, pair)
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
-    return out.transpose(1, 2)
-
-
-def _check_own(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape or q.numel() == 0:
-        found = tuple(q.shape), tuple(k.shape), tuple(v.shape)
-        raise ValueError(f"q, k, v: found {found}; accepted: one shape [B, L, heads, head_dim], none of them 0")
-    if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f"q, k, v: found {q.dtype}, {k.dtype}, {v.dtype}; accepted: one floating-point dtype")
-    if k.device != q.device or v.device != q.device:
-        raise ValueError(f"q, k, v: found them on {q.device}, {k.device}, {v.device}; accepted: one device")
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _check_contiguous(name, tensor)
-
-
-def _check_view(q: Tensor, view: CacheView) -> None:
-    heads, head_dim = q.shape[2:]
-    if view.k.ndim != 3 or view.v.shape != view.k.shape or view.k.shape[1:] != q.shape[2:]:
-        found = tuple(view.k.shape), tuple(view.v.shape)
-        raise ValueError(f"context.k, context.v: found {found}; accepted: two of [rows, {heads}, {head_dim}]")
-    _check_frozen(q, "context.k", view.k)
-    _check_frozen(q, "context.v", view.v)
-    if view.table.device != q.device:
-        raise ValueError(f"context.table: found it on {view.table.device}; accepted: {q.device}, where q is")
-    _check_count("context.table", q, view.table.shape[0])
-
-
-def _check_pair(q: Tensor, pair: tuple[Tensor, Tensor]) -> None:
-    past_k, past_v = pair
-    if past_k.ndim != 4 or past_k.shape != past_v.shape or past_k.shape[2:] != q.shape[2:]:
-        found = tuple(past_k.shape), tuple(past_v.shape)
-        raise ValueError(f"context: found {found}; accepted: two of [P, Lp, {q.shape[2]}, {q.shape[3]}]")
-    _check_count("context", q, past_k.shape[0])
-    for past in pair:
-        _check_frozen(q, "context", past)
-
-
-def _check_count(name: str, q: Tensor, contexts: int) -> None:
-    if contexts < 1 or q.shape[0] % contexts:
-        raise ValueError(f"{name}: found {contexts} contexts; accepted: a number that divides {q.shape[0]}")
-
-
-def _check_frozen(q: Tensor, name: str, tensor: Tensor) -> None:
-    if tensor.requires_grad:
-        raise ValueError(f"{name}: found a tensor that requires grad; accepted: frozen tensors (detach them)")
-    if tensor.dtype != q.dtype or tensor.device != q.device:
-        raise ValueError(f"{name}: found {tensor.dtype} on {tensor.device}; accepted: {q.dtype} on {q.device}, as q")
-    _check_contiguous(name, tensor)
-
-
-def _check_contiguous(name: str, tensor: Tensor) -> None:
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-        raise ValueError(f"{name}: found strides {tensor.stride()}; accepted: a contiguous last dimension (stride 1)")

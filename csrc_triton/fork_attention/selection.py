@@ -10,20 +10,21 @@ import triton
 from torch import Tensor
 
 from csrc_triton import runtime
-from csrc_triton.fork_attention.tiles import HOPPER, describable
+from csrc_triton.fork_attention.tiles import HOPPER, Call, describable
 
 log = logging.getLogger(__name__)
 
-TESTED_TRITON = ((3, 6), (3, 7))  # Gluon changes between minor versions
+TESTED_TRITON = ((3, 6), (3, 7), (3, 8), (3, 9))  # Gluon changes between minor versions
 HEAD_DIMS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def hopper_serves(q: Tensor, *others: Tensor | None) -> bool:
+def hopper_serves(q: Tensor, *others: Tensor | None, unfit: str | None = None) -> bool:
     """Whether the Hopper kernels serve these queries, keys and values [..., heads, head_dim].
 
-    Decided by the backend in force and by device, dtype, head size, addresses and strides. Each reason is logged once;
-    an untested version of Triton is a warning.
+    Decided by the backend in force and by device, dtype, head size, addresses and strides. unfit: a reason against them
+    that the caller has found, such as `why_not_shapes`. Each reason is logged once; an untested version of Triton is a
+    warning.
 
     Raises:
         ValueError: where the backend "hopper" is forced and they cannot serve, with the reason.
@@ -31,13 +32,26 @@ def hopper_serves(q: Tensor, *others: Tensor | None) -> bool:
     backend = runtime.get_backend()
     if backend == "triton":
         return False
-    reason = why_not_hopper(q.device, q.dtype, q.shape[-1])
+    reason = why_not_hopper(q.device, q.dtype, q.shape[-1]) or unfit
     if reason is None and not describable(q, *(t for t in others if t is not None)):
         reason = "a tensor whose address or strides are not multiples of 16 bytes"
     if reason is not None and backend == "hopper":
         raise ValueError(f"fork_attention: backend 'hopper' is forced and cannot serve: {reason}")
     _say(reason)
     return reason is None
+
+
+def why_not_shapes(call: Call) -> str | None:
+    """Reason why the shapes and options of a call keep the Hopper kernels from serving it; None if they do not."""
+    if call.causal_block:
+        return f"causal_block {call.causal_block}; accepted: None"
+    if call.group != 1:
+        return f"{call.q.shape[2]} heads of queries and {call.k.shape[2]} of keys; accepted: equal numbers"
+    if call.own != call.q.shape[1]:
+        return "a query length other than the own keys'; accepted: equal lengths"
+    if call.past.index is not None:
+        return "context_index with a pair of tensors; accepted: with a view of a cache"
+    return None
 
 
 @functools.cache
@@ -55,9 +69,14 @@ def why_not_hopper(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
     return why_not_triton(triton.__version__)
 
 
+def minor(version: str) -> tuple[int, ...]:
+    """The major and minor number of a version of Triton."""
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
 def why_not_triton(version: str) -> str | None:
     """Reason why the Hopper kernels cannot run on a version of Triton; None if they can."""
-    if tuple(int(part) for part in version.split(".")[:2]) in TESTED_TRITON:
+    if minor(version) in TESTED_TRITON:
         return None
     return f"Triton {version}; accepted: {', '.join('.'.join(map(str, v)) for v in TESTED_TRITON)}"
 

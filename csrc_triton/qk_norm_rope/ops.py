@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from csrc_triton._registration import custom_op, differentiable
+
 
 def _like(of: Tensor, shape: tuple[int, ...] | torch.Size | None) -> Tensor:
     """To be filled; without elements where there is no shape."""
@@ -21,7 +23,7 @@ def _by_heads(x: Tensor, heads: int) -> tuple[int, ...]:
     return *x.shape[:2], heads, x.shape[2] // heads
 
 
-@torch.library.custom_op("csrc_triton::qk_norm_rope", mutates_args=())
+@custom_op("qk_norm_rope")
 def forward_op(
     q: Tensor,
     k: Tensor | None,
@@ -59,7 +61,7 @@ def _(
     return _like(q, _by_heads(q, heads)), _like(q, None) if k is None else _like(k, _by_heads(k, heads))
 
 
-@torch.library.custom_op("csrc_triton::qk_norm_rope_write", mutates_args=("pool_k", "pool_v"))
+@custom_op("qk_norm_rope_write", mutates_args=("pool_k", "pool_v"))
 def write_op(
     q: Tensor | None,
     k: Tensor,
@@ -107,7 +109,7 @@ def _(
     return _like(k, shape), _like(k, shape)
 
 
-@torch.library.custom_op("csrc_triton::qk_norm_rope_backward", mutates_args=())
+@custom_op("qk_norm_rope_backward")
 def backward_op(
     grad: Tensor,
     x: Tensor,
@@ -161,4 +163,4 @@ def _side(grad: Tensor | None, *arguments: Any) -> tuple[Tensor | None, Tensor |
     return dx if wants_x else None, dweight if wants_weight else None
 
 
-forward_op.register_autograd(_differentiate, setup_context=_save)
+differentiable(forward_op, _differentiate, setup_context=_save)

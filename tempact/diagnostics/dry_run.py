@@ -217,7 +217,7 @@ def _update_choices(run: Run) -> Iterator[str]:
 def largest(taken: Callable[[int], int], room: int, least: int, most: int, step: int = 1) -> int:
     """The largest multiple of `step` in [least, most] for which `taken(count)` bytes fit into `room`; 0 if none does.
 
-    Counts are tried one by one: the cache grows by eighths, so that one more may take less.
+    Counts are tried one by one: the cache grows by 24ths, so that one more may take less.
     """
     found = 0
     for count in range(math.ceil(least / step) * step, most + 1, step):

@@ -101,10 +101,11 @@ class Executor:
     @cached_property
     def cache(self) -> ForkableKVCache:
         """The K/V of all histories; it grows, and keeps its size."""
-        config, rows = self.model.config, FIRST_FRAMES * self.frame_tokens
+        config, page = self.model.config, self.frame_tokens
         return ForkableKVCache(
-            config.layers, config.heads, config.head_dim, rows=rows, dtype=self.model.dtype, device=self.device
-        )
+            config.layers, config.heads, config.head_dim, rows=FIRST_FRAMES * page, dtype=self.model.dtype,
+            device=self.device, page=page,
+        )  # fmt: skip
 
     def history(self, plans: int = 0, continuations: int = 1) -> KVHistory:
         """An empty history; for CUDA graphs, which read the cache where it lies, the cache grows at once to what the

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from csrc_triton import ForkableKVCache, LayerViews
 from csrc_triton.kv_cache import Reservation, Run
-from csrc_triton.qk_norm_rope import rotate
+from csrc_triton.qk_norm_rope import rope_tables, rotate
 from tempact.executor.cuda_graphs import CudaGraphRunner
 from tempact.executor.sampler import RolloutSettings
-from tempact.models.wan.transformer import TextKV, rope_tables
+from tempact.models.wan.transformer import TextKV
 
 FIRST_FRAMES = 12  # latent frames that a cache holds before it grows
 
@@ -145,6 +145,7 @@ class KVHistory(AbstractContextManager["KVHistory"]):
         positions = self._positions(start, latents.shape[2])
         sigma = torch.zeros(latents.shape[0], latents.shape[2], device=positions.device)
         self.runner.write_context(latents, sigma, text, positions, context, self.cache, reservation)
+        reservation.mark_written()  # a replayed graph asks for no rows
 
     def _forget(self, branches: Sequence[int], start: int) -> None:
         """Drops the frames that neither the chunk at `start` nor any later one attends to."""

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from csrc_triton import ForkableKVCache
+from csrc_triton.kv_cache import Reservation
 from tempact.config import ExecutorConfig
 from tempact.executor.kv_history import FIRST_FRAMES, KVHistory
 from tempact.executor.sampler import NoiseSource, RolloutSettings, denoise_chunk
 from tempact.models.wan.transformer import TextKV, WanTransformer
 from tempact.types import Plan, Transition
-
-HALVINGS = 3  # of a ninth of the cache, in the search for its size
 
 
 def smooth_prompts(prompts: Sequence[str], separator: str = ExecutorConfig.prompt_separator) -> list[str]:
@@ -233,30 +232,22 @@ def rebuild_context(
         pass
 
 
-@lru_cache
 def cache_rows(settings: RolloutSettings, plans: int, continuations: int, fork: int, frame_tokens: int) -> int:
     """Rows of the cache's pools after a roll-out whose plans all fork at frame `fork`, by the books of a cache that
     grows while it fills."""
-    return _booked(settings, plans, continuations, fork, frame_tokens, FIRST_FRAMES * frame_tokens)
+    return _booked(settings, plans, continuations, fork, frame_tokens)[0]
+
+
+def enough_rows(settings: RolloutSettings, plans: int, continuations: int, fork: int, frame_tokens: int) -> int:
+    """Rows of pools that such a roll-out does not make grow: as many as it uses at once, and no fewer than a cache
+    begins with."""
+    return max(_booked(settings, plans, continuations, fork, frame_tokens)[1], FIRST_FRAMES * frame_tokens)
 
 
 @lru_cache
-def enough_rows(settings: RolloutSettings, plans: int, continuations: int, fork: int, frame_tokens: int) -> int:
-    """Rows of pools that such a roll-out does not make grow, few beyond the fewest: growth by eighths goes too far."""
-    enough = cache_rows(settings, plans, continuations, fork, frame_tokens)
-    short = max(FIRST_FRAMES * frame_tokens, enough * 8 // 9) - 1
-    for _ in range(HALVINGS):
-        rows = (short + enough + 1) // 2
-        if _booked(settings, plans, continuations, fork, frame_tokens, rows) > rows:
-            short = rows
-        else:
-            enough = rows
-    return enough
-
-
-def _booked(settings: RolloutSettings, plans: int, continuations: int, fork: int, frame_tokens: int, rows: int) -> int:
-    """Rows of the pools in the end; `rows`: in the beginning."""
-    cache = ForkableKVCache(1, 1, 1, rows=rows, dtype=torch.bfloat16, device=torch.device("cpu"))
+def _booked(settings: RolloutSettings, plans: int, continuations: int, fork: int, frame_tokens: int) -> tuple[int, int]:
+    """Rows of the pools in the end, and most rows used at once."""
+    cache = _books(FIRST_FRAMES * frame_tokens, frame_tokens)
     # a switch at every chunk is the most there can be
     prompts = [[str(chunk) for chunk in range(settings.chunks)]] * plans
     nothing = torch.empty(plans * continuations, 0, settings.frames)
@@ -275,13 +266,19 @@ def _booked(settings: RolloutSettings, plans: int, continuations: int, fork: int
         )  # fmt: skip
         for _ in loop:
             pass
-    return cache.rows_total
+    return cache.rows_total, cache.rows_peak
+
+
+def _books(rows: int, frame_tokens: int) -> ForkableKVCache:
+    """A cache as the executor's, of which the books are used alone."""
+    cpu = torch.device("cpu")
+    return ForkableKVCache(1, 1, 1, rows=rows, dtype=torch.bfloat16, device=cpu, page=frame_tokens)
 
 
 def update_cache_rows(settings: RolloutSettings, plans: int, frame_tokens: int, rows: int) -> int:
     """Rows of pools of `rows` after an update that makes the contexts of so many plans at a time, for a switch at any
     frame, by the books of a cache."""
-    cache = ForkableKVCache(1, 1, 1, rows=rows, dtype=torch.bfloat16, device=torch.device("cpu"))
+    cache = _books(rows, frame_tokens)
     prompts = [[str(chunk) for chunk in range(settings.chunks)]] * plans
     for start in range(settings.chunk, settings.frames, settings.chunk):
         with _Bookkeeping(cast(Any, None), cache, settings, frame_tokens) as history:
@@ -293,8 +290,8 @@ def update_cache_rows(settings: RolloutSettings, plans: int, frame_tokens: int, 
 class _Bookkeeping(KVHistory):
     """A history whose rows are reserved and dropped, and never written."""
 
-    def _turn(self, *_: object) -> None:
-        pass
+    def _turn(self, reservation: Reservation, *_: object) -> None:
+        reservation.mark_written()
 
-    def _write(self, *_: object) -> None:
-        pass
+    def _write(self, reservation: Reservation, *_: object) -> None:
+        reservation.mark_written()

@@ -64,10 +64,10 @@ def test_a_cache_that_is_given_room_at_once_does_not_grow(make_executor: Make, c
 
 
 def test_room_for_8_windows_is_little_more_than_they_hold() -> None:
-    """12 frames a window, of which one is shared; the cache that grows by eighths holds 111."""
+    """The sink and its turned copy are shared; beside them each holds 8 frames behind the chunk, and the chunk."""
     settings = RolloutSettings.of(get_preset("self-forcing").executor)
-    assert cache_rows(settings, 1, 8, 3, 1560) // 1560 == 110
-    assert 96 * 1560 < enough_rows(settings, 1, 8, 3, 1560) <= 101 * 1560
+    assert enough_rows(settings, 1, 8, 3, 1560) == (2 + 8 * (8 + 3)) * 1560
+    assert cache_rows(settings, 1, 8, 3, 1560) <= 25 / 24 * (2 + 8 * (8 + 3)) * 1560
 
 
 def test_a_window_bounds_it_and_a_recache_takes_little_more() -> None:
@@ -77,6 +77,6 @@ def test_a_window_bounds_it_and_a_recache_takes_little_more() -> None:
     for fork in (3, 12):
         rows = [cache_rows(replace(settings, frames=frames), 1, 8, fork, 1560) for frames in (30, 60)]
         assert rows[0] == rows[1]
-        assert cache_rows(plain, 1, 8, fork, 1560) <= 1.1 * (3 + 8 * 9) * 1560
+        assert cache_rows(plain, 1, 8, fork, 1560) <= 25 / 24 * (3 + 8 * 9) * 1560
         own = 12 if fork < 12 else 9  # frames that a branch holds for itself, those of a chunk being committed included
-        assert rows[0] <= 1.1 * (3 + 8 * own) * 1560
+        assert rows[0] <= 25 / 24 * (3 + 8 * own) * 1560

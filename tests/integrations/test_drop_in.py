@@ -8,12 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from csrc_triton.fork_attention.selection import TESTED_TRITON
 from tempact import __version__
 
 REPOSITORY = Path(__file__).parents[2]
@@ -77,7 +79,7 @@ def checkout(tmp_path: Path) -> Path:
     folder = tmp_path / "a checkout"
     for package in ("csrc_triton", "tempact"):
         shutil.copytree(REPOSITORY / package, folder / package, ignore=BUILT)
-    for file in ("setup.py", "pyproject.toml", "build_backend.py", "LICENSE"):
+    for file in ("setup.py", "pyproject.toml", "build_backend.py", "MANIFEST.in", "LICENSE", "README.md"):
         shutil.copy(REPOSITORY / file, folder)
     return folder
 
@@ -103,15 +105,38 @@ def test_the_subprocess_reaches_nothing_else(module: str, tmp_path: Path) -> Non
     assert done.returncode != 0 and f"No module named '{module}'" in done.stderr
 
 
-def test_its_own_distribution_has_every_package_and_the_same_needs(installed: Path) -> None:
+def oldest(requirement: str) -> tuple[str, tuple[int, ...]]:
+    """The name and the lower bound in "torch>=2.9"."""
+    name, version = re.split(r">=|;", requirement)[:2]
+    return name, tuple(map(int, version.split(".")))
+
+
+def test_its_own_distribution_has_every_package_and_needs_no_more(installed: Path) -> None:
     project = tomllib.loads((PACKAGE / "pyproject.toml").read_text(encoding="utf-8"))
     folders = sorted(init.parent.relative_to(REPOSITORY) for init in PACKAGE.rglob("__init__.py"))
     assert project["tool"]["setuptools"]["packages"] == [".".join(folder.parts) for folder in folders]
     whole = (REPOSITORY / "setup.py").read_text(encoding="utf-8")
-    for need in project["project"]["dependencies"]:
-        assert f'"{need}"' in whole, f"{need} is not what setup.py asks for"
+    for name, least in map(oldest, project["project"]["dependencies"]):
+        asked = re.search(rf'"({name}>=[\d.]+)', whole)
+        assert asked is not None and oldest(asked[1])[1] >= least, f"setup.py accepts {name} older than {least}"
+    assert (PACKAGE / "LICENSE").read_text() == (REPOSITORY / "LICENSE").read_text()
     assert project["project"]["version"] == __version__
     assert (installed / "csrc_triton" / "py.typed").is_file()
+
+
+def test_its_readme_names_the_versions_that_it_asks_for_and_is_tested_with() -> None:
+    project = tomllib.loads((PACKAGE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pinned = dict(re.findall(r"^([\w.-]+)==(\d+\.\d+)", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE))
+    text = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| (\w+) \| ([\d.]+) \|", text, re.MULTILINE))
+    tested = dict(re.findall(r"^\| (\w+) \| [\d.]+ \| ([\d.]+) \|", text, re.MULTILINE))
+    for need in ["Python" + project["requires-python"], *project["dependencies"]]:
+        name, least = oldest(need)
+        (row,) = (row for row in table if row.lower() == name.lower())
+        assert tuple(map(int, table[row].split("."))) == least, row
+        assert tested[row] == pinned.get(name, tested[row]), row
+    hoppers = [".".join(map(str, version)) for version in (TESTED_TRITON[0], TESTED_TRITON[-1])]
+    assert f"{hoppers[0]} to {hoppers[1]} |" in text
 
 
 def test_no_file_has_two_owners_where_both_are_installed(installed: Path, checkout: Path, tmp_path: Path) -> None:
@@ -124,6 +149,44 @@ def test_no_file_has_two_owners_where_both_are_installed(installed: Path, checko
     assert not whole & kernels
     (tempact,) = importlib.metadata.distributions(path=[str(both[1])])
     assert f"csrc-triton @ {(checkout / 'csrc_triton').as_uri()}" in (tempact.requires or ())
+
+
+def built(source: Path, folder: Path) -> tuple[set[str], set[str], str]:
+    """What `python -m build` makes: the files of the archive, those of the wheel made from it, and its metadata."""
+    folder.mkdir()
+    backend = "build_backend" if (source / "build_backend.py").is_file() else "setuptools.build_meta"
+    archive = made(source, f"import {backend} as b; print(b.build_sdist({str(folder)!r}))", folder)
+    with tarfile.open(archive) as packed:
+        files = {name.partition("/")[2] for name in packed.getnames()}
+        packed.extractall(folder, filter="data")
+    unpacked = folder / archive.name.removesuffix(".tar.gz")
+    wheel = made(unpacked, f"import {backend} as b; print(b.build_wheel({str(folder)!r}))", folder)
+    with zipfile.ZipFile(wheel) as packed:
+        metadata = next(name for name in packed.namelist() if name.endswith("METADATA"))
+        return files, set(packed.namelist()), packed.read(metadata).decode()
+
+
+def made(source: Path, code: str, folder: Path) -> Path:
+    """The file whose name a build backend prints at last."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / done.stdout.split()[-1]
+
+
+def test_archives_and_wheels_hold_everything(checkout: Path, tmp_path: Path) -> None:
+    for name in ("csrc_triton", "tempact"):
+        source = checkout / name if name == "csrc_triton" else checkout
+        files, installed, metadata = built(source, tmp_path / name)
+        package = checkout / name
+        owned = [path.relative_to(package) for path in package.rglob("*") if path.is_file()]
+        ours = {f"{name}/{path}" for path in owned if path.suffix == ".py" or path.name == "py.typed"}
+        assert ours == {file for file in installed if file.endswith((".py", "py.typed"))}
+        assert f"{name}-{__version__}.dist-info/licenses/LICENSE" in installed
+        assert {"LICENSE", "README.md", "pyproject.toml"} <= files
+        assert f"Version: {__version__}" in metadata and "Description-Content-Type: text/markdown" in metadata
+        assert " @ file:" not in metadata
+    assert f"Requires-Dist: csrc-triton=={__version__}" in metadata
+    assert not {file for file in installed if file.startswith("csrc_triton/")}
 
 
 def test_an_editable_installation_serves_both_packages_from_the_checkout(checkout: Path, tmp_path: Path) -> None:

@@ -10,9 +10,8 @@ STRIDES = {name for name in fused.part_kernel.arg_names if name.endswith(("_batc
 
 
 def part(dtype: str, dim: int, group: int) -> Compiled:
-    constants = {
-        "GROUP": group, "ROWS": fused.LEAST_HEADS, "DIM": dim, "SPLIT": fused.SPLIT, "BLOCK": fused.BLOCK,
-    }  # fmt: skip
+    block = fused.block_of(dim, 4 if dtype == "fp32" else 2)
+    constants = {"GROUP": group, "ROWS": fused.LEAST_HEADS, "DIM": dim, "SPLIT": fused.SPLIT, "BLOCK": block}
     kinds = {"lengths": "*i64", "out": "*fp32", "sums": "*fp32", "keys": "i32", "scale": "fp32"}
     signature = {
         name: "constexpr" if name in constants else "i32" if name in STRIDES else kinds.get(name, f"*{dtype}")
@@ -35,5 +34,6 @@ def join(dtype: str, dim: int, parts: int) -> Compiled:
 
 AHEAD_OF_TIME = [
     part("bf16", 128, 2), part("bf16", 64, 7), part("fp16", 256, 4), part("fp32", 128, 1), part("fp32", 32, 2),
+    part("fp32", 256, 1),
     join("bf16", 128, 10), join("fp32", 256, 3),
 ]  # fmt: skip

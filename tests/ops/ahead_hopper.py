@@ -2,7 +2,7 @@
 
 `python tests/ops/ahead_hopper.py` prints one JSON line a kernel: registers, spilled bytes (stack), shared memory, and
 what its machine code has of matrix instructions, waits for them and loads by the tensor memory accelerator. With
-`everything` it compiles all contexts, precisions and head sizes.
+`everything` it compiles all contexts, precisions and head sizes; with `one`, the listed ones that are split into parts.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from csrc_triton.fork_attention.hopper import backward, dkv, forward
+from csrc_triton.fork_attention.hopper._gluon import LAUNCH
 
 KERNELS = {
     "forward": (forward.forward_kernel, forward.KEYS.value),
@@ -58,7 +59,7 @@ def compiled(name: str, dtype: str, head_dim: int, past: int, split: bool) -> An
         signature["vectors"] = "*fp32"
     aligned = {(i,): [["tt.divisibility", 16]] for i, type_ in enumerate(signature.values()) if type_[0] == "*"}
     source = GluonASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=LAUNCH)
 
 
 def described(name: str, dtype: str, head_dim: int, past: int, split: bool) -> dict[str, Any]:
@@ -105,5 +106,6 @@ def everything() -> Iterator[tuple[str, str, int, int, bool]]:
 
 
 if __name__ == "__main__":
-    for case in everything() if "everything" in sys.argv[1:] else LISTED:
+    which = {"everything": everything(), "one": [case for case in LISTED if case[-1]]}
+    for case in which.get(sys.argv[-1], LISTED):
         sys.stdout.write(json.dumps(described(*case)) + "\n")

@@ -19,7 +19,6 @@ from csrc_triton.adaln import (
     gated_residual,
     gated_residual_adaln,
     gated_residual_norm,
-    ops,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -265,26 +264,6 @@ def test_works_under_compile_and_checkpoint(device: torch.device, compiler: str)
             torch.testing.assert_close(other, plain, rtol=0, atol=1e-5)
             found = torch.autograd.grad(other.sin().sum(), leaves)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_the_registered_ops_keep_torchs_rules(device: torch.device):
-    t = {name: tensor.requires_grad_() for name, tensor in inputs(device, 1, 2, 2, 64).items()}
-    x, y, gate, shift, scale, weight, bias = (
-        t[name] for name in ("x", "y", "gate", "shift", "scale", "weight", "bias")
-    )
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(ops.norm_op, (x, None, None, shift, scale, EPS), test_utils=tests)
-    torch.library.opcheck(ops.norm_op, (x, y, gate, shift, scale, EPS), test_utils=tests)
-    torch.library.opcheck(ops.norm_op, (x, y, None, bias, weight, EPS), test_utils=tests)
-    torch.library.opcheck(ops.gate_op, (x, y, gate), test_utils=tests)
-    plain = {name: tensor.detach() for name, tensor in t.items()}
-    x, y, gate, shift, scale = (plain[name] for name in ("x", "y", "gate", "shift", "scale"))
-    stats, tests = torch.rand(2, 1, 4, device=device), ("test_schema", "test_faketensor")
-    common = (shift, scale, stats[0], stats[1])
-    torch.library.opcheck(ops.norm_backward_op, (x, y, x, y, gate, *common, [True] * 5), test_utils=tests)
-    wants = [True, False, False, False, True]
-    torch.library.opcheck(ops.norm_backward_op, (x, None, x, None, None, *common, wants), test_utils=tests)
-    torch.library.opcheck(ops.gate_backward_op, (x, y, gate, False), test_utils=tests)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

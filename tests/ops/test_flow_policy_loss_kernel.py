@@ -236,23 +236,6 @@ def test_works_under_compile_and_checkpoint(device: torch.device):
             assert torch.equal(torch.autograd.grad(other.sum(), v)[0], expected)
 
 
-def test_the_registered_ops_keep_torchs_rules(device: torch.device):
-    from csrc_triton.flow_policy_loss import fused
-
-    v, v_old, v_ref, noise, advantage = make_inputs(device, 5, 30)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    leaf = v.clone().requires_grad_()
-    torch.library.opcheck(fused.terms_op, (leaf, v_old, v_ref, noise, advantage, CLIP), test_utils=tests)
-    torch.library.opcheck(fused.terms_op, (leaf, v_old, None, noise, advantage, CLIP), test_utils=tests)
-    rules = ("test_schema", "test_faketensor")
-    torch.library.opcheck(
-        fused.gradient_op, (v, v_ref, noise, advantage, advantage, advantage, None, None, advantage), test_utils=rules
-    )
-    torch.library.opcheck(
-        fused.terms_and_gradient_op, (v, v, v_ref, noise, advantage, CLIP, advantage, advantage), test_utils=rules
-    )
-
-
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [

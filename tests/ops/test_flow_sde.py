@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -98,6 +100,24 @@ def test_levels_may_differ_by_sample():
                 torch.testing.assert_close(ours[i : i + 1], theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_level_of_all_samples_may_be_a_tensor(dtype: torch.dtype):
+    x, v, noise = draw(2, 5, dtype=torch.float32)
+    for kind, eta in KINDS:
+        together = flow_sde_step(x, v, noise, torch.tensor(0.75, dtype=dtype), torch.tensor(0.5), kind=kind, eta=eta)
+        by_sample = flow_sde_step(x, v, noise, torch.full((2,), 0.75), torch.full((2,), 0.5), kind=kind, eta=eta)
+        assert all(torch.equal(a, b) for a, b in zip(together, by_sample, strict=True))
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.uint8, np.array])
+def test_seeds_and_offsets_may_be_numpys(integer: Any):
+    x, v, _ = draw(2, 5, dtype=torch.float32)
+    plain = flow_sde_step(x, v, None, 0.9, 0.5, seed=7, offset=3)
+    other = flow_sde_step(x, v, None, np.float32(0.9), np.float64(0.5), seed=integer(7), offset=integer(3))
+    assert torch.equal(plain.noise, other.noise)
+    torch.testing.assert_close(plain.sample, other.sample)
+
+
 def test_a_deterministic_row_has_no_density_and_spoils_no_gradient():
     x, v, noise = draw(2, 4)
     s, n = torch.tensor([0.8, 0.625]), torch.tensor([0.5, 0.0])
@@ -140,12 +160,17 @@ def test_the_noise_is_handed_back():
         ({"sigma": 1.1}, r"sigma: found 1\.1; accepted: a number in \[0, 1\]"),
         ({"sigma_next": -0.1}, r"sigma_next: found -0\.1; accepted: a number in \[0, 1\]"),
         ({"sigma_next": 0.8}, r"sigma_next: found 0\.8; accepted: a level below sigma \(0\.8\)"),
-        ({"sigma": torch.ones(3)}, r"sigma: found shape \(3,\); accepted: a number or \[2\]"),
+        ({"sigma": torch.ones(3)}, r"sigma: found shape \(3,\); accepted: a number, or a tensor 0-d or \[2\]"),
         ({"x": torch.zeros(2, 3, device="meta")}, r"x, v, noise: found devices meta, cpu, cpu; accepted: one device"),
         ({"noise": None}, r"seed: found None; accepted: an integer in \[0, 2\*\*63\) where noise is None"),
         ({"noise": None, "v": torch.zeros(2, 4), "seed": 0}, r"x, v: found shapes \(2, 3\), \(2, 4\)"),
         ({"noise": None, "seed": 2**63}, r"seed: found 9223372036854775808; accepted: an integer in"),
         ({"noise": None, "seed": -1}, r"seed: found -1; accepted: an integer in"),
+        ({"noise": None, "seed": 1.0}, r"seed: found 1\.0; accepted: an integer in"),
+        ({"noise": None, "seed": np.ones(2)}, r"seed: found \[1\. 1\.\]; accepted: an integer in"),
+        ({"noise": None, "seed": torch.tensor(1)}, r"seed: found 1; accepted: an integer in"),
+        ({"noise": None, "seed": np.int64(-1)}, r"seed: found -1; accepted: an integer in"),
+        ({"offset": None}, r"offset: found None; accepted: an integer in"),
         ({"seed": 3}, r"seed: found 3; accepted: None where noise is given"),
         ({"offset": -4}, r"offset: found -4; accepted: an integer in \[0, 2\*\*63 - 7\]"),
         ({"noise": None, "seed": 0, "offset": 2**63 - 6}, r"offset: found .*; accepted: an integer in"),

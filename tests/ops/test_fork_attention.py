@@ -74,12 +74,19 @@ def test_half_precision_log_sum_exp_is_summed_in_fp32() -> None:
 
 def test_own_tensors_that_do_not_fit_are_refused() -> None:
     q = draw(4, 5, 2, 8)
-    with pytest.raises(ValueError, match="q, k, v: found .*accepted: one shape \\[B, L, heads, head_dim\\]"):
+    accepted = "accepted: two of \\[4, Lk, kv_heads, 8\\] with kv_heads dividing 2"
+    for k in (q[:3], q[..., :4], draw(4, 5, 3, 8), draw(4, 5, 0, 8), q[0]):
+        with pytest.raises(ValueError, match=f"k, v: found .*{accepted}"):
+            fork_attention(q, k, k)
+    with pytest.raises(ValueError, match=f"k, v: found .*{accepted}"):
         fork_attention(q, q[:, :4], q)
-    with pytest.raises(ValueError, match="q, k, v: found .*5, 2, 8.*accepted: one shape"):
-        fork_attention(q[0], q[0], q[0])
-    with pytest.raises(ValueError, match="q, k, v: found .*none of them 0"):
-        fork_attention(q[:, :0], q[:, :0], q[:, :0])
+    for given in (q[0], q[:, :0]):
+        with pytest.raises(ValueError, match="q: found .*accepted: \\[B, Lq, heads, head_dim\\], none of them 0"):
+            fork_attention(given, given, given)
+    with pytest.raises(ValueError, match="k, v: found None for v alone; accepted: both or none of them"):
+        fork_attention(q, q)
+    with pytest.raises(ValueError, match="k, v: found None and no context; accepted: own keys, or a context"):
+        fork_attention(q)
     with pytest.raises(ValueError, match="q, k, v: found torch.float64, torch.float32.*accepted: one floating-point"):
         fork_attention(q, q.float(), q)
     with pytest.raises(ValueError, match="q, k, v: found torch.int32"):
@@ -91,12 +98,17 @@ def test_own_tensors_that_do_not_fit_are_refused() -> None:
     for scale in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="softmax_scale: found .*; accepted: a positive number"):
             fork_attention(q, q, q, softmax_scale=scale)
+    for block in (0, -3, 2.0, True):
+        with pytest.raises(
+            ValueError, match=f"causal_block: found {block}; accepted: None, or a number of tokens from 1"
+        ):
+            fork_attention(q, q, q, causal_block=block)  # type: ignore[call-overload]
 
 
 def test_contexts_that_do_not_fit_are_refused() -> None:
     q = draw(4, 5, 2, 8)
     past = draw(1, 2, 2, 8)
-    with pytest.raises(ValueError, match="context: found 3 contexts; accepted: a number that divides 4"):
+    with pytest.raises(ValueError, match="context: found 3 contexts; accepted: a number that divides 4, or any with a"):
         fork_attention(q, q, q, (draw(3, 2, 2, 8), draw(3, 2, 2, 8)))
     with pytest.raises(ValueError, match="context: .*requires grad"):
         fork_attention(q, q, q, (draw(1, 2, 2, 8).requires_grad_(), past))
@@ -110,6 +122,22 @@ def test_contexts_that_do_not_fit_are_refused() -> None:
         fork_attention(q, q, q, (past, past.to("meta")))
     with pytest.raises(ValueError, match="context: found strides .*accepted: a contiguous last dimension"):
         fork_attention(q, q, q, (past, draw(1, 2, 8, 2).transpose(2, 3)))
+
+
+def test_an_index_of_contexts_that_does_not_fit_is_refused() -> None:
+    q = draw(4, 5, 2, 8)
+    past = draw(3, 2, 2, 8), draw(3, 2, 2, 8)
+    for given in ([0, 1, 3, 0], torch.tensor([0, -1, 2, 0])):
+        with pytest.raises(ValueError, match="context_index: found (3|-1); accepted: 0 to 2, a number of a context"):
+            fork_attention(q, q, q, past, context_index=given)
+    for given in (torch.zeros(3, dtype=torch.int32), torch.zeros(4)):
+        with pytest.raises(ValueError, match="context_index: found .*; accepted: \\(4,\\) int32 or int64 on cpu"):
+            fork_attention(q, q, q, past, context_index=given)
+    for given in ([0, 1], [0, 1, 2, 0.5]):
+        with pytest.raises(ValueError, match="context_index: found .*; accepted: 4 numbers, one a batch row"):
+            fork_attention(q, q, q, past, context_index=given)
+    with pytest.raises(ValueError, match="context_index: found one without a context; accepted: None, or a context"):
+        fork_attention(q, q, q, context_index=[0, 0, 0, 0])
 
 
 def test_views_that_do_not_fit_are_refused() -> None:
@@ -128,11 +156,14 @@ def test_views_that_do_not_fit_are_refused() -> None:
 
 
 def test_a_forced_kernel_that_cannot_serve_is_an_error() -> None:
-    odd = draw(1, 5, 2, 8, dtype=torch.float32)
     double = draw(1, 5, 2, 32)
     with runtime.backend("triton"):
-        with pytest.raises(ValueError, match="fork_attention: .*cannot serve: head_dim 8; accepted: 32, 64, 128"):
-            fork_attention(odd, odd, odd)
+        for head_dim in (4, 20, 264):
+            odd = draw(1, 5, 2, head_dim, dtype=torch.float32)
+            with pytest.raises(
+                ValueError, match=f"cannot serve: head_dim {head_dim}; accepted: multiples of 8 up to 256"
+            ):
+                fork_attention(odd, odd, odd)
         with pytest.raises(ValueError, match="fork_attention: .*cannot serve: torch.float64 tensors"):
             fork_attention(double, double, double)
     assert fork_attention(odd, odd, odd).shape == odd.shape

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import attention_cases
 import pytest
 import torch
 from attention_cases import NAMES, ONE, Case, Context, Segments, assert_exact, assert_right, equal, on_kernel
-from kernel_checks import error
+from kernel_checks import assert_well_compiled, compiled_by, error
 from torch import Tensor
 
 from csrc_triton import CacheView, fork_attention, runtime
@@ -160,32 +155,15 @@ class TestOnHopper:
                 raise AssertionError(f"combination {i}: {tuple(case.q.shape)}, {case.q.dtype}, {segments}") from wrong
 
 
-def compiled(*options: str) -> list[dict[str, int]]:
-    tests = Path(__file__).parents[1]
-    path = os.pathsep.join(map(str, (tests, tests.parent)))
-    command = [sys.executable, tests / "ops/ahead_hopper.py", *options]
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def assert_well_compiled(rows: list[dict[str, int]]) -> None:
-    for row in rows:
-        assert row["stack"] == 0 and row["loads"] > 0, row
-        assert row["shared"] <= 232448, row  # what a program may have on sm_90
-        assert row["products"] >= 4 * row["waits"], row  # where ptxas serialises them there is a wait for each
-
-
 def test_nothing_spills_and_matrix_products_stay_asynchronous() -> None:
-    rows = compiled()
+    rows = compiled_by("ops/ahead_hopper.py")
     assert len(rows) == 8
     assert_well_compiled(rows)
 
 
 @pytest.mark.slow
 def test_all_specialisations() -> None:
-    rows = compiled("everything")
+    rows = compiled_by("ops/ahead_hopper.py", "everything")
     assert len(rows) == 56
     assert_well_compiled(rows)
 
@@ -199,10 +177,10 @@ def test_a_forced_backend_that_cannot_serve_says_why(device: torch.device) -> No
 
 
 def test_versions_of_triton() -> None:
-    for version in ("3.6.0", "3.6.1+git12", "3.7.1"):
+    for version in ("3.6.0", "3.6.1+git12", "3.7.1", "3.8.0", "3.9.0"):
         assert selection.why_not_triton(version) is None
-    for version in ("3.5.1", "3.8.0", "4.0.0"):
-        assert selection.why_not_triton(version) == f"Triton {version}; accepted: 3.6, 3.7"
+    for version in ("3.5.1", "3.10.0", "4.0.0"):
+        assert selection.why_not_triton(version) == f"Triton {version}; accepted: 3.6, 3.7, 3.8, 3.9"
 
 
 @pytest.fixture(autouse=True)
@@ -229,23 +207,59 @@ def test_what_the_kernels_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason() == "a GPU of capability 10.0; accepted: 9.0"
 
 
+def test_shapes_and_options_that_the_kernels_pass_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from csrc_triton.fork_attention.tiles import Call, Past
+
+    def call(heads: int = 2, own: int = 4, index: Tensor | None = None, block: int = 0) -> Call:
+        q, k = torch.zeros(2, 4, 2, 64), torch.zeros(2, own, heads, 64)
+        past = Past.of(q, torch.zeros(3, 5, heads, 64), torch.zeros(3, 5, heads, 64), None, index)
+        return Call(q, k, k, past, 0.1, block)
+
+    assert selection.why_not_shapes(call()) is None
+    reasons = {
+        selection.why_not_shapes(call(heads=1)): "2 heads of queries and 1 of keys; accepted: equal numbers",
+        selection.why_not_shapes(call(own=3)): "a query length other than the own keys'; accepted: equal lengths",
+        selection.why_not_shapes(
+            call(index=torch.zeros(2))
+        ): "context_index with a pair of tensors; accepted: with a view",
+        selection.why_not_shapes(call(block=3)): "causal_block 3; accepted: None",
+    }
+    monkeypatch.setattr(selection, "why_not_hopper", lambda *_: None)
+    caplog.set_level(logging.INFO)
+    q = torch.zeros(1, 4, 2, 64, dtype=torch.bfloat16)
+    for found, expected in reasons.items():
+        assert found is not None and found.startswith(expected)
+        with runtime.backend("auto"):
+            assert not selection.hopper_serves(q, unfit=found)
+        with (
+            runtime.backend("hopper"),
+            pytest.raises(ValueError, match="backend 'hopper' is forced and cannot serve: "),
+        ):
+            selection.hopper_serves(q, unfit=found)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [f"fork_attention: the portable kernels serve: {found}" for found in reasons]
+
+
 def test_an_untested_triton_is_warned_of_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     q = torch.zeros(1, 4, 1, 64, dtype=torch.bfloat16)
-    monkeypatch.setattr(selection.triton, "__version__", "3.9.0")
-    monkeypatch.setattr(selection, "why_not_hopper", lambda *_: selection.why_not_triton("3.9.0"))
+    monkeypatch.setattr(selection.triton, "__version__", "3.10.0")
+    monkeypatch.setattr(selection, "why_not_hopper", lambda *_: selection.why_not_triton("3.10.0"))
     caplog.set_level(logging.INFO)
     for _ in range(3):
         with runtime.backend("auto"):
             assert not selection.hopper_serves(q)
-    with runtime.backend("hopper"), pytest.raises(ValueError, match="Triton 3.9.0"):
+    with runtime.backend("hopper"), pytest.raises(ValueError, match="Triton 3.10.0"):
         selection.hopper_serves(q)
     with runtime.backend("triton"):
         assert not selection.hopper_serves(q)
     [record] = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.getMessage() == "fork_attention: the portable kernels serve: Triton 3.9.0; accepted: 3.6, 3.7"
+    found = "Triton 3.10.0; accepted: 3.6, 3.7, 3.8, 3.9"
+    assert record.getMessage() == f"fork_attention: the portable kernels serve: {found}"
 
 
 def test_one_line_says_that_hopper_serves(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,14 +13,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-# Triton 3.7 has renamed it
+from csrc_triton.fork_attention.selection import minor
+
+# Triton 3.7 has renamed the first; 3.8 the others, whose older names 3.9 refuses
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+async_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+# ptxas 13 assembles for Hopper from Triton 3.9 on, which holds it to a level of register allocation at which producers
+# and consumers spill; level 4 is the assembler's own, and nothing spills
+ASSEMBLER = {"ptx_options": "--regAllocOptLevel=4"} if minor(triton.__version__) >= (3, 9) else {}
+LAUNCH: dict[str, Any] = {"num_warps": 4, **ASSEMBLER}
 
 UNSPECIALIZED = ["heads", "length", "branches", "share", "past_size", "table_by_context", "table_by_slot"]
 SWIZZLE = 128  # bytes
@@ -219,7 +229,7 @@ def put(source, index, head, row, ring, done):
     stage = done % STAGES
     mbarrier.wait(free.index(stage), done // STAGES + 1 & 1)
     mbarrier.expect(full.index(stage), source.block_type.nbytes)
-    tma.async_copy_global_to_shared(source, [index, head, row, 0], full.index(stage), slots.index(stage))
+    async_load(source, [index, head, row, 0], full.index(stage), slots.index(stage))
     return done + 1
 
 
@@ -237,7 +247,7 @@ def put_cleared(source, head, row, keys, ring, done, landed, turn):
     stage = done % STAGES
     mbarrier.wait(free.index(stage), done // STAGES + 1 & 1)
     mbarrier.expect(landed, source.block_type.nbytes)
-    tma.async_copy_global_to_shared(source, [0, head, row, 0], landed, slots.index(stage))
+    async_load(source, [0, head, row, 0], landed, slots.index(stage))
     mbarrier.wait(landed, turn & 1)
     tile = matrix(slots, stage)
     rows = gl.arange(0, CLEARED, gl.SliceLayout(1, LAYOUT))
@@ -336,6 +346,8 @@ def put_part(sums, acc, number, WHO: gl.constexpr):
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, acc.type.layout))
     columns = gl.arange(0, WIDTH, gl.SliceLayout(0, acc.type.layout))
     at = sums + (number.to(gl.int64) * 2 + WHO) * (ROWS * WIDTH)
+    # as `here`: a thread's place in `sums` would be kept in two registers over the loops over tiles
+    at = gl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [at.to(gl.int64)], gl.int64, False, 1).to(sums.dtype)
     gl.store(at + rows[:, None] * WIDTH + columns[None, :], acc)
 
 
@@ -346,7 +358,7 @@ def put_tile(target, outs, acc, branch, head, tile, WHO: gl.constexpr):
     barrier()
     matrix(outs, WHO).store(acc.to(target.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(target, [branch, head, (2 * tile + WHO) * acc.shape[0], 0], outs.index(WHO))
+    async_store(target, [branch, head, (2 * tile + WHO) * acc.shape[0], 0], outs.index(WHO))
 
 
 @gluon.jit

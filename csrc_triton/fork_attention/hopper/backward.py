@@ -21,7 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from csrc_triton.fork_attention.hopper._gluon import (
+    LAUNCH,
     UNSPECIALIZED,
+    async_load,
     await_full,
     barriers,
     context_of,
@@ -173,8 +175,8 @@ def _produce(
             mbarrier.expect(q_full, 4 * queries[0].block_type.nbytes)
             for who in gl.static_range(2):
                 at = [branch, head, (2 * tile + who) * QUERIES, 0]
-                tma.async_copy_global_to_shared(queries[0], at, q_full, keeps[0].index(who))
-                tma.async_copy_global_to_shared(queries[1], at, q_full, keeps[1].index(who))
+                async_load(queries[0], at, q_full, keeps[0].index(who))
+                async_load(queries[1], at, q_full, keeps[1].index(who))
         its = context_of(branch, context)
         done, landings = put_all(
             own, past, branch, head, here(sizes[1]), its, ring, done, landed, landings, part, parts,
@@ -269,7 +271,7 @@ def _query_gradient(call: Call, grad: Tensor, vectors: Tensor) -> Tensor:
         query_gradient_kernel[(split.programs,)](
             descriptor(q, rows[0]), descriptor(grad, rows[0]), *sources, descriptor(grad_q, rows[0]), past.table,
             vectors, call.scale, call.softmax_scale, heads, length, branches, past.share, past.size, *strides,
-            split.whole, split.parts, sums, PAST=past.kind, SPLIT=split.parts > 1, num_warps=4,
+            split.whole, split.parts, sums, PAST=past.kind, SPLIT=split.parts > 1, **LAUNCH,
         )  # fmt: skip
     if split.parts > 1:
         merge(split, sums, grad_q)

@@ -24,7 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from csrc_triton.fork_attention.hopper._gluon import (
+    LAUNCH,
     UNSPECIALIZED,
+    async_load,
     await_full,
     barriers,
     descriptor,
@@ -121,15 +123,15 @@ def _produce(
         turn += 1
         mbarrier.expect(kept, 2 * own.block_type.nbytes)
         for who in gl.static_range(2):
-            tma.async_copy_global_to_shared(own, [branch, head, (2 * tile + who) * KEYS, 0], kept, keeps.index(who))
+            async_load(own, [branch, head, (2 * tile + who) * KEYS, 0], kept, keeps.index(who))
         at = ((branch * here(sizes[0]) + head) * 2 + SECOND) * (gl.cdiv(length, 2 * KEYS) * (2 * KEYS))
         first, last = steps_of(gl.cdiv(length, QUERIES), part, parts, SPLIT)
         for row in range(first * QUERIES, last * QUERIES, QUERIES):
             stage = done % STAGE_COUNT
             mbarrier.wait(free.index(stage), done // STAGE_COUNT + 1 & 1)
             mbarrier.expect(full.index(stage), rows_of.block_type.nbytes + vectors.block_type.nbytes)
-            tma.async_copy_global_to_shared(rows_of, [branch, head, row, 0], full.index(stage), slots.index(stage))
-            tma.async_copy_global_to_shared(vectors, [at + row], full.index(stage), vector_slots.index(stage))
+            async_load(rows_of, [branch, head, row, 0], full.index(stage), slots.index(stage))
+            async_load(vectors, [at + row], full.index(stage), vector_slots.index(stage))
             done += 1
         work = next_work(work)
 
@@ -181,7 +183,7 @@ def key_gradient(call: Call, grad: Tensor, vectors: Tensor) -> tuple[Tensor, Ten
             descriptor(k, rows[0]), descriptor(v, rows[0]), descriptor(q, rows[1]), descriptor(grad, rows[1]),
             _parts(vectors, rows[1]), descriptor(grad_k, rows[0]), descriptor(grad_v, rows[0]),
             call.scale, call.softmax_scale, heads, length, branches, split.whole, split.parts, k_sums, v_sums,
-            SPLIT=split.parts > 1, num_warps=4,
+            SPLIT=split.parts > 1, **LAUNCH,
         )  # fmt: skip
     if split.parts > 1:
         merge(split, k_sums, grad_k)

@@ -21,7 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from csrc_triton.fork_attention.hopper._gluon import (
+    LAUNCH,
     UNSPECIALIZED,
+    async_load,
     await_full,
     barriers,
     computed,
@@ -200,7 +202,7 @@ def _produce(
             mbarrier.expect(q_full, 2 * q.block_type.nbytes)
             for who in gl.static_range(2):
                 row = (2 * tile + who) * QUERIES
-                tma.async_copy_global_to_shared(q, [branch, head, row, 0], q_full, queries.index(who))
+                async_load(q, [branch, head, row, 0], q_full, queries.index(who))
         its = context_of(branch, context)
         done, landings = put_all(
             own, past, branch, head, here(sizes[1]), its, ring, done, landed, landings, part, parts,
@@ -260,7 +262,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         forward_kernel[(split.programs,)](
             descriptor(q, rows[0]), *sources, descriptor(out, rows[0]), past.table, lse, call.scale,
             heads, length, branches, past.share, past.size, *strides, split.whole, split.parts, sums, tops,
-            PAST=past.kind, SPLIT=split.parts > 1, TURNS=TURNS, num_warps=4,
+            PAST=past.kind, SPLIT=split.parts > 1, TURNS=TURNS, **LAUNCH,
         )  # fmt: skip
     if split.parts > 1:
         merge(split, sums, out, tops, lse)
