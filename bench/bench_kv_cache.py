@@ -25,7 +25,9 @@ def make_cache(bench: Bench) -> tuple[ForkableKVCache, int]:
     )
     root = cache.new_branch()
     for _ in range(CONTEXT_FRAMES // CHUNK_FRAMES):
-        cache.commit(cache.reserve([root], CHUNK_FRAMES * tokens))
+        reservation = cache.reserve([root], CHUNK_FRAMES * tokens)
+        reservation.mark_written()
+        cache.commit(reservation)
     return cache, root
 
 

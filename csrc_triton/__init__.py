@@ -16,16 +16,18 @@ from csrc_triton.feature_maps import enlarge, norm_silu
 from csrc_triton.flow_policy_loss import FlowPolicyTerms, flow_policy_loss, flow_policy_loss_and_grad
 from csrc_triton.flow_sde import FlowStep, flow_sde_step
 from csrc_triton.fork_attention import fork_attention
-from csrc_triton.kv_cache import CacheRows, CacheView, ForkableKVCache, LayerViews
+from csrc_triton.kv_cache import CacheRows, CacheView, Chunk, ForkableKVCache, LayerViews, PoolFull
 from csrc_triton.qk_norm_rope import qk_norm_rope
 
 __all__ = [
     "CacheRows",
     "CacheView",
+    "Chunk",
     "FlowPolicyTerms",
     "FlowStep",
     "ForkableKVCache",
     "LayerViews",
+    "PoolFull",
     "adaln",
     "decode_attention",
     "enlarge",

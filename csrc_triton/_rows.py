@@ -1,4 +1,4 @@
-"""Bookkeeping of the cache on the host: reference counts of the pools' rows, and segments of branches."""
+"""Bookkeeping of the cache on the host: counts and hand-outs of the pools' rows, and segments of branches."""
 
 from __future__ import annotations
 
@@ -23,65 +23,23 @@ class Segment:
         return self.start + self.length
 
 
-class RowCounts:
-    """Reference counts of `total` rows, stored as runs of equal counts.
-
-    A drop inside a block splits its run, and equal neighbours are merged, so that the runs of free rows (count 0) are
-    always sorted, disjoint and never adjacent. A fork updates one entry for each segment.
-    """
+class _RowNumbers:
+    """A number for each of `total` rows, 0 at first, stored as runs of equal numbers."""
 
     def __init__(self, total: int):
         self.total = total
         self._starts = [0]  # run i covers rows [starts[i], starts[i + 1])
-        self._counts = [0]
-
-    @property
-    def used(self) -> int:
-        return self.total - sum(length for _, length in self.free())
+        self._numbers = [0]
 
     def runs(self, row: int, length: int) -> list[tuple[Run, int]]:
-        """The runs that make up `length` rows from `row`, with their counts."""
+        """The runs that make up `length` rows from `row`, with their numbers."""
         stop, found = row + length, []
         i = bisect_right(self._starts, row) - 1
         while row < stop:
             end = min(self._end(i), stop)
-            found.append(((row, end - row), self._counts[i]))
+            found.append(((row, end - row), self._numbers[i]))
             row, i = end, i + 1
         return found
-
-    def free(self) -> list[Run]:
-        """Runs of free rows (count 0), by row."""
-        return [(row, self._end(i) - row) for i, row in enumerate(self._starts) if not self._counts[i]]
-
-    def add(self, row: int, length: int, change: int) -> None:
-        """Adds `change` to the counts of `length` rows from `row`."""
-        first, last = self._cut(row), self._cut(row + length)
-        for i in range(first, last):
-            self._counts[i] += change
-            assert self._counts[i] >= 0, f"row {self._starts[i]} released more often than held"
-        for i in range(min(last, len(self._starts) - 1), max(first, 1) - 1, -1):
-            if self._counts[i] == self._counts[i - 1]:
-                del self._starts[i], self._counts[i]
-
-    def find(self, length: int, near: int | None) -> int | None:
-        """First of `length` successive free rows: `near` if a run starts there, else in the first run that fits."""
-        rows = [row for row, free in self.free() if free >= length]
-        if near in rows:
-            return near
-        return rows[0] if rows else None
-
-    def free_at_the_end(self) -> int:
-        return self.total - self._starts[-1] if not self._counts[-1] else 0
-
-    def resize(self, total: int) -> None:
-        """Changes the number of rows; added rows are free, and removed ones must be."""
-        if total > self.total and self._counts[-1]:
-            self._starts.append(self.total)
-            self._counts.append(0)
-        elif total <= self._starts[-1] and len(self._starts) > 1:
-            assert not self._counts[-1], f"row {self._starts[-1]} is held"
-            del self._starts[-1], self._counts[-1]
-        self.total = total
 
     def _end(self, i: int) -> int:
         return self._starts[i + 1] if i + 1 < len(self._starts) else self.total
@@ -91,8 +49,101 @@ class RowCounts:
         i = bisect_left(self._starts, row)
         if row < self.total and (i == len(self._starts) or self._starts[i] != row):
             self._starts.insert(i, row)
-            self._counts.insert(i, self._counts[i - 1])
+            self._numbers.insert(i, self._numbers[i - 1])
         return i
+
+    def _merge(self, first: int, last: int) -> None:
+        """Joins runs of equal numbers where run i, first <= i <= last, begins."""
+        for i in range(min(last, len(self._starts) - 1), max(first, 1) - 1, -1):
+            if self._numbers[i] == self._numbers[i - 1]:
+                del self._starts[i], self._numbers[i]
+
+
+class RowCounts(_RowNumbers):
+    """Reference counts of rows.
+
+    A drop inside a block splits its run, and equal neighbours are merged, so that the runs of free rows (count 0) are
+    always sorted, disjoint and never adjacent. A fork updates one entry for each segment.
+    """
+
+    @property
+    def used(self) -> int:
+        return self.total - sum(length for _, length in self.free())
+
+    def free(self) -> list[Run]:
+        """Runs of free rows (count 0), by row."""
+        return [(row, self._end(i) - row) for i, row in enumerate(self._starts) if not self._numbers[i]]
+
+    def add(self, row: int, length: int, change: int) -> None:
+        """Adds `change` to the counts of `length` rows from `row`."""
+        first, last = self._cut(row), self._cut(row + length)
+        for i in range(first, last):
+            self._numbers[i] += change
+            assert self._numbers[i] >= 0, f"row {self._starts[i]} released more often than held"
+        self._merge(first, last)
+
+    def pages(self, page: int) -> list[Run]:
+        """Runs of free whole pages, by row; pages begin at multiples of their size."""
+        inner = [(-(-row // page) * page, (row + length) // page * page) for row, length in self.free()]
+        return [(row, stop - row) for row, stop in inner if row < stop]
+
+    def place(self, length: int, near: int | None, page: int | None) -> tuple[Run, ...] | None:
+        """Free rows for a block of `length` tokens, in as few runs as there are; None where they do not fit.
+
+        At best the rows from `near` on, else the shortest run that is long enough. Without pages there must be one.
+        With them the block may be scattered: what is left after `near` and the longest runs.
+        """
+        free, found = self.pages(page or 1), list[Run]()
+        if page is not None and sum(rows for _, rows in free) < length:
+            return None
+        while length:
+            wanted = length
+            fits = [run for run in free if run[1] >= wanted]
+            following = [run for run in free if run[0] == near and (run in fits or not fits)]
+            if not fits and page is None:
+                return None
+            run = (following or sorted(fits, key=_length)[:1] or [max(free, key=_length)])[0]
+            found.append((run[0], min(length, run[1])))
+            free.remove(run)
+            length -= found[-1][1]
+        return tuple(found)
+
+    def free_at_the_end(self) -> int:
+        return self.total - self._starts[-1] if not self._numbers[-1] else 0
+
+    def resize(self, total: int) -> None:
+        """Changes the number of rows; added rows are free, and removed ones must be."""
+        if total > self.total and self._numbers[-1]:
+            self._starts.append(self.total)
+            self._numbers.append(0)
+        elif total <= self._starts[-1] and len(self._starts) > 1:
+            assert not self._numbers[-1], f"row {self._starts[-1]} is held"
+            del self._starts[-1], self._numbers[-1]
+        self.total = total
+
+
+class Handouts(_RowNumbers):
+    """The last time that each row of the pools was handed out for writing, counted in hand-outs: `latest` so far."""
+
+    def __init__(self, total: int):
+        super().__init__(total)
+        self.latest = 0
+
+    def add(self, runs: Iterable[Run]) -> None:
+        """Hands out these rows, all at once."""
+        self.latest += 1
+        for row, length in runs:
+            first, last = self._cut(row), self._cut(row + length)
+            self._numbers[first:last] = [self.latest] * (last - first)
+            self._merge(first, last)
+
+    def since(self, runs: Iterable[Run], moment: int) -> Run | None:
+        """The first of these rows that were handed out after the hand-out numbered `moment`."""
+        return next((run for row, length in runs for run, last in self.runs(row, length) if last > moment), None)
+
+
+def _length(run: Run) -> int:
+    return run[1]
 
 
 def join(segments: Iterable[Segment]) -> Segments:
@@ -105,6 +156,15 @@ def join(segments: Iterable[Segment]) -> Segments:
         else:
             joined.append(segment)
     return tuple(joined)
+
+
+def laid(runs: Iterable[Run], start: int) -> list[Segment]:
+    """Segments of a block in these rows, whose first token is `start`."""
+    found: list[Segment] = []
+    for row, length in runs:
+        found.append(Segment(start, row, length))
+        start += length
+    return found
 
 
 def cut_out(segments: Segments, start: int, stop: int) -> tuple[Segments, list[Run]]:

@@ -6,22 +6,26 @@ again only when the copies from it are done, so nothing waits and no copy in fli
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from csrc_triton._rows import Run
+from csrc_triton._rows import Handouts, Run
 
 
 @dataclass(frozen=True, eq=False)
 class CacheView:
     """Context of a batch of B branches in one layer: pools of K and V, and the segments of rows to attend to.
 
-    A view is valid while its branches hold the tokens, until the backward pass of attention over it has run.
+    A view is valid while its branches hold the tokens, until the backward pass of attention over it has run. Attention
+    over a view of a cache, and the backward pass of such a call, raise ValueError where rows of the view were handed
+    out for writing since, or its bound table was updated since; the host's books are asked, not the device. There is no
+    such check for views of plain tensors (`CacheView.of`, `CacheView` from a table alone, `LayerViews.with_table`),
+    inside a graph of torch.compile, and in a replayed CUDA graph.
 
     k, v: the layer's pools, [rows, heads, head_dim].
     table: (first row, length) of each segment in order, [B, S, 2] int32 on the pools' device; unused slots have
@@ -68,6 +72,19 @@ class CacheView:
         k, v = (pool.index_select(0, rows.flatten()).unflatten(0, rows.shape) for pool in (self.k, self.v))
         return k, v
 
+    def check_held(self) -> None:
+        """Raises ValueError where rows of the view were handed out for writing since it was made or updated."""
+        if self.segments is not None and not torch.compiler.is_compiling():
+            self.segments.seen.check()
+
+    def guard(self, *outputs: Tensor) -> None:
+        """Makes the backward pass of attention over this view raise ValueError where its rows are others by then."""
+        if self.segments is None or torch.compiler.is_compiling():
+            return
+        for node in {output.grad_fn for output in outputs}:
+            if node is not None:
+                node.register_prehook(partial(_check_unchanged, self.segments, self.segments.seen))
+
 
 @dataclass(frozen=True, eq=False)
 class LayerViews:
@@ -82,9 +99,17 @@ class LayerViews:
     segments: SegmentTable | None = field(default=None, repr=False)  # of which `table` is the device's part
 
     @classmethod
-    def of(cls, pools: Sequence[tuple[Tensor, Tensor]], segments: Sequence[Sequence[Run]]) -> LayerViews:
-        """segments[b] are the (first row, length) of batch row b; they are not checked against the pools."""
-        table = SegmentTable(len(segments), max([1, *map(len, segments)]), pools[0][0].device)
+    def of(
+        cls,
+        pools: Sequence[tuple[Tensor, Tensor]],
+        segments: Sequence[Sequence[Run]],
+        handouts: Handouts | None = None,
+    ) -> LayerViews:
+        """segments[b] are the (first row, length) of batch row b; they are not checked against the pools.
+
+        handouts: the pools' books of rows handed out for writing; None: rows are not checked later.
+        """
+        table = SegmentTable(len(segments), max([1, *map(len, segments)]), pools[0][0].device, handouts)
         table.set(segments)
         return cls(tuple(pools), table.table, table)
 
@@ -109,16 +134,22 @@ class LayerViews:
 
 @dataclass(frozen=True, eq=False)
 class CacheRows:
-    """Destination of one layer of a reservation: `length` consecutive rows for each branch.
+    """Destination of one layer of a reservation: rows for `length` tokens of each branch.
 
     k, v: the layer's pools, [rows, heads, head_dim].
-    first_rows: first row of each branch, [B] int64 on the pools' device.
+    first_rows: int64 on the pools' device; [B], the first of `length` consecutive rows of each branch, or, from a cache
+        with pages, [B, S]: the first row of each of the S pages of length / S tokens that make up a branch's block.
     """
 
     k: Tensor
     v: Tensor
     first_rows: Tensor
     length: int
+
+    @property
+    def rows(self) -> Tensor:
+        """Row number of every token, branch by branch, [B * length] int64 on the pools' device."""
+        return _row_numbers(self.first_rows, self.length)
 
 
 @dataclass(eq=False)
@@ -130,35 +161,59 @@ class Reservation:
     """
 
     branches: tuple[int, ...]
-    first_rows: tuple[int, ...]
+    runs: tuple[tuple[Run, ...], ...]  # rows of each branch's block, by token
     length: int
-    first_rows_on_device: Tensor = field(repr=False)  # [B] int64
+    first_rows_on_device: Tensor = field(repr=False)  # int64, as `CacheRows.first_rows`
     cancel: Callable[[Reservation], None] = field(repr=False)
+    layers: int  # of the cache
     state: str = "open"  # or "committed", "cancelled"
+    written: set[int] = field(default_factory=set, repr=False)  # layers, by `write` or through `rows_of`
+    handed_out: bool = False  # by `rows_of`: the pools must stay where they are
+
+    @property
+    def first_rows(self) -> tuple[int, ...]:
+        """First row of each branch."""
+        return tuple(block[0][0] for block in self.runs)
 
     @cached_property
     def rows(self) -> Tensor:
         """Row numbers, branch by branch, [B * length] int64 on the pools' device."""
-        tokens = torch.arange(self.length, device=self.first_rows_on_device.device)
-        return (self.first_rows_on_device[:, None] + tokens).flatten()
+        return _row_numbers(self.first_rows_on_device, self.length)
 
     @cached_property
-    def adjacent(self) -> list[tuple[slice, int]]:
-        """Slices of the batch whose blocks are adjacent in the pools, each with its first row."""
-        found: list[tuple[slice, int]] = []
-        for i, row in enumerate(self.first_rows):
-            if i and row == self.first_rows[i - 1] + self.length:
-                found[-1] = (slice(found[-1][0].start, i + 1), found[-1][1])
-            else:
-                found.append((slice(i, i + 1), row))
+    def copies(self) -> list[tuple[slice, slice, int]]:
+        """Batch rows and tokens that lie in consecutive rows, with the first of these."""
+        found: list[tuple[slice, slice, int]] = []
+        last = None  # row after the last one, where whole blocks go on
+        for i, block in enumerate(self.runs):
+            token = 0
+            for row, rows in block:
+                if rows == self.length and row == last:
+                    batch, tokens, first = found[-1]
+                    found[-1] = slice(batch.start, i + 1), tokens, first
+                else:
+                    found.append((slice(i, i + 1), slice(token, token + rows), row))
+                last = row + rows if rows == self.length else None
+                token += rows
         return found
+
+    def mark_written(self) -> None:
+        """Declares every layer written: for writes that the cache does not see, as those of a replayed CUDA graph."""
+        self.written.update(range(self.layers))
+
+    def check_written(self) -> None:
+        if len(self.written) < self.layers:
+            missing = [layer for layer in range(self.layers) if layer not in self.written]
+            raise ValueError(f"{self}: found layers {missing} unwritten; accepted: all {self.layers} layers written")
 
     def check_open(self) -> None:
         if self.state != "open":
             raise ValueError(f"{self}: already {self.state}; accepted: an open reservation")
 
     def __str__(self) -> str:
-        return f"reservation of branches {self.branches}, rows {self.first_rows} + {self.length}"
+        whole = all(len(block) == 1 for block in self.runs)
+        rows = f"{self.first_rows} + {self.length}" if whole else f"{self.runs}"
+        return f"reservation of branches {self.branches}, rows {rows}"
 
     def __enter__(self) -> Reservation:
         return self
@@ -168,11 +223,42 @@ class Reservation:
             self.cancel(self)
 
 
-class SegmentTable:
-    """Segments of a batch on the device, [batch, slots, 2] int32, filled by the host; all layers' views share it."""
+class Read:
+    """Rows that a segment table names since it was filled."""
 
-    def __init__(self, batch: int, slots: int, device: torch.device):
+    def __init__(self, runs: Iterable[Run], handouts: Handouts | None):
+        self._runs, self._handouts = frozenset(runs), handouts
+        self._since = self._checked = 0 if handouts is None else handouts.latest
+
+    def check(self) -> None:
+        """Raises ValueError where some were handed out for writing since."""
+        if self._handouts is None or self._checked == self._handouts.latest:
+            return
+        taken = self._handouts.since(self._runs, self._since)
+        if taken is not None:
+            found = f"rows {taken[0]} to {sum(taken) - 1} handed out for writing since the view was made"
+            accepted = "a view whose branches hold its tokens, until the backward pass of attention over it"
+            raise ValueError(f"context: found {found}; accepted: {accepted}")
+        self._checked = self._handouts.latest
+
+
+def _check_unchanged(segments: SegmentTable, read: Read, *_: object) -> None:
+    if segments.seen is not read:
+        accepted = "`update` after the backward pass of attention over the bound table"
+        raise ValueError(f"context: found its bound table updated since the call; accepted: {accepted}")
+    read.check()
+
+
+class SegmentTable:
+    """Segments of a batch on the device, [batch, slots, 2] int32, filled by the host; all layers' views share it.
+
+    handouts: the books of the pools; None: `seen` says nothing of rows that were handed out since.
+    """
+
+    def __init__(self, batch: int, slots: int, device: torch.device, handouts: Handouts | None = None):
         self.table = torch.zeros(batch, slots, 2, dtype=torch.int32, device=device)
+        self._handouts = handouts
+        self.seen = Read((), handouts)
         self._lengths = [0] * batch
         self._rows: Tensor | None = None
 
@@ -180,7 +266,7 @@ class SegmentTable:
     def read(cls, table: Tensor) -> SegmentTable:
         """A segment table around a tensor on a device; synchronises to read the lengths."""
         own = cls.__new__(cls)
-        own.table, own._rows = table, None
+        own.table, own._rows, own._handouts = table, None, None
         own._lengths = table[..., 1].sum(1).tolist()
         return own
 
@@ -191,6 +277,7 @@ class SegmentTable:
         self.table.copy_(staged(numbers, torch.int32, self.table.device).view(batch, slots, 2), non_blocking=True)
         self._lengths = [sum(length for _, length in runs) for runs in segments]
         self._rows = None
+        self.seen = Read((run for runs in segments for run in runs), self._handouts)
 
     def rows(self) -> Tensor:
         """Row number of every token of the context, [B, Lc] int64 on the device."""
@@ -220,9 +307,10 @@ class BoundTable:
         batch: int,
         slots: int,
         pools: Sequence[tuple[Tensor, Tensor]],
+        handouts: Handouts,
     ):
         self._locate = locate
-        self._segments = SegmentTable(batch, slots, pools[0][0].device)
+        self._segments = SegmentTable(batch, slots, pools[0][0].device, handouts)
         self.views = [CacheView(k, v, self._segments.table, self._segments) for k, v in pools]
 
     @property
@@ -251,13 +339,16 @@ class BoundTable:
 class BoundRows:
     """`CacheRows` at fixed addresses for a captured CUDA graph; `rows` has one for each layer."""
 
-    def __init__(self, batch: int, length: int, pools: Sequence[tuple[Tensor, Tensor]]):
-        self._first_rows = torch.zeros(batch, dtype=torch.int64, device=pools[0][0].device)
+    def __init__(self, batch: int, length: int, pages: int | None, pools: Sequence[tuple[Tensor, Tensor]]):
+        shape = (batch,) if pages is None else (batch, pages)
+        self._first_rows = torch.zeros(shape, dtype=torch.int64, device=pools[0][0].device)
         self._length = length
         self.rows = [CacheRows(k, v, self._first_rows, length) for k, v in pools]
 
     def update(self, reservation: Reservation) -> None:
         """Makes `rows` refer to an open reservation with the bound numbers of branches and tokens.
+
+        The reservation counts as written in every layer, since the host does not see what a replayed graph writes.
 
         Raises:
             ValueError: for a reservation that is closed or of other sizes.
@@ -268,6 +359,12 @@ class BoundRows:
             accepted = f"{len(self._first_rows)} and {self._length}, as bound"
             raise ValueError(f"{reservation}: found {found[0]} branches of {found[1]} tokens; accepted: {accepted}")
         self._first_rows.copy_(reservation.first_rows_on_device, non_blocking=True)
+        reservation.mark_written()
+
+
+def _row_numbers(first_rows: Tensor, length: int) -> Tensor:
+    page = length // (first_rows.shape[1] if first_rows.ndim == 2 else 1)
+    return (first_rows[..., None] + torch.arange(page, device=first_rows.device)).flatten()
 
 
 def staged(numbers: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:

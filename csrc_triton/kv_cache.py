@@ -17,8 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from csrc_triton._rows import RowCounts, Run, Segment, Segments, cut_out, join, locate
-from csrc_triton._tables import BoundRows, BoundTable, CacheRows, CacheView, LayerViews, Reservation, staged
+from csrc_triton._chunks import Chunk
+from csrc_triton._pools import Block, PoolFull, Pools
+from csrc_triton._rows import Run, Segments, cut_out, join, laid, locate
+from csrc_triton._tables import BoundRows, BoundTable, CacheRows, CacheView, LayerViews, Reservation
 
 __all__ = [
     "BoundRows",
@@ -26,13 +28,13 @@ __all__ = [
     "BranchMemory",
     "CacheRows",
     "CacheView",
+    "Chunk",
     "ForkableKVCache",
     "LayerViews",
+    "PoolFull",
     "Reservation",
     "Run",
 ]
-
-MAX_ROWS = 2**31 - 1  # segment tables are int32
 
 
 class BranchMemory(NamedTuple):
@@ -50,19 +52,22 @@ class _Branch(NamedTuple):
 class ForkableKVCache:
     """Pools of K/V rows for `layers` layers of `heads` x `head_dim`, and branches that share rows.
 
-    A block takes consecutive rows: the rows after its branch's last row if they are free, else the first free run that
-    is long enough. A long block may therefore not fit a nearly full pool whose free rows are scattered.
+    A block takes the rows after its branch's last row if they are free, else the shortest free run that is long enough.
+    Without pages that is all: a long block may not fit a nearly full pool whose free rows are scattered, and the pools
+    creep. With pages a block that fits no run takes free pages wherever they lie, so that no page is lost.
 
     Args:
         rows: initial rows of each pool.
         max_rows: most rows of each pool; None: no limit.
-        grow: grow the pools when a reservation does not fit, by an eighth or by the rows that it needs, up to max_rows.
+        grow: grow the pools when a reservation does not fit, by a 24th or by the rows that it needs, up to max_rows.
             Growth copies the pools to new addresses. Views made before keep the old pools alive, and a captured CUDA
-            graph would read them, so `bind` ends growth.
+            graph would read them, so `bind` ends growth. It is refused while rows from `rows_of` are in use.
+        page: rows of a page, for instance the tokens of a latent frame; divides `rows` and the lengths of blocks. None:
+            every block takes consecutive rows.
 
     Raises:
-        ValueError: for an unknown or released branch, tokens that a branch does not hold, rows that are not there;
-            the message names the branch. A call that raises has changed nothing.
+        ValueError: for an unknown or released branch, tokens that a branch does not hold, rows that are not there
+            (`PoolFull`); the message names the branch. A call that raises has changed nothing.
     """
 
     def __init__(
@@ -76,28 +81,17 @@ class ForkableKVCache:
         device: torch.device,
         max_rows: int | None = None,
         grow: bool = True,
+        page: int | None = None,
     ):
-        if min(layers, heads, head_dim, rows) < 1:
-            raise ValueError(f"layers, heads, head_dim, rows: found {(layers, heads, head_dim, rows)}; accepted: >= 1")
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype: found {dtype}; accepted: floating point")
-        limit = MAX_ROWS if max_rows is None else max_rows
-        if not rows <= limit <= MAX_ROWS:
-            raise ValueError(f"rows, max_rows: found {rows}, {max_rows}; accepted: rows <= max_rows <= {MAX_ROWS}")
-        shape = (rows, heads, head_dim)
-        self._pools = [
-            (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
-            for _ in range(layers)
-        ]
-        self._counts = RowCounts(rows)
-        self._limit, self._grow = limit, grow
+        self._pools = Pools(layers, heads, head_dim, rows, dtype, device, max_rows, page, not grow)
+        self._peak = 0
         self._branches: dict[int, _Branch] = {}
         self._open: set[Reservation] = set()
         self._next_branch = 0
 
     @property
     def layers(self) -> int:
-        return len(self._pools)
+        return len(self._pools.layers)
 
     @property
     def branches(self) -> tuple[int, ...]:
@@ -106,12 +100,22 @@ class ForkableKVCache:
 
     @property
     def rows_total(self) -> int:
-        return self._counts.total
+        return self._pools.counts.total
 
     @property
     def rows_used(self) -> int:
         """Rows held by branches and open reservations; a shared row counts once."""
-        return self._counts.used
+        return self._pools.counts.used
+
+    @property
+    def rows_peak(self) -> int:
+        """Most rows used at once so far."""
+        return self._peak
+
+    @property
+    def page(self) -> int | None:
+        """Rows of a page; None: blocks are consecutive rows."""
+        return self._pools.page
 
     @property
     def rows_reserved(self) -> int:
@@ -121,28 +125,28 @@ class ForkableKVCache:
     @property
     def free_rows(self) -> list[Run]:
         """(first row, length) of the free runs: sorted, disjoint and never adjacent."""
-        return self._counts.free()
+        return self._pools.counts.free()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all pools."""
-        return sum(pool.nbytes for pools in self._pools for pool in pools)
+        return sum(pool.nbytes for pools in self._pools.layers for pool in pools)
 
     @property
     def addresses(self) -> tuple[int, ...]:
         """Addresses of the pools. They change when the pools grow, which invalidates captured CUDA graphs."""
-        return tuple(pool.data_ptr() for pools in self._pools for pool in pools)
+        return tuple(pool.data_ptr() for pools in self._pools.layers for pool in pools)
 
     @property
     def row_nbytes(self) -> int:
         """Bytes of one row's K and V over all layers."""
-        return sum(pool[0].nbytes for pools in self._pools for pool in pools)
+        return sum(pool[0].nbytes for pools in self._pools.layers for pool in pools)
 
     def memory(self, branch: int) -> BranchMemory:
         """Bytes that a branch holds. `release` frees its own bytes."""
         own = shared = 0
         for segment in self._branch(branch).segments:
-            for (_, length), count in self._counts.runs(segment.row, segment.length):
+            for (_, length), count in self._pools.counts.runs(segment.row, segment.length):
                 own, shared = (own + length, shared) if count == 1 else (own, shared + length)
         return BranchMemory(own * self.row_nbytes, shared * self.row_nbytes)
 
@@ -156,13 +160,13 @@ class ForkableKVCache:
         if n < 1:
             raise ValueError(f"n: found {n}; accepted: at least 1 (fork of branch {branch})")
         for segment in origin.segments:
-            self._counts.add(segment.row, segment.length, n)
+            self._pools.counts.add(segment.row, segment.length, n)
         return [self._add(origin) for _ in range(n)]
 
     def release(self, branch: int) -> None:
         """Removes a branch and frees its unshared rows."""
         for segment in self._branch(branch).segments:
-            self._counts.add(segment.row, segment.length, -1)
+            self._pools.counts.add(segment.row, segment.length, -1)
         del self._branches[branch]
 
     def length(self, branch: int) -> int:
@@ -183,90 +187,111 @@ class ForkableKVCache:
             self._branch(branch)
         if length < 1:
             raise ValueError(f"length: found {length}; accepted: at least 1 (branches {tuple(branches)})")
-        total, first_rows = self.rows_total, []
+        self._pools.check_length(length)
+        total, runs = self.rows_total, list[Block]()
         try:
             for branch in branches:
-                first_rows.append(self._allocate(branch, length))
-            self._grow_pools()
-            device = self._pools[0][0].device
-            on_device = staged(first_rows, torch.int64, device).to(device, non_blocking=True)
+                runs.append(self._pools.take(branch, length, self._after(branch)))
+            self._pools.enlarge(self._open)
+            on_device = self._pools.first_rows(runs)
         except BaseException:
-            for row in first_rows:
-                self._counts.add(row, length, -1)
-            self._counts.resize(total)
+            for block in runs:
+                self._pools.hold(block, -1)
+            self._pools.counts.resize(total)
             raise
-        reservation = Reservation(tuple(branches), tuple(first_rows), length, on_device, self.cancel)
+        self._pools.handouts.add(run for block in runs for run in block)
+        self._peak = max(self._peak, self.rows_used)
+        reservation = Reservation(tuple(branches), tuple(runs), length, on_device, self.cancel, self.layers)
         self._open.add(reservation)
         return reservation
 
     def grow(self, rows: int) -> None:
-        """Grows smaller pools to `rows` rows now, so that reservations of so many need not; they move once.
+        """Grows smaller pools to `rows` rows, in whole pages, so that reservations of so many need not; they move once.
 
         Raises:
-            ValueError: for more rows than the pools may have.
+            ValueError: for more rows than the pools may have, and while rows from `rows_of` are in use.
         """
         total = self.rows_total
-        limit = self._limit if self._grow else total
-        if rows > limit:
-            raise ValueError(f"rows: found {rows}; accepted: up to {limit}")
+        if rows > self._pools.limit:
+            raise ValueError(f"rows: found {rows}; accepted: up to {self._pools.limit}")
         if rows <= total:
             return
-        self._counts.resize(rows)
+        self._pools.counts.resize(-(-rows // (self.page or 1)) * (self.page or 1))
         try:
-            self._grow_pools()
+            self._pools.enlarge(self._open)
         except BaseException:
-            self._counts.resize(total)
+            self._pools.counts.resize(total)
             raise
 
     def rows_of(self, reservation: Reservation, layer: int) -> CacheRows:
-        """Rows of one layer of an open reservation, for kernels that write K and V themselves."""
+        """Rows of one layer of an open reservation, for kernels that write K and V themselves.
+
+        The layer counts as written. The pools must not move until the reservation is closed: growth is refused.
+        """
+        rows = self._rows_of(reservation, layer)
+        reservation.written.add(layer)
+        reservation.handed_out = True
+        return rows
+
+    def _rows_of(self, reservation: Reservation, layer: int) -> CacheRows:
         self._check_own(reservation)
         if not 0 <= layer < self.layers:
             raise ValueError(f"layer: found {layer}; accepted: 0 to {self.layers - 1} ({reservation})")
-        k, v = self._pools[layer]
+        k, v = self._pools.layers[layer]
         return CacheRows(k, v, reservation.first_rows_on_device, reservation.length)
 
     def write(self, reservation: Reservation, layer: int, k: Tensor, v: Tensor) -> None:
         """Stores one layer of a reservation; k, v [B, length, heads, head_dim], rounded to the pools' dtype."""
-        rows = self.rows_of(reservation, layer)
+        rows = self._rows_of(reservation, layer)
         expected = (len(reservation.branches), reservation.length, *rows.k.shape[1:])
         for name, own, pool in (("k", k, rows.k), ("v", v, rows.v)):
             if own.shape != expected or own.device != pool.device:
                 found, accepted = f"{tuple(own.shape)} on {own.device}", f"{expected} on {pool.device}"
                 raise ValueError(f"{name}: found {found}; accepted: {accepted} ({reservation})")
         for own, pool in ((k, rows.k), (v, rows.v)):
-            for batch, row in reservation.adjacent:
-                block = own[batch].detach()
+            for batch, tokens, row in reservation.copies:
+                block = own[batch, tokens].detach()
                 # .data: autograd refuses a backward whose saved pool was written since; committed rows never change
-                target = pool.data[row : row + len(block) * reservation.length]
+                target = pool.data[row : row + block.shape[0] * block.shape[1]]
                 target.unflatten(0, block.shape[:2]).copy_(block)
+        reservation.written.add(layer)
 
     def commit(self, reservation: Reservation) -> None:
-        """Appends the reserved tokens to their branches; from now on the rows are immutable."""
+        """Appends the reserved tokens to their branches; from now on the rows are immutable.
+
+        Raises:
+            ValueError: naming layers that were not written. `Reservation.mark_written` is for writes that the cache
+                does not see.
+        """
         self._check_own(reservation)
         branches = [self._branch(branch) for branch in reservation.branches]
-        for name, row, (segments, end) in zip(reservation.branches, reservation.first_rows, branches, strict=True):
-            block = Segment(end, row, reservation.length)
-            self._branches[name] = _Branch(join((*segments, block)), end + reservation.length)
+        reservation.check_written()
+        for name, block, (segments, end) in zip(reservation.branches, reservation.runs, branches, strict=True):
+            self._branches[name] = _Branch(join((*segments, *laid(block, end))), end + reservation.length)
         self._close(reservation, "committed")
 
     def replace(self, reservation: Reservation, start: int) -> None:
-        """Replaces tokens [start, start + length) of the branches, dropped or not, by the reserved tokens."""
+        """Replaces tokens [start, start + length) of the branches, dropped or not, by the reserved tokens.
+
+        Raises:
+            ValueError: as `commit`.
+        """
         self._check_own(reservation)
         stop = start + reservation.length
         for name in reservation.branches:
             self._check_tokens(name, start, stop)
-        for name, row in zip(reservation.branches, reservation.first_rows, strict=True):
+        reservation.check_written()
+        for name, block in zip(reservation.branches, reservation.runs, strict=True):
             self.drop(name, start, stop)
             segments, length = self._branches[name]
-            self._branches[name] = _Branch(join((*segments, Segment(start, row, reservation.length))), length)
+            self._branches[name] = _Branch(join((*segments, *laid(block, start))), length)
         self._close(reservation, "committed")
 
     def cancel(self, reservation: Reservation) -> None:
         """Frees the rows of an open reservation."""
         self._check_own(reservation)
-        for row in reservation.first_rows:
-            self._counts.add(row, reservation.length, -1)
+        for block in reservation.runs:
+            self._pools.hold(block, -1)
         self._close(reservation, "cancelled")
 
     def drop(self, branch: int, start: int, stop: int) -> None:
@@ -277,8 +302,7 @@ class ForkableKVCache:
         self._check_tokens(branch, start, stop)
         segments, length = self._branches[branch]
         kept, dropped = cut_out(segments, start, stop)
-        for row, rows in dropped:
-            self._counts.add(row, rows, -1)
+        self._pools.hold(dropped, -1)
         self._branches[branch] = _Branch(kept, length)
 
     def segments(self, branch: int, ranges: Iterable[tuple[int, int]]) -> list[Run]:
@@ -300,7 +324,35 @@ class ForkableKVCache:
         """
         _check_branches(batch)
         found = [[run for branch, ranges in pieces for run in self.segments(branch, ranges)] for pieces in batch]
-        return LayerViews.of(self._pools, found)
+        return LayerViews.of(self._pools.layers, found, self._pools.handouts)
+
+    def chunk(
+        self,
+        branches: Sequence[int],
+        tokens: int,
+        *,
+        attended: Sequence[tuple[int, int]] | None = None,
+        commit: bool = False,
+    ) -> Chunk:
+        """The next chunk of a model's call: its context, and with commit=True the rows that it is appended to.
+
+            with cache.chunk(branches, tokens, commit=True) as chunk:
+                out = chunk.attend(layer, q, k, v)  # in every layer
+
+        With commit=True rows are reserved when the block is entered, and its tokens are appended to the branches at
+        the end of the block; an exception inside cancels the reservation. Otherwise nothing is kept.
+
+        Args:
+            branches: one a batch row, all of one length unless `attended` is given.
+            tokens: L, tokens of the chunk in each batch row.
+            attended: token ranges [start, stop) of the branches that the chunk attends to; None: all of their tokens.
+            commit: append the chunk's K and V to the branches.
+
+        Raises:
+            ValueError: for branches of different lengths, tokens that a branch does not hold, and, when the block is
+                entered, as `reserve`; at the end of the block as `commit`: then nothing is appended.
+        """
+        return Chunk(self, branches, tokens, attended, commit)
 
     def bind(self, batch: int, slots: int) -> BoundTable:
         """Views at fixed addresses of `batch` branches with at most `slots` segments each.
@@ -309,15 +361,16 @@ class ForkableKVCache:
         """
         if min(batch, slots) < 1:
             raise ValueError(f"batch, slots: found {batch}, {slots}; accepted: at least 1")
-        self._grow = False
-        return BoundTable(self.segments, batch, slots, self._pools)
+        self._pools.fixed = True
+        return BoundTable(self.segments, batch, slots, self._pools.layers, self._pools.handouts)
 
     def bind_rows(self, batch: int, length: int) -> BoundRows:
         """Rows at fixed addresses for blocks of `length` tokens of `batch` branches; see `bind`."""
         if min(batch, length) < 1:
             raise ValueError(f"batch, length: found {batch}, {length}; accepted: at least 1")
-        self._grow = False
-        return BoundRows(batch, length, self._pools)
+        self._pools.check_length(length)
+        self._pools.fixed = True
+        return BoundRows(batch, length, self._pools.pages_of(length), self._pools.layers)
 
     def _add(self, branch: _Branch) -> int:
         name = self._next_branch
@@ -344,40 +397,12 @@ class ForkableKVCache:
         reservation.state = state
         self._open.remove(reservation)
 
-    def _allocate(self, branch: int, length: int) -> int:
-        """Marks `length` rows as held and returns the first; counts grow if they must, the pools do so later."""
+    def _after(self, branch: int) -> int | None:
+        """The row after those of a branch."""
         segments = self._branches[branch].segments
-        near = segments[-1].row + segments[-1].length if segments else None
-        row = self._counts.find(length, near)
-        if row is None:
-            total = self.rows_total
-            needed = total - self._counts.free_at_the_end() + length
-            limit = self._limit if self._grow else total
-            if needed > limit:
-                why = "max_rows" if self._grow else "the pools are fixed"
-                longest = max((free for _, free in self._counts.free()), default=0)
-                found = f"found {length} rows asked, {self.rows_used} used, the longest free run {longest}"
-                raise ValueError(f"branch {branch}: {found}; accepted: up to a limit of {limit} rows ({why})")
-            self._counts.resize(min(max(needed, total + total // 8), limit))
-            row = self._counts.find(length, near)
-            assert row is not None
-        self._counts.add(row, length, 1)
-        return row
-
-    def _grow_pools(self) -> None:
-        """To the size in the books, a layer at a time, so that no more than one layer is there twice."""
-        for layer, pools in enumerate(self._pools):
-            if len(pools[0]) < self.rows_total:
-                k, v = (_grown(pool, self.rows_total) for pool in pools)
-                self._pools[layer] = k, v
+        return segments[-1].row + segments[-1].length if segments else None
 
 
 def _check_branches(branches: Sequence[object]) -> None:
     if not len(branches):
         raise ValueError("branches: found none; accepted: at least one")
-
-
-def _grown(pool: Tensor, rows: int) -> Tensor:
-    grown = pool.new_empty(rows, *pool.shape[1:])
-    grown[: len(pool)] = pool
-    return grown

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csrc_triton import runtime
+from csrc_triton._tables import CacheView
 from csrc_triton.fork_attention import naive, ops
-from csrc_triton.kv_cache import CacheView
 
 Context = CacheView | tuple[Tensor, Tensor]
 
@@ -55,7 +55,7 @@ def fork_attention(
 
     Equal to attention over the concatenated keys, without concatenating or expanding them; lengths are arbitrary.
     Gradients reach q, k and v, also through the log-sum-exp. The context gets none, and its rows must not change until
-    the backward pass. Returns [B, L, heads, head_dim] in the dtype of q.
+    the backward pass: `CacheView` says where that is checked. Returns [B, L, heads, head_dim] in the dtype of q.
 
     Args:
         q, k, v: [B, L, heads, head_dim], one dtype and device, the last dimension contiguous.
@@ -81,9 +81,13 @@ def fork_attention(
         _check_pair(q, context)
     unfit = None if q.shape[-1] in HEAD_DIMS else f"head_dim {q.shape[-1]}; accepted: 32, 64, 128"
     if runtime.choose("fork_attention", q.device, q.dtype, unfit=unfit) == "torch":
-        return _on_torch(q, k, v, context, scale, return_lse)
+        found = _on_torch(q, k, v, context, scale, return_lse)
+        if isinstance(context, CacheView):
+            context.guard(*(found if isinstance(found, tuple) else (found,)))
+        return found
     if isinstance(context, CacheView):
         out, lse = ops.forward(q, k, v, context.k, context.v, context.table, scale)
+        context.guard(out)
     else:
         out, lse = ops.forward(q, k, v, *(context or (None, None)), None, scale)
     return (out, lse) if return_lse else out
@@ -116,6 +120,7 @@ def _check_own(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_view(q: Tensor, view: CacheView) -> None:
+    view.check_held()
     heads, head_dim = q.shape[2:]
     if view.k.ndim != 3 or view.v.shape != view.k.shape or view.k.shape[1:] != q.shape[2:]:
         found = tuple(view.k.shape), tuple(view.v.shape)

@@ -97,10 +97,9 @@ def qk_norm_rope(
         return q_out, None
     k_out, plain = naive.norm_rope(k, weight_k, rope, heads, eps)
     if write is not None and v is not None:
-        rows = (write.first_rows[:, None] + torch.arange(write.length, device=q.device)).flatten()
         for pool, own in ((write.k, k_out if write_roped else plain), (write.v, v.unflatten(-1, (heads, -1)))):
             # .data: autograd need not know, committed rows never change
-            pool.data.index_copy_(0, rows, own.detach().flatten(0, 1).to(pool.dtype))
+            pool.data.index_copy_(0, write.rows, own.detach().flatten(0, 1).to(pool.dtype))
     return q_out, k_out
 
 
@@ -188,14 +187,19 @@ def _check_write(q: Tensor, k: Tensor | None, v: Tensor | None, write: CacheRows
         if pool.ndim != 3 or tuple(pool.shape[1:]) != head or pool.device != q.device:
             found, accepted = f"{tuple(pool.shape)} on {pool.device}", f"[rows, {head[0]}, {head[1]}] on {q.device}"
             raise ValueError(f"{name}: found {found}; accepted: {accepted}")
-    first = write.first_rows
-    if first.shape != q.shape[:1] or first.dtype != torch.int64 or first.device != q.device:
-        found = f"{tuple(first.shape)} {first.dtype} on {first.device}"
-        raise ValueError(f"write.first_rows: found {found}; accepted: ({q.shape[0]},) int64 on {q.device}")
+    first, batch = write.first_rows, q.shape[0]
+    fits = first.shape[:1] == (batch,) and first.ndim in (1, 2) and first.is_contiguous()
+    if not fits or first.dtype != torch.int64 or first.device != q.device:
+        found, accepted = f"{tuple(first.shape)} {first.dtype} on {first.device}", f"({batch},) or ({batch}, pages)"
+        raise ValueError(f"write.first_rows: found {found}; accepted: {accepted}, int64 on {q.device}, contiguous")
     if write.length != q.shape[1]:
         raise ValueError(f"write.length: found {write.length}; accepted: {q.shape[1]}, the tokens of q")
+    pages = first.shape[1] if first.ndim == 2 else 1
+    if pages < 1 or write.length % pages:
+        accepted = f"a number that divides the {write.length} tokens"
+        raise ValueError(f"write.first_rows: found {pages} pages; accepted: {accepted}")
     if first.device.type == "cpu" and len(first) and not torch.compiler.is_compiling():
-        last = min(write.k.shape[0], write.v.shape[0]) - write.length
+        last = min(write.k.shape[0], write.v.shape[0]) - write.length // pages
         if first.min() < 0 or first.max() > last:
             raise ValueError(f"write.first_rows: found {first.tolist()}; accepted: rows in [0, {last}]")
 

@@ -69,11 +69,11 @@ def _norm_store(
 @triton.jit
 def forward_kernel(
     q, k, v, weight_q, weight_k, cos, sin, q_out, k_out, pool_k, pool_v, first_rows,
-    q_batch, q_token, k_batch, k_token, v_batch, v_token, pool_k_row, pool_v_row, length, eps,
+    q_batch, q_token, k_batch, k_token, v_batch, v_token, pool_k_row, pool_v_row, length, page, eps,
     ROPED_POOL: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """ROWS tokens of one batch row. None stands for what is not there: q or k; cos and sin where nothing is turned;
-    the outputs, or v and the pools, where they are not written."""
+    the outputs, or v and the pools, where they are not written. first_rows: of every `page` tokens of a batch row."""
     batch = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     keep = (token < length)[:, None]
@@ -90,8 +90,9 @@ def forward_kernel(
     if cos is not None:
         c, s = _angles(cos, sin, token, keep, HEAD_DIM, CHUNK)
     if pool_v is not None:
-        first = tl.load(first_rows + batch)
-        v_at = pool_v + (first + row) * pool_v_row
+        pages = first_rows + batch * (length // page)
+        pool_row = tl.load(pages + (token // page)[:, None], mask=keep, other=0) + (token % page)[:, None]
+        v_at = pool_v + pool_row * pool_v_row
         for i in tl.static_range(0, DIM, CHUNK):
             store_chunk(v_at, v_row[i // CHUNK], keep, i, DIM, CHUNK)
     if q is not None:
@@ -102,7 +103,7 @@ def forward_kernel(
         if k_out is not None:
             out_at = k_out + to
         if pool_k is not None:
-            pool_at = pool_k + (first + row) * pool_k_row
+            pool_at = pool_k + pool_row * pool_k_row
         _norm_store(k_row, weight_k, c, s, out_at, pool_at, keep, eps, ROPED_POOL, ROWS, DIM, CHUNK)
 
 
@@ -174,10 +175,11 @@ def forward(
     batch, length, dim = some.shape
     tiling = TILINGS["forward"]
     pool_rows = (0, 0) if pool_k is None or pool_v is None else (pool_k.stride(0), pool_v.stride(0))
+    page = length if first_rows is None else batch * length // first_rows.numel()
     with torch.cuda.device_of(some):
         forward_kernel[(triton.cdiv(length, tiling.rows), batch)](
             q, k, v, weight_q, weight_k, cos, sin, q_out, k_out, pool_k, pool_v, first_rows,
-            *_strides(q, k, v), *pool_rows, length, eps,
+            *_strides(q, k, v), *pool_rows, length, page, eps,
             ROPED_POOL=write_roped, ROWS=tiling.rows, DIM=dim, HEAD_DIM=head_dim, CHUNK=tiling.chunk_of(dim),
             num_warps=tiling.warps_of(dim),
         )  # fmt: skip

@@ -145,6 +145,7 @@ class KVHistory(AbstractContextManager["KVHistory"]):
         positions = self._positions(start, latents.shape[2])
         sigma = torch.zeros(latents.shape[0], latents.shape[2], device=positions.device)
         self.runner.write_context(latents, sigma, text, positions, context, self.cache, reservation)
+        reservation.mark_written()  # a replayed graph asks for no rows
 
     def _forget(self, branches: Sequence[int], start: int) -> None:
         """Drops the frames that neither the chunk at `start` nor any later one attends to."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton import ForkableKVCache
+from csrc_triton.kv_cache import Reservation
 from tempact.config import ExecutorConfig
 from tempact.executor.kv_history import FIRST_FRAMES, KVHistory
 from tempact.executor.sampler import NoiseSource, RolloutSettings, denoise_chunk
@@ -293,8 +294,8 @@ def update_cache_rows(settings: RolloutSettings, plans: int, frame_tokens: int, 
 class _Bookkeeping(KVHistory):
     """A history whose rows are reserved and dropped, and never written."""
 
-    def _turn(self, *_: object) -> None:
-        pass
+    def _turn(self, reservation: Reservation, *_: object) -> None:
+        reservation.mark_written()
 
-    def _write(self, *_: object) -> None:
-        pass
+    def _write(self, reservation: Reservation, *_: object) -> None:
+        reservation.mark_written()

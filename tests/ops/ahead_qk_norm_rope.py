@@ -27,7 +27,7 @@ def compiled(
             constants[argument] = None
         if argument in constants:
             signature[argument] = "constexpr"
-        elif argument == "length" or argument.endswith(STRIDES):
+        elif argument in ("length", "page") or argument.endswith(STRIDES):
             signature[argument] = "i32"
         else:
             signature[argument] = "fp32" if argument == "eps" else SINGLE.get(argument, f"*{dtype}")

@@ -8,31 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from cache_cases import CPU, DIM, HEADS, LAYERS, cache, fill, keys
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from csrc_triton import CacheView, ForkableKVCache
-
-HEADS, DIM, LAYERS = 2, 4, 2
-CPU = torch.device("cpu")
-
-
-def cache(rows: int = 8, **options: Any) -> ForkableKVCache:
-    return ForkableKVCache(LAYERS, HEADS, DIM, rows=rows, dtype=torch.float32, device=CPU, **options)
-
-
-def fill(own: ForkableKVCache, branches: list[int], length: int, value: float) -> None:
-    """Appends `length` tokens; K of layer l is value + l, V its negative."""
-    with own.reserve(branches, length) as reservation:
-        block = torch.full((len(branches), length, HEADS, DIM), value)
-        for layer in range(LAYERS):
-            own.write(reservation, layer, block + layer, -block - layer)
-        own.commit(reservation)
-
-
-def keys(own: ForkableKVCache, branch: int, *ranges: tuple[int, int]) -> list[float]:
-    """The first layer's K of some tokens, a number a token."""
-    return own.views([branch], ranges)[0].gather()[0][0, :, 0, 0].tolist()
 
 
 def test_a_fork_shares_rows_and_diverges_afterwards() -> None:
@@ -67,8 +46,10 @@ def test_a_fork_of_24_branches_takes_under_a_millisecond_and_copies_nothing() ->
     own = ForkableKVCache(30, 1, 2, rows=16 * 1560, dtype=torch.bfloat16, device=CPU)
     root, other = own.new_branch(), own.new_branch()
     for _ in range(3):
-        own.commit(own.reserve([root], 3 * 1560))
-        own.commit(own.reserve([other], 10))
+        for branch, tokens in ((root, 3 * 1560), (other, 10)):
+            reservation = own.reserve([branch], tokens)
+            reservation.mark_written()
+            own.commit(reservation)
     assert len(own.segments(root, [(0, 9 * 1560)])) == 3
     used, seconds = own.rows_used, []
     for _ in range(5):
@@ -111,6 +92,7 @@ def test_memory_is_counted_by_row() -> None:
     with own.reserve([branch], 2) as reservation:
         assert (own.rows_used, own.rows_reserved) == (2, 2)
         assert own.memory(branch) == (0, 0)
+        reservation.mark_written()
         own.commit(reservation)
     assert (own.rows_used, own.rows_reserved, own.memory(branch)) == (2, 0, (2 * row, 0))
     own.fork(branch, 2)
@@ -247,79 +229,6 @@ def test_a_write_does_not_disturb_a_backward_that_waits() -> None:
     assert q.grad is not None and q.grad.eq(3.0).all()
 
 
-def test_pools_grow_by_an_eighth_or_as_needed_up_to_their_limit() -> None:
-    large = cache(rows=40)
-    fill(large, [large.new_branch()], 41, 1.0)
-    assert large.rows_total == 45
-    own = cache(rows=8, max_rows=12)
-    branch = own.new_branch()
-    fill(own, [branch], 4, 1.0)
-    fill(own, [branch], 1, 2.0)
-    assert own.rows_total == 8
-    fill(own, [branch], 5, 3.0)
-    assert own.rows_total == 10
-    fill(own, [branch], 2, 4.0)
-    assert own.rows_total == 12 and own.nbytes == 12 * own.row_nbytes
-    assert keys(own, branch, (0, 12)) == [1.0] * 4 + [2.0] + [3.0] * 5 + [4.0] * 2
-    own.drop(branch, 0, 1)
-    own.drop(branch, 2, 3)
-    found = r"found 2 rows asked, 10 used, the longest free run 1; accepted: up to a limit of 12 rows \(max_rows\)"
-    with pytest.raises(ValueError, match=f"branch {branch}: {found}"):
-        own.reserve([branch], 2)
-
-
-def test_pools_grow_when_they_are_told_and_keep_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = cache(rows=4, max_rows=20)
-    branch = own.new_branch()
-    fill(own, [branch], 3, 1.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(Tensor, "new_empty", lambda *_, **__: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            own.grow(12)
-    assert own.rows_total == 4 and own.free_rows == [(3, 1)]
-    own.grow(12)
-    places = own.addresses
-    fill(own, [branch], 9, 2.0)
-    own.grow(6)  # they are larger
-    assert own.addresses == places and own.nbytes == 12 * own.row_nbytes
-    assert keys(own, branch, (2, 4)) == [1.0, 2.0]
-    with pytest.raises(ValueError, match="rows: found 21; accepted: up to 20"):
-        own.grow(21)
-    own.bind(1, 1)
-    with pytest.raises(ValueError, match="rows: found 13; accepted: up to 12"):
-        own.grow(13)
-
-
-@pytest.mark.parametrize("bound", [False, True])
-def test_fixed_pools_refuse_what_does_not_fit_and_change_nothing(bound: bool) -> None:
-    own = cache(rows=8, grow=bound)
-    if bound:
-        own.bind(2, 3)
-    one, two = own.new_branch(), own.new_branch()
-    fill(own, [one, two], 2, 1.0)
-    before = own.free_rows
-    with pytest.raises(ValueError, match=rf"branch {two}: found 3 rows asked, 7 used, .* limit of 8 .*are fixed"):
-        own.reserve([one, two], 3)
-    assert own.free_rows == before == [(4, 4)] and own.rows_reserved == 0
-
-
-def test_growth_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = cache(rows=4)
-    branch = own.new_branch()
-    fill(own, [branch], 3, 1.0)
-
-    def full(*_: Any, **__: Any) -> Tensor:
-        raise MemoryError("no room")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Tensor, "new_empty", full)
-        with pytest.raises(MemoryError):
-            own.reserve([branch], 9)
-    assert own.rows_total == 4 and own.free_rows == [(3, 1)]
-    fill(own, [branch], 9, 2.0)
-    assert keys(own, branch, (2, 4)) == [1.0, 2.0]
-
-
 def test_bound_tables_stay_where_they_are() -> None:
     own = cache(rows=24)
     bound, places = own.bind(2, 3), own.bind_rows(2, 2)
@@ -404,6 +313,31 @@ def test_errors_name_the_branch() -> None:
     assert own.rows_used == 0
     with pytest.raises(ValueError, match="accepted: at least 1"):
         own.fork(own.new_branch(), 0)
+
+
+def test_layers_that_were_not_written_are_named() -> None:
+    own = cache()
+    branch = own.new_branch()
+    fill(own, [branch], 2, 1.0)
+    block = torch.ones(1, 2, HEADS, DIM)
+    reservation = own.reserve([branch], 2)
+    for end in (own.commit, lambda r: own.replace(r, 0)):
+        with pytest.raises(ValueError, match=r"rows \(2,\) \+ 2: found layers \[0, 1\] unwritten; accepted: all 2"):
+            end(reservation)
+    with pytest.raises(ValueError, match="k: found"):
+        own.write(reservation, 0, block[:, :1], block)
+    own.write(reservation, 1, block, block)
+    with pytest.raises(ValueError, match=r"found layers \[0\] unwritten"):
+        own.commit(reservation)
+    assert (own.length(branch), reservation.state) == (2, "open")
+    own.rows_of(reservation, 0).k[2:4] = 5.0  # rows that were asked for count as written
+    own.commit(reservation)
+    assert keys(own, branch, (2, 4)) == [5.0, 5.0]
+    for declare in (lambda r: r.mark_written(), own.bind_rows(1, 2).update):  # a graph's writes are not seen
+        reservation = own.reserve([branch], 2)
+        declare(reservation)
+        own.commit(reservation)
+    assert own.length(branch) == 8
 
 
 def test_errors_name_the_argument() -> None:

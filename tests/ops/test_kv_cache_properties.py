@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from csrc_triton import ForkableKVCache
+from csrc_triton import ForkableKVCache, PoolFull
 from csrc_triton.kv_cache import Reservation
 
 LAYERS, SLOTS = 2, 4
@@ -44,15 +44,22 @@ PLACE = st.sampled_from([0.5, 0.2, 0.8, 0.0, 1.0, 0.4, 0.6])  # of a length
 
 
 class Histories(RuleBasedStateMachine):
-    @initialize(rows=st.integers(1, 12), room=st.none() | st.integers(0, 40), grow=st.booleans())
-    def make(self, rows: int, room: int | None, grow: bool) -> None:
-        rows = rows if grow else rows + (room or 30)
+    @initialize(
+        rows=st.integers(1, 12),
+        room=st.none() | st.integers(0, 40),
+        grow=st.booleans(),
+        page=st.none() | st.integers(1, 3),
+    )
+    def make(self, rows: int, room: int | None, grow: bool, page: int | None) -> None:
+        self.page, self.unit = page, page or 1
+        rows = (rows if grow else rows + (room or 30)) * self.unit
         self.limit = None if room is None else rows + room
         self.cache = ForkableKVCache(
-            LAYERS, 1, 2, rows=rows, dtype=torch.float64, device=CPU, max_rows=self.limit, grow=grow
+            LAYERS, 1, 2, rows=rows, dtype=torch.float64, device=CPU, max_rows=self.limit, grow=grow, page=page
         )
         self.bound = None if grow else self.cache.bind(1, SLOTS)
         self.limit = self.limit if grow else rows
+        self.limit = None if self.limit is None else self.limit - self.limit % self.unit
         self.tokens: dict[int, Tokens] = {}
         self.written: dict[Reservation, list[list[float]]] = {}  # of the open reservations; empty if not yet
         self.next_value = count(1)
@@ -78,19 +85,30 @@ class Histories(RuleBasedStateMachine):
     @rule(picks=st.lists(PICK, min_size=1, max_size=3), length=LENGTH)
     def reserve(self, picks: list[int], length: int) -> None:
         branches = list(dict.fromkeys(self.branch(pick) for pick in picks))
+        length *= self.unit
         before = self.cache.rows_used, self.cache.free_rows
+        end = self.cache.rows_total
         try:
             reservation = self.cache.reserve(branches, length)
-        except ValueError as error:
-            assert self.limit is not None
+        except PoolFull as error:
+            assert self.limit is not None and (error.asked, error.limit) == (length, self.limit)
             assert f"{length} rows asked" in str(error) and f"limit of {self.limit}" in str(error)
             assert (self.cache.rows_used, self.cache.free_rows) == before
-            # what was refused does not fit: whole blocks in the free runs and in the room left at the end
-            runs, end = dict(before[1]), self.cache.rows_total
+            # what was refused does not fit into the free runs and the room left at the end: whole blocks, or pages
+            runs = dict(before[1])
             last = next((row for row, free in runs.items() if row + free == end), end)
             runs[last] = self.limit - last
-            assert sum(free // length for free in runs.values()) < len(branches)
+            if self.page is None:
+                assert sum(free // length for free in runs.values()) < len(branches)
+            else:
+                pages = [(row + free) // self.page - -(-row // self.page) for row, free in runs.items()]
+                assert sum(max(n, 0) for n in pages) * self.page < len(branches) * length
             return
+        except ValueError as error:
+            assert "found rows from rows_of while the pools grow" in str(error) and self.cache.rows_total == end
+            assert any(self.written.values()) and (self.cache.rows_used, self.cache.free_rows) == before
+            return
+        assert self.cache.rows_total == end or not any(self.written.values())
         assert self.cache.rows_used == before[0] + len(branches) * length
         self.written[reservation] = []
 
@@ -103,9 +121,9 @@ class Histories(RuleBasedStateMachine):
         block = torch.tensor(values, dtype=torch.float64)[..., None, None].expand(-1, -1, 1, 2)
         self.cache.write(reservation, 0, block, -block)
         rows = self.cache.rows_of(reservation, 1)
-        for first, own in zip(rows.first_rows.tolist(), block, strict=True):
-            rows.k[first : first + rows.length] = own + 0.5
-            rows.v[first : first + rows.length] = -own - 0.5
+        assert rows.first_rows.ndim == (1 if self.page is None else 2)
+        rows.k[rows.rows] = block.flatten(0, 1) + 0.5
+        rows.v[rows.rows] = -block.flatten(0, 1) - 0.5
         self.written[reservation] = values
 
     @rule(picks=st.lists(PICK, min_size=1, max_size=3), length=LENGTH)

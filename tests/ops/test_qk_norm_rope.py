@@ -182,6 +182,25 @@ def test_writes_keys_and_values_into_their_rows_and_no_others(
         assert torch.equal(*grads) and weight_q.grad is None
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("page", [1, 4, 12])
+def test_writes_into_pages_that_lie_anywhere(device: torch.device, backend: str, page: int):
+    tensors, v, rope = inputs(device, 2, 12, 64, torch.float32), draw(device, 2, 12, 64, seed=6), angles(device, 12, 32)
+    expected = run(backend, *tensors, rope, heads=2, eps=EPS)
+    pages = torch.randperm(40 // page, generator=torch.Generator().manual_seed(0))[: 24 // page]
+    first = (pages * page).view(2, -1).to(device)
+    pool_k, pool_v = (torch.full((40, 2, 32), -7.0, device=device) for _ in range(2))
+    rows = CacheRows(pool_k, pool_v, first, 12)
+    outs = run(backend, *tensors, rope, heads=2, eps=EPS, v=v, write=rows)
+    assert all(torch.equal(a, b) for a, b in zip(outs, expected, strict=True))
+    written = (first[..., None] + torch.arange(page, device=device)).flatten()
+    assert torch.equal(rows.rows, written)
+    assert torch.equal(pool_k[written], outs[1].flatten(0, 1))
+    assert torch.equal(pool_v[written].flatten(1), v.flatten(0, 1))
+    others = torch.ones(40, dtype=torch.bool, device=device).index_fill(0, written, False)
+    assert pool_k[others].eq(-7).all() and pool_v[others].eq(-7).all()
+
+
 def test_writing_spoils_no_backward_that_saved_the_pool(device: torch.device):
     rows, x = cache(device, 2, 32, 4, torch.float32), torch.ones(40, 2, 32, device=device, requires_grad=True)
     product = x * rows.k
@@ -347,6 +366,10 @@ def rows_with(**changes: Any) -> CacheRows:
         ({"write": rows_with(k=torch.zeros(40, 4, 16))}, r"^write\.k: found \(40, 4, 16\).*\[rows, 2, 32\]"),
         ({"write": rows_with(length=3)}, r"^write\.length: found 3; accepted: 4"),
         ({"write": rows_with(first_rows=torch.tensor([0, 8]))}, r"^write\.first_rows: found \(2,\)"),
+        ({"write": rows_with(first_rows=torch.zeros(3, 2, 1).long())}, r"^write\.first_rows: found \(3, 2, 1\)"),
+        ({"write": rows_with(first_rows=torch.zeros(2, 3).long().T)}, r"^write\.first_rows: found .*, contiguous$"),
+        ({"write": rows_with(first_rows=torch.zeros(3, 3).long())}, r"^write\.first_rows: found 3 pages; .*the 4 tok"),
+        ({"write": rows_with(first_rows=torch.zeros(3, 2).long() + 39)}, r"^write\.first_rows: .*rows in \[0, 38\]"),
         ({"write": rows_with(first_rows=torch.tensor([0, 37, 8]))}, r"^write\.first_rows: .*rows in \[0, 36\]"),
     ],
 )
