@@ -10,9 +10,8 @@ from torch import Tensor
 from bench.harness import OURS, Bench, Contender, Outputs, gradients
 from csrc_triton import ForkableKVCache
 from csrc_triton.kv_cache import CacheRows
-from csrc_triton.qk_norm_rope import naive, qk_norm_rope
+from csrc_triton.qk_norm_rope import naive, qk_norm_rope, rope_tables
 from csrc_triton.runtime import backend
-from tempact.models.wan.transformer import rope_tables
 
 EPS = 1e-6
 BRANCHES, FRAMES = 8, 3

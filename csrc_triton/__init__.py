@@ -17,7 +17,7 @@ from csrc_triton.flow_policy_loss import FlowPolicyTerms, flow_policy_loss, flow
 from csrc_triton.flow_sde import FlowStep, flow_sde_step
 from csrc_triton.fork_attention import fork_attention
 from csrc_triton.kv_cache import CacheRows, CacheView, Chunk, ForkableKVCache, LayerViews, PoolFull
-from csrc_triton.qk_norm_rope import qk_norm_rope
+from csrc_triton.qk_norm_rope import qk_norm_rope, rope_tables, rope_tables_from_complex
 
 __all__ = [
     "CacheRows",
@@ -40,4 +40,6 @@ __all__ = [
     "gated_residual_norm",
     "norm_silu",
     "qk_norm_rope",
+    "rope_tables",
+    "rope_tables_from_complex",
 ]

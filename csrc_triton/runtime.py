@@ -1,7 +1,13 @@
 """Choice of the implementation of a call, by device, dtype and shape, never by catching an exception.
 
-The backend is "auto" (the fastest implementation that can serve the call) or is forced by the environment variable
-CSRC_TRITON_BACKEND, `set_backend` or `backend`. A forced backend that cannot serve a call is an error.
+The backend is "auto" (the fastest implementation that can serve the call) or is forced: for the process by the
+environment variable CSRC_TRITON_BACKEND or by `set_backend`, for a context by a `backend` block. A forced backend that
+cannot serve a call is an error.
+
+A block holds for its context (`contextvars`): for its thread or asyncio task and for no other; a new thread begins with
+the process's backend. The backward pass of a call has the backend that was in force at the call, on whatever thread
+autograd runs it. torch.compile cannot read a context, and reads the thread instead: a compiled function follows the
+innermost block of its thread, and is compiled anew for another backend.
 """
 
 from __future__ import annotations
@@ -9,8 +15,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
@@ -20,46 +28,92 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_CAPABILITY = (8, 0)  # sm_80
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # torch.compile cannot trace the question
 
-_backend = "auto"
-_shapes_only = False
+_process = "auto"  # backend where no block forces one
+_block: ContextVar[str | None] = ContextVar("csrc_triton_backend", default=None)
+_fake: ContextVar[bool] = ContextVar("csrc_triton_shapes_only", default=False)
+
+
+class _Traced(threading.local):
+    """The variables as torch.compile can read and guard them, as the thread last set them: instance attributes."""
+
+    def __init__(self) -> None:
+        self.block: str | None = None
+        self.fake = False
+
+
+_traced = _Traced()
 
 
 def set_backend(name: str) -> None:
-    """Forces a backend for all later calls of this process; "auto" ends that.
+    """Forces a backend for all later calls of this process outside of `backend` blocks; "auto" ends that.
 
     Raises:
         ValueError: for a name that is not in BACKENDS.
     """
-    global _backend
-    if name not in BACKENDS:
-        raise ValueError(f"backend: found {name!r}; accepted: {', '.join(BACKENDS)}")
-    _backend = name
+    global _process
+    _check_backend("backend", name)
+    _process = name
 
 
 def get_backend() -> str:
-    return _backend
+    """The backend in force here."""
+    block = _traced.block if torch.compiler.is_compiling() else _block.get()
+    return _process if block is None else block
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Forces a backend inside the `with` block."""
-    before = _backend
-    set_backend(name)
+    """Forces a backend inside the `with` block, for this thread or asyncio task alone.
+
+    Raises:
+        ValueError: for a name that is not in BACKENDS.
+    """
+    _check_backend("backend", name)
+    before = _set_block(name)
     try:
         yield
     finally:
-        set_backend(before)
+        _set_block(before)
 
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Kernels serve tensors of any device inside the `with` block: for fake tensors, on which no kernel runs."""
-    global _shapes_only
-    before, _shapes_only = _shapes_only, True
+    """Kernels serve tensors of any device inside the `with` block: for fake tensors, on which no kernel runs.
+
+    Holds for this thread or asyncio task alone.
+    """
+    before = _set_fake(True)
     try:
         yield
     finally:
-        _shapes_only = before
+        _set_fake(before)
+
+
+def _set_block(value: str | None) -> str | None:
+    """Returns the value before."""
+    if torch.compiler.is_compiling():
+        before, _traced.block = _traced.block, value
+        return before
+    before = _block.get()
+    _block.set(value)
+    _traced.block = value
+    return before
+
+
+def _set_fake(value: bool) -> bool:
+    """Returns the value before."""
+    if torch.compiler.is_compiling():
+        before, _traced.fake = _traced.fake, value
+        return before
+    before = _fake.get()
+    _fake.set(value)
+    _traced.fake = value
+    return before
+
+
+def _check_backend(source: str, name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: found {name!r}; accepted: {', '.join(BACKENDS)}")
 
 
 def interpreted() -> bool:
@@ -78,7 +132,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return "Triton is not installed"
     if dtype not in DTYPES:
         return f"{dtype} tensors; accepted: {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}"
-    if _shapes_only:
+    if _traced.fake if torch.compiler.is_compiling() else _fake.get():
         return None
     if device.type == "cuda":
         if torch.version.hip is None and _capability(device) < OLDEST_CAPABILITY:
@@ -116,14 +170,16 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, *, unfit: str | No
     Raises:
         ValueError: when a forced backend cannot serve, with the reason.
     """
-    if _backend == "torch":
+    forced = get_backend()
+    if forced == "torch":
         return "torch"
     reason = unfit or why_not_triton(device, dtype)
-    if reason is None and (_backend != "auto" or device.type == "cuda"):
+    if reason is None and (forced != "auto" or device.type == "cuda"):
         return "triton"
-    if _backend != "auto":
-        raise ValueError(f"{op}: backend {_backend!r} is forced and cannot serve: {reason}")
+    if forced != "auto":
+        raise ValueError(f"{op}: backend {forced!r} is forced and cannot serve: {reason}")
     return "torch"
 
 
-set_backend(os.environ.get(ENVIRONMENT_VARIABLE, "auto"))
+_process = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"  # an empty variable is none
+_check_backend(ENVIRONMENT_VARIABLE, _process)

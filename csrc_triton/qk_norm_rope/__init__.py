@@ -9,12 +9,12 @@ from torch import Tensor
 
 from csrc_triton import runtime
 from csrc_triton.qk_norm_rope import naive, ops
-from csrc_triton.qk_norm_rope.rope import rotate
+from csrc_triton.qk_norm_rope.rope import rope_tables, rope_tables_from_complex, rotate
 
 if TYPE_CHECKING:
     from csrc_triton.kv_cache import CacheRows
 
-__all__ = ["qk_norm_rope", "rotate"]
+__all__ = ["qk_norm_rope", "rope_tables", "rope_tables_from_complex", "rotate"]
 
 Rope = tuple[Tensor, Tensor]
 MOST_HEAD_CHANNELS = 256  # of the kernel: a head lies within one chunk of a row

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from csrc_triton import ForkableKVCache, LayerViews
 from csrc_triton.kv_cache import Reservation, Run
-from csrc_triton.qk_norm_rope import rotate
+from csrc_triton.qk_norm_rope import rope_tables, rotate
 from tempact.executor.cuda_graphs import CudaGraphRunner
 from tempact.executor.sampler import RolloutSettings
-from tempact.models.wan.transformer import TextKV, rope_tables
+from tempact.models.wan.transformer import TextKV
 
 FIRST_FRAMES = 12  # latent frames that a cache holds before it grows
 

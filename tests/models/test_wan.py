@@ -6,10 +6,9 @@ import math
 
 import torch
 
-from csrc_triton.qk_norm_rope import rotate
 from tempact.models.wan.codec import PixelCodec
 from tempact.models.wan.text_padding import cut_length
-from tempact.models.wan.transformer import ChunkAttention, WanConfig, WanTransformer, rope_tables, timestep_waves
+from tempact.models.wan.transformer import ChunkAttention, WanConfig, WanTransformer, timestep_waves
 
 SMALL = WanConfig(
     dim=48, ffn_dim=96, freq_dim=32, text_dim=16, text_len=6, heads=2, layers=2, in_dim=3, out_dim=3, patch=(1, 4, 4)
@@ -44,25 +43,6 @@ def test_full_size_has_the_published_tensors() -> None:
         "head.head.weight": (64, 1536),
     }
     assert {name: tuple(state[name].shape) for name in shapes} == shapes
-
-
-def test_rope_splits_channels_and_depends_on_relative_positions() -> None:
-    cos, sin = rope_tables(128, torch.tensor([5]), 2, 3)
-    assert cos.shape == (6, 64)
-    token = cos[4], sin[4]  # row 1, column 1
-    for pair, position, size in ((1, 5, 44), (22 + 3, 1, 42), (43 + 4, 1, 42)):
-        within = pair - (0 if size == 44 else 22 if pair < 43 else 43)
-        angle = position * 10_000 ** (-2 * within / size)
-        assert abs(token[0][pair] - torch.cos(torch.tensor(angle))) < 1e-6
-        assert abs(token[1][pair] - torch.sin(torch.tensor(angle))) < 1e-6
-    q, k = torch.randn(2, 1, 1, 1, 24)
-    products = [
-        (
-            rotate(q, *rope_tables(24, torch.tensor([a]), 1, 1)) * rotate(k, *rope_tables(24, torch.tensor([b]), 1, 1))
-        ).sum()
-        for a, b in ((3, 1), (9, 7))
-    ]
-    assert abs(products[0] - products[1]) < 1e-5
 
 
 def test_texts_of_frame_groups_equal_separate_runs() -> None:

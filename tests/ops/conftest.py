@@ -20,7 +20,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
             if tensor.dtype == torch.bool:
                 return tensor
             with torch.no_grad():
-                return tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
+                has_nan = tensor.is_floating_point() or tensor.is_complex()
+                return tensor.fill_(float("nan") if has_nan else torch.iinfo(tensor.dtype).min)
 
         return wrapped
 

@@ -25,12 +25,13 @@ from csrc_triton import (
     gated_residual_adaln,
     gated_residual_norm,
     qk_norm_rope,
+    rope_tables,
     runtime,
 )
 from tempact.models.wan.text_padding import padding_mask
 
 TIMESTEP_SCALE = 1000.0  # the time embedding sees 1000 * sigma
-TIMESTEP_PERIOD = ROPE_THETA = 10_000.0
+TIMESTEP_PERIOD = 10_000.0
 FEW_ROWS = 32  # a CPU's products of fewer rows may round them otherwise: a video alone would differ from one of several
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, fp32 [L, head_dim / 2]
@@ -370,22 +371,3 @@ def timestep_waves(sigma: Tensor, count: int) -> Tensor:
     rates = TIMESTEP_PERIOD ** -(torch.arange(half, device=sigma.device, dtype=torch.float64) / half)
     angles = (sigma.double() * TIMESTEP_SCALE)[..., None] * rates
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-def rope_tables(head_dim: int, positions: Tensor, rows: int, columns: int) -> Rope:
-    """3-D RoPE: channels split into time, row and column parts (44 + 42 + 42 at head_dim 128).
-
-    positions [F] int64. Returns fp32 cos and sin [F * rows * columns, head_dim / 2]; angles in fp64.
-    """
-    side = 2 * (head_dim // 6)
-    device = positions.device
-    parts = []
-    axes = (positions, torch.arange(rows, device=device), torch.arange(columns, device=device))
-    for axis, (index, dims) in enumerate(zip(axes, (head_dim - 2 * side, side, side), strict=True)):
-        rates = ROPE_THETA ** -(torch.arange(0, dims, 2, device=device, dtype=torch.float64) / dims)
-        shape = [1, 1, 1, dims // 2]
-        shape[axis] = len(index)
-        angles = (index.double()[:, None] * rates).view(shape)
-        parts.append(angles.expand(len(positions), rows, columns, -1))
-    angles = torch.cat(parts, dim=-1).flatten(0, 2)
-    return angles.cos().float(), angles.sin().float()
