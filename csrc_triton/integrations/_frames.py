@@ -45,7 +45,9 @@ class Window:
 
     def __post_init__(self) -> None:
         if not 0 <= self.sink < self.frames:
-            raise ValueError(f"window: found a sink of {self.sink} in {self.frames} frames; accepted: 0 <= sink < frames")
+            raise ValueError(
+                f"window: found a sink of {self.sink} in {self.frames} frames; accepted: 0 <= sink < frames"
+            )
 
     def attended(self, first: int, last: int) -> list[Frames]:
         """Frames before `first` that a call over the frames [first, last) attends to.
@@ -65,9 +67,9 @@ class Window:
         """First of the frames up to `last` that are computed again under a new text."""
         return 0 if last <= self.frames else last - self.frames + self.sink
 
-    def shift(self, first: int, attended: Sequence[Frames]) -> int:
+    def shift(self, attended: Sequence[Frames]) -> int:
         """Positions by which a relative window turns the sink of these attended frames."""
-        return attended[-1][0] - self.sink if self.relative and len(attended) > 1 else 0
+        return attended[-1][0] - self.sink if self.relative and self.sink and len(attended) > 1 else 0
 
 
 @dataclass
@@ -159,18 +161,18 @@ class FrameCache:
         if frames < 1:
             raise ValueError(f"frames: found {frames}; accepted: at least 1")
         self._check_last(first + frames)
+        shift = 0
         if attended is None:
-            attended = [(0, first)] if self.window is None else self.window.attended(first, first + frames)
-            shift = 0 if self.window is None else self.window.shift(first, attended)
-        else:
-            shift = 0
-        with self._pieces(branches, attended, shift) as pieces:
+            attended, shift = self._attended(first, first + frames)
+        with (
+            self._pieces(branches, attended, shift) as pieces,
+            self.cache.chunk(branches, frames * self.frame_tokens, attended=(), commit=commit) as chunk,
+        ):
             # views after the rows: reserving may have moved the pools
-            with self.cache.chunk(branches, frames * self.frame_tokens, attended=(), commit=commit) as chunk:
-                views = self.cache.joined_views(pieces) if pieces else None
-                rows = [chunk.rows(layer) for layer in range(self.cache.layers)] if commit else None
-                with self._inside(branches, range(first, first + frames), views, rows) as call:
-                    yield call
+            views = self.cache.joined_views(pieces) if pieces else None
+            rows = [chunk.rows(layer) for layer in range(self.cache.layers)] if commit else None
+            with self._inside(branches, range(first, first + frames), views, rows) as call:
+                yield call
 
     @contextmanager
     def recache(self, branches: Sequence[int]) -> Iterator[range]:
@@ -180,8 +182,7 @@ class FrameCache:
         first = 0 if self.window is None else self.window.rewritten(last)
         if not last:
             raise ValueError(f"branches: found {list(branches)} without frames; accepted: branches that hold some")
-        attended = [(0, 0)] if self.window is None else self.window.attended(first, last)
-        shift = 0 if self.window is None else self.window.shift(first, attended)
+        attended, shift = self._attended(first, last)
         with (
             self._pieces(branches, attended, shift) as pieces,
             self.cache.reserve(branches, (last - first) * self.frame_tokens) as reservation,
@@ -269,6 +270,13 @@ class FrameCache:
                 k, v = view.gather()
                 self.cache.write(reservation, layer, rotate(k, *rope), v)
             self.cache.commit(reservation)
+
+    def _attended(self, first: int, last: int) -> tuple[list[Frames], int]:
+        """What a call over the frames [first, last) attends to before them, and by how much its sink is turned."""
+        if self.window is None:
+            return [(0, first)], 0
+        attended = self.window.attended(first, last)
+        return attended, self.window.shift(attended)
 
     def _tokens(self, frames: Sequence[Frames]) -> list[Frames]:
         return [(a * self.frame_tokens, b * self.frame_tokens) for a, b in frames if b > a]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from tempact.executor.cuda_graphs import CudaGraphRunner
-
 
 
 def tensors(tree: Any) -> list[Tensor]:
@@ -33,7 +32,7 @@ def storage(tensor: Tensor) -> int:
 class CpuGraph(TorchDispatchMode):
     """As `torch.cuda.CUDAGraph`."""
 
-    pools: dict[object, list[CpuGraph]] = defaultdict(list)
+    pools: ClassVar[dict[object, list[CpuGraph]]] = defaultdict(list)
 
     def __init__(self) -> None:
         super().__init__()

@@ -11,9 +11,9 @@ from torch import Tensor
 pytest.importorskip("diffusers", reason="needs diffusers: pip install -e '.[diffusers]'")
 
 from diffusers import WanTransformer3DModel
+from integrations.test_diffusers import CHUNK, FRAME_TOKENS, NOISY, call, draw, transformer  # noqa: F401
 
 from csrc_triton.integrations.diffusers import ForkedWan
-from integrations.test_diffusers import CHUNK, FRAME_TOKENS, NOISY, call, draw, transformer  # noqa: F401
 
 Model = Callable[..., object]
 

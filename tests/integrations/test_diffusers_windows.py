@@ -13,9 +13,6 @@ from torch import Tensor
 pytest.importorskip("diffusers", reason="needs diffusers: pip install -e '.[diffusers]'")
 
 from diffusers import WanTransformer3DModel
-
-from csrc_triton.integrations.diffusers import ForkedWan, Window
-from csrc_triton.qk_norm_rope import rope_tables, rotate
 from integrations.test_diffusers import (  # noqa: F401
     CHANNELS,
     CHUNK,
@@ -29,6 +26,9 @@ from integrations.test_diffusers import (  # noqa: F401
     stock,
     transformer,
 )
+
+from csrc_triton.integrations.diffusers import ForkedWan, Window
+from csrc_triton.qk_norm_rope import rope_tables, rotate
 
 FRAMES, SINK = 6, 1  # of the windows here
 
