@@ -93,9 +93,13 @@ class Stream:
         pass
 
 
-@pytest.fixture
-def cpu_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runners that are made inside of the test record on the CPU."""
+@pytest.fixture(params=["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
+def cpu_graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runners that are made inside of the test record on the CPU, or on a GPU with its own graphs."""
+    if request.param == "gpu":
+        return
+    if torch.cuda.is_available():
+        pytest.skip("stands in for a GPU, which is there: run `pytest -m gpu`")
     CpuGraph.pools.clear()
     stand_ins: dict[str, Any] = {
         "CUDAGraph": CpuGraph, "Stream": Stream, "current_stream": Stream, "graph_pool_handle": object,
