@@ -884,6 +884,96 @@ MUTATIONS = [
         ),
     ),
     *faults(
+        "tempact/executor/cuda_graphs.py",
+        "tests/executor/test_graph_replays.py",
+        (
+            "test_the_adapter_is_part_of_the_key",
+            "torch.is_grad_enabled(), adapter, alone,",
+            "torch.is_grad_enabled(), alone,",
+        ),
+        ("test_autocast_is_part_of_the_key", "runtime.get_backend(), cast", "runtime.get_backend()"),
+        ("test_autocast_keeps_no_weights_of_a_recording", "cache_enabled=False", "cache_enabled=True"),
+        (
+            "test_gradients_add_to_what_the_optimiser_left",
+            "            torch._foreach_zero_(missing)",
+            "            pass",
+        ),
+        (
+            "test_gradients_add_to_what_the_optimiser_left",
+            "                own.copy_(parameter.grad)",
+            "                pass",
+        ),
+        (
+            "test_inputs_are_those_of_the_call",
+            "if source() is not new or version != new._version:",
+            "if source() is not new:",
+        ),
+        (
+            "test_inputs_are_those_of_the_call",
+            "if source() is not new or version != new._version:",
+            "if version != new._version:",
+        ),
+        ("test_graphs_are_forgotten_where_the_pools_move", "                self.forget()\n", "                pass\n"),
+        ("test_activations_wait_for_their_backward", "        if self._waiting() is not None:", "        if False:"),
+        ("test_a_second_backward_of_one_call_is_refused", "        if ctx.activations is None:", "        if False:"),
+        (
+            "test_graphs_are_replayed_again_once_activations_are_used_or_dropped",
+            "        ctx.activations = None\n",
+            "",
+        ),
+        (
+            "test_a_recording_that_fails_leaves_plain_calls",
+            "            graph.forward = graph.backward = graph.output = graph.output_grad = None\n",
+            "",
+        ),
+        ("test_a_recording_that_fails_leaves_plain_calls", "if graph.refused or len", "if len"),
+    ),
+    *faults(
+        "csrc_triton/integrations/_frames.py",
+        "tests/integrations/test_wan_causal.py",
+        (
+            "test_a_roll_out_is_that_of_the_models_own_attention",
+            "return [(0, self.sink), (first - recent, first)]",
+            "return [(first - recent - self.sink, first)]",
+        ),
+        (
+            "test_a_new_text_rewrites_the_window_but_for_its_sink",
+            "0 if last <= self.frames else last - self.frames + self.sink",
+            "0 if last <= self.frames else last - self.frames",
+        ),
+        ("test_a_relative_window_without_a_sink_turns_nothing", "self.relative and self.sink and", "self.relative and"),
+        (
+            "test_what_does_not_fit_is_named",
+            "            if rows is not None and not call.called:",
+            "            if False:",
+        ),
+    ),
+    *faults(
+        "csrc_triton/integrations/_frames.py",
+        "tests/integrations/test_diffusers_windows.py",
+        ("test_windows_see_the_listed_frames_at_the_listed_positions", "rotate(k, *rope), v)", "k, v)"),
+        (
+            "test_windows_see_the_listed_frames_at_the_listed_positions",
+            "            for copy in copies.values():\n                self.cache.release(copy)",
+            "            pass",
+        ),
+        ("test_gradient_checkpointing_outside_of_the_block_is_refused", "        if self.closed:", "        if False:"),
+        (
+            "test_rope_tables_are_made_of_the_chunk_alone",
+            "torch.arange(frames.start, frames.stop, device",
+            "torch.arange(0, frames.stop, device",
+        ),
+    ),
+    *faults(
+        "csrc_triton/integrations/_frames.py",
+        "tests/integrations/test_diffusers_compiled.py",
+        (
+            "test_layers_and_chunks_share_four_graphs[blocks]",
+            "            self._for_compiled_layers(views)",
+            "            pass",
+        ),
+    ),
+    *faults(
         "tempact/executor/executor.py",
         "tests/executor/test_cuda_graphs.py",
         ("test_a_cache_for_graphs_stays_where_it_is", "if plans and self.runner.graphs:", "if plans > 99:"),

@@ -11,7 +11,7 @@ import logging
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -69,6 +69,7 @@ class _Graph:
     backward: torch.cuda.CUDAGraph | None = None
     output_grad: Tensor | None = None
     given: list[tuple[weakref.ref[Tensor], int]] = field(default_factory=list)  # what `inputs` are copies of
+    refused: bool = False  # its recording failed
 
     def load(self, inputs: Sequence[Tensor]) -> None:
         """Copies what has changed since the last call."""
@@ -82,29 +83,40 @@ class _Graph:
             torch._foreach_copy_([own for own, _ in pairs], [new for _, new in pairs])
 
 
+class _Activations:
+    """Stands for the activations of a replayed forward: alive until they are used or can no longer be."""
+
+
 class _Replay(torch.autograd.Function):
     """A recorded forward whose backward adds to the parameters' gradients, as the recording does."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, graph: _Graph, gradients: Callable[[], None]) -> Tensor:
+    def forward(
+        ctx: Any, anchor: Tensor, graph: _Graph, gradients: Callable[[], None], activations: _Activations
+    ) -> Tensor:
         assert graph.forward is not None and graph.output is not None
-        ctx.graph, ctx.gradients = graph, gradients
+        ctx.graph, ctx.gradients, ctx.activations = graph, gradients, activations
         graph.forward.replay()
         return graph.output.detach().clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        if ctx.activations is None:
+            raise RuntimeError("backward: found a second one of the same call; accepted: one, as graphs keep no more")
+        ctx.activations = None
         ctx.graph.output_grad.copy_(grad)
         ctx.gradients()
         ctx.graph.backward.replay()
-        return None, None, None
+        return None, None, None, None
 
 
 class CudaGraphRunner:
     """The calls of one transformer, recorded as CUDA graphs and replayed.
 
     parameters: the trained ones. graphs: use CUDA graphs where the model is on a GPU, whole, and the kernels serve; a
-    call is recorded after `warm_calls` of its shape, the first of which compiles what must be compiled.
+    call is recorded after `warm_calls` of its shape, the first of which compiles what must be compiled. Graphs share
+    one pool of memory, so that none runs while the activations of another wait for their backward pass: calls in
+    between are run as they are, and so are those of a shape whose recording failed.
     """
 
     warm_calls = 2
@@ -119,6 +131,7 @@ class CudaGraphRunner:
         self._grads: dict[nn.Parameter, Tensor] = {}
         self._pools: tuple[int, ...] = ()
         self._memory: Any = None
+        self._waiting: Callable[[], _Activations | None] = lambda: None  # those of the latest replay with gradients
         self._anchor = torch.zeros((), requires_grad=True)
 
     def velocity(self, x: Tensor, sigma: Tensor, text: TextKV, positions: Tensor, context: Context) -> Tensor:
@@ -168,8 +181,7 @@ class CudaGraphRunner:
         """`call(context, *inputs)`; pools: addresses of those that it writes to."""
         moved()
         views = context if isinstance(context, LayerViews) else None
-        usable = self.graphs and inputs[0].is_cuda and runtime.get_backend() != "torch"
-        if not usable or views is not context:
+        if not self._usable(inputs[0]) or views is not context:
             return call(context, *inputs)
         if views is not None:
             pools = views.addresses
@@ -182,21 +194,31 @@ class CudaGraphRunner:
             if self._pools:
                 self.forget()
             self._pools = pools
-        shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
-        adapter = () if self._adapted is None else self._adapted.mode
-        key = name, torch.is_grad_enabled(), adapter, views is None, shapes, runtime.get_backend()
-        graph = self._called(key)
+        graph = self._called(self._key(name, inputs, views is None))
+        if self._waiting() is not None:
+            return self._plain(run, inputs)
         if graph.forward is not None:
             graph.load(inputs)
-        elif self._worth_recording(graph):
-            self._record(graph, run, inputs)
-        else:
+        elif not self._worth_recording(graph) or not self._record(graph, run, inputs):
             return self._plain(run, inputs)
         assert graph.forward is not None and graph.output is not None
         if torch.is_grad_enabled():
-            return _Replay.apply(self._anchor, graph, self._use_own_gradients)
+            activations = _Activations()
+            self._waiting = weakref.ref(activations)
+            return _Replay.apply(self._anchor, graph, self._use_own_gradients, activations)
         graph.forward.replay()
         return graph.output.clone()
+
+    def _usable(self, x: Tensor) -> bool:
+        return self.graphs and x.is_cuda and runtime.get_backend() != "torch"
+
+    def _key(self, name: Hashable, inputs: Sequence[Tensor], alone: bool) -> Hashable:
+        """What a recording depends on, its inputs' values and the pools' addresses aside."""
+        shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
+        adapter = () if self._adapted is None else self._adapted.mode
+        kind = inputs[0].device.type
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return name, torch.is_grad_enabled(), adapter, alone, shapes, runtime.get_backend(), cast
 
     def _called(self, key: Hashable) -> _Graph:
         graph = self._graphs.setdefault(key, _Graph(deque(maxlen=self.warm_calls + 1)))
@@ -207,7 +229,7 @@ class CudaGraphRunner:
     def _worth_recording(self, graph: _Graph) -> bool:
         """Whether a shape's calls, this one included, are more than `warm_calls`. Where there are MOST_GRAPHS, one
         gives way that was not used since the first of these calls, if there is one."""
-        if len(graph.calls) <= self.warm_calls:
+        if graph.refused or len(graph.calls) <= self.warm_calls:
             return False
         used = {key: graph.calls[-1] for key, graph in self._graphs.items() if graph.forward is not None}
         if len(used) < MOST_GRAPHS:
@@ -235,7 +257,27 @@ class CudaGraphRunner:
     def _side_stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream()
 
-    def _record(self, graph: _Graph, call: Callable[..., Tensor], inputs: list[Tensor]) -> None:
+    def _record(self, graph: _Graph, call: Callable[..., Tensor], inputs: list[Tensor]) -> bool:
+        """Whether the call could be recorded; if not, its shape is run as it is from now on."""
+        kind = inputs[0].device.type
+        try:
+            # without autocast's cache of weights: its copies would be gone when the recording is replayed
+            with torch.autocast(
+                kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+            ):
+                self._capture(graph, call, inputs)
+        except BaseException as error:
+            graph.inputs, graph.given, graph.refused = [], [], True
+            graph.forward = graph.backward = graph.output = graph.output_grad = None
+            if not isinstance(error, Exception):
+                raise
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            logger.warning("no CUDA graph for a shape of call, which runs without one: %s", reason)
+            return False
+        logger.debug("CUDA graph %d of at most %d recorded", self._recorded(), MOST_GRAPHS)
+        return True
+
+    def _capture(self, graph: _Graph, call: Callable[..., Tensor], inputs: list[Tensor]) -> None:
         graph.inputs = [tensor.detach().clone() for tensor in inputs]
         graph.given = [(weakref.ref(tensor), tensor._version) for tensor in inputs]
         if self._memory is None:
@@ -251,7 +293,6 @@ class CudaGraphRunner:
             with self._recording(graph.backward):
                 torch.autograd.backward(graph.output, graph.output_grad)
             graph.output = graph.output.detach()
-        logger.debug("CUDA graph %d of at most %d recorded", self._recorded(), MOST_GRAPHS)
 
     @contextmanager
     def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
@@ -267,8 +308,11 @@ class CudaGraphRunner:
             graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
             try:
                 yield
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # it says that the recording is broken, the first error says why
+                    graph.capture_end()
+                raise
+            graph.capture_end()
 
     def _recorded(self) -> int:
         return sum(graph.forward is not None for graph in self._graphs.values())

@@ -15,7 +15,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from csrc_triton import runtime
-from csrc_triton.integrations.diffusers import ForkedWan
+from csrc_triton.integrations.diffusers import ForkedWan, Window
 
 CHUNK, HEIGHT, WIDTH = 2, 4, 6
 FRAME_TOKENS = HEIGHT * WIDTH // 4
@@ -76,7 +76,7 @@ def committed(model: WanTransformer3DModel, x: Tensor, text: Tensor) -> tuple[Fo
     wan = ForkedWan(model, frame_tokens=FRAME_TOKENS, frames=x.shape[2])
     branch = wan.cache.new_branch()
     for clean in x.split(CHUNK, dim=2)[:-1]:
-        with wan.chunk([branch], commit=True):
+        with wan.chunk([branch], CHUNK, commit=True):
             call(model, clean, text, 0.0)
     return wan, branch
 
@@ -88,7 +88,7 @@ def test_without_context_it_is_the_stock_processor(transformer: WanTransformer3D
     if fused:
         transformer.fuse_qkv_projections()
     wan = ForkedWan(transformer, frame_tokens=FRAME_TOKENS, frames=4)
-    with wan.chunk([wan.cache.new_branch(), wan.cache.new_branch()]):
+    with wan.chunk([wan.cache.new_branch(), wan.cache.new_branch()], CHUNK):
         own = call(transformer, x, text, NOISY)
     assert torch.allclose(own, expected, atol=1e-5)
     wan.remove()
@@ -100,7 +100,7 @@ def test_chunk_by_chunk_is_block_causal_attention(transformer: WanTransformer3DM
     x, text = draw(chunks * CHUNK)
     expected, without_first = stock(transformer, x, text), stock(transformer, x, text, hidden=(0,))
     wan, branch = committed(transformer, x, text)
-    with wan.chunk([branch]):
+    with wan.chunk([branch], CHUNK):
         own = call(transformer, x[:, :, -CHUNK:], text, NOISY)
     assert torch.allclose(own, expected, atol=1e-5)
     assert not torch.allclose(own, without_first, atol=1e-2)
@@ -111,7 +111,7 @@ def test_the_kernels_serve_it(transformer: WanTransformer3DModel) -> None:
     expected = stock(transformer, x, text)
     with runtime.backend("triton"):
         wan, branch = committed(transformer, x, text)
-        with wan.chunk([branch]):
+        with wan.chunk([branch], CHUNK):
             own = call(transformer, x[:, :, -CHUNK:], text, NOISY)
     assert torch.allclose(own, expected, atol=1e-5)
 
@@ -120,7 +120,7 @@ def test_only_the_attended_frames_count(transformer: WanTransformer3DModel) -> N
     x, text = draw(4 * CHUNK)
     expected = stock(transformer, x, text, hidden=(1,))
     wan, branch = committed(transformer, x, text)
-    with wan.chunk([branch], attended=[(0, CHUNK), (2 * CHUNK, 3 * CHUNK)]):
+    with wan.chunk([branch], CHUNK, attended=[(0, CHUNK), (2 * CHUNK, 3 * CHUNK)]):
         own = call(transformer, x[:, :, -CHUNK:], text, NOISY)
     assert torch.allclose(own, expected, atol=1e-5)
 
@@ -134,9 +134,9 @@ def test_forks_share_the_past_and_part_after_it(transformer: WanTransformer3DMod
     rows = wan.cache.rows_used
     branches, texts = wan.cache.fork(root, 3), text.expand(3, -1, -1)
     assert wan.cache.rows_used == rows
-    with wan.chunk(branches, commit=True):
+    with wan.chunk(branches, CHUNK, commit=True):
         call(transformer, own[:, :, :CHUNK], texts, 0.0)
-    with wan.chunk(branches):
+    with wan.chunk(branches, CHUNK):
         found = call(transformer, own[:, :, CHUNK:], texts, NOISY)
     assert torch.allclose(found, expected, atol=1e-5)
 
@@ -148,7 +148,7 @@ def test_gradients_are_those_of_block_causal_attention(transformer: WanTransform
     (stock(transformer, whole, text) * weight).sum().backward()
     wan, branch = committed(transformer, x, text)
     last = x[:, :, -CHUNK:].clone().requires_grad_()
-    with wan.chunk([branch]):
+    with wan.chunk([branch], CHUNK):
         (call(transformer, last, text, NOISY) * weight).sum().backward()
     assert last.grad is not None and whole.grad is not None
     assert torch.allclose(last.grad, whole.grad[:, :, -CHUNK:], atol=1e-5)
@@ -162,7 +162,7 @@ def test_gradient_checkpointing_recomputes_the_same_chunk(transformer: WanTransf
         transformer.train(checkpointing)
         transformer.enable_gradient_checkpointing() if checkpointing else None
         transformer.zero_grad()
-        with wan.chunk([branch]):
+        with wan.chunk([branch], CHUNK):
             call(transformer, x[:, :, -CHUNK:], text, NOISY).square().mean().backward()
         grads.append([p.grad.clone() for p in transformer.parameters() if p.grad is not None])
     for plain, recomputed in zip(*grads, strict=True):
@@ -174,7 +174,7 @@ def test_a_context_pass_that_fails_leaves_the_branch_as_it_was(transformer: WanT
     wan, branch = committed(transformer, x, text)
     held = wan.cache.length(branch), wan.cache.rows_used
     with pytest.raises(RuntimeError, match="stop"):
-        with wan.chunk([branch], commit=True):
+        with wan.chunk([branch], CHUNK, commit=True):
             call(transformer, x[:, :, -CHUNK:], text, 0.0)
             raise RuntimeError("stop")
     assert (wan.cache.length(branch), wan.cache.rows_used) == held
@@ -186,19 +186,32 @@ def test_what_does_not_fit_is_named(transformer: WanTransformer3DModel) -> None:
     last = x[:, :, -CHUNK:]
     with pytest.raises(ValueError, match="outside of `chunk`"):
         call(transformer, last, text, NOISY)
-    with pytest.raises(ValueError, match="batch of 1"), wan.chunk([branch]):
-        call(transformer, last.expand(2, -1, -1, -1, -1), text.expand(2, -1, -1), NOISY)
-    with pytest.raises(ValueError, match="6 tokens a frame"), wan.chunk([branch]):
+    twice = last.expand(2, -1, -1, -1, -1), text.expand(2, -1, -1)
+    with pytest.raises(ValueError, match="a batch of 1, a row a branch$"), wan.chunk([branch], CHUNK, commit=True):
+        call(transformer, *twice, 0.0)
+    with pytest.raises(ValueError, match="batch of 1.*a batch of 2"), wan.chunk([branch] * 2, CHUNK):
+        call(transformer, last, text, NOISY)
+    with pytest.raises(ValueError, match="2 frames of 4 tokens; accepted: 2 frames of 6"), wan.chunk([branch], CHUNK):
         call(transformer, last[..., :4], text, NOISY)
-    with pytest.raises(ValueError, match="branches: .* one length"), wan.chunk([branch, wan.cache.new_branch()]):
+    with pytest.raises(ValueError, match="2 frames of 6 tokens; accepted: 3 frames of 6"), wan.chunk([branch], 3):
+        call(transformer, last, text, NOISY)
+    with pytest.raises(ValueError, match="branches: .* one length"), wan.chunk([branch, wan.cache.new_branch()], CHUNK):
         pass
-    with pytest.raises(ValueError, match="one at a time"), wan.chunk([branch]), wan.chunk([branch]):
+    with pytest.raises(ValueError, match="one at a time"), wan.chunk([branch], CHUNK), wan.chunk([branch], 1):
         pass
-    with pytest.raises(ValueError, match="no call of the transformer"), wan.chunk([branch], commit=True):
+    with pytest.raises(ValueError, match="no call of the transformer"), wan.chunk([branch], CHUNK, commit=True):
         pass
-    with pytest.raises(ValueError, match="12 at most"), wan.chunk([branch]):
-        call(transformer, draw(9)[0], text, NOISY)
-    with pytest.raises(ValueError, match=f"branch {branch}"), wan.chunk([branch], attended=[(0, 9)]):
+    with pytest.raises(ValueError, match="up to 13; accepted: 12 at most"), wan.chunk([branch], 9):
+        pass
+    with pytest.raises(ValueError, match="frames: found 0"), wan.chunk([branch], 0):
+        pass
+    with pytest.raises(ValueError, match="without frames"), wan.recache([wan.cache.new_branch()]):
+        pass
+    with pytest.raises(ValueError, match="no call of the transformer"), wan.recache([branch]):
+        pass
+    with pytest.raises(ValueError, match="a sink of 3 in 3 frames"):
+        Window(3, sink=3)
+    with pytest.raises(ValueError, match=f"branch {branch}"), wan.chunk([branch], CHUNK, attended=[(0, 9)]):
         pass
     with pytest.raises(ValueError, match="transformer: found Linear"):
         ForkedWan(torch.nn.Linear(1, 1), frame_tokens=1, frames=1)
