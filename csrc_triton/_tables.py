@@ -14,7 +14,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from csrc_triton._rows import Handouts, Run
+from csrc_triton._rows import MAX_ROWS, Handouts, Run
 
 
 @dataclass(frozen=True, eq=False)
@@ -376,6 +376,8 @@ def _check_pools(k: Tensor, v: Tensor) -> None:
     if k.ndim != 3 or k.shape != v.shape or k.dtype != v.dtype or k.device != v.device:
         found = f"{tuple(k.shape)} {k.dtype} on {k.device}, {tuple(v.shape)} {v.dtype} on {v.device}"
         raise ValueError(f"k, v: found {found}; accepted: two alike [rows, heads, head_dim]")
+    if k.shape[0] > MAX_ROWS:
+        raise ValueError(f"k, v: found {k.shape[0]} rows; accepted: up to {MAX_ROWS}, since tables are int32")
     if k.stride(-1) != 1 or v.stride(-1) != 1:
         raise ValueError(f"k, v: found strides {k.stride()}, {v.stride()}; accepted: a contiguous last dimension")
 
