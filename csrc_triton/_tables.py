@@ -259,15 +259,14 @@ class SegmentTable:
         self.table = torch.zeros(batch, slots, 2, dtype=torch.int32, device=device)
         self._handouts = handouts
         self.seen = Read((), handouts)
-        self._lengths = [0] * batch
-        self._rows: Tensor | None = None
+        self._set_lengths([0] * batch)
 
     @classmethod
     def read(cls, table: Tensor) -> SegmentTable:
         """A segment table around a tensor on a device; synchronises to read the lengths."""
         own = cls.__new__(cls)
-        own.table, own._rows, own._handouts = table, None, None
-        own._lengths = table[..., 1].sum(1).tolist()
+        own.table, own._handouts = table, None
+        own._set_lengths(table[..., 1].sum(1).tolist())
         return own
 
     def set(self, segments: Sequence[Sequence[Run]]) -> None:
@@ -275,18 +274,22 @@ class SegmentTable:
         batch, slots, _ = self.table.shape
         numbers = [n for runs in segments for run in [*runs, *[(0, 0)] * (slots - len(runs))] for n in run]
         self.table.copy_(staged(numbers, torch.int32, self.table.device).view(batch, slots, 2), non_blocking=True)
-        self._lengths = [sum(length for _, length in runs) for runs in segments]
-        self._rows = None
+        self._set_lengths([sum(length for _, length in runs) for runs in segments])
         self.seen = Read((run for runs in segments for run in runs), self._handouts)
+
+    def _set_lengths(self, lengths: list[int]) -> None:
+        # a number of its own: torch.compile would compile anew for each element of a list
+        self._length, self._ragged = lengths[0], lengths if len(set(lengths)) > 1 else None
+        self._rows: Tensor | None = None
 
     def rows(self) -> Tensor:
         """Row number of every token of the context, [B, Lc] int64 on the device."""
         if self._rows is None:
-            if len(set(self._lengths)) != 1:
-                raise ValueError(f"gather: found contexts of {self._lengths} tokens; accepted: one length")
+            if self._ragged is not None:
+                raise ValueError(f"gather: found contexts of {self._ragged} tokens; accepted: one length")
             first, lengths = self.table.long().unbind(-1)
             stops = lengths.cumsum(1)
-            tokens = torch.arange(self._lengths[0], device=self.table.device).expand(len(self._lengths), -1)
+            tokens = torch.arange(self._length, device=self.table.device).expand(self.table.shape[0], -1)
             slot = torch.searchsorted(stops, tokens.contiguous(), right=True)
             self._rows = (first - stops + lengths).gather(1, slot) + tokens
         return self._rows
