@@ -35,7 +35,8 @@ class Chunk:
     """The next `tokens` tokens of B branches in every layer of a model; made by `ForkableKVCache.chunk`.
 
     A context manager, to be entered once. Layers may be called in any order: with commit=True each once, otherwise any
-    number of times, so that several denoising steps share one block.
+    number of times, so that several denoising steps share one block. torch.compile traces calls of a chunk without
+    commit; a pass with commit=True runs uncompiled.
 
     branches: the branches, one a batch row. tokens: L. views: the context, one view a layer; None where there is none
         (then a layer attends to its own tokens alone).

@@ -7,12 +7,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from csrc_triton._rows import Handouts, RowCounts, Run
+from csrc_triton._rows import MAX_ROWS, Handouts, RowCounts, Run
 from csrc_triton._tables import Reservation, staged
 
 Block = tuple[Run, ...]  # rows of a branch's block, by token
 
-MAX_ROWS = 2**31 - 1  # segment tables are int32
 GROWTH = 24  # pools grow by one in so many rows, or by more where a block needs it
 
 

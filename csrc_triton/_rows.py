@@ -9,6 +9,8 @@ from dataclasses import dataclass
 Run = tuple[int, int]  # (first row, length) of consecutive rows
 Segments = tuple["Segment", ...]  # a branch's, by token
 
+MAX_ROWS = 2**31 - 1  # of pools: segment tables are int32
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:

@@ -14,7 +14,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from csrc_triton._rows import Handouts, Run
+from csrc_triton._rows import MAX_ROWS, Handouts, Run
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,15 +280,14 @@ class SegmentTable:
         self.table = torch.zeros(batch, slots, 2, dtype=torch.int32, device=device)
         self._handouts = handouts
         self.seen = Read((), handouts)
-        self._lengths = [0] * batch
-        self._rows: Tensor | None = None
+        self._set_lengths([0] * batch)
 
     @classmethod
     def read(cls, table: Tensor) -> SegmentTable:
         """A segment table around a tensor on a device; synchronises to read the lengths."""
         own = cls.__new__(cls)
-        own.table, own._rows, own._handouts = table, None, None
-        own._lengths = table[..., 1].sum(1).tolist()
+        own.table, own._handouts = table, None
+        own._set_lengths(table[..., 1].sum(1).tolist())
         return own
 
     def set(self, segments: Sequence[Sequence[Run]]) -> None:
@@ -296,31 +295,34 @@ class SegmentTable:
         batch, slots, _ = self.table.shape
         numbers = [n for runs in segments for run in [*runs, *[(0, 0)] * (slots - len(runs))] for n in run]
         self.table.copy_(staged(numbers, torch.int32, self.table.device).view(batch, slots, 2), non_blocking=True)
-        self._lengths = [sum(length for _, length in runs) for runs in segments]
-        self._rows = None
+        self._set_lengths([sum(length for _, length in runs) for runs in segments])
         self.seen = Read((run for runs in segments for run in runs), self._handouts)
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each batch row's context."""
-        return tuple(self._lengths)
+        return (self._length,) * self.table.shape[0] if self._ragged is None else tuple(self._ragged)
 
     def rows_of(self, batch: int) -> Tensor:
         """Row number of every token of one batch row's context, [Lc] int64 on the device."""
         first, lengths = self.table[batch].long().unbind(-1)
         stops = lengths.cumsum(0)
-        tokens = torch.arange(self._lengths[batch], device=self.table.device)
+        tokens = torch.arange(self.lengths[batch], device=self.table.device)
         return (first - stops + lengths)[torch.searchsorted(stops, tokens, right=True)] + tokens
+
+    def _set_lengths(self, lengths: list[int]) -> None:
+        # a number of its own: torch.compile would compile anew for each element of a list
+        self._length, self._ragged = lengths[0], lengths if len(set(lengths)) > 1 else None
+        self._rows: Tensor | None = None
 
     def rows(self) -> Tensor:
         """Row number of every token of the context, [B, Lc] int64 on the device."""
         if self._rows is None:
-            # by pairs: torch.compile would take the numbers of a set as constants
-            if any(length != self._lengths[0] for length in self._lengths):
-                raise ValueError(f"gather: found contexts of {self._lengths} tokens; accepted: one length")
+            if self._ragged is not None:
+                raise ValueError(f"gather: found contexts of {self._ragged} tokens; accepted: one length")
             first, lengths = self.table.long().unbind(-1)
             stops = lengths.cumsum(1)
-            tokens = torch.arange(self._lengths[0], device=self.table.device).expand(len(self._lengths), -1)
+            tokens = torch.arange(self._length, device=self.table.device).expand(self.table.shape[0], -1)
             slot = torch.searchsorted(stops, tokens.contiguous(), right=True)
             self._rows = (first - stops + lengths).gather(1, slot) + tokens
         return self._rows
@@ -410,6 +412,8 @@ def _check_pools(k: Tensor, v: Tensor) -> None:
     if k.ndim != 3 or k.shape != v.shape or k.dtype != v.dtype or k.device != v.device:
         found = f"{tuple(k.shape)} {k.dtype} on {k.device}, {tuple(v.shape)} {v.dtype} on {v.device}"
         raise ValueError(f"k, v: found {found}; accepted: two alike [rows, heads, head_dim]")
+    if k.shape[0] > MAX_ROWS:
+        raise ValueError(f"k, v: found {k.shape[0]} rows; accepted: up to {MAX_ROWS}, since tables are int32")
     if k.stride(-1) != 1 or v.stride(-1) != 1:
         raise ValueError(f"k, v: found strides {k.stride()}, {v.stride()}; accepted: a contiguous last dimension")
 

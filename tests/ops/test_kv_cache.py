@@ -277,6 +277,9 @@ def test_views_of_foreign_pools() -> None:
         CacheView(k, v, torch.zeros(1, 2, 4, dtype=torch.int32)[..., ::2])
     with pytest.raises(ValueError, match="k, v: found .* accepted: two alike"):
         CacheView.of(k, v[:5], [[]])
+    endless = torch.empty(2**31, 1, 1, device="meta")
+    with pytest.raises(ValueError, match="k, v: found 2147483648 rows; accepted: up to 2147483647"):
+        CacheView.of(endless, endless, [[(0, 1)]])
     with pytest.raises(ValueError, match="k, v: found strides"):
         CacheView.of(k.transpose(1, 2), v.transpose(1, 2), [[]])
     with pytest.raises(ValueError, match=r"gather: found contexts of \[1, 2\] tokens; accepted: one length"):

@@ -176,8 +176,8 @@ def test_calls_without_gradients_and_views_of_plain_tensors_carry_no_check(devic
         out.sum().backward()
 
 
-def test_models_compile_with_views_and_are_not_compiled_again_for_other_rows(device: torch.device) -> None:
-    cache, branch = made(device)
+def test_models_compile_with_views_and_not_again_for_other_rows_or_lengths(device: torch.device) -> None:
+    cache, branch = made(device, rows=64)
     own, graphs = leaves(device), []
 
     def counted(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
@@ -185,11 +185,13 @@ def test_models_compile_with_views_and_are_not_compiled_again_for_other_rows(dev
         return graph.forward
 
     torch.compiler.reset()
-    call = torch.compile(lambda *tensors: fork_attention(*tensors[:3], tensors[3]), backend=counted, fullgraph=True)
-    for _ in range(3):
-        view = seen(cache, branch)
+    call = torch.compile(lambda *given: fork_attention(*given[:3], given[3]), backend=counted, fullgraph=True)
+    for length in (4, 4, 6, 8, 10):
+        append(cache, cache.new_branch(), 1)
+        if length > cache.length(branch):
+            append(cache, branch, length - cache.length(branch))
+        view = cache.views([branch], [(0, length)])[0]
         found = torch.autograd.grad(call(*own, view).sum(), own)
         expected = torch.autograd.grad(fork_attention(*own, view).sum(), own)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-        append(cache, cache.new_branch(), 2)
-    assert len(graphs) == 1
+    assert len(graphs) <= 3  # the first length, the first number of segments, and then any

@@ -20,17 +20,25 @@ HEADS, LAYERS = 2, 2
 class Rolling:
     """`branches` videos a chunk at a time: each chunk attends to its window through bound views and is committed."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int, branches: int = 3):
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int, page: int | None, branches: int = 3
+    ):
         self.device, self.tokens, self.branches = device, tokens, branches
         self.cache = ForkableKVCache(
-            LAYERS, HEADS, head_dim, rows=5 * branches * tokens, dtype=dtype, device=device, grow=False
+            LAYERS,
+            HEADS,
+            head_dim,
+            rows=5 * branches * tokens,
+            dtype=dtype,
+            device=device,
+            grow=False,
+            page=page,
         )
         self.bound: BoundTable = self.cache.bind(branches, slots=4)
         self.places = self.cache.bind_rows(branches, tokens)
         shape = (LAYERS, 3, branches, tokens, HEADS, head_dim)
         self.qkv = torch.zeros(shape, device=device, dtype=dtype)
         self.out = torch.zeros_like(self.qkv[:, 0])
-        self.index = torch.arange(tokens, device=device)
 
     def step(self) -> None:
         """What a graph captures: attention of every layer, and its K and V written to the reserved rows."""
@@ -40,9 +48,8 @@ class Rolling:
             self._store(self.places.rows[layer], k, v)
 
     def _store(self, rows: CacheRows, k: Tensor, v: Tensor) -> None:
-        index = (rows.first_rows[:, None] + self.index).flatten()
-        rows.k.index_copy_(0, index, k.flatten(0, 1))
-        rows.v.index_copy_(0, index, v.flatten(0, 1))
+        rows.k.index_copy_(0, rows.rows, k.flatten(0, 1))
+        rows.v.index_copy_(0, rows.rows, v.flatten(0, 1))
 
     def roll(self, step: Callable[[], None], chunks: int) -> list[tuple[Tensor, Tensor, list[int]]]:
         """Per chunk: q, k, v; the output; the chunks attended to. The window is the first chunk and the last two."""
@@ -94,10 +101,13 @@ def _pair(inputs: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return inputs[3].to(dtype), inputs[4].to(dtype)
 
 
+@pytest.mark.parametrize("page", [None, 2])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_bound_views_serve_while_the_cache_fills_and_rolls(device: torch.device, backend: str) -> None:
+def test_bound_views_serve_while_the_cache_fills_and_rolls(
+    device: torch.device, backend: str, page: int | None
+) -> None:
     with runtime.backend(backend):
-        rolling = Rolling(device, torch.float32, tokens=5, head_dim=32)
+        rolling = Rolling(device, torch.float32, tokens=6, head_dim=32, page=page)
         rolling.check(rolling.roll(rolling.step, chunks=6))
 
 
@@ -119,11 +129,11 @@ def keep_busy(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_one_captured_graph_serves_every_chunk(device: torch.device, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "page"), [(torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, 25)])
+def test_one_captured_graph_serves_every_chunk(device: torch.device, dtype: torch.dtype, page: int | None) -> None:
     """Without a wait in between, so that the copies of several tables are in flight at once."""
     with runtime.backend("triton"):
-        rolling = Rolling(device, dtype, tokens=100, head_dim=64)
+        rolling = Rolling(device, dtype, tokens=100, head_dim=64, page=page)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from csrc_triton import ForkableKVCache, PoolFull
-from csrc_triton._rows import RowCounts
+from csrc_triton._rows import RowCounts, Run
+from csrc_triton.kv_cache import Reservation
 
 HEADS, DIM, LAYERS, PAGE = 2, 4, 2, 3
 CPU = torch.device("cpu")
@@ -50,7 +51,8 @@ def test_a_block_takes_pages_wherever_they_lie() -> None:
     kept = own.views([branch], [(page * PAGE, (page + 1) * PAGE) for page in (0, 2, 4, 6)])[0].gather()[0]
     assert torch.equal(kept[0, :, 0, 0], (1.0 + torch.arange(24) / 100).view(8, 3)[::2].flatten())
     own.release(one)
-    assert own.free_rows == [(3, 3), (9, 3)]
+    own.cancel(own.reserve([two], PAGE))
+    assert own.free_rows == [(3, 3), (9, 3)] and own.rows_peak == 8 * PAGE
 
 
 def test_kernels_are_told_the_first_row_of_every_page() -> None:
@@ -73,6 +75,27 @@ def test_kernels_are_told_the_first_row_of_every_page() -> None:
         rows.k[rows.rows] = rows.v[rows.rows] = 9.0
         own.replace(reservation, 0)
     assert own.views([one], [(0, 2 * PAGE)])[1].gather()[0].eq(9.0).all()
+
+
+def test_blocks_are_copied_together_where_they_lie_together() -> None:
+    """Whole blocks behind each other are one copy; a part of a block is none with its neighbour."""
+
+    def copies(*blocks: tuple[Run, ...]) -> list[tuple[slice, slice, int]]:
+        own = Reservation(tuple(range(len(blocks))), blocks, 4, torch.zeros(len(blocks), 2), lambda _: None, 1)
+        return own.copies
+
+    whole, first, last = slice(0, 4), slice(0, 2), slice(2, 4)
+    assert copies(((0, 4),), ((4, 4),), ((9, 4),)) == [(slice(0, 2), whole, 0), (slice(2, 3), whole, 9)]
+    assert copies(((0, 4),), ((4, 2), (8, 2))) == [
+        (slice(0, 1), whole, 0),
+        (slice(1, 2), first, 4),
+        (slice(1, 2), last, 8),
+    ]
+    assert copies(((0, 2), (4, 2)), ((6, 4),)) == [
+        (slice(0, 1), first, 0),
+        (slice(0, 1), last, 4),
+        (slice(1, 2), whole, 6),
+    ]
 
 
 @pytest.mark.parametrize(
