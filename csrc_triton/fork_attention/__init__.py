@@ -7,9 +7,9 @@ from typing import Literal, overload
 from torch import Tensor
 
 from csrc_triton import runtime
+from csrc_triton._tables import CacheView
 from csrc_triton.fork_attention import checks, eager, naive, ops
 from csrc_triton.fork_attention.checks import Context, Index
-from csrc_triton.kv_cache import CacheView
 
 __all__ = ["HEAD_DIMS", "Context", "fork_attention", "naive"]
 
