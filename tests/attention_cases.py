@@ -20,6 +20,7 @@ NAMES = ("out", "lse", "dq", "dk", "dv")
 LOG_2 = 0.6931471805599453
 Segments = Sequence[Sequence[tuple[int, int]]]
 Context = CacheView | tuple[Tensor, Tensor] | None
+FEW_NUMBERS = 2048
 ONE: Segments = [[(3, 40)]]
 
 
@@ -99,8 +100,11 @@ def draw_case(draw: random.Random, device: torch.device, most: int, dtypes: Sequ
     index = [draw.randrange(contexts) for _ in range(branches)] if branches % contexts or draw.random() < 0.3 else None
     block = draw.choice([None, None, 1, draw.randint(1, most)])
     head_dim = draw.choice([8, 32, 64, 80, 96, 128, 160, 192, 256, 8 * draw.randint(1, 32)])
+    # the largest error of a few numbers of 16 bits says little of another implementation's
+    least = head_dim * kv_heads * min(length * group, own or length * group)
+    dtype = torch.float32 if least < FEW_NUMBERS and torch.float32 in dtypes else draw.choice(dtypes)
     return make(
-        device, branches, length, group * kv_heads, head_dim, draw.choice(dtypes), segments,
+        device, branches, length, group * kv_heads, head_dim, dtype, segments,
         own=own, kv_heads=kv_heads, index=index, causal_block=block,
     )  # fmt: skip
 
