@@ -1,1 +1,1 @@
-"""Adapters to other libraries, one file a library. Nothing else in csrc_triton imports them."""
+"""Adapters to models of others, one file a library or family. Nothing else in csrc_triton imports them."""

@@ -33,7 +33,8 @@ class Window:
         frames: latent frames attended to, those of the sink and of the chunk included.
         sink: of them the first ones of the video.
         relative: once frames lie between sink and window, the sink's keys are turned to the positions right before
-            the newest frames' (LongLive's infinite attention); False: positions stay absolute.
+            the newest frames' (LongLive's infinite attention); False: positions stay absolute. The turned keys are
+            given back at the end of the block: the backward pass must run inside it, or before rows are reserved again.
 
     Raises:
         ValueError: where there is no place for a frame besides the sink.
@@ -120,8 +121,8 @@ class Call:
 
     def check_batch(self, rows: int) -> None:
         if rows % self.batch or (self.commit and rows != self.batch):
-            accepted = f"a batch of {self.batch}, a row a branch" + ("" if self.commit else ", or a multiple of it")
-            raise ValueError(f"hidden_states: found a batch of {rows}; accepted: {accepted}")
+            accepted = f"{self.batch}, a row a branch" + ("" if self.commit else ", or a multiple of it")
+            raise ValueError(f"batch: found {rows} rows; accepted: {accepted}")
 
 
 class FrameCache:

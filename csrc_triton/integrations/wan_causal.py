@@ -67,8 +67,7 @@ class ForkedCausalWan:
         first, weight = self.layers[0], self.layers[0].q.weight
         if dtype is None:
             kind = weight.device.type
-            low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-            dtype = low if weight.is_floating_point() else torch.bfloat16
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         table = getattr(whole, "freqs", None)
         self._frames = FrameCache(
             len(self.layers), first.num_heads, first.head_dim, frame_tokens=frame_tokens, frames=frames,

@@ -187,9 +187,12 @@ def test_what_does_not_fit_is_named(transformer: WanTransformer3DModel) -> None:
     with pytest.raises(ValueError, match="outside of `chunk`"):
         call(transformer, last, text, NOISY)
     twice = last.expand(2, -1, -1, -1, -1), text.expand(2, -1, -1)
-    with pytest.raises(ValueError, match="a batch of 1, a row a branch$"), wan.chunk([branch], CHUNK, commit=True):
+    with (
+        pytest.raises(ValueError, match="found 2 rows; accepted: 1, a row a branch$"),
+        wan.chunk([branch], CHUNK, commit=True),
+    ):
         call(transformer, *twice, 0.0)
-    with pytest.raises(ValueError, match="batch of 1.*a batch of 2"), wan.chunk([branch] * 2, CHUNK):
+    with pytest.raises(ValueError, match="found 1 rows; accepted: 2,.* multiple"), wan.chunk([branch] * 2, CHUNK):
         call(transformer, last, text, NOISY)
     with pytest.raises(ValueError, match="2 frames of 4 tokens; accepted: 2 frames of 6"), wan.chunk([branch], CHUNK):
         call(transformer, last[..., :4], text, NOISY)
