@@ -114,7 +114,7 @@ def compiled_kernels(
 ) -> list[dict[str, Any]]:
     """`compile_ahead` of `module`.AHEAD_OF_TIME, in a process of its own; every chip could launch what it is for.
 
-    module: one, or several with commas between them. which: "all", or "one" for the first specialisation of each kernel.
+    module: one, or several joined by commas. which: "all", or "one" for the first specialisation of each kernel.
     triton: see `compiled_by`.
     """
     rows = compiled_by("kernel_checks.py", module, which, *map(str, targets), triton=triton)
