@@ -89,6 +89,11 @@ class CacheView:
         return [(self.k.index_select(0, rows)[None], self.v.index_select(0, rows)[None]) for rows in each]
 
     @property
+    def ragged(self) -> bool:
+        """Whether the batch rows have contexts of different lengths; synchronises as `gather`."""
+        return (self.segments or SegmentTable.read(self.table)).ragged
+
+    @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each batch row's context. Synchronises as `gather` does."""
         return (self.segments or SegmentTable.read(self.table)).lengths
@@ -297,6 +302,10 @@ class SegmentTable:
         self.table.copy_(staged(numbers, torch.int32, self.table.device).view(batch, slots, 2), non_blocking=True)
         self._set_lengths([sum(length for _, length in runs) for runs in segments])
         self.seen = Read((run for runs in segments for run in runs), self._handouts)
+
+    @property
+    def ragged(self) -> bool:
+        return self._ragged is not None
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """How a kernel is accepted: error bounds and ahead-of-time compilation.
 
-`python tests/kernel_checks.py MODULE all|one TARGET...` compiles the kernels that a module lists, all or the first
+`python tests/kernel_checks.py MODULE,... all|one TARGET...` compiles the kernels that modules list, all or the first
 specialisation of each, in a process where Triton's interpreter is off, and prints one JSON line a kernel.
 """
 
@@ -114,7 +114,8 @@ def compiled_kernels(
 ) -> list[dict[str, Any]]:
     """`compile_ahead` of `module`.AHEAD_OF_TIME, in a process of its own; every chip could launch what it is for.
 
-    which: "all", or "one" for the first specialisation of each kernel; triton: see `compiled_by`.
+    module: one, or several joined by commas. which: "all", or "one" for the first specialisation of each kernel.
+    triton: see `compiled_by`.
     """
     rows = compiled_by("kernel_checks.py", module, which, *map(str, targets), triton=triton)
     chips = [(row, chip) for row in rows for chip in (row["target"], *ALIKE.get(row["target"], ()))]
@@ -132,7 +133,7 @@ def assert_well_compiled(rows: Iterable[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent / "ops"))
-    listed = importlib.import_module(sys.argv[1]).AHEAD_OF_TIME
+    listed = [case for name in sys.argv[1].split(",") for case in importlib.import_module(name).AHEAD_OF_TIME]
     first = {id(case.kernel): case for case in reversed(listed)}
     cases = listed if sys.argv[2] == "all" else first.values()
     for row in compile_ahead(cases, [int(target) for target in sys.argv[3:]]):

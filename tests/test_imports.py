@@ -148,8 +148,8 @@ def test_every_folder_with_code_is_a_package_and_data_is_shipped() -> None:
     listed = subprocess.run(
         ["git", "ls-files", "tempact", "csrc_triton"], cwd=REPOSITORY, capture_output=True, text=True, check=False
     ).stdout.split()
-    for own in ("pyproject.toml", "LICENSE", "README.md"):  # csrc_triton is also a distribution of its own
-        listed.remove(f"csrc_triton/{own}")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):  # csrc_triton is also a distribution of its own
+        listed.remove(f"csrc_triton/{name}")
     for file in listed:
         folder = next((f for f in shipped if file.startswith(f"{f}/")), "")
         endings = (".py", "/py.typed", *shipped.get(folder, ()))

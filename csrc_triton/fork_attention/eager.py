@@ -35,11 +35,10 @@ def fork_attention(
     with _without_autocast(q.device):
         if not isinstance(context, CacheView):
             return _attend(q, k, v, context, index, *options)
-        lengths = context.lengths
-        # by pairs: torch.compile would take the numbers of a set as constants
-        if all(length == lengths[0] for length in lengths):
+        if not context.ragged:
             return _attend(q, k, v, context.gather(), index, *options)
-        pairs, share = context.gather_each(), len(q) // len(lengths)
+        pairs = context.gather_each()
+        share = len(q) // len(pairs)
         if index is not None:
             pairs, share = [pairs[i] for i in index.tolist()], 1
         rows = [slice(i * share, (i + 1) * share) for i in range(len(pairs))]
