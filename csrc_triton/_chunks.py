@@ -18,6 +18,9 @@ class _Cache(Protocol):
     @property
     def layers(self) -> int: ...
 
+    @property
+    def rows_total(self) -> int: ...
+
     def length(self, branch: int) -> int: ...
 
     def views(self, branches: Sequence[int], ranges: Sequence[tuple[int, int]]) -> LayerViews: ...
@@ -58,9 +61,8 @@ class Chunk:
         self._cache, self._commit = cache, commit
         self._lengths = [cache.length(branch) for branch in self.branches]
         ranges = [(0, self.start)] if attended is None else attended
-        ranges = [(start, stop) for start, stop in ranges if start != stop]
-        self.views: LayerViews | None = cache.views(self.branches, ranges) if ranges else None
-        self._contexts: list[CacheView] | list[None] = [None] * cache.layers if self.views is None else [*self.views]
+        self._ranges = [(start, stop) for start, stop in ranges if start != stop]
+        self._look()
         self._attended: set[int] = set()
         self._reservation: Reservation | None = None
         self._state = "not entered"
@@ -118,6 +120,11 @@ class Chunk:
             raise ValueError(f"layer: found {layer}, which is written; accepted with commit=True: each layer once")
         return self._cache.rows_of(self._reservation, layer)
 
+    def _look(self) -> None:
+        self.views: LayerViews | None = self._cache.views(self.branches, self._ranges) if self._ranges else None
+        none: list[None] = [None] * self._cache.layers
+        self._contexts: list[CacheView] | list[None] = none if self.views is None else [*self.views]
+
     def _check(self, layer: int) -> None:
         if self._state != "open":
             raise ValueError(f"chunk of branches {self.branches}: found it {self._state}; accepted: inside its block")
@@ -128,7 +135,10 @@ class Chunk:
         if self._state != "not entered":
             raise ValueError(f"chunk of branches {self.branches}: found it {self._state}; accepted: entered once")
         if self._commit:
+            rows = self._cache.rows_total
             self._reservation = self._cache.reserve(self.branches, self.tokens)
+            if self._cache.rows_total != rows:  # views of before would keep the old pools alive
+                self._look()
         self._state = "open"
         return self
 

@@ -93,11 +93,6 @@ class CacheView:
         """Whether the batch rows have contexts of different lengths; synchronises as `gather`."""
         return (self.segments or SegmentTable.read(self.table)).ragged
 
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens of each batch row's context. Synchronises as `gather` does."""
-        return (self.segments or SegmentTable.read(self.table)).lengths
-
     def check_held(self) -> None:
         """Raises ValueError where rows of the view were handed out for writing since it was made or updated."""
         if self.segments is not None and not torch.compiler.is_compiling():

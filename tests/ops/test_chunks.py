@@ -205,3 +205,15 @@ def test_a_chunk_says_what_it_does_not_accept(device: torch.device) -> None:
     assert cache.length(branch) == TOKENS
     with pytest.raises(ValueError, match="^branch 0: found twice"), cache.chunk([branch, branch], 1, commit=True):
         pass
+
+
+def test_a_chunk_that_makes_the_pools_grow_reads_the_new_ones(device: torch.device, backend: str) -> None:
+    cache, plain = made(device, rows=TOKENS), made(device)
+    for each in (cache, plain):
+        each.new_branch()
+    first, second = (drawn(device, 1, seed) for seed in (0, 1))
+    by_hand(plain, [0], first)
+    by_hand(cache, [0], first)
+    with cache.chunk([0], TOKENS, commit=True) as chunk:
+        assert chunk.views is not None and chunk.views.addresses == cache.addresses
+        assert equal([chunk.attend(layer, *each) for layer, each in enumerate(second)], by_hand(plain, [0], second))

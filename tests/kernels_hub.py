@@ -1,4 +1,4 @@
-"""csrc_triton as a source project of Hugging Face's kernel-builder: `python hub/assemble.py FOLDER`.
+"""csrc_triton as a source project of Hugging Face's kernel-builder: `python tests/kernels_hub.py FOLDER`.
 
 The hub loads a kernel from any folder, under any name, and several versions of it in one process. So the copy that this
 makes imports itself relatively and registers its ops in a namespace of its own, csrc_triton_ and a hash of the sources.
@@ -74,5 +74,5 @@ def assemble(folder: Path) -> str:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python hub/assemble.py FOLDER (a new one)")
+        sys.exit("usage: python tests/kernels_hub.py FOLDER (a new one)")
     sys.stdout.write(f"{assemble(Path(sys.argv[1]))}\n")
