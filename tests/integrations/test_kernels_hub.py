@@ -45,7 +45,7 @@ def assembled(source: Path, folder: Path) -> str:
 
 def test_two_versions_load_in_one_process_without_the_package(tmp_path: Path) -> None:
     changed = tmp_path / "changed"
-    (changed / "tests").mkdir()
+    (changed / "tests").mkdir(parents=True)
     shutil.copy(REPOSITORY / "tests/kernels_hub.py", changed / "tests")
     shutil.copytree(REPOSITORY / "csrc_triton", changed / "csrc_triton", ignore=shutil.ignore_patterns("__pycache__"))
     with open(changed / "csrc_triton/runtime.py", "a", encoding="utf-8") as file:
