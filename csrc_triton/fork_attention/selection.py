@@ -14,7 +14,8 @@ from csrc_triton.fork_attention.tiles import HOPPER, Call, describable
 
 log = logging.getLogger(__name__)
 
-TESTED_TRITON = ((3, 6), (3, 7), (3, 8), (3, 9))  # Gluon changes between minor versions
+# Gluon changes between minor versions. 3.9 compiles too, with an option of its assembler that no GPU has run yet
+TESTED_TRITON = ((3, 6), (3, 7), (3, 8))
 HEAD_DIMS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
 

@@ -48,9 +48,9 @@ def test_each_kernel_compiles_for_hopper_with_other_versions(folder: Path) -> No
     assert compiled_kernels(",".join(MODULES), [90], "one", folder)
 
 
-def test_the_versions_that_serve_on_hopper_are_those_that_are_compiled() -> None:
+def test_the_versions_that_serve_on_hopper_are_compiled() -> None:
     found = re.search(r'^tritons="(.*)"$', CI.read_text(), re.MULTILINE)
-    assert found is not None and tuple(map(minor, found[1].split())) == TESTED_TRITON
+    assert found is not None and set(map(minor, found[1].split())) == {*TESTED_TRITON, (3, 9)}
     assert minor(triton.__version__) in TESTED_TRITON
 
 
