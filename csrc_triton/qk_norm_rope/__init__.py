@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["qk_norm_rope", "rope_tables", "rope_tables_from_complex", "rotate"]
 
 Rope = tuple[Tensor, Tensor]
-MOST_HEAD_CHANNELS = 256  # of the kernel: a head lies within one chunk of a row
+HEAD_DIMS = tuple(2**power for power in range(1, 9))  # that the kernels serve: a head lies within one chunk of a row
 MOST_BATCH = 65_535  # its grid's second dimension
 
 
@@ -223,8 +223,8 @@ def _unfit(q: Tensor, weight_q: Tensor, weight_k: Tensor | None, write: CacheRow
         return "q has no elements"
     if q.shape[0] > MOST_BATCH:
         return f"more than {MOST_BATCH} batch rows"
-    if head_dim & (head_dim - 1) or not 2 <= head_dim <= MOST_HEAD_CHANNELS:
-        return f"heads of {head_dim} channels; accepted: a power of two in [2, {MOST_HEAD_CHANNELS}]"
+    if head_dim not in HEAD_DIMS:
+        return f"heads of {head_dim} channels; accepted: a power of two in [{HEAD_DIMS[0]}, {HEAD_DIMS[-1]}]"
     pools = {} if write is None else {"write.k": write.k, "write.v": write.v}
     for name, tensor in {"weight_q": weight_q, "weight_k": weight_k, **pools}.items():
         if tensor is not None and tensor.dtype not in runtime.DTYPES:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from csrc_triton.fork_attention import HEAD_DIMS
 from tempact.config import RunConfig
 from tempact.diagnostics import footprints as footprint
 from tempact.diagnostics.machine import why_not_writable
@@ -28,6 +27,7 @@ from tempact.diagnostics.memory import (
 )
 from tempact.diagnostics.sizes import INSTRUCTION_TOKENS, Decoder, planner_sizes, scorer_bytes, text_encoder_bytes
 from tempact.distributed.shards import check_processes
+from tempact.models.wan.transformer import kernels_serve
 from tempact.planner.decode import rows_of
 from tempact.policies import missing_planner
 from tempact.reporting import duration
@@ -80,7 +80,7 @@ def _shared(name: str, memory: int, ranks: int, *, on_gpu: bool = True) -> Budge
 def run_of(config: RunConfig, *, on_gpu: bool) -> Run:
     """A configuration with the sizes of its models."""
     told = world_of(config).sizes()
-    kernels = on_gpu and config.kernels != "torch" and told.transformer.head_dim in HEAD_DIMS
+    kernels = on_gpu and config.kernels != "torch" and kernels_serve(told.transformer.head_dim)
     sizes = footprint.Sizes(told.transformer, config.executor, told.latent, kernels)
     vae = None if _left_out(config) else told.vae
     decoder = None if vae is None else Decoder(sizes, vae, on_gpu=on_gpu)

@@ -21,12 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from csrc_triton import CacheRows, ForkableKVCache, LayerViews, fork_attention, runtime
-from csrc_triton.fork_attention import HEAD_DIMS
 from csrc_triton.kv_cache import Reservation
 from tempact.distributed.shards import sharded
 from tempact.distributed.watch import moved
 from tempact.executor.lora import LoraLinear
-from tempact.models.wan.transformer import ChunkAttention, TextKV, WanTransformer
+from tempact.models.wan.transformer import ChunkAttention, TextKV, WanTransformer, kernels_serve
 
 SLOTS = 4  # segment tables are widened to a multiple of it, so that their width seldom changes
 MOST_GRAPHS = 24  # each holds its inputs and outputs; the one used longest ago gives way
@@ -124,7 +123,7 @@ class CudaGraphRunner:
     def __init__(self, model: WanTransformer, parameters: Callable[[], Iterable[nn.Parameter]], *, graphs: bool = True):
         self.model, self.parameters = model, parameters
         # the torch path waits for the device, which a recording must not
-        served = model.config.head_dim in HEAD_DIMS and runtime.why_not_triton(model.device, model.dtype) is None
+        served = kernels_serve(model.config.head_dim) and runtime.why_not_triton(model.device, model.dtype) is None
         self.graphs = graphs and served and not sharded(model)
         self._graphs: dict[Hashable, _Graph] = {}
         self._calls = 0  # so far, of all shapes

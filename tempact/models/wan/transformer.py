@@ -28,6 +28,8 @@ from csrc_triton import (
     rope_tables,
     runtime,
 )
+from csrc_triton.fork_attention import HEAD_DIMS as ATTENTION_HEADS
+from csrc_triton.qk_norm_rope import HEAD_DIMS as ROPE_HEADS
 from tempact.models.wan.text_padding import padding_mask
 
 TIMESTEP_SCALE = 1000.0  # the time embedding sees 1000 * sigma
@@ -363,6 +365,11 @@ class WanTransformer(nn.Module):
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     known = torch.amp.is_autocast_available(device.type)  # the meta device knows no autocast
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
+def kernels_serve(head_dim: int) -> bool:
+    """Whether kernels serve all of a layer with heads of this size, so that nothing in it waits for the device."""
+    return head_dim in ATTENTION_HEADS and head_dim in ROPE_HEADS
 
 
 def timestep_waves(sigma: Tensor, count: int) -> Tensor:
