@@ -110,8 +110,13 @@ def flow_policy_loss_and_grad(
         terms = flow_policy_loss(leaf, v_old, v_ref, noise, advantage, clip=clip)
         return (loss_weight * terms.loss + kl_weight * terms.kl).sum(), terms
 
-    # torch.compile traces torch.func.grad, not torch.autograd.grad
-    gradient, terms = torch.func.grad(weighted, has_aux=True)(v.detach())
+    if torch.compiler.is_compiling():  # it traces torch.func.grad, which refuses hooks of saved tensors
+        gradient, terms = torch.func.grad(weighted, has_aux=True)(v.detach())
+    else:
+        with torch.enable_grad():
+            leaf = v.detach().requires_grad_()
+            total, terms = weighted(leaf)
+            (gradient,) = torch.autograd.grad(total, leaf)
     return FlowPolicyTerms(*(term.detach() for term in terms)), gradient.detach()
 
 
