@@ -90,25 +90,24 @@ class RowCounts(_RowNumbers):
         return [(row, stop - row) for row, stop in inner if row < stop]
 
     def place(self, length: int, near: int | None, page: int | None) -> tuple[Run, ...] | None:
-        """Free rows for a block of `length` tokens, in as few runs as there are; None where they do not fit.
+        """Free rows for a block of `length` tokens; None where they do not fit.
 
-        At best the rows from `near` on, else the shortest run that is long enough. Without pages there must be one.
-        With them the block may be scattered: what is left after `near` and the longest runs.
+        Without pages: the rows from `near` on if they are free, else the shortest run that is long enough. With pages:
+        the first free ones, in as many runs as that makes, so that no more rows are ever used than blocks have held at
+        once, and so that which rows a block gets (and with them the order of sums over its keys) follows from the
+        blocks held alone, whatever the size of the pools.
         """
-        free, found = self.pages(page or 1), list[Run]()
-        if page is not None and sum(rows for _, rows in free) < length:
-            return None
-        while length:
-            wanted = length
-            fits = [run for run in free if run[1] >= wanted]
-            following = [run for run in free if run[0] == near and (run in fits or not fits)]
-            if not fits and page is None:
-                return None
-            run = (following or sorted(fits, key=_length)[:1] or [max(free, key=_length)])[0]
-            found.append((run[0], min(length, run[1])))
-            free.remove(run)
+        if page is None:
+            fits = [run for run in self.free() if run[1] >= length]
+            following = [run for run in fits if run[0] == near]
+            return (((following or sorted(fits, key=_length))[0][0], length),) if fits else None
+        found = list[Run]()
+        for row, rows in self.pages(page):
+            found.append((row, min(length, rows)))
             length -= found[-1][1]
-        return tuple(found)
+            if not length:
+                return tuple(found)
+        return None
 
     def free_at_the_end(self) -> int:
         return self.total - self._starts[-1] if not self._numbers[-1] else 0

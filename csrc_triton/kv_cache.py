@@ -52,9 +52,10 @@ class _Branch(NamedTuple):
 class ForkableKVCache:
     """Pools of K/V rows for `layers` layers of `heads` x `head_dim`, and branches that share rows.
 
-    A block takes the rows after its branch's last row if they are free, else the shortest free run that is long enough.
-    Without pages that is all: a long block may not fit a nearly full pool whose free rows are scattered, and the pools
-    creep. With pages a block that fits no run takes free pages wherever they lie, so that no page is lost.
+    Without pages a block takes the rows after its branch's last row if they are free, else the shortest free run that
+    is long enough: a long block may not fit a nearly full pool whose free rows are scattered, and the pools creep. With
+    pages a block takes the first free pages, wherever they lie: no page is lost, and the rows of a block (with them the
+    order of sums over its keys) follow from the blocks that are held, whatever the size of the pools.
 
     Args:
         rows: initial rows of each pool.

@@ -36,7 +36,8 @@ class _Merged:
 
 
 class LoraLinear(Linear):
-    """PEFT's layer; on the torch path, and with anything but one plain adapter active, it computes as PEFT does."""
+    """PEFT's layer; on the torch path, with anything but one plain adapter active, and under an autocast to another
+    precision than that of the weights, it computes as PEFT does."""
 
     merging = False  # use the merged weights where they are those of the active adapter
     _merged: _Merged | None = None
@@ -74,7 +75,7 @@ class LoraLinear(Linear):
         (name,) = active
         base, a, b = self.get_base_layer(), self.lora_A[name], self.lora_B[name]
         plain = isinstance(self.lora_dropout[name], nn.Identity) and base.bias is not None
-        if not plain or a.bias is not None or b.bias is not None:
+        if not plain or a.bias is not None or b.bias is not None or _cast_otherwise(base.weight):
             return None
         return base.weight, base.bias, a.weight, b.weight, self.scaling[name]
 
@@ -128,6 +129,12 @@ def merged(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, merging in zip(layers, before, strict=True):
             layer.merging = merging
+
+
+def _cast_otherwise(weight: Tensor) -> bool:
+    """Whether autocast is on for another precision than that of the weights."""
+    kind = weight.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != weight.dtype
 
 
 def _rows(x: Tensor, weight: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -56,6 +57,17 @@ def test_fp32_adapters_on_a_bf16_base_are_as_good_as_peft() -> None:
     assert fused[0].dtype == torch.bfloat16 and [g.dtype for g in fused[1]] == [g.dtype for g in plain[1]]
     for ours, theirs, right in zip([fused[0], *fused[1]], [plain[0], *plain[1]], [exact[0], *exact[1]], strict=True):
         assert (ours - right).abs().max() <= 2 * (theirs - right).abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("merging", [False, True])
+def test_autocast_to_another_precision_computes_as_peft_does(merging: bool) -> None:
+    model, x = make_feed_forward(torch.float32), torch.randn(4, 32, 8, device=DEVICE)
+    found = []
+    for backend in ("torch", "triton"):
+        with runtime.backend(backend), torch.no_grad(), merged(model) if merging else nullcontext():
+            with torch.autocast(DEVICE.type, torch.bfloat16):
+                found.append(model(x))
+    assert found[0].dtype == torch.bfloat16 and torch.equal(*found)
 
 
 def kept_bytes(run: Callable[[], Tensor]) -> int:
