@@ -310,8 +310,17 @@ class CudaGraphRunner:
             except BaseException:
                 with suppress(RuntimeError):  # it says that the recording is broken, the first error says why
                     graph.capture_end()
+                self._record_nothing()
                 raise
             graph.capture_end()
+
+    def _record_nothing(self) -> None:
+        """A recording that ends well, after one that did not: until then torch's generator of random numbers on the
+        device counts as part of the broken one, and refuses every draw."""
+        number, graph = torch.zeros(1, device=self.model.device), torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+        number.add_(1)  # torch warns of an empty graph
+        graph.capture_end()
 
     def _recorded(self) -> int:
         return sum(graph.forward is not None for graph in self._graphs.values())

@@ -7,6 +7,7 @@ Graphs of one pool overwrite each other's tensors, as their memory is shared.
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -33,6 +34,7 @@ class CpuGraph(TorchDispatchMode):
     """As `torch.cuda.CUDAGraph`."""
 
     pools: ClassVar[dict[object, list[CpuGraph]]] = defaultdict(list)
+    drawing: ClassVar[bool] = True  # whether numbers can be drawn: not in a recording, nor after a broken one
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,11 +43,14 @@ class CpuGraph(TorchDispatchMode):
         self.read: set[int] = set()
 
     def capture_begin(self, pool: object, capture_error_mode: str) -> None:
-        self.pool = pool
+        self.pool, self.error, CpuGraph.drawing = pool, sys.exc_info()[1], False
         self.__enter__()
 
     def capture_end(self) -> None:
         self.__exit__(None, None, None)
+        if sys.exc_info()[1] is not self.error and self.operations:
+            raise RuntimeError("the recording is broken")
+        CpuGraph.drawing = True
         self.pools[self.pool].append(self)
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:

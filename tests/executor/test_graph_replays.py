@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from executor.cpu_graphs import cpu_graphs  # noqa: F401
+from executor.cpu_graphs import CpuGraph, cpu_graphs  # noqa: F401
 from executor.test_cuda_graphs import CONFIG, DEVICE, make_executor
 from torch import Tensor
 
@@ -174,7 +174,8 @@ def test_a_recording_that_fails_leaves_plain_calls(
                 calls.policy(calls.runner, x)
     for _ in range(3):
         assert torch.equal(calls.policy(calls.runner, x), expected)
-    assert calls.recorded() == 0
+    assert calls.recorded() == 0 and CpuGraph.drawing
+    draw()  # on the device
     said = [record.getMessage() for record in caplog.records]
     assert said == (
         ["no CUDA graph for a shape of call, which runs without one: no kernel"] * isinstance(error, Exception)
