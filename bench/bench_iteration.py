@@ -222,7 +222,7 @@ def about(work: Work, run: Path) -> dict[str, Any]:
     """What was run, on what; run: its folder."""
     session = read_environment(run)[-1]
     return {
-        "command": f"PYTHONPATH=tests python -m bench.bench_iteration {' '.join(sys.argv[1:])}".rstrip(),
+        "command": f"PYTHONPATH=tests {report.command('bench.bench_iteration')}",
         "commit": report.commit(),
         "device": "cpu" if work.tiny else ", ".join(session.gpus),
         "hardware": f"{session.cpu} ({session.cores} cores), {session.memory_gib:.0f} GiB memory",

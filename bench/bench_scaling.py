@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         counts.append(own)
         print(told(own), flush=True)
         if given.save:
-            command = f"PYTHONPATH=tests python -m bench.bench_scaling {' '.join(sys.argv[1:])}".rstrip()
+            command = f"PYTHONPATH=tests {report.command('bench.bench_scaling')}"
             results = {"command": command, "commit": report.commit(), "weak": given.weak, "counts": counts}
             write_atomic(given.save, json.dumps(results, indent=1) + "\n")
     return 0

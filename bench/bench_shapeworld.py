@@ -161,9 +161,9 @@ def results(given: argparse.Namespace, jobs: Sequence[Job]) -> dict[str, Any]:
     found = [read_environment(job.folder)[-1] for job in jobs if job.after is None and job.code == 0]
     session = found[0] if found else None
     return {
-        "command": f"python -m bench.bench_shapeworld {' '.join(sys.argv[1:])}".rstrip(),
+        "command": report.command("bench.bench_shapeworld"),
         "commit": report.commit(),
-        "gpus": session.gpus if session else [],
+        "gpus": session.gpus * len(devices()) if session else [],  # a run sees its own
         "hardware": f"{session.cpu} ({session.cores} cores), {session.memory_gib:.0f} GiB memory" if session else "",
         "together_on_a_gpu": given.together,
         "versions": session.versions if session else {},

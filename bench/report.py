@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -83,6 +84,16 @@ def _number(value: float | None, form: str) -> str:
 def slug(name: str) -> str:
     """A file name of a device's name: "NVIDIA H200" -> "nvidia-h200"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def command(module: str, arguments: Sequence[str] | None = None) -> str:
+    """`python -m MODULE ...` as given, the ends of paths alone where these lead out of the repository."""
+    words = []
+    for word in sys.argv[1:] if arguments is None else arguments:
+        path = Path(word)
+        inside = not path.is_absolute() and ".." not in path.parts
+        words.append(word if inside else path.name)
+    return " ".join(["python", "-m", module, *words])
 
 
 def commit() -> str:

@@ -158,3 +158,9 @@ def test_compare_takes_a_threshold(tmp_path: Path) -> None:
     report.save(paths[0], [row()], {})
     report.save(paths[1], [row(ms=2.2)], {})
     assert compare.main([*map(str, paths), "--threshold", "10"]) == 0
+
+
+def test_a_command_names_no_place_of_the_machine() -> None:
+    given = ["runs/here", "/tmp/there/folder", "../swruns", "--save", "/out/file.json", "--trainer.iterations", "3"]
+    expected = "python -m bench.x runs/here folder swruns --save file.json --trainer.iterations 3"
+    assert report.command("bench.x", given) == expected
