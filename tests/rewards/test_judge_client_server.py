@@ -27,8 +27,8 @@ pytestmark = [
 ANSWER = '{"score": 0.75}'
 
 
-def client(port: int, model: Path, **limits) -> JudgeClient:
-    endpoint = EndpointConfig(f"http://127.0.0.1:{port}/v1", str(model), KEY, concurrency=4)
+def client(port: int, model: Path, concurrency: int = 4, **limits) -> JudgeClient:
+    endpoint = EndpointConfig(f"http://127.0.0.1:{port}/v1", str(model), KEY, concurrency)
     settings = {"deadline_s": 60.0, "attempt_s": 30.0, "outage_s": 120.0, "max_tokens": 40, "backoff_s": 0.05} | limits
     return JudgeClient(JudgeConfig({ROLE: (endpoint,)}, **settings))
 

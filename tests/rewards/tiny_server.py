@@ -1,11 +1,13 @@
-"""`transformers serve` in a process of its own, with a tiny Qwen3 or Qwen3-VL made on the spot.
+"""`transformers serve` or `vllm serve` in a process of its own, with a tiny Qwen3 or Qwen3-VL made on the spot.
 
 The models have random weights and say what no judge would; Qwen3 can learn an answer by heart, in a second.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -29,6 +31,11 @@ from transformers import (
 )
 
 START_S = 120.0
+VLLM = "TEMPACT_VLLM"  # names an executable: vLLM is in an environment of its own
+# small enough for a CPU, on which vLLM knows heads of 32 or more; settings of the server's process alone
+VLLM_FLAGS = ("--dtype", "float32", "--max-model-len", "4096", "--max-num-seqs", "64", "--enforce-eager",
+              "--generation-config", "vllm")  # fmt: skip
+VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
            "<|video_pad|>"]  # fmt: skip
 TEMPLATE = (
@@ -90,9 +97,7 @@ def make_text_model(folder: Path, answer: str = "") -> None:
 
 
 def make_video_model(folder: Path) -> None:
-    """Qwen3-VL, two layers of width 32, and a vision tower of two. Its processor needs torchvision."""
-    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
-
+    """Qwen3-VL, two layers of width 32, and a vision tower of two. Who loads its processor needs torchvision."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
@@ -108,9 +113,13 @@ def make_video_model(folder: Path) -> None:
     Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **ids)).save_pretrained(
         folder
     )
-    size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
-    images = Qwen2VLImageProcessor(patch_size=16, merge_size=2, temporal_patch_size=2, size=size)
-    Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(), chat_template=TEMPLATE).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    patches = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2, "processor_class": "Qwen3VLProcessor"}
+    image = {"image_processor_type": "Qwen2VLImageProcessorFast"}
+    image |= patches | {"size": {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}}
+    video = {"video_processor_type": "Qwen3VLVideoProcessor"} | patches
+    (folder / "preprocessor_config.json").write_text(json.dumps(image))
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
 
 
 @contextmanager
@@ -119,15 +128,31 @@ def serving(folder: Path, port: int = 0) -> Iterator[int]:
     port = port or _free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--port", str(port),
                "--host", "127.0.0.1", "--device", "cpu"]  # fmt: skip
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    log = folder.parent / f"{folder.name}.log"
+    with _running(command, port, folder.parent / f"{folder.name}.log", {}):
+        yield port
+
+
+@contextmanager
+def serving_vllm(folder: Path, *flags: str, port: int = 0) -> Iterator[int]:
+    """Likewise of vLLM's server, the executable that the variable VLLM names, on the CPU."""
+    port = port or _free_port()
+    command = [os.environ[VLLM], "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), *VLLM_FLAGS, *flags]
+    path = f"{Path(os.environ[VLLM]).parent}{os.pathsep}{os.environ['PATH']}"  # it calls tools of its environment
+    with _running(command, port, folder.parent / f"{folder.name}.log", VLLM_ENVIRONMENT | {"PATH": path}):
+        yield port
+
+
+@contextmanager
+def _running(command: list[str], port: int, log: Path, own: dict[str, str]) -> Iterator[None]:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | own
+    environment.pop("PYTHONPATH", None)  # of the tests' environment
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
         try:
             _wait(port, process, log)
-            yield port
+            yield
         finally:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
             process.wait()
 
 
