@@ -28,9 +28,7 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.skipif(not os.environ.get(VLLM), reason=f"needs {VLLM}=/path/to/vllm, of vLLM for the CPU"),
 ]
-# a random model goes on with white space where the grammar lets it
-COMPACT = ("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}')
-IMAGES = ("--limit-mm-per-prompt", '{"image": 10, "video": 0}')
+TEXT, VIDEO = "Qwen/Qwen3-8B", "Qwen/Qwen3-VL-8B-Instruct"  # commands of docs/judges.md
 
 
 def picture(number: int) -> bytes:
@@ -49,7 +47,7 @@ def video_calls(count: int) -> list[JudgeCall]:
 def video_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
     folder = tmp_path_factory.mktemp("vllm") / "video"
     make_video_model(folder)
-    with serving_vllm(folder, *IMAGES, *COMPACT) as port:
+    with serving_vllm(folder, VIDEO) as port:
         yield port, folder
 
 
@@ -94,17 +92,17 @@ def test_a_model_of_text_refuses_pictures_and_keeps_its_schema_and_comes_back_af
 ) -> None:
     model = tmp_path / "text"
     make_text_model(model, '{"score": 0.75}')
-    with serving_vllm(model, *COMPACT) as port:
+    with serving_vllm(model, TEXT) as port:
         with client(port, model) as judge:
             refused = judge.submit(video_calls(1))[0].result(60)
             assert isinstance(refused, Missing) and "multimodal" in refused.reason
             assert judge.submit([call(0)])[0].result(60) == Score(score=0.75)
     assert "does not take" not in caplog.text
     with client(port, model) as judge:
-        with serving_vllm(model, *COMPACT, port=port):
+        with serving_vllm(model, TEXT, port):
             futures = judge.submit([call(n) for n in range(600)])
             futures[5].result(120)
         assert not all(future.done() for future in futures)
-        with serving_vllm(model, *COMPACT, port=port):
+        with serving_vllm(model, TEXT, port):
             results = [future.result(120) for future in futures]
     assert results == [Score(score=0.75)] * 600

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -32,9 +33,8 @@ from transformers import (
 
 START_S = 120.0
 VLLM = "TEMPACT_VLLM"  # names an executable: vLLM is in an environment of its own
-# small enough for a CPU, on which vLLM knows heads of 32 or more; settings of the server's process alone
-VLLM_FLAGS = ("--dtype", "float32", "--max-model-len", "4096", "--max-num-seqs", "64", "--enforce-eager",
-              "--generation-config", "vllm")  # fmt: skip
+DOCUMENTED = Path(__file__).parents[2] / "docs" / "judges.md"
+# small enough for a CPU, on which vLLM's attention knows heads of 32 or more
 VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
            "<|video_pad|>"]  # fmt: skip
@@ -62,7 +62,7 @@ def make_tokenizer(raw: Tokenizer | None = None) -> PreTrainedTokenizerFast:
 def _sizes(tokens: int) -> dict[str, int]:
     return {
         "vocab_size": tokens, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 4096,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 8192,
     }  # fmt: skip
 
 
@@ -132,11 +132,20 @@ def serving(folder: Path, port: int = 0) -> Iterator[int]:
         yield port
 
 
+def documented_flags(model: str) -> list[str]:
+    """Flags of the command in docs/judges.md that serves a model, without its port."""
+    text = DOCUMENTED.read_text(encoding="utf-8").replace("\\\n", " ")
+    (line,) = [line for line in text.splitlines() if f"vllm serve {model} " in line]
+    words = shlex.split(line.partition(model)[2])
+    at = words.index("--port")
+    return words[:at] + words[at + 2 :]
+
+
 @contextmanager
-def serving_vllm(folder: Path, *flags: str, port: int = 0) -> Iterator[int]:
-    """Likewise of vLLM's server, the executable that the variable VLLM names, on the CPU."""
+def serving_vllm(folder: Path, model: str, port: int = 0) -> Iterator[int]:
+    """Likewise of vLLM's server (the executable that the variable VLLM names), started as documented for `model`."""
     port = port or _free_port()
-    command = [os.environ[VLLM], "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), *VLLM_FLAGS, *flags]
+    command = [os.environ[VLLM], "serve", str(folder), "--port", str(port), "--enforce-eager", *documented_flags(model)]
     path = f"{Path(os.environ[VLLM]).parent}{os.pathsep}{os.environ['PATH']}"  # it calls tools of its environment
     with _running(command, port, folder.parent / f"{folder.name}.log", VLLM_ENVIRONMENT | {"PATH": path}):
         yield port

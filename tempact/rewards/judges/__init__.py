@@ -115,7 +115,7 @@ class JudgeStats:
 
     def count(self, role: str, *names: str) -> None:
         """One more of each name: calls (that have ended), missing, cache_hits, retries, requests (paid for)."""
-        self.add(role, dict.fromkeys(names, 1))
+        self.add(role, Counter(names))
 
     def add(self, role: str, amounts: Mapping[str, int]) -> None:
         """Adds amounts by name: those of `count`, and TOKENS."""
