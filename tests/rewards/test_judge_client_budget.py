@@ -93,12 +93,13 @@ def test_the_limit_ends_the_calls_in_one_line_and_what_was_asked_is_kept(tmp_pat
             futures = client.submit([call(n) for n in range(20)])
             errors = [future.exception(10) for future in futures]
             assert [isinstance(error, JudgeBudget) for error in errors] == [False] * 7 + [True] * 13
-            said = f"7 requests ({ROLE} 7; "
-            assert said in str(errors[-1]) and "a --judges.max_calls above 7" in str(errors[-1])
+            said = f"judges: 7 requests are spent ({ROLE} 7; "
+            assert said in str(errors[-1]) and "judges.max_calls is 7; one above 7" in str(errors[-1])
             assert "\n" not in str(errors[-1])
         assert len(server.requests) == 7
-        with client_of([server.address], max_calls=7, **limits) as client:
-            with pytest.raises(JudgeBudget, match=re.escape("700 prompt and 210 completion tokens")):
+        with client_of([server.address], max_calls=3, **limits) as client:
+            told = "700 prompt and 210 completion tokens), judges.max_calls is 3; one above 7"
+            with pytest.raises(JudgeBudget, match=re.escape(told)):
                 client.submit([call(1)])
         assert len(server.requests) == 7
         with client_of([server.address], max_calls=10, **limits) as client:  # goes on from where the run is

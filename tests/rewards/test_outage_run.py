@@ -175,8 +175,8 @@ def test_a_run_whose_requests_are_spent_saves_and_stops(tmp_path: Path, monkeypa
         saved = latest(tmp_path / "run")
         assert 1 <= done < ITERATIONS and saved is not None and saved.state["done"] == done and requests() == 20
         (line,) = errors()
-        assert "judges: 20 requests (plan_quality " in line and f"saved after iteration {done}" in line
-        assert "a --judges.max_calls above 20, or 0, lets it go on" in line
+        assert "judges: 20 requests are spent (plan_quality " in line and f"saved after iteration {done}" in line
+        assert "judges.max_calls is 20; one above 20, or 0 for no limit, lets the run go on" in line
         with monkeypatch.context() as unloaded:
             unloaded.setattr(run_module, "build_policies", lambda *given: pytest.fail("weights were loaded"))
             assert train.main(command(tmp_path, **{limit: 20})) == EXIT_ABORTED

@@ -125,7 +125,7 @@ def make_video_model(folder: Path) -> None:
 @contextmanager
 def serving(folder: Path, port: int = 0) -> Iterator[int]:
     """The port of a server that has loaded the model of `folder`."""
-    port = port or _free_port()
+    port = port or free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--port", str(port),
                "--host", "127.0.0.1", "--device", "cpu"]  # fmt: skip
     with _running(command, port, folder.parent / f"{folder.name}.log", {}):
@@ -144,7 +144,7 @@ def documented_flags(model: str) -> list[str]:
 @contextmanager
 def serving_vllm(folder: Path, model: str, port: int = 0) -> Iterator[int]:
     """Likewise of vLLM's server (the executable that the variable VLLM names), started as documented for `model`."""
-    port = port or _free_port()
+    port = port or free_port()
     command = [os.environ[VLLM], "serve", str(folder), "--port", str(port), "--enforce-eager", *documented_flags(model)]
     path = f"{Path(os.environ[VLLM]).parent}{os.pathsep}{os.environ['PATH']}"  # it calls tools of its environment
     with _running(command, port, folder.parent / f"{folder.name}.log", VLLM_ENVIRONMENT | {"PATH": path}):
@@ -177,7 +177,7 @@ def _wait(port: int, process: subprocess.Popen, log: Path) -> None:
     raise AssertionError(f"no server within {START_S} s: {log.read_text()[-3000:]}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

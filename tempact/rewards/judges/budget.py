@@ -93,8 +93,10 @@ class Ledger:
         total = {name: sum(each[name] for each in spent.values()) for name in COUNTED}
         roles = ", ".join(f"{role} {each['requests']:,}" for role, each in sorted(spent.items()))
         tokens = f"{total['prompt_tokens']:,} prompt and {total['completion_tokens']:,} completion tokens"
-        told = f"judges: {total['requests']:,} requests ({roles}; {tokens}) are the run's judges.max_calls"
-        return f"{told}; a --judges.max_calls above {self.limit:,}, or 0, lets it go on"
+        told = (
+            f"judges: {total['requests']:,} requests are spent ({roles}; {tokens}), judges.max_calls is {self.limit:,}"
+        )
+        return f"{told}; one above {total['requests']:,}, or 0 for no limit, lets the run go on"
 
     def _report(self, error: Exception) -> None:
         if not self._reported:
