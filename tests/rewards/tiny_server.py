@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -147,21 +147,22 @@ def serving_vllm(folder: Path, model: str, port: int = 0) -> Iterator[int]:
     port = port or free_port()
     command = [os.environ[VLLM], "serve", str(folder), "--port", str(port), "--enforce-eager", *documented_flags(model)]
     path = f"{Path(os.environ[VLLM]).parent}{os.pathsep}{os.environ['PATH']}"  # it calls tools of its environment
-    with _running(command, port, folder.parent / f"{folder.name}.log", VLLM_ENVIRONMENT | {"PATH": path}):
+    own = VLLM_ENVIRONMENT | {"PATH": path, "PYTHONPATH": ""}  # which is of this environment
+    with _running(command, port, folder.parent / f"{folder.name}.log", own):
         yield port
 
 
 @contextmanager
 def _running(command: list[str], port: int, log: Path, own: dict[str, str]) -> Iterator[None]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | own
-    environment.pop("PYTHONPATH", None)  # of the tests' environment
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
         try:
             _wait(port, process, log)
             yield
         finally:
-            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+            with suppress(ProcessLookupError):  # it may have ended by itself
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
             process.wait()
 
 
