@@ -278,6 +278,7 @@ class JudgeSettings:
     attempt_s: float = key(60.0, RUN, "seconds for one request", POSITIVE)
     attempts: int = key(4, RUN, "requests of a call", COUNT)
     outage_s: float = key(300.0, RUN, "silence of all servers of a role after which a run stops, seconds", OUTAGE)
+    max_calls: int = key(0, RUN, "requests to judges after which a run stops, resumed or not; 0: any", NOT_NEGATIVE)
     max_tokens: int = key(2048, RUN, "length of a reply, thinking included", COUNT)
     max_tokens_name: str = key("max_tokens", RUN, "its field in a request; nothing: left out", REQUEST_FIELD)
     temperature: float = key(0.0, TRAINING, "of a judge's replies", NOT_NEGATIVE)

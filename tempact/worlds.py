@@ -153,12 +153,14 @@ class World:
         weights.
         """
         from tempact.rewards import load_rewards
+        from tempact.rewards.judges.budget import LEDGER
         from tempact.rewards.judges.client import JudgeClient
         from tempact.rewards.judges.config import JudgeConfig
         from tempact.rewards.pickscore import PickScorer, real_rewards
 
         settings, custom = self.config.judges, load_rewards(self.config.rewards.custom)
-        judges = JudgeClient(JudgeConfig.from_environment(settings=settings).divided(processes))
+        ledger = Path(self.config.output) / LEDGER
+        judges = JudgeClient(JudgeConfig.from_environment(settings=settings, ledger=ledger).divided(processes))
         try:
             return real_rewards(judges, PickScorer.load(settings, device), settings).extended(custom)
         except UserError:
@@ -282,10 +284,12 @@ class ShapeWorld(World):
         rewards, settings, custom = shapeworld_rewards(), self.config.judges, load_rewards(self.config.rewards.custom)
         if settings.shapeworld:
             from tempact.rewards.judged import judged_rewards
+            from tempact.rewards.judges.budget import LEDGER
             from tempact.rewards.judges.client import JudgeClient
             from tempact.rewards.judges.config import JudgeConfig
 
-            judges = JudgeClient(JudgeConfig.from_environment(settings=settings).divided(processes))
+            ledger = Path(self.config.output) / LEDGER
+            judges = JudgeClient(JudgeConfig.from_environment(settings=settings, ledger=ledger).divided(processes))
             rewards = judged_rewards(judges, rewards.aesthetics, settings)
         return rewards.extended(custom)
 

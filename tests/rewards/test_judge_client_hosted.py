@@ -122,6 +122,24 @@ def test_a_call_that_is_too_long_changes_nothing_for_the_others() -> None:
         }
 
 
+def test_a_refusal_that_names_nothing_is_blamed_on_the_schema_only_where_leaving_it_out_helps(caplog) -> None:
+    """vLLM refuses pictures for a model of text in words that name no field: the schema stays for other calls."""
+    with Picky({"messages": "the model is not a multimodal model"}) as server:
+        with client_of([server.address]) as client:
+            result = asked(client, 1)[0]
+            assert isinstance(result, Missing) and "multimodal" in result.reason and "HTTP 400" in result.reason
+            assert ["response_format" in sent for sent in server.fields()] == [True, False]
+            assert "does not take" not in caplog.text
+            server.refusals.clear()
+            assert is_right(asked(client, 2)[0], 2) and "response_format" in server.fields()[-1]
+            server.refusals["messages"] = "the model is not a multimodal model"
+            asked(client, 3)
+            assert "response_format" in server.fields()[-1] and len(server.requests) == 4  # it does take schemas
+    with Picky({"response_format": "Bad Request"}) as server, client_of([server.address]) as client:
+        assert is_right(asked(client, 1)[0], 1) and is_right(asked(client, 2)[0], 2) and len(server.requests) == 3
+    assert caplog.text.count("does not take response_format") == 1
+
+
 @pytest.mark.parametrize(
     ("told", "refused"),
     [
@@ -133,7 +151,7 @@ def test_a_call_that_is_too_long_changes_nothing_for_the_others() -> None:
     ],
 )
 def test_a_context_that_is_no_length_hides_no_refused_field(told: str, refused: set[str]) -> None:
-    assert refused_fields({"max_tokens", "response_format"}, told, True) == refused
+    assert refused_fields({"max_tokens", "response_format"}, told) == refused
 
 
 def test_a_400_that_names_no_field_at_a_server_that_has_answered_is_of_the_call() -> None:

@@ -133,6 +133,11 @@ def test_a_reply_that_was_cut_off_or_a_routers_error_says_so() -> None:
     cut = {"finish_reason": "length", "message": {"content": None, "reasoning": "I think"}}
     with pytest.raises(BadReply, match="a larger judges.max_tokens"):
         read_completion(json.dumps({"choices": [cut]}).encode(), Score)
+    half = {"finish_reason": "length", "message": {"content": '{"score": 0.5, "reason": "it'}}
+    with pytest.raises(BadReply, match="cut off .* accepted: a larger judges.max_tokens"):
+        read_completion(json.dumps({"choices": [half]}).encode(), Score)
+    whole = {"finish_reason": "length", "message": {"content": GOOD}}
+    assert read_completion(json.dumps({"choices": [whole]}).encode(), Score) == Score(score=0.25, reason="x")
     for code, status in ((429, 429), ("429", 0), (True, 0), (12, 0)):
         with pytest.raises(BadBody, match="too fast") as error:
             read_completion(json.dumps({"error": {"code": code, "message": "too fast"}}).encode(), Score)

@@ -27,8 +27,8 @@ pytestmark = [
 ANSWER = '{"score": 0.75}'
 
 
-def client(port: int, model: Path, **limits) -> JudgeClient:
-    endpoint = EndpointConfig(f"http://127.0.0.1:{port}/v1", str(model), KEY, concurrency=4)
+def client(port: int, model: Path, concurrency: int = 4, **limits) -> JudgeClient:
+    endpoint = EndpointConfig(f"http://127.0.0.1:{port}/v1", str(model), KEY, concurrency)
     settings = {"deadline_s": 60.0, "attempt_s": 30.0, "outage_s": 120.0, "max_tokens": 40, "backoff_s": 0.05} | limits
     return JudgeClient(JudgeConfig({ROLE: (endpoint,)}, **settings))
 
@@ -46,14 +46,17 @@ def test_a_random_model_says_nothing_usable(tmp_path: Path) -> None:
     assert all(isinstance(result, Missing) and "2 attempts" in result.reason for result in results)
 
 
-def test_a_model_that_knows_the_answer(tmp_path: Path) -> None:
+def test_a_model_that_knows_the_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Alone; behind faults in 30% of the requests; and with the server killed and started again on the way."""
     model = tmp_path / "text"
     make_text_model(model, ANSWER)
     with serving(model) as port:
         with client(port, model) as judge:
             results = [future.result(60) for future in judge.submit([call(n) for n in range(20)])]
+            stats = judge.stats()
         assert results == [Score(score=0.75)] * 20
+        assert stats[f"judge/{ROLE}/requests"] == 20 and "does not take" not in caplog.text  # it leaves schemas alone
+        assert min(stats[f"judge/{ROLE}/{name}"] for name in ("prompt_tokens", "completion_tokens")) >= 20
         with running(Behaviour(share=0.3, upstream=port, retry_after="0.1", seed=2)) as proxy:
             with client(proxy.proxy.port, model, attempt_s=3.0) as judge:
                 results = [future.result(120) for future in judge.submit([call(n) for n in range(100)])]

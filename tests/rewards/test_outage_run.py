@@ -25,6 +25,7 @@ from tempact.errors import EXIT_USER_ERROR
 from tempact.presets import get_preset
 from tempact.reporting import read_metrics
 from tempact.rewards.judges import client as judge_client
+from tempact.rewards.judges.budget import LEDGER
 from tempact.runs import run as run_module
 from tempact.runs.checkpoint import defect, latest
 from tempact.worlds import world_of
@@ -153,6 +154,37 @@ def test_an_outage_past_the_limit_saves_and_stops(tmp_path: Path, monkeypatch, c
         assert train.main([*command(tmp_path), "--resume", "auto"]) == 0
     check_whole(tmp_path)
     check_no_key(tmp_path, shown)
+
+
+@pytest.mark.usefixtures("unevaluated")
+def test_a_run_whose_requests_are_spent_saves_and_stops(tmp_path: Path, monkeypatch, capfd) -> None:
+    """Exit code 3 and one line; the same limit stops it again before weights load. Without one the run ends."""
+    ledger, limit = tmp_path / "run" / LEDGER, "judges.max_calls"
+
+    def requests() -> int:
+        return sum(each["requests"] for each in json.loads(ledger.read_text()).values())
+
+    def errors() -> list[str]:
+        return [line for line in capfd.readouterr().err.splitlines() if "ERROR" in line]
+
+    with judge() as server:
+        for name, value in environment(server).items():
+            monkeypatch.setenv(name, value)
+        assert train.main(command(tmp_path, **{limit: 20})) == EXIT_ABORTED
+        done = len(rows(tmp_path))
+        saved = latest(tmp_path / "run")
+        assert 1 <= done < ITERATIONS and saved is not None and saved.state["done"] == done and requests() == 20
+        (line,) = errors()
+        assert "judges: 20 requests are spent (plan_quality " in line and f"saved after iteration {done}" in line
+        assert "judges.max_calls is 20; one above 20, or 0 for no limit, lets the run go on" in line
+        with monkeypatch.context() as unloaded:
+            unloaded.setattr(run_module, "build_policies", lambda *given: pytest.fail("weights were loaded"))
+            assert train.main(command(tmp_path, **{limit: 20})) == EXIT_ABORTED
+        assert ["20 requests" in line for line in errors()] == [True] and requests() == 20
+        assert train.main(command(tmp_path)) == 0
+    check_whole(tmp_path)
+    paid = sum(row.get(f"judge/{role}/requests", 0) for row in rows(tmp_path) for role in ROLES)
+    assert 0 < paid <= requests() - len(ROLES)  # the example is of no iteration
 
 
 @pytest.mark.usefixtures("unevaluated")

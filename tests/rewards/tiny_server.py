@@ -1,11 +1,14 @@
-"""`transformers serve` in a process of its own, with a tiny Qwen3 or Qwen3-VL made on the spot.
+"""`transformers serve` or `vllm serve` in a process of its own, with a tiny Qwen3 or Qwen3-VL made on the spot.
 
 The models have random weights and say what no judge would; Qwen3 can learn an answer by heart, in a second.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -29,6 +32,10 @@ from transformers import (
 )
 
 START_S = 120.0
+VLLM = "TEMPACT_VLLM"  # names an executable: vLLM is in an environment of its own
+DOCUMENTED = Path(__file__).parents[2] / "docs" / "judges.md"
+# small enough for a CPU, on which vLLM's attention knows heads of 32 or more
+VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
            "<|video_pad|>"]  # fmt: skip
 TEMPLATE = (
@@ -55,7 +62,7 @@ def make_tokenizer(raw: Tokenizer | None = None) -> PreTrainedTokenizerFast:
 def _sizes(tokens: int) -> dict[str, int]:
     return {
         "vocab_size": tokens, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 4096,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 8192,
     }  # fmt: skip
 
 
@@ -90,15 +97,13 @@ def make_text_model(folder: Path, answer: str = "") -> None:
 
 
 def make_video_model(folder: Path) -> None:
-    """Qwen3-VL, two layers of width 32, and a vision tower of two. Its processor needs torchvision."""
-    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
-
+    """Qwen3-VL, two layers of width 32, and a vision tower of two. Who loads its processor needs torchvision."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
              "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}  # fmt: skip
     text = _sizes(len(tokenizer)) | {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]}
     }
     vision = {
         "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 16,
@@ -108,26 +113,56 @@ def make_video_model(folder: Path) -> None:
     Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **ids)).save_pretrained(
         folder
     )
-    size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
-    images = Qwen2VLImageProcessor(patch_size=16, merge_size=2, temporal_patch_size=2, size=size)
-    Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(), chat_template=TEMPLATE).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    patches = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2, "processor_class": "Qwen3VLProcessor"}
+    image = {"image_processor_type": "Qwen2VLImageProcessorFast"}
+    image |= patches | {"size": {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}}
+    video = {"video_processor_type": "Qwen3VLVideoProcessor"} | patches
+    (folder / "preprocessor_config.json").write_text(json.dumps(image))
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
 
 
 @contextmanager
 def serving(folder: Path, port: int = 0) -> Iterator[int]:
     """The port of a server that has loaded the model of `folder`."""
-    port = port or _free_port()
+    port = port or free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--port", str(port),
                "--host", "127.0.0.1", "--device", "cpu"]  # fmt: skip
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    log = folder.parent / f"{folder.name}.log"
+    with _running(command, port, folder.parent / f"{folder.name}.log", {}):
+        yield port
+
+
+def documented_flags(model: str) -> list[str]:
+    """Flags of the command in docs/judges.md that serves a model, without its port."""
+    text = DOCUMENTED.read_text(encoding="utf-8").replace("\\\n", " ")
+    (line,) = [line for line in text.splitlines() if f"vllm serve {model} " in line]
+    words = shlex.split(line.partition(model)[2])
+    at = words.index("--port")
+    return words[:at] + words[at + 2 :]
+
+
+@contextmanager
+def serving_vllm(folder: Path, model: str, port: int = 0) -> Iterator[int]:
+    """Likewise of vLLM's server (the executable that the variable VLLM names), started as documented for `model`."""
+    port = port or free_port()
+    command = [os.environ[VLLM], "serve", str(folder), "--port", str(port), "--enforce-eager", *documented_flags(model)]
+    path = f"{Path(os.environ[VLLM]).parent}{os.pathsep}{os.environ['PATH']}"  # it calls tools of its environment
+    own = VLLM_ENVIRONMENT | {"PATH": path, "PYTHONPATH": ""}  # which is of this environment
+    with _running(command, port, folder.parent / f"{folder.name}.log", own):
+        yield port
+
+
+@contextmanager
+def _running(command: list[str], port: int, log: Path, own: dict[str, str]) -> Iterator[None]:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | own
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
         try:
             _wait(port, process, log)
-            yield port
+            yield
         finally:
-            process.kill()
+            with suppress(ProcessLookupError):  # it may have ended by itself
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
             process.wait()
 
 
@@ -143,7 +178,7 @@ def _wait(port: int, process: subprocess.Popen, log: Path) -> None:
     raise AssertionError(f"no server within {START_S} s: {log.read_text()[-3000:]}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

@@ -73,6 +73,10 @@ class JudgeRefusal(JudgeOutage):
     """Every endpoint of a role refuses the address, the key or the model, or the account has no credit left."""
 
 
+class JudgeBudget(JudgeOutage):
+    """The requests that a run may make (`judges.max_calls`) are spent. The run should save and stop."""
+
+
 SHOWN_WARNINGS = 3  # of a kind, before only every doubling is written
 
 
@@ -92,6 +96,8 @@ class Repeated:
             self._log.warning(f"{text}%s", *values, f" ({count} so far)" if count > SHOWN_WARNINGS else "")
 
 
+SHARES = ("missing", "cache_hits")  # of the calls
+TOKENS = ("prompt_tokens", "completion_tokens", "reasoning_tokens", "cached_tokens")  # of a request's bill
 LATENCIES_KEPT = 10_000  # of each role between two readings
 PERCENTILE = 0.95
 
@@ -108,9 +114,13 @@ class JudgeStats:
         self._latencies_s = {role: deque[float](maxlen=LATENCIES_KEPT) for role in self._roles}
 
     def count(self, role: str, *names: str) -> None:
-        """One more of each name: calls (that have ended), missing, cache_hits, retries."""
+        """One more of each name: calls (that have ended), missing, cache_hits, retries, requests (paid for)."""
+        self.add(role, Counter(names))
+
+    def add(self, role: str, amounts: Mapping[str, int]) -> None:
+        """Adds amounts by name: those of `count`, and TOKENS."""
         with self._lock:
-            self._counts.update((role, name) for name in names)
+            self._counts.update({(role, name): amount for name, amount in amounts.items()})
 
     def latency(self, role: str, seconds: float) -> None:
         """Of a call that went to a server: from its first turn to its result, retries included."""
@@ -119,19 +129,19 @@ class JudgeStats:
 
     def take(self) -> dict[str, float]:
         """Metrics `judge/<role>/...` of every role that had calls since the last reading: calls, missing and cache_hits
-        (shares of the calls), retries; latency_mean_s, _p95_s and _max_s where a server was asked."""
+        (shares of the calls), retries; latency_mean_s, _p95_s and _max_s where a server was asked. Of every role that
+        had requests: requests, and TOKENS where servers told."""
         with self._lock:
             counts, all_latencies = self._counts, self._latencies_s
             self._reset()
         metrics: dict[str, float] = {}
         for role in self._roles:
-            calls = counts[role, "calls"]
-            if not calls:
-                continue
-            named = {"calls": float(calls)}
-            named |= {name: counts[role, name] / calls for name in ("missing", "cache_hits")}
-            named["retries"] = float(counts[role, "retries"])
-            if latencies := sorted(all_latencies[role]):
+            named: dict[str, float] = {}
+            if calls := counts[role, "calls"]:
+                named |= {"calls": float(calls)} | {name: counts[role, name] / calls for name in SHARES}
+                named["retries"] = float(counts[role, "retries"])
+            named |= {name: float(counts[role, name]) for name in ("requests", *TOKENS) if counts[role, name]}
+            if calls and (latencies := sorted(all_latencies[role])):
                 named["latency_mean_s"] = sum(latencies) / len(latencies)
                 named["latency_p95_s"] = latencies[min(int(PERCENTILE * len(latencies)), len(latencies) - 1)]
                 named["latency_max_s"] = latencies[-1]
@@ -151,9 +161,9 @@ def merged_stats(processes: Sequence[Mapping[str, float]]) -> dict[str, float]:
         calls = {i: processes[i].get(f"{role}/calls", 0.0) for i in values}
         if not role.startswith("judge/"):
             merged[name] = next(iter(values.values()))
-        elif kind in ("calls", "retries"):
+        elif kind in ("calls", "retries", "requests", *TOKENS):
             merged[name] = sum(values.values())
-        elif kind in ("missing", "cache_hits", "latency_mean_s"):
+        elif kind in (*SHARES, "latency_mean_s"):
             merged[name] = sum(values[i] * calls[i] for i in values) / sum(calls.values())
         else:
             merged[name] = max(values.values())

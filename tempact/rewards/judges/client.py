@@ -1,7 +1,8 @@
 """The client of all judges: OpenAI's chat-completions protocol, on a thread of its own.
 
 A call ends in one of three ways: with a validated reply, as Missing, or, when no server has answered any call for
-`outage_s` or every server refuses key, address or model, with JudgeOutage for the trainer. It is repeated after 408,
+`outage_s`, every server refuses key, address or model, or the run's requests are spent, with JudgeOutage for the
+trainer. It is repeated after 408,
 409, 5xx, broken connections, broken bodies and replies that are not as asked for, and then prefers other endpoints. A
 refusal for the rate of requests (429) is none of its attempts: the endpoint finds a pace that the server grants.
 Identical calls that wait at the same time are one request.
@@ -10,67 +11,60 @@ Identical calls that wait at the same time are one request.
 from __future__ import annotations
 
 import asyncio
-import base64
 import functools
 import itertools
 import logging
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
 from tempact.distributed.watch import moved
-from tempact.rewards.judges import JudgeCall, JudgeOutage, JudgeRefusal, JudgeResult, JudgeStats, Repeated
+from tempact.rewards.judges import JudgeBudget, JudgeCall, JudgeOutage, JudgeRefusal, JudgeResult, JudgeStats, Repeated
+from tempact.rewards.judges.budget import Ledger
 from tempact.rewards.judges.cache import JudgeCache, cache_key
 from tempact.rewards.judges.config import JudgeConfig, import_openai
-from tempact.rewards.judges.endpoints import REFUSALS, Dispatcher, Lease, Pool, retry_after_s
+from tempact.rewards.judges.endpoints import REFUSALS, Dispatcher, Endpoint, Lease, Pool, retry_after_s
 from tempact.rewards.judges.replies import (
     BadBody,
     BadReply,
+    doubted_fields,
     optional_fields,
     read_completion,
     read_reply,
+    read_usage,
     refused_fields,
+)
+from tempact.rewards.judges.requests import (
+    GATEWAY,
+    NO_CREDIT,
+    NO_CREDIT_CODES,
+    RETRIED,
+    TOO_MANY,
+    UNKNOWN_FIELD,
+    UNUSABLE,
+    Failed,
+    Rejected,
+    Retry,
+    messages_of,
 )
 from tempact.types import Missing
 
 log = logging.getLogger(__name__)
 
-RETRIED = {408, 409, 425}  # and 5xx
-TOO_MANY = 429  # and 5xx that say when to come again
-UNUSABLE = {401, 403, 404}  # and 3xx: at a server that has never answered, a wrong key, address or model for any call
-NO_CREDIT = 402
-NO_CREDIT_CODES = ("insufficient_quota", "billing_", "insufficient_balance")  # of a 429 that no waiting ends
-UNKNOWN_FIELD = {400, 422, 501}
-GATEWAY = {502, 503, 504}  # nobody is behind the address
 BACKOFF_MAX_S = 8.0
 REASON_CHARACTERS = 200
 LOGGED_CHARACTERS = 2000  # of a reply that is not as asked for
 CLOSING_S = 10.0
 
 
-class Retry(Exception):
-    """A request brought no result; another may.
-
-    charged  the request counts as one of the call's attempts, before the next of which there is a pause
-    pause_s  wait that the server asks for, s
-    """
-
-    def __init__(self, reason: str, charged: bool = True, pause_s: float = 0.0):
-        super().__init__(reason)
-        self.charged, self.pause_s = charged, pause_s
-
-
-class Rejected(Exception):
-    """The server refuses the call, and would refuse it again."""
-
-
 class JudgeClient:
     """Calls the judges of a configuration. `submit` may be called from any thread.
 
-    Raises UserError if the package openai is not installed or the cache cannot be used.
+    Raises UserError if the package openai is not installed or cache or ledger cannot be used.
     """
 
     def __init__(self, config: JudgeConfig):
@@ -79,7 +73,9 @@ class JudgeClient:
         self._stats = JudgeStats(config.roles)
         self._parameters = {"temperature": config.temperature, "max_tokens": config.max_tokens}
         self._cache = JudgeCache(config.cache) if config.cache else None
-        self._outage: JudgeOutage | None = None
+        self._ledger = Ledger(config.ledger, config.max_calls) if config.ledger else None
+        spent = self._ledger.spent() if self._ledger else ""
+        self._outage: JudgeOutage | None = JudgeBudget(spent) if spent else None
         self._closed = False
         self._order = itertools.count()
         self._running: dict[str, asyncio.Task[JudgeResult]] = {}  # by key of the cache
@@ -150,8 +146,9 @@ class JudgeClient:
         await asyncio.gather(*tasks, return_exceptions=True)
         for server in self._servers.values():
             await server.close()
-        if self._cache is not None:
-            self._cache.close()
+        for file in (self._cache, self._ledger):
+            if file is not None:
+                file.close()
 
     async def _watch(self) -> None:
         """Ends all calls in an outage."""
@@ -237,6 +234,7 @@ class JudgeClient:
         attempts, until = 0, float("inf")
         avoid, reason = None, ""
         began = 0.0
+        doubted: defaultdict[Endpoint, set[str]] = defaultdict(set)
         try:
             while attempts < self.config.attempts:
                 lease = await self._dispatcher.acquire(pool, order, avoid, until)
@@ -245,11 +243,12 @@ class JudgeClient:
                 else:
                     self._stats.count(call.role, "retries")
                 try:
-                    reply = await self._request(call, lease, until - pool.clock())
+                    reply = await self._request(call, lease, until - pool.clock(), doubted[lease.endpoint])
                     self._stats.latency(call.role, time.monotonic() - began)
                     return reply
                 except Retry as retry:
                     attempts += retry.charged
+                    doubted[lease.endpoint] |= retry.doubted
                     avoid, reason, asked_s, charged = lease.endpoint, str(retry), retry.pause_s, retry.charged
                 finally:
                     self._dispatcher.release(lease)
@@ -267,49 +266,85 @@ class JudgeClient:
         self._warn(f"{call.role} missing", "judge %s: missing: %s", call.role, reason)
         return Missing(reason)
 
-    async def _request(self, call: JudgeCall, lease: Lease, left_s: float) -> JudgeResult:
-        """One request. Raises Retry or Rejected, and TimeoutError where the call has no time left."""
+    async def _request(self, call: JudgeCall, lease: Lease, left_s: float, doubted: Set[str]) -> JudgeResult:
+        """One request without the fields `doubted`, entered into the ledger if it is to be paid for.
+
+        Raises Retry or Rejected, TimeoutError where the call has no time left, JudgeBudget where the run has no
+        requests left.
+        """
         if left_s <= 0:
             raise TimeoutError
         moved()
+        if self._ledger is not None:
+            self._ledger.take(call.role)
+        try:
+            reply = await self._answer(call, lease, left_s, doubted)
+        except Failed as error:
+            if error.free:
+                if self._ledger is not None:
+                    self._ledger.add(call.role, {"requests": -1})
+            else:
+                self._stats.count(call.role, "requests")
+            raise
+        self._stats.count(call.role, "requests")
+        return reply
+
+    async def _answer(self, call: JudgeCall, lease: Lease, left_s: float, doubted: Set[str]) -> JudgeResult:
+        """One request, sent. Raises Retry or Rejected."""
         openai, endpoint, wanted = self._openai, lease.endpoint, call.rubric.fields
-        where, optional = endpoint.config.shown, optional_fields(self.config, wanted, lease.endpoint.not_taken)
+        where, optional = endpoint.config.shown, optional_fields(self.config, wanted, endpoint.not_taken | doubted)
         try:
             async with asyncio.timeout(min(self.config.attempt_s, left_s)):
                 body = await self._post(call, lease, optional)
+            self._count_tokens(call.role, body)
             reply = read_completion(body, wanted)
         except BadReply as error:
-            self._dispatcher.answered(lease)
+            self._answered(lease, optional, doubted)
             raise self._not_as_asked(call, where, error, body.decode(errors="replace")) from None
         except (TimeoutError, openai.APITimeoutError):
             raise self._failure(lease, "no answer in time", blames_call=True) from None
         except openai.APIStatusError as error:
             told = " ".join(str(part) for part in (error.message, error.type, error.code, error.param) if part)
-            raise self._refused(error.status_code, told, error.response.headers, lease, optional) from None
+            raise self._unpaid(error.status_code, told, error.response.headers, lease, optional) from None
         except BadBody as error:
             if error.status:
-                raise self._refused(error.status, str(error), {}, lease, optional) from None
+                raise self._unpaid(error.status, str(error), {}, lease, optional) from None
             self._not_as_asked(call, where, error, body.decode(errors="replace"))
             raise self._failure(lease, str(error), blames_call=True) from None
         except openai.OpenAIError as error:
             cause = error.__cause__ or error
-            raise self._failure(lease, self._line(f"{type(cause).__name__}: {cause}")) from None
+            failure = self._failure(lease, self._line(f"{type(cause).__name__}: {cause}"))
+            failure.free = type(cause).__name__.startswith("Connect")  # of the HTTP library: there was no connection
+            raise failure from None
         except (OSError, RuntimeError, ValueError) as error:  # of the HTTP library: nothing reaches the trainer
             raise self._failure(lease, self._line(f"{type(error).__name__}: {error}"), blames_call=True) from None
-        self._dispatcher.answered(lease)
+        self._answered(lease, optional, doubted)
         return reply
 
+    def _answered(self, lease: Lease, optional: dict[str, Any], doubted: Set[str]) -> None:
+        """Notes that the judge has answered a request with the fields `optional`, and without those `doubted`."""
+        endpoint = lease.endpoint
+        endpoint.taken |= optional.keys()
+        self._leave_out(endpoint, doubted - endpoint.taken, "refused with it, answered without")
+        self._dispatcher.answered(lease)
+
+    def _leave_out(self, endpoint: Endpoint, names: Set[str], reason: str) -> None:
+        if new := names - endpoint.not_taken:
+            where, left_out = endpoint.config.shown, ", ".join(sorted(new))
+            log.warning("judges: %s does not take %s (%s); asked without from now on", where, left_out, reason)
+        endpoint.not_taken |= names
+
+    def _count_tokens(self, role: str, body: bytes) -> None:
+        usage = read_usage(body)
+        self._stats.add(role, usage)
+        if self._ledger is not None:
+            self._ledger.add(role, usage)
+
     async def _post(self, call: JudgeCall, lease: Lease, optional: dict[str, Any]) -> bytes:
-        content: list[Any] = [{"type": "text", "text": _sendable(call.text)}]
-        for image in call.images:
-            url = f"data:image/jpeg;base64,{base64.b64encode(image).decode()}"
-            content.append({"type": "image_url", "image_url": {"url": url}})
-        system = {"role": "system", "content": _sendable(call.rubric.system)}
-        user = {"role": "user", "content": content if call.images else content[0]["text"]}
         server = self._servers[lease.endpoint.config]
         answer = await server.chat.completions.with_raw_response.create(
             model=lease.endpoint.config.model,
-            messages=[system, user],
+            messages=messages_of(call),
             extra_body=optional,
         )
         return answer.content
@@ -338,9 +373,16 @@ class JudgeClient:
             self._warn(f"{endpoint.config.shown} does not answer", told, endpoint.config.shown, reason)
         return Retry(endpoint.fault, blames_call or not (before or at_once))
 
+    def _unpaid(
+        self, status: int, told: str, headers: Mapping[str, str], lease: Lease, optional: dict[str, Any]
+    ) -> Failed:
+        failed = self._refused(status, told, headers, lease, optional)
+        failed.free = True
+        return failed
+
     def _refused(
         self, status: int, told: str, headers: Mapping[str, str], lease: Lease, optional: dict[str, Any]
-    ) -> Exception:
+    ) -> Failed:
         """Retry or Rejected: the consequence of an HTTP error for the call. optional: fields that were sent with it."""
         endpoint, unproven = lease.endpoint, not lease.endpoint.proven
         reason, pause = self._line(f"HTTP {status}: {told}"), retry_after_s(headers.get("retry-after", ""))
@@ -359,13 +401,13 @@ class JudgeClient:
             return Retry(endpoint.fault, charged=False, pause_s=pause)
         if status in UNUSABLE or status // 100 == 3:
             return self._failure(lease, reason, blames_call=not unproven, at_once=unproven)
-        if status in UNKNOWN_FIELD and (names := refused_fields(optional.keys(), told, not unproven)):
-            if new := names - endpoint.not_taken:
-                where, left_out = endpoint.config.shown, ", ".join(sorted(new))
-                log.warning("judges: %s does not take %s (%s); asked without from now on", where, left_out, reason)
-            endpoint.not_taken |= names
-            self._dispatcher.alive(lease)
-            return Retry(f"{endpoint.config.shown}: {reason}", charged=False)
+        if status in UNKNOWN_FIELD:
+            names = refused_fields(optional.keys(), told)
+            doubted = set() if names else doubted_fields(optional.keys(), told) - endpoint.taken
+            if names or doubted:
+                self._leave_out(endpoint, names, reason)
+                self._dispatcher.alive(lease)
+                return Retry(f"{endpoint.config.shown}: {reason}", charged=False, doubted=doubted)
         if status >= 500:
             return self._failure(lease, reason, blames_call=status not in GATEWAY)
         if status in RETRIED:
@@ -374,8 +416,3 @@ class JudgeClient:
             return Retry(f"{endpoint.config.shown}: {reason}", pause_s=pause)
         self._dispatcher.answered(lease)
         return Rejected(f"{endpoint.config.shown}: {reason}")
-
-
-def _sendable(text: str) -> str:
-    """The text without lone surrogates, which a plan may hold and UTF-8 has not."""
-    return text.encode("utf-8", "replace").decode()

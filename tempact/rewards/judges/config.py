@@ -27,7 +27,7 @@ PREFIX = "TEMPACT_JUDGE_"
 RAW = "x-stainless-raw-response"  # by this header the package knows that it is to leave a response as it is
 NO_KEY = "none"  # the package openai insists on a key; it is not sent
 FROM_SETTINGS = ("deadline_s", "attempt_s", "attempts", "outage_s", "max_tokens", "max_tokens_name", "temperature",
-                 "temperature_name", "schemas")  # fmt: skip
+                 "temperature_name", "schemas", "max_calls")  # fmt: skip
 HIDDEN = "***"
 
 
@@ -91,6 +91,9 @@ class JudgeConfig:
     temperature likewise
     schemas     replies are asked for by JSON schema, where the server takes one
     cache       SQLite file, None for no cache
+    max_calls   requests that all clients with this `ledger` may send, 0 for any number: retries count, those that a
+                server refuses or never receives do not
+    ledger      file that counts requests and tokens, None to count nothing and to limit nothing
 
     Raises UserError for a role without endpoints or with several models.
     """
@@ -107,6 +110,8 @@ class JudgeConfig:
     temperature_name: str = "temperature"
     schemas: bool = True
     cache: Path | None = None
+    max_calls: int = 0
+    ledger: Path | None = None
 
     def divided(self, processes: int) -> JudgeConfig:
         """One process' part of every server's limits: `concurrency` at least 1, `requests_per_minute` exactly."""
@@ -134,10 +139,12 @@ class JudgeConfig:
         roles: Mapping[str, str] = ROLES,
         settings: JudgeSettings | None = None,
         environment: Mapping[str, str] | None = None,
+        ledger: Path | None = None,
     ) -> JudgeConfig:
         """Endpoints of the given roles from the environment, limits from the configuration.
 
         roles  role to the prefix of its fallback names, "" for none
+        ledger of the run that asks (`budget.LEDGER`)
 
         BASE_URL may list several servers, separated by commas; MODEL is one name for all; API_KEY, CONCURRENCY and
         REQUESTS_PER_MINUTE are one for all or one each. Raises UserError that names the variable, never its key.
@@ -148,6 +155,7 @@ class JudgeConfig:
             {role: _endpoints(role, fallback, found) for role, fallback in roles.items()},
             **{key: getattr(given, key) for key in FROM_SETTINGS},
             cache=Path(given.cache) if given.cache else None,
+            ledger=ledger,
         )
 
     def redact(self, text: str) -> str:

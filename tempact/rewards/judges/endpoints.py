@@ -93,6 +93,7 @@ class Endpoint:
         self.proven = False  # it has answered in this run
         self.fault = ""  # the last failure
         self.not_taken: set[str] = set()  # optional fields of a request that it refuses
+        self.taken: set[str] = set()  # those of requests that it has answered
         self._cooldown = COOLDOWN_S
         self._not_before = now  # of a cooldown, a Retry-After or the configured rate
 

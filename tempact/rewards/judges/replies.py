@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from pydantic import BaseModel, ValidationError
 
+from tempact.rewards.judges import TOKENS
 from tempact.rewards.judges.config import JudgeConfig
 
 MAX_REPLY_CHARACTERS = 65_536
@@ -61,15 +62,16 @@ def response_format(fields: type[BaseModel]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": fields.__name__, "strict": True, "schema": strict}}
 
 
-def refused_fields(sent: Set[str], told: str, proven: bool) -> set[str]:
-    """The optional fields that an error of the server is about; none where a call was too long.
-
-    proven: the server has answered before. One that has not, and does not say what is wrong, may know no schemas.
-    """
+def refused_fields(sent: Set[str], told: str) -> set[str]:
+    """The optional fields that an error of the server names; none where a call was too long."""
     if TOO_LONG.search(told):
         return set()
-    named = {name for name in sent if any(re.search(rf"\b{word}", told) for word in WORDS.get(name, (name,)))}
-    return named or ({RESPONSE_FORMAT} & sent if not proven else set())
+    return {name for name in sent if any(re.search(rf"\b{word}", told) for word in WORDS.get(name, (name,)))}
+
+
+def doubted_fields(sent: Set[str], told: str) -> set[str]:
+    """Those that an error which names none may be about: a server that says nothing of it may know no schemas."""
+    return set() if TOO_LONG.search(told) else {RESPONSE_FORMAT} & sent
 
 
 def read_completion(body: bytes, fields: type[BaseModel]) -> BaseModel:
@@ -90,9 +92,15 @@ def read_completion(body: bytes, fields: type[BaseModel]) -> BaseModel:
     if refusal:
         raise BadReply("the judge refused")
     text, thoughts = _text(content), next((message[name] for name in REASONING if message.get(name)), None)
+    cut = choice.get("finish_reason") == "length"
     if text.strip():
-        return read_reply(text, fields)
-    if choice.get("finish_reason") == "length":
+        try:
+            return read_reply(text, fields)
+        except BadReply as error:
+            if not cut:
+                raise
+            raise BadReply(f"the reply was cut off ({error}); accepted: a larger judges.max_tokens") from error
+    if cut:
         raise BadReply("the reply is empty and was cut off; accepted: a larger judges.max_tokens, or less thinking")
     if not isinstance(thoughts, str):
         raise BadReply("the reply is empty")
@@ -101,6 +109,25 @@ def read_completion(body: bytes, fields: type[BaseModel]) -> BaseModel:
     except BadReply as error:
         flag = "a server without --reasoning-parser, or with the one of this model"
         raise BadReply(f"the reply is empty and all text is in its reasoning ({error}); accepted: {flag}") from error
+
+
+def read_usage(body: bytes) -> dict[str, int]:
+    """Tokens that a chat completion says were used, by name of TOKENS; nothing where it does not say so. Of thoughts
+    and of the server's prompt cache are parts of the others."""
+    try:
+        told = json.loads(body)["usage"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return {}
+    if not isinstance(told, dict):
+        return {}
+    details = told | {
+        name: part
+        for group in ("completion_tokens_details", "prompt_tokens_details")
+        if isinstance(told.get(group), dict)
+        for name, part in told[group].items()
+        if name in TOKENS
+    }
+    return {name: details[name] for name in TOKENS if type(details.get(name)) is int and details[name] > 0}
 
 
 def _no_completion(completion: Any) -> BadBody:
