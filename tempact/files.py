@@ -108,6 +108,9 @@ def disk_full(error: BaseException | None) -> bool:
     return False
 
 
+LEDGER = "judges.json"  # in a run's folder: what its judges have been asked
+
+
 @contextmanager
 def claim_run_folder(path: str | Path) -> Iterator[Path]:
     """Makes the folder and holds it for this process; UserError if it cannot be written or another run has it.
@@ -134,7 +137,9 @@ def claim_run_folder(path: str | Path) -> Iterator[Path]:
         try:
             yield folder
         except UserError:
-            if new and [path.name for path in folder.iterdir()] == [".lock"]:
-                (folder / ".lock").unlink()
+            left = {path.name: path.stat().st_size for path in folder.iterdir()}
+            if new and not any(left.values()) and left.keys() <= {".lock", LEDGER}:
+                for name in left:
+                    (folder / name).unlink()
                 folder.rmdir()
             raise

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from tempact.config import RunConfig, validate
 from tempact.errors import UserError
+from tempact.files import LEDGER
 
 if TYPE_CHECKING:
     import torch
@@ -153,7 +154,6 @@ class World:
         weights.
         """
         from tempact.rewards import load_rewards
-        from tempact.rewards.judges.budget import LEDGER
         from tempact.rewards.judges.client import JudgeClient
         from tempact.rewards.judges.config import JudgeConfig
         from tempact.rewards.pickscore import PickScorer, real_rewards
@@ -284,7 +284,6 @@ class ShapeWorld(World):
         rewards, settings, custom = shapeworld_rewards(), self.config.judges, load_rewards(self.config.rewards.custom)
         if settings.shapeworld:
             from tempact.rewards.judged import judged_rewards
-            from tempact.rewards.judges.budget import LEDGER
             from tempact.rewards.judges.client import JudgeClient
             from tempact.rewards.judges.config import JudgeConfig
 

@@ -22,10 +22,10 @@ from rewards.judge_server import GOOD, Server
 from tempact import train
 from tempact.cli import EXIT_ABORTED
 from tempact.errors import EXIT_USER_ERROR
+from tempact.files import LEDGER
 from tempact.presets import get_preset
 from tempact.reporting import read_metrics
 from tempact.rewards.judges import client as judge_client
-from tempact.rewards.judges.budget import LEDGER
 from tempact.runs import run as run_module
 from tempact.runs.checkpoint import defect, latest
 from tempact.worlds import world_of
@@ -211,6 +211,7 @@ def test_a_judge_that_judges_nothing_is_found_before_the_first_rollout(
         shown
     )
     assert not rows(tmp_path) and KEY not in shown
+    assert (tmp_path / "run").exists() == (code == EXIT_ABORTED)  # what could not even begin leaves nothing
 
 
 @pytest.mark.usefixtures("unevaluated")

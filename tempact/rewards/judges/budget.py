@@ -15,7 +15,6 @@ from tempact.rewards.judges import TOKENS, JudgeBudget
 
 log = logging.getLogger(__name__)
 
-LEDGER = "judges.json"  # in the run's folder
 COUNTED = ("requests", *TOKENS)
 Spent = dict[str, dict[str, int]]  # by role and name of COUNTED
 
@@ -80,7 +79,8 @@ class Ledger:
             raw = os.pread(self._file, os.fstat(self._file).st_size, 0)
             spent = _read(raw)
             yield spent
-            if (changed := json.dumps(spent).encode()) != raw:
+            used = any(amount for each in spent.values() for amount in each.values())
+            if (changed := json.dumps(spent).encode() if used else b"") != raw:
                 os.pwrite(self._file, changed, 0)
                 os.ftruncate(self._file, len(changed))
         finally:

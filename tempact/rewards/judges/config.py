@@ -144,7 +144,7 @@ class JudgeConfig:
         """Endpoints of the given roles from the environment, limits from the configuration.
 
         roles  role to the prefix of its fallback names, "" for none
-        ledger of the run that asks (`budget.LEDGER`)
+        ledger of the run that asks (`files.LEDGER`)
 
         BASE_URL may list several servers, separated by commas; MODEL is one name for all; API_KEY, CONCURRENCY and
         REQUESTS_PER_MINUTE are one for all or one each. Raises UserError that names the variable, never its key.
