@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -25,12 +26,13 @@ from tempact.agreement import Agreement
 from tempact.config import RunConfig
 from tempact.distributed import Ranks
 from tempact.distributed.shards import block_of
-from tempact.errors import UserError
+from tempact.errors import Aborted, UserError
 from tempact.executor.executor import Executor
 from tempact.executor.rollout import cost_of
 from tempact.executor.sampler import NoiseSource, gaussian_noise
 from tempact.meter import Meter
 from tempact.planner.planner import Planner
+from tempact.planner.served import ServedSampler
 from tempact.rewards import RewardSet, Scores
 from tempact.rewards.judges import JudgeOutage
 from tempact.rl import EMA, PolicyOptimizer
@@ -55,10 +57,6 @@ class PromptSource(Protocol):
     def draw(self, count: int, seed: int) -> list[Prompt]:
         """`count` training prompts, the same for the same seed."""
         ...
-
-
-class Aborted(RuntimeError):
-    """The run cannot go on."""
 
 
 class TooManySkippedUpdates(Aborted):
@@ -146,6 +144,12 @@ class Trainer:
     ):  # fmt: skip
         self.config, self.rewards, self.prompts, self.ranks = config, rewards, prompts, ranks or Ranks()
         self.planner, self.executor = planner, executor
+        served = Path(config.output) / "served"
+        self.served = (
+            ServedSampler(planner, Path(config.planner.server_folder or served), self.ranks)
+            if config.planner.sampler == "served"
+            else None
+        )
         self.meter = Meter()
         self.done = 0
         self.idle = {"planner": 0, "executor": 0}  # iterations in a row without anything to learn from
@@ -177,7 +181,11 @@ class Trainer:
         data, planner, executor = self.config.data, self.config.planner, self.config.executor
         with timed("plan"):
             prompts = self.prompts.draw(data.prompts_per_iteration, self._seed("prompts"))
-            plans = self.planner.sample(prompts, planner.plans_per_prompt, self._seed("plans"), ranks=self.ranks)
+            served = self.served.publish(self.done + 1, prompts[0].text) if self.served else {}
+            plans = self.planner.sample(
+                prompts, planner.plans_per_prompt, self._seed("plans"), ranks=self.ranks,
+                respond=self.served.respond if self.served else None,
+            )  # fmt: skip
             rngs = [random.Random(self._seed("switch", prompt)) for prompt in range(len(prompts))]
             forks = switch_frames(plans, executor.chunk_frames, rngs)
             count, chunks = executor.continuations, [frame // executor.chunk_frames for frame in forks]
@@ -194,7 +202,7 @@ class Trainer:
             self._check_videos(torch.stack([broken for _, broken in found]).any(0))
             scored = self.rewards.whole(plans, [scores for scores, _ in found])
             batch, metrics = self._advantages(plans, videos.rollout, scored)
-            metrics |= self.agreement.canaries(self.done + 1, plans, videos.noise)
+            metrics |= served | self.agreement.canaries(self.done + 1, plans, videos.noise)
         with timed("update"):
             metrics |= self._update(plans, batch, videos, partial(phase, "step"))
         if self._before is None:
@@ -253,6 +261,11 @@ class Trainer:
         self.executor_policy.optimizer.load_state_dict(state["executor_optimiser"])
         self.ema.load_state_dict(state["ema"])
         self.planner_policy.skipped, self.executor_policy.skipped = state["skipped"]
+
+    def close(self) -> None:
+        """Leaves the planner's server as it was."""
+        if self.served:
+            self.served.close()
 
     def confirm(self) -> None:
         """The latest iteration is recorded: `rollback` no longer takes it back."""
