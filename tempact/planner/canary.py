@@ -18,13 +18,11 @@ EARLIER, START, NONE = "the adapter of an earlier iteration", "the adapter of th
 
 
 class Told(NamedTuple):
-    """Log-probs of a canary [n] fp64: of the server, of the trained adapter, of others by their names; drawn: how many
-    of them, at the beginning, are those of the tokens that were drawn."""
+    """Log-probs of a canary [n] fp64: of the server, of the trained adapter, of others by their names."""
 
     server: Tensor
     trained: Tensor
     others: dict[str, Tensor]
-    drawn: int
 
     @property
     def off(self) -> float:
@@ -33,8 +31,8 @@ class Told(NamedTuple):
 
     @property
     def gap(self) -> float:
-        """Mean difference at the tokens that were drawn, nats."""
-        return (self.server - self.trained)[: self.drawn].abs().mean().item()
+        """Mean size of that difference, nats."""
+        return (self.server - self.trained).abs().mean().item()
 
     def apart(self, name: str) -> float:
         """Root mean square by which the trained adapter and another differ, nats."""
@@ -69,7 +67,7 @@ def told(planner: Planner, prompt: Sequence[int], served: Served, earlier: Mappi
     others = {START: of(reference_active(planner.peft)), NONE: of(without_adapter(planner.peft))}
     if earlier:
         others[EARLIER] = of(holding(planner, earlier))
-    return Told(torch.tensor(values, dtype=torch.float64), of(nullcontext()), others, len(tokens))
+    return Told(torch.tensor(values, dtype=torch.float64), of(nullcontext()), others)
 
 
 def weights_of(planner: Planner) -> dict[str, Tensor]:

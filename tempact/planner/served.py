@@ -146,6 +146,6 @@ class ServedSampler:
                 raise self.server.lost(f"samples with {other}: the canary's log-probs are {why}")
         limit = self.planner.config.max_sampling_gap
         if not found.gap <= limit:
-            differ = f"the canary's log-probs are {found.gap:.3g} nats a token from the trainer's"
+            differ = f"the canary's log-probs are {found.gap:.3g} nats from the trainer's"
             why = f"computes another model: {differ}; accepted: at most planner.max_sampling_gap ({limit:g})"
             raise self.server.lost(why)

@@ -149,9 +149,7 @@ class FakeServer:
             max_new_tokens=body["max_tokens"], eos_token_id=body["stop_token_ids"], pad_token_id=0,
         )  # fmt: skip
         base = self.twin.peft.get_base_model()
-        (made,) = decode.respond(
-            base, settings, [prompt], [body["seed"]], rows=decode.CPU_ROWS, stepwise=self.twin.stepwise
-        )
+        (made,) = decode.respond(base, settings, [prompt], [body["seed"]], rows=1, stepwise=self.twin.stepwise)
         found = self.twin.next_log_probs(prompt, made.tokens)
         likeliest = found.topk(top).indices
         tops = [

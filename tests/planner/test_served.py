@@ -202,7 +202,10 @@ def test_another_base_model_is_seen(served, make_planner, move) -> None:
     with torch.no_grad():
         twin.head.weight.mul_(1.5)
     _, _, sampler = served(twin)
-    with pytest.raises(ServerLost, match="computes another model: .* nats a token .*at most planner.max_sampling_gap"):
+    with pytest.raises(
+        ServerLost,
+        match="computes another model: .* nats from .*; accepted: at most planner.max_sampling",
+    ):
         sampler.publish(1, INSTRUCTION)
     _, _, sampler = served(make_planner(rank=2))  # an adapter that does not fit
     with pytest.raises(ServerLost, match="refuses the adapter .*does not fit.*accepted: a server of tiny with"):
