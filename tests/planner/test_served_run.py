@@ -14,6 +14,7 @@ from test_references import undocumented
 
 from tempact import train
 from tempact.cli import EXIT_ABORTED, parse_run
+from tempact.errors import UserError
 from tempact.planner import server as client
 from tempact.policies import build_policies
 from tempact.reporting import read_metrics
@@ -171,6 +172,25 @@ def test_a_fault_ends_in_a_saved_run_that_goes_on(
     server.fault, server.stale = (lambda path, body, number: None), (lambda name: name)
     assert train.main([*served(server, tmp_path), *(more if name == "old adapter" else ())]) == 0
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--planner.sampler", "served"], "planner.server: found nothing; accepted: the server's address"),
+        (["--planner.sampler", "vllm"], "planner.sampler: found 'vllm'; accepted: inside, served"),
+        (["--planner.server", "localhost:8000"], r"planner.server: found 'localhost:8000'; accepted: an address http"),
+        (
+            ["--planner.server-outage-s", "9"],
+            "planner.server_outage_s: found 9.0; accepted: at least planner.server_att",
+        ),
+        (["--planner.max-importance", "0.5"], "planner.max_importance: found 0.5; accepted: at least 1"),
+    ],
+)
+def test_settings_that_cannot_work(more: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        parse_run([*SMALL, *more], "program")
+    parse_run([*SMALL, "--planner.sampler", "served", "--planner.server", "https://host:1/some/path/v1/"], "program")
 
 
 def test_importance_weights() -> None:
