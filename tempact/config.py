@@ -220,6 +220,7 @@ class PlannerConfig:
     server_folder: str = key("", RUN, "folder of adapters that the server sees under the same path; nothing: the run's")
     server_attempt_s: float = key(120.0, RUN, "seconds for one request to the server, a whole plan", POSITIVE)
     server_outage_s: float = key(300.0, RUN, "silence of the server after which a run stops, seconds", SILENCE)
+    server_ahead: bool = key(True, SPEED, "the server samples the next plans while the executor is updated")
     max_importance: float = key(
         2.0, TRAINING, "largest weight of a served plan, of its probability when it was trained and drawn", IMPORTANCE
     )

@@ -161,22 +161,24 @@ class Planner:
         Leaves the global random state as it was. `reference` samples from the frozen start. ranks: each samples its
         share, and all of them get all plans. respond: samples in place of this planner's own `respond`.
         """
-        asking, ranks = [self.prompt_text(p.text) for p in prompts], ranks or Ranks()
-        opening = THINK_START if opens_thought(asking[0]) else ""
-        each = [(b, m) for b in range(len(prompts)) for m in range(plans_per_prompt)]
-        ids = self.tokenizer(asking, add_special_tokens=False)["input_ids"]
-        asked = [ids[b] for b, _ in each]
-        seeds = [derive_seed(seed, b, "plan", m) for b, m in each]
-        own = ranks.share(len(each))
-        respond = respond or partial(self.respond, reference=reference)
+        ranks, respond = ranks or Ranks(), respond or partial(self.respond, reference=reference)
+        opening = THINK_START if opens_thought(self.prompt_text(prompts[0].text)) else ""
+        asked, seeds = self.requests(prompts, plans_per_prompt, seed)
+        own = ranks.share(len(asked))
         mine = partial(respond, asked[own.start : own.stop], seeds[own.start : own.stop])
         responses = [response for of_rank in ranks.agreed(mine, Aborted) for response in of_rank]
         plans = []
-        for (b, _), (tokens, _) in zip(each, responses, strict=True):
+        for p, (tokens, _) in enumerate(responses):
             bare = tokens[:-1] if tokens[-1] in self.generation.eos_token_id else tokens
             text = opening + self.tokenizer.decode(bare, clean_up_tokenization_spaces=False)
-            plans.append(parse_plan(text, prompts[b].text, self.frames, self.chunk))
+            plans.append(parse_plan(text, prompts[p // plans_per_prompt].text, self.frames, self.chunk))
         return PlanBatch(prompts, plans, plans_per_prompt, self.tokens(asked, responses))
+
+    def requests(self, prompts: list[Prompt], plans_per_prompt: int, seed: int) -> tuple[list[list[int]], list[int]]:
+        """Token ids and seeds of what `sample` asks for, by plan."""
+        asked = [ids for ids in (self.prompt_ids(p.text) for p in prompts) for _ in range(plans_per_prompt)]
+        places = ((b, m) for b in range(len(prompts)) for m in range(plans_per_prompt))
+        return asked, [derive_seed(seed, b, "plan", m) for b, m in places]
 
     def respond(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, reference: bool = False

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 from transformers import GenerationConfig
@@ -25,7 +26,8 @@ from tempact.errors import Aborted
 from tempact.planner.canary import EARLIER, Told, told, weights_of
 from tempact.planner.decode import Response
 from tempact.planner.planner import Planner
-from tempact.planner.server import TOP, Call, Refused, Replies, Server, ServerLost, completion
+from tempact.planner.server import TOP, Call, Refused, Replies, Served, Server, ServerLost, completion
+from tempact.types import PlanBatch, Prompt
 
 log = logging.getLogger(__name__)
 
@@ -34,45 +36,105 @@ COMMAND = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora"
 NO_FILES = ("No adapter found", "No such file", "Permission denied", "does not exist")
 
 
+class Ready(NamedTuple):
+    """Plans of iteration `number` that have been asked for, and metrics of the change of adapters before."""
+
+    number: int
+    metrics: dict[str, float]
+    replies: Replies[Served]
+
+
 class ServedSampler:
     """Samples the responses of `planner` on the server of its configuration. One rank loads adapters; all ask.
 
-    name: of the adapter that is loaded; nothing before the first. earlier: weights of the last adapter that the canary
-    has told from its forerunner, on the host.
+    name: of the adapter that is loaded; nothing before the first. ready: what is asked for ahead. earlier: weights of
+    the last adapter that the canary has told from its forerunner, on the host.
     """
 
     def __init__(self, planner: Planner, folder: Path, ranks: Ranks):
         """folder: for adapters; trainer and server see it under the same path."""
         self.planner, self.ranks, self.folder = planner, ranks, folder.absolute()
         self.server = Server(planner.config)
-        self.run, self.name = uuid.uuid4().hex[:12], ""
+        self.run, self.count, self.name = uuid.uuid4().hex[:12], 0, ""
+        self.ready: Ready | None = None
         self.loaded: list[str] = []  # or perhaps so
         self.earlier: dict[str, Tensor] = {}
 
-    def publish(self, number: int, instruction: str) -> dict[str, float]:
-        """From here on the server samples with the planner's present weights, those of iteration `number`.
+    def sample(
+        self, number: int, prompts: list[Prompt], plans_per_prompt: int, seed: int
+    ) -> tuple[PlanBatch, dict[str, float]]:
+        """As `Planner.sample`, the plans of iteration `number`; with metrics of the change of adapters.
+
+        Waits for what `ahead` has asked for, or asks here. Raises ServerLost.
+        """
+        ready, self.ready = self.ready, None
+        if ready is None or ready.number != number:
+            self.forget(ready)
+            metrics = self.publish(prompts[0].text)
+            ready = self._asked(number, metrics, prompts, plans_per_prompt, seed)
+        try:
+            plans = self.planner.sample(
+                prompts, plans_per_prompt, seed, ranks=self.ranks, respond=lambda *own: self.responses(ready.replies)
+            )
+        finally:
+            ready.replies.drop()
+        return plans, ready.metrics
+
+    def ahead(self, number: int, prompts: list[Prompt], plans_per_prompt: int, seed: int) -> None:
+        """Asks for the plans of iteration `number`, whose weights the planner has already; `sample` waits for them.
+
+        Where the server does not take the adapter, `sample` tries again, and raises.
+        """
+        try:
+            metrics = self.publish(prompts[0].text)
+        except Aborted as error:
+            log.warning("%s; the plans of iteration %d are not asked for ahead", error, number)
+            return
+        self.ready = self._asked(number, metrics, prompts, plans_per_prompt, seed)
+
+    def forget(self, ready: Ready | None = None) -> None:
+        """Drops what has been asked for ahead."""
+        ready, self.ready = ready or self.ready, None
+        if ready is not None:
+            ready.replies.drop()
+
+    def publish(self, instruction: str) -> dict[str, float]:
+        """From here on the server samples with the planner's present weights.
 
         Returns metrics of the change. Raises ServerLost where the server does not take the adapter or does not use it.
         """
-        name = f"tempact-{self.run}-{number}"
+        self.count += 1
+        name = f"tempact-{self.run}-{self.count}"
         changed = self.ranks.agreed(lambda: self._change(name, instruction) if self.ranks.first else None, Aborted)[0]
         assert changed is not None
         self.name, metrics = changed
         return metrics
 
-    def respond(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Response]:
-        """A response to each prompt, token ids, drawn from its seed. Raises ServerLost."""
+    def close(self) -> None:
+        """Unloads what is loaded and removes its folders."""
+        self.forget()
+        self._unload(self.loaded)
+
+    def begin(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> Replies[Served]:
+        """Asks for a response to each prompt, token ids, drawn from its seed; returns at once."""
         settings, size = self.planner.generation, self.planner.vocabulary
         each = zip(prompts, seeds, strict=True)
-        calls = [completion(self.name, prompt, seed, settings, size) for prompt, seed in each]
+        return Replies(self.server, [completion(self.name, prompt, seed, settings, size) for prompt, seed in each])
+
+    def responses(self, replies: Replies[Served]) -> list[Response]:
+        """What `begin` has asked for. Raises ServerLost."""
         try:
-            return [served.response for served in self.server.ask(*calls)]
+            return [served.response for served in replies.wait()]
         except Refused as error:
             raise self.server.lost(f"refuses a plan ({error})") from error
 
-    def close(self) -> None:
-        """Unloads what is loaded and removes its folders."""
-        self._unload(self.loaded)
+    def _asked(
+        self, number: int, metrics: dict[str, float], prompts: list[Prompt], plans_per_prompt: int, seed: int
+    ) -> Ready:
+        """This rank's share of an iteration's plans, asked for."""
+        asked, seeds = self.planner.requests(prompts, plans_per_prompt, seed)
+        own = self.ranks.share(len(asked))
+        return Ready(number, metrics, self.begin(asked[own.start : own.stop], seeds[own.start : own.stop]))
 
     def _change(self, name: str, instruction: str) -> tuple[str, dict[str, float]]:
         began, folder = time.monotonic(), self.folder / name

@@ -47,27 +47,31 @@ def served(make_planner, tmp_path: Path) -> Iterator[Callable[..., tuple[Planner
         close()
 
 
+def responder(sampler: ServedSampler):
+    return lambda prompts, seeds: sampler.responses(sampler.begin(prompts, seeds))
+
+
 def sample(planner: Planner, sampler: ServedSampler, count: int = 3):
-    return planner.sample(PROMPTS, count, seed=11, respond=sampler.respond)
+    return planner.sample(PROMPTS, count, seed=11, respond=responder(sampler))
 
 
 def test_served_plans_are_those_of_the_planner(served, move) -> None:
     planner, _server, sampler = served()
     move(planner)
-    sampler.publish(1, INSTRUCTION)
+    sampler.publish(INSTRUCTION)
     made, own = sample(planner, sampler), planner.sample(PROMPTS, 3, seed=11)
     assert made.plans == own.plans and torch.equal(made.tokens.input_ids, own.tokens.input_ids)
     assert torch.equal(made.tokens.response_mask, own.tokens.response_mask)
     torch.testing.assert_close(made.tokens.log_probs, own.tokens.log_probs, rtol=0, atol=1e-5)
-    few = planner.sample(PROMPTS[:1], 2, seed=11, respond=sampler.respond)
+    few = planner.sample(PROMPTS[:1], 2, seed=11, respond=responder(sampler))
     assert few.plans == made.plans[:2]
 
 
 def test_a_request_is_that_of_the_plan_alone(served) -> None:
     planner, server, sampler = served()
-    sampler.publish(1, INSTRUCTION)
+    sampler.publish(INSTRUCTION)
     sample(planner, sampler)
-    planner.sample(PROMPTS[:1], 2, seed=11, respond=sampler.respond)
+    planner.sample(PROMPTS[:1], 2, seed=11, respond=responder(sampler))
     canary, *plans = server.sent("/v1/completions")
     assert canary["logprobs"] == client.TOP and canary["max_tokens"] == 16
     first, other = plans[:6], plans[6:]
@@ -84,7 +88,7 @@ def test_a_request_is_that_of_the_plan_alone(served) -> None:
 
 def test_the_planners_sampling_parameters_are_the_servers(served) -> None:
     planner, server, sampler = served(train=False, temperature=0.7, top_p=0.9, top_k=5)
-    sampler.publish(1, INSTRUCTION)
+    sampler.publish(INSTRUCTION)
     made = sample(planner, sampler)
     canary, *plans = server.sent("/v1/completions")
     assert (canary["temperature"], canary["top_p"], canary["top_k"]) == (1.0, 1.0, 0)
@@ -95,8 +99,8 @@ def test_the_planners_sampling_parameters_are_the_servers(served) -> None:
 def test_each_iteration_has_a_name_of_its_own_and_leaves_nothing(served, move, tmp_path: Path) -> None:
     planner, server, sampler = served()
     names = []
-    for number in (1, 2, 3):
-        metrics = sampler.publish(number, INSTRUCTION)
+    for _ in range(3):
+        metrics = sampler.publish(INSTRUCTION)
         assert list(server.adapters) == [sampler.name] == [path.name for path in (tmp_path / "adapters").iterdir()]
         assert 0 < metrics["planner/server_swap_s"] < 5 and metrics["planner/server_canary"] < 1e-4
         names.append(sampler.name)
@@ -112,24 +116,24 @@ def test_a_key_is_sent_and_not_told(served, monkeypatch: pytest.MonkeyPatch) -> 
     assert sampler.server.headers["authorization"] == "Bearer sk-canary-a17e"
     server.fault = lambda path, body, number: error(401, "Unauthorized")
     with pytest.raises(ServerLost, match="401") as raised:
-        sampler.publish(1, INSTRUCTION)
+        sampler.publish(INSTRUCTION)
     assert "sk-canary" not in str(raised.value)
 
 
 def test_the_canary_is_quiet_before_the_first_change_and_where_nothing_changed(served) -> None:
     _, server, sampler = served()
     server.stale = lambda name: None  # no adapter, which is what a fresh one amounts to
-    for number in (1, 2):
-        metrics = sampler.publish(number, INSTRUCTION)
+    for _ in range(2):
+        metrics = sampler.publish(INSTRUCTION)
         assert metrics["planner/server_canary"] < 1e-4 and metrics["planner/server_canary/others"] != 0
 
 
 @pytest.mark.parametrize("stuck", ["first", "base"])
 def test_the_canary_sees_an_adapter_that_is_not_used(served, move, stuck: str) -> None:
     planner, server, sampler = served(max_sampling_gap=1e6)
-    sampler.publish(1, INSTRUCTION)
+    sampler.publish(INSTRUCTION)
     move(planner)
-    metrics = sampler.publish(2, INSTRUCTION)
+    metrics = sampler.publish(INSTRUCTION)
     assert metrics["planner/server_canary"] < 1e-4 < 0.01 < metrics["planner/server_canary/others"]
     second = sampler.name
     server.stale = {"first": lambda name: second, "base": lambda name: None}[stuck]
@@ -138,7 +142,7 @@ def test_the_canary_sees_an_adapter_that_is_not_used(served, move, stuck: str) -
             parameter.mul_(1.02)  # a small step
     names = {"first": "the adapter of an earlier iteration", "base": "the adapter of the start"}
     with pytest.raises(ServerLost, match=f"samples with {names[stuck]}: the canary's log-probs"):
-        sampler.publish(3, INSTRUCTION)
+        sampler.publish(INSTRUCTION)
 
 
 def test_the_canary_finds_a_step_that_rounding_hides_when_it_has_become_larger(served, move) -> None:
@@ -157,7 +161,7 @@ def test_the_canary_finds_a_step_that_rounding_hides_when_it_has_become_larger(s
         return status, json.dumps(reply).encode()
 
     server.complete = rounded
-    sampler.publish(1, INSTRUCTION)
+    sampler.publish(INSTRUCTION)
     first = sampler.name
     step = {name: 0.0003 * torch.randn_like(p) for name, p in planner.parameters().items()}
     server.stale = lambda name: first
@@ -167,7 +171,7 @@ def test_the_canary_finds_a_step_that_rounding_hides_when_it_has_become_larger(s
             for name, parameter in planner.parameters().items():
                 parameter.add_(step[name])
         try:
-            sampler.publish(number, INSTRUCTION)
+            sampler.publish(INSTRUCTION)
         except ServerLost as lost:
             alarmed = number
             assert "earlier iteration" in str(lost)
@@ -190,8 +194,8 @@ def test_a_rounding_server_that_follows_is_believed(served, move) -> None:
         return status, json.dumps(reply).encode()
 
     server.complete = noisy
-    for number in range(1, 12):
-        sampler.publish(number, INSTRUCTION)
+    for _ in range(11):
+        sampler.publish(INSTRUCTION)
         with torch.no_grad():
             for parameter in planner.parameters().values():
                 parameter.add_(0.002 * torch.randn(parameter.shape, generator=generator))
@@ -206,26 +210,26 @@ def test_another_base_model_is_seen(served, make_planner, move) -> None:
         ServerLost,
         match="computes another model: .* nats from .*; accepted: at most planner.max_sampling",
     ):
-        sampler.publish(1, INSTRUCTION)
+        sampler.publish(INSTRUCTION)
     _, _, sampler = served(make_planner(rank=2))  # an adapter that does not fit
     with pytest.raises(ServerLost, match="refuses the adapter .*does not fit.*accepted: a server of tiny with"):
-        sampler.publish(1, INSTRUCTION)
+        sampler.publish(INSTRUCTION)
 
 
 def test_a_server_without_runtime_adapters_and_one_that_cannot_read_the_folder(served, tmp_path: Path) -> None:
     _, _, sampler = served(runtime=False)
     with pytest.raises(ServerLost, match="takes no adapters while it runs; .*VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
-        sampler.publish(1, INSTRUCTION)
+        sampler.publish(INSTRUCTION)
     planner, _, sampler = served()
     save = planner.save_adapter
     planner.save_adapter = lambda folder: save(tmp_path / "elsewhere")
     with pytest.raises(ServerLost, match=r"cannot read .*adapters.tempact-.*-1 .*accepted: a planner.server_folder"):
-        sampler.publish(1, INSTRUCTION)
+        sampler.publish(INSTRUCTION)
     (tmp_path / "file").write_text("")
     sampler.folder = tmp_path / "file"
     planner.save_adapter = save
     with pytest.raises(ServerLost, match=r"planner.server_folder: .*: not writable"):
-        sampler.publish(1, INSTRUCTION)
+        sampler.publish(INSTRUCTION)
 
 
 def cut(data: bytes) -> bytes:
@@ -256,7 +260,7 @@ def test_faults_that_pass_leave_the_plans_as_they_are(served, move) -> None:
     """Every request fails twice, each in its own way, of which a slow reply is one, once."""
     planner, server, sampler = served(server_attempt_s=2.0, server_outage_s=30.0)
     move(planner)
-    sampler.publish(1, INSTRUCTION)
+    sampler.publish(INSTRUCTION)
     expected = sample(planner, sampler)
     seeds = [body["seed"] for body in server.sent("/v1/completions")[1:]]
     faults = dict(zip(seeds, ("429", "503", cut, shorter, without_a_number, late), strict=True))
@@ -276,8 +280,8 @@ def test_faults_that_pass_leave_the_plans_as_they_are(served, move) -> None:
 
 
 def test_a_server_that_goes_away_is_waited_for_and_then_lost(served) -> None:
-    planner, server, sampler = served(server_attempt_s=0.3, server_outage_s=0.6)
-    sampler.publish(1, INSTRUCTION)
+    planner, server, sampler = served(server_outage_s=0.6)
+    sampler.publish(INSTRUCTION)
     server.stop()
     began = time.monotonic()
     with pytest.raises(ServerLost, match=r"no answer for [\d.]+ s, planner.server_outage_s \(ConnectionRefused"):
@@ -300,7 +304,7 @@ def test_a_server_that_goes_away_is_waited_for_and_then_lost(served) -> None:
 )
 def test_a_server_that_always_answers_something_else_is_lost_at_once(served, reply: bytes, told: str) -> None:
     planner, server, sampler = served()
-    sampler.publish(1, INSTRUCTION)
+    sampler.publish(INSTRUCTION)
     server.fault = lambda path, body, number: (200, reply)
     with pytest.raises(ServerLost, match=f"{client.BAD_REPLIES} replies to one request are not as asked for .{told}"):
         sample(planner, sampler, 1)
@@ -316,8 +320,37 @@ def test_a_loading_whose_reply_is_lost_counts(served) -> None:
         return None
 
     server.fault = fault
-    sampler.publish(1, INSTRUCTION)
+    sampler.publish(INSTRUCTION)
     assert list(server.adapters) == [sampler.name]
+
+
+def test_plans_that_are_asked_for_ahead_are_those_of_their_turn(served, move) -> None:
+    planner, server, sampler = served()
+    made, metrics = sampler.sample(1, PROMPTS, 2, 11)
+    move(planner)
+    sampler.ahead(2, PROMPTS, 2, 12)
+    assert len(server.sent("/v1/load_lora_adapter")) == 2
+    ahead, _ = sampler.sample(2, PROMPTS, 2, 12)
+    assert len(server.sent("/v1/completions")) == 2 * (1 + 4)  # each once, and the canaries
+    assert ahead.plans == planner.sample(PROMPTS, 2, seed=12).plans and made.plans != ahead.plans
+    assert metrics.keys() == {"planner/server_canary", "planner/server_canary/others", "planner/server_swap_s"}
+    sampler.ahead(3, PROMPTS, 2, 13)
+    move(planner)  # what was asked ahead is dropped, and another adapter takes its turn
+    sampler.forget()
+    turn, _ = sampler.sample(3, PROMPTS, 2, 13)
+    assert turn.plans == planner.sample(PROMPTS, 2, seed=13).plans
+    assert len(server.sent("/v1/load_lora_adapter")) == 4 and list(server.adapters) == [sampler.name]
+
+
+def test_a_server_that_takes_nothing_ahead_is_asked_again(served) -> None:
+    planner, server, sampler = served(server_outage_s=0.3)
+    server.stop()
+    sampler.ahead(1, PROMPTS, 2, 11)
+    assert sampler.ready is None
+    with pytest.raises(ServerLost, match="no answer"):
+        sampler.sample(1, PROMPTS, 2, 11)
+    server.start()
+    assert sampler.sample(1, PROMPTS, 2, 11)[0].plans == planner.sample(PROMPTS, 2, seed=11).plans
 
 
 def test_all_plans_are_asked_for_together(served) -> None:
@@ -334,7 +367,7 @@ def test_all_plans_are_asked_for_together(served) -> None:
 
 def test_dropped_calls_end_soon(served) -> None:
     _planner, server, sampler = served(server_attempt_s=60.0, server_outage_s=60.0)
-    sampler.publish(1, INSTRUCTION)
+    sampler.publish(INSTRUCTION)
     server.fault = lambda path, body, number: time.sleep(1.5)
     calls = [client.Call("/v1/completions", {"seed": i}, bytes) for i in range(4)]
     replies = Replies(sampler.server, calls)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,18 +11,22 @@ import pytest
 import torch
 from distributed.processes import BRIEF, trained
 from planner.fake_server import FakeServer, Fault, error
+from runs.same_run import equal, metrics
+from safetensors.torch import load_file
 from test_references import undocumented
 
 from tempact import train
 from tempact.cli import EXIT_ABORTED, parse_run
-from tempact.errors import UserError
+from tempact.errors import EXIT_STOPPED, Stopped, UserError
+from tempact.executor.executor import Executor
 from tempact.planner import server as client
-from tempact.policies import build_policies
+from tempact.policies import build_policies, build_trainer
 from tempact.reporting import read_metrics
 from tempact.rl.gspo import gspo_loss
 from tempact.rl.importance import importance_weights
 from tempact.runs import run as run_module
 from tempact.runs.checkpoint import latest, verify
+from tempact.trainer import RolloutGapTooWide
 
 pytestmark = pytest.mark.usefixtures("log_handlers")
 SMALL = ["shapeworld-smoke", *BRIEF]
@@ -95,6 +100,98 @@ def test_two_processes_ask_for_their_own_plans(
     for one, two in zip(read_metrics(whole[1]), read_metrics(tmp_path), strict=True):
         for name in ("planner/reward", "planner/grad_norm", "planner/sampling_gap", "planner/importance"):
             assert one[name] == pytest.approx(two[name], rel=1e-6, abs=1e-9), name
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Metrics, optimisers and adapters of the last iteration, to the last bit."""
+    own = [latest(folder) for folder in (one, other)]
+    assert own[0] is not None and own[1] is not None
+    assert equal(*(verify(checkpoint.path).state for checkpoint in own))
+    assert equal(*(load_file(checkpoint.planner_dir / "adapter_model.safetensors") for checkpoint in own))
+    rows = [
+        [{name: value for name, value in row.items() if not name.endswith("_s")} for row in metrics(folder)]
+        for folder in (one, other)
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_plans_asked_for_ahead_are_those_of_their_turn(
+    whole: tuple[FakeServer, Path], server: FakeServer, tmp_path: Path
+) -> None:
+    assert train.main([*served(server, tmp_path), "--planner.server-ahead", "false"]) == 0
+    assert_same_end(whole[1], tmp_path)
+
+
+def test_the_next_plans_are_under_way_while_the_executor_is_updated(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = parse_run(served(server, tmp_path), "program")[0]
+    own = build_trainer(config, build_policies(config))
+    update, seen = Executor.update, []
+
+    def watched(self: Executor, *given):
+        deadline = time.monotonic() + 20
+        while len(server.sent("/v1/completions")) < 2 * 3 and len(names(server)) > 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        seen.append((len(names(server)), len(server.sent("/v1/completions"))))
+        return update(self, *given)
+
+    monkeypatch.setattr(Executor, "update", watched)
+    phases: list[str] = []
+    first, _second = own.iterations(phases.append)
+    own.close()
+    count = len(first.plans.plans)
+    assert seen == [(2, 2 * (count + 1)), (2, 2 * (count + 1))]  # nothing is asked for after the last one
+    assert phases.count("step") == 2 and not server.adapters
+
+
+def test_a_stop_while_the_executor_is_updated_takes_the_planners_step_back(
+    whole: tuple[FakeServer, Path], server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    update, calls = Executor.update, []
+
+    def stopped(self: Executor, *given):
+        calls.append(len(server.sent("/v1/completions")))
+        if len(calls) == 2:
+            raise Stopped("SIGTERM")
+        return update(self, *given)
+
+    monkeypatch.setattr(Executor, "update", stopped)
+    assert train.main(served(server, tmp_path)) == EXIT_STOPPED
+    assert "saved after iteration 1" in capsys.readouterr().err and not server.adapters
+    saved = latest(tmp_path)
+    assert saved is not None and verify(saved.path).state["done"] == 1
+    assert train.main(served(server, tmp_path)) == 0
+    ends = [latest(folder) for folder in (whole[1], tmp_path)]
+    assert equal(*(load_file(end.planner_dir / "adapter_model.safetensors") for end in ends if end))
+    assert equal(*(verify(end.path).state for end in ends if end))
+
+
+def test_a_roll_out_gap_takes_the_planners_step_back(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = parse_run(served(server, tmp_path), "program")[0]
+    own = build_trainer(config, build_policies(config))
+    before = {name: p.detach().clone() for name, p in own.planner_policy.parameters.items()}
+    rollout = Executor.rollout
+
+    def moved(self: Executor, *given):
+        made = rollout(self, *given)
+        with torch.no_grad():
+            self.model.head.head.bias.add_(0.3)
+        return made
+
+    monkeypatch.setattr(Executor, "rollout", moved)
+    iterations = own.iterations(lambda phase: None)
+    first = next(iterations)
+    assert first.metrics["planner/loss"] != 0 and not any("grad_norm" in name for name in first.metrics)
+    assert all(torch.equal(before[name], p) for name, p in own.planner_policy.parameters.items())
+    assert not own.planner_policy.optimizer.state and own.ema.updates == 0 and own.done == 1
+    with pytest.raises(RolloutGapTooWide, match=r"executor.max_rollout_gap"):
+        next(iterations)
+    own.close()
+    assert not server.adapters
 
 
 def dead(server: FakeServer) -> Fault:
