@@ -34,6 +34,10 @@ class Told(NamedTuple):
         """Mean size of that difference, nats."""
         return (self.server - self.trained).abs().mean().item()
 
+    def off_from(self, name: str) -> float:
+        """As `off`, of the server and another adapter."""
+        return (self.server - self.others[name]).square().mean().sqrt().item()
+
     def apart(self, name: str) -> float:
         """Root mean square by which the trained adapter and another differ, nats."""
         return (self.others[name] - self.trained).square().mean().sqrt().item()

@@ -201,11 +201,11 @@ class ServedSampler:
         return {"planner/server_canary": found.off, "planner/server_canary/others": min(told_apart, default=math.nan)}
 
     def _check(self, found: Told) -> None:
-        for other in found.others:
-            sure, nearer = found.telling(other)
-            if sure and nearer:
-                why = f"{found.off:.3g} nats from the trained adapter, which is {found.apart(other):.3g} from that"
-                raise self.server.lost(f"samples with {other}: the canary's log-probs are {why}")
+        nearer = [other for other in found.others if found.telling(other) == (True, True)]
+        if nearer:
+            other = min(nearer, key=found.off_from)
+            why = f"{found.off_from(other):.3g} nats from it and {found.off:.3g} from the trained adapter"
+            raise self.server.lost(f"samples with {other}: the canary's log-probs are {why}")
         limit = self.planner.config.max_sampling_gap
         if not found.gap <= limit:
             differ = f"the canary's log-probs are {found.gap:.3g} nats from the trainer's"

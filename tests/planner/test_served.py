@@ -36,7 +36,7 @@ def served(make_planner, tmp_path: Path) -> Iterator[Callable[..., tuple[Planner
         twin: Planner | None = None, runtime: bool = True, **settings
     ) -> tuple[Planner, FakeServer, ServedSampler]:
         server = FakeServer(twin or make_planner(), runtime)
-        address = {"sampler": "served", "server": server.url, "server_attempt_s": 5.0, "server_outage_s": 5.0}
+        address = {"sampler": "served", "server": server.url, "server_attempt_s": 30.0, "server_outage_s": 30.0}
         planner = make_planner(**address | settings)
         sampler = ServedSampler(planner, tmp_path / "adapters", Ranks())
         opened.extend([sampler.close, server.stop])
