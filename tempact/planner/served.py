@@ -57,7 +57,7 @@ class ServedSampler:
         self.server = Server(planner.config)
         self.run, self.count, self.name = uuid.uuid4().hex[:12], 0, ""
         self.ready: Ready | None = None
-        self.loaded: list[str] = []  # or perhaps so
+        self.loaded: list[str] = []  # adapters that the server may hold
         self.earlier: dict[str, Tensor] = {}
 
     def sample(
@@ -67,9 +67,9 @@ class ServedSampler:
 
         Waits for what `ahead` has asked for, or asks here. Raises ServerLost.
         """
-        ready, self.ready = self.ready, None
+        ready = self.ready
         if ready is None or ready.number != number:
-            self.forget(ready)
+            self.forget()
             metrics = self.publish(prompts[0].text)
             ready = self._asked(number, metrics, prompts, plans_per_prompt, seed)
         try:
@@ -77,6 +77,7 @@ class ServedSampler:
                 prompts, plans_per_prompt, seed, ranks=self.ranks, respond=lambda *own: self.responses(ready.replies)
             )
         finally:
+            self.ready = None
             ready.replies.drop()
         return plans, ready.metrics
 
@@ -87,16 +88,17 @@ class ServedSampler:
         """
         try:
             metrics = self.publish(prompts[0].text)
-        except Aborted as error:
-            log.warning("%s; the plans of iteration %d are not asked for ahead", error, number)
+        except Aborted:  # told where it ends the run
+            if self.ranks.first:
+                log.info("plans of iteration %d are not asked for ahead: the server does not take the adapter", number)
             return
         self.ready = self._asked(number, metrics, prompts, plans_per_prompt, seed)
 
-    def forget(self, ready: Ready | None = None) -> None:
+    def forget(self) -> None:
         """Drops what has been asked for ahead."""
-        ready, self.ready = ready or self.ready, None
-        if ready is not None:
-            ready.replies.drop()
+        if self.ready is not None:
+            self.ready.replies.drop()
+        self.ready = None
 
     def publish(self, instruction: str) -> dict[str, float]:
         """From here on the server samples with the planner's present weights.
