@@ -198,7 +198,7 @@ def test_a_rounding_server_that_follows_is_believed(served, move) -> None:
         sampler.publish(INSTRUCTION)
         with torch.no_grad():
             for parameter in planner.parameters().values():
-                parameter.add_(0.002 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(0.0002 * torch.randn(parameter.shape, generator=generator))
 
 
 def test_another_base_model_is_seen(served, make_planner, move) -> None:
