@@ -29,6 +29,8 @@ ENTRIES = ("generator_ema", "ema", "generator", "model", "module", "state_dict")
 NAME_PREFIXES = ("module.", "model.", "diffusion_model.")
 NAME_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
+SERVER_URL = re.compile(r"https?://[^\s/@?#]+(/[^\s?#]*)?")
+
 # what a key sets; a video's identity is in the keys of the first kind alone
 VIDEO = "video"  # videos of given weights, and the training
 TRAINING = "training"  # the training, but no video of given weights
@@ -91,7 +93,13 @@ GROUP = at_least(2, "at least 2 (a group's members are compared)")
 SOME = Rule("at least one", bool)
 SWITCHES = choice("cross_attention", "recache")
 HELD_OUT = choice("test", "validation")
+SAMPLERS = choice("inside", "served")
 LIGER = choice("auto", "off", "model", "all")
+SERVER = Rule(
+    "an address http(s)://host[:port], or nothing", lambda url: not url or SERVER_URL.fullmatch(url) is not None
+)
+SILENCE = Rule("at least planner.server_attempt_s", POSITIVE.good)
+IMPORTANCE = at_least(1)
 FOLDER = Rule("a folder", lambda name: bool(name.strip()))
 BETAS = Rule("each 0 to below 1", lambda betas: all(0 <= beta < 1 for beta in betas))
 FALLING = Rule(
@@ -206,6 +214,15 @@ class PlannerConfig:
     loss_tokens: str = key("all", TRAINING, "tokens in the loss: all, or those after </think>", choice("all", "json"))
     max_sampling_gap: float = key(
         0.2, RUN, "log-probs of sampling and training, mean nats a token apart, that stop a run", POSITIVE
+    )
+    sampler: str = key("inside", TRAINING, "plans of the training come from this process, or a server", SAMPLERS)
+    server: str = key("", RUN, "address of the server (docs/planner-server.md), as http://localhost:8000", SERVER)
+    server_folder: str = key("", RUN, "folder of adapters that the server sees under the same path; nothing: the run's")
+    server_attempt_s: float = key(120.0, RUN, "seconds for one request to the server, a whole plan", POSITIVE)
+    server_outage_s: float = key(300.0, RUN, "silence of the server after which a run stops, seconds", SILENCE)
+    server_ahead: bool = key(True, SPEED, "the server samples the next plans while the executor is updated")
+    max_importance: float = key(
+        2.0, TRAINING, "largest weight of a served plan, of its probability when it was trained and drawn", IMPORTANCE
     )
     sampled_together: int = key(
         0, SPEED, "plans decoded together on a GPU, which bounds their K and V", at_least(0, "0 (32), or at least 1")
@@ -389,6 +406,11 @@ def validate(config: RunConfig) -> None:
         if planner.train and getattr(planner, name) != full:
             why = "where the planner is trained, because log-probs are those of the full distribution"
             refuse(f"planner.{name}", getattr(planner, name), f"{full} {why}")
+    if planner.sampler == "served" and not planner.server:
+        refuse("planner.server", "nothing", "the server's address with planner.sampler served")
+    if planner.server_outage_s < planner.server_attempt_s:
+        accepted = f"at least planner.server_attempt_s ({planner.server_attempt_s:g}), or one slow plan is an outage"
+        refuse("planner.server_outage_s", planner.server_outage_s, accepted)
     if executor.train and len(executor.timesteps) < 2:
         why = "two or more where the executor is trained, because the last step is deterministic"
         refuse("executor.timesteps", executor.timesteps, why)

@@ -30,6 +30,10 @@ class UserError(ValueError):
     """
 
 
+class Aborted(RuntimeError):
+    """The run cannot go on: what is done is saved, and the command exits with code 3."""
+
+
 class Stopped(BaseException):
     """A signal ended what was being done. The value is the signal's name. Entry points exit with code 130."""
 

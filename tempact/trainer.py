@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -25,12 +27,13 @@ from tempact.agreement import Agreement
 from tempact.config import RunConfig
 from tempact.distributed import Ranks
 from tempact.distributed.shards import block_of
-from tempact.errors import UserError
+from tempact.errors import Aborted, UserError
 from tempact.executor.executor import Executor
 from tempact.executor.rollout import cost_of
 from tempact.executor.sampler import NoiseSource, gaussian_noise
 from tempact.meter import Meter
 from tempact.planner.planner import Planner
+from tempact.planner.served import ServedSampler
 from tempact.rewards import RewardSet, Scores
 from tempact.rewards.judges import JudgeOutage
 from tempact.rl import EMA, PolicyOptimizer
@@ -48,6 +51,8 @@ from tempact.updates import ExecutorUpdates, PlannerUpdates
 
 log = logging.getLogger(__name__)
 
+STEPPED = re.compile(r"\w+/(grad_norm|skipped_updates)(@\d+)?$")  # metrics of an optimiser step
+
 Timed = Callable[[str], AbstractContextManager[None]]  # measures a phase
 
 
@@ -55,10 +60,6 @@ class PromptSource(Protocol):
     def draw(self, count: int, seed: int) -> list[Prompt]:
         """`count` training prompts, the same for the same seed."""
         ...
-
-
-class Aborted(RuntimeError):
-    """The run cannot go on."""
 
 
 class TooManySkippedUpdates(Aborted):
@@ -146,6 +147,12 @@ class Trainer:
     ):  # fmt: skip
         self.config, self.rewards, self.prompts, self.ranks = config, rewards, prompts, ranks or Ranks()
         self.planner, self.executor = planner, executor
+        served = Path(config.output) / "served"
+        self.served = (
+            ServedSampler(planner, Path(config.planner.server_folder or served), self.ranks)
+            if config.planner.sampler == "served"
+            else None
+        )
         self.meter = Meter()
         self.done = 0
         self.idle = {"planner": 0, "executor": 0}  # iterations in a row without anything to learn from
@@ -174,11 +181,10 @@ class Trainer:
         self.meter.begin()
         timed = partial(self.meter.timed, phase)
         self._before = None
-        data, planner, executor = self.config.data, self.config.planner, self.config.executor
+        executor = self.config.executor
         with timed("plan"):
-            prompts = self.prompts.draw(data.prompts_per_iteration, self._seed("prompts"))
-            plans = self.planner.sample(prompts, planner.plans_per_prompt, self._seed("plans"), ranks=self.ranks)
-            rngs = [random.Random(self._seed("switch", prompt)) for prompt in range(len(prompts))]
+            plans, served = self._sample()
+            rngs = [random.Random(self._seed("switch", prompt)) for prompt in range(len(plans.prompts))]
             forks = switch_frames(plans, executor.chunk_frames, rngs)
             count, chunks = executor.continuations, [frame // executor.chunk_frames for frame in forks]
             own = range(count)[block_of(count, self.ranks.member, self.ranks.members)]
@@ -194,16 +200,29 @@ class Trainer:
             self._check_videos(torch.stack([broken for _, broken in found]).any(0))
             scored = self.rewards.whole(plans, [scores for scores, _ in found])
             batch, metrics = self._advantages(plans, videos.rollout, scored)
-            metrics |= self.agreement.canaries(self.done + 1, plans, videos.noise)
+            metrics |= served | self.agreement.canaries(self.done + 1, plans, videos.noise)
+        stepping = cache(partial(phase, "step"))
         with timed("update"):
-            metrics |= self._update(plans, batch, videos, partial(phase, "step"))
-        if self._before is None:
-            phase("step")  # there was none, but from here on the iteration counts
+            metrics |= self._update(plans, batch, videos, stepping)
+        stepping()  # there may have been no step, but from here on the iteration counts
         metrics |= self.agreement.metrics(self.done + 1, self.meter, self.rewards.metrics())
         self._note_idle(batch)
         self.done += 1
         made = frozenset(plan for unit in videos.records for plan in unit)
         return Iteration(self.done, plans, videos.rollout, scored, batch, metrics, made, own)
+
+    def _asked(self, done: int) -> tuple[list[Prompt], int, int]:
+        """What the planner is asked for after `done` iterations: prompts, plans of each, and their seed."""
+        prompts = self.prompts.draw(
+            self.config.data.prompts_per_iteration, derive_seed(self.config.seed, done, "prompts")
+        )
+        return prompts, self.config.planner.plans_per_prompt, derive_seed(self.config.seed, done, "plans")
+
+    def _sample(self) -> tuple[PlanBatch, dict[str, float]]:
+        """The plans of this iteration, and metrics of the server that has sampled them."""
+        if self.served:
+            return self.served.sample(self.done + 1, *self._asked(self.done))
+        return self.planner.sample(*self._asked(self.done), ranks=self.ranks), {}
 
     def _score(self, plans: PlanBatch, videos: OwnVideos, timed: Timed) -> tuple[Scores, Tensor]:
         """Makes the videos that fall to this process, while they are scored; their scores, and which are broken [P, N]
@@ -254,6 +273,11 @@ class Trainer:
         self.ema.load_state_dict(state["ema"])
         self.planner_policy.skipped, self.executor_policy.skipped = state["skipped"]
 
+    def close(self) -> None:
+        """Leaves the planner's server as it was."""
+        if self.served:
+            self.served.close()
+
     def confirm(self) -> None:
         """The latest iteration is recorded: `rollback` no longer takes it back."""
         self._earlier, self._before = self._before, None
@@ -268,6 +292,8 @@ class Trainer:
                 for name, value in before["planner"].items():
                     self.planner_policy.parameters[name].copy_(value)
             self.load_state(before["state"])
+            if self.served:
+                self.served.forget()
         self._before = self._earlier = None
 
     def _check_videos(self, broken: Tensor) -> None:
@@ -322,12 +348,29 @@ class Trainer:
                 self.executor, self.executor_policy, plans, batch, videos.forks, videos.records, videos.noise, parts,
                 videos.continuations,
             )  # fmt: skip
-        metrics: dict[str, float] = {}
         self.wide_gap = ""
-        for i in range(len(parts)):
+        if not self.served or not self.config.planner.server_ahead:
+            return self._steps(updates, len(parts), stepping)
+        # until the executor's first step the iteration can be dropped: then the planner's are taken back
+        own = {name: updates.pop(name) for name in ("planner",) if name in updates}
+        metrics = self._steps(own, len(parts), lambda: None)
+        if self.done + 1 < self.config.trainer.iterations and not self.wide_gap:
+            self.served.ahead(self.done + 2, *self._asked(self.done + 1))
+        metrics |= self._steps(updates, len(parts), stepping)
+        if self.wide_gap and self._before is not None:
+            self.rollback()
+            metrics = {name: value for name, value in metrics.items() if not STEPPED.match(name)}
+        return metrics
+
+    def _steps(
+        self, updates: Mapping[str, PlannerUpdates | ExecutorUpdates], parts: int, stepping: Callable[[], None]
+    ) -> dict[str, float]:
+        """Optimiser steps of these policies, and their metrics."""
+        metrics: dict[str, float] = {}
+        for i in range(parts):
             found = {name: own.update(i) for name, own in updates.items()}
             self.wide_gap = self.wide_gap or too_wide(found, self.config)
-            for name, values in found.items():  # both gradients first: until here the iteration can be dropped
+            for name, values in found.items():  # all gradients first: until here the iteration can be dropped
                 values |= self._step(name, stepping) if values else {}
                 metrics |= {f"{name}/{key}{f'@{i + 1}' if i else ''}": value for key, value in values.items()}
         return metrics
@@ -348,7 +391,7 @@ class Trainer:
             self._before = {"state": copied(self.state()), "planner": copied(dict(self.planner_policy.parameters))}
             if self.executor.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()
-            stepping()
+        stepping()
         metrics = policy.step(self.done / max(1, self.config.trainer.iterations - 1))
         if policy.skipped:
             self._warn("iteration %d: %s gradient is not finite; update left out", self.done + 1, name)

@@ -33,6 +33,8 @@ VALUES = {
     "a folder": ([" "], ["somewhere"]),
     "a positive multiple of executor.chunk_frames": (["0"], ["3"]),
     "above judges.attempt_s": (["0"], ["60.5"]),
+    "at least planner.server_attempt_s": (["0"], ["120"]),
+    "an address http(s)://host[:port], or nothing": (["localhost:8000"], ["http://localhost:8000"], [""]),
     "each module:function": (["mine.score"], ["mine:score"]),
     "a name, or nothing": (["two words"], ["max_completion_tokens"], [""]),
     "falling numbers in (0, 1000]": (["5", "7"], ["1000", "7"]),
@@ -57,11 +59,14 @@ def cases() -> Iterator[tuple[str, str, list[str], list[str]]]:
 
 @pytest.mark.parametrize(("name", "words", "bad", "good"), cases())
 def test_a_key_accepts_what_its_message_names(name: str, words: str, bad: list[str], good: list[str]) -> None:
-    short = ["--executor.frames", "21"] if name == "executor.window" else []  # as long as every window allows
+    needed = {
+        "executor.window": ["--executor.frames", "21"],  # as long as every window allows
+        "planner.sampler": ["--planner.server", "http://localhost:8000"],
+    }
     with pytest.raises(UserError) as caught:
         parse_run([f"--{name}", *bad], "program")
     assert f"{name}: found " in str(caught.value) and str(caught.value).endswith(f"; accepted: {words}")
-    parse_run([*short, f"--{name}", *good], "program")
+    parse_run([*needed.get(name, []), f"--{name}", *good], "program")
 
 
 SHARDED = ["--executor.shard", "2", "--executor.cuda_graphs", "false"]
@@ -101,6 +106,16 @@ FOLLOWED = [  # a command line, the end of what it says, and the command lines t
         ["--planner.temperature", "0.3"],
         "1.0 where the planner is trained, because log-probs are those of the full distribution",
         ["--planner.temperature", "1.0"],
+    ),
+    (
+        ["--planner.sampler", "served"],
+        "the server's address with planner.sampler served",
+        ["--planner.sampler", "served", "--planner.server", "http://localhost:8000"],
+    ),
+    (
+        ["--planner.server_outage_s", "60"],
+        "at least planner.server_attempt_s (120), or one slow plan is an outage",
+        ["--planner.server_outage_s", "120"],
     ),
     (
         ["--executor.timesteps", "500"],

@@ -102,6 +102,16 @@ def reference_active(model: PeftModel) -> Iterator[None]:
         _activate(model, TRAINED)
 
 
+@contextmanager
+def without_adapter(model: PeftModel) -> Iterator[None]:
+    """Forward passes inside are those of the base model."""
+    _activate(model, "")  # layers pass over a name that they do not have
+    try:
+        yield
+    finally:
+        _activate(model, TRAINED)
+
+
 def _activate(model: PeftModel, name: str) -> None:
     # PeftModel.set_adapter would also toggle requires_grad; switching the layers alone keeps the optimiser's view
     for module in model.modules():

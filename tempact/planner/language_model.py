@@ -18,7 +18,7 @@ import inspect
 import logging
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -38,6 +38,7 @@ from transformers import (
 )
 from transformers.generation import logits_process as scoring
 
+from tempact.config import PlannerConfig
 from tempact.errors import UserError
 from tempact.planner.plans import THINK_END, THINK_START
 
@@ -79,6 +80,36 @@ def check_head(model: PreTrainedModel) -> None:
             f"planner.weights: found {model.config.model_type}, whose logits are more than its head of its hidden "
             "states; accepted: models without scaled or capped logits, as Qwen3"
         )
+
+
+def plain_head(model: PreTrainedModel, targets: Sequence[str]) -> bool:
+    """True where the head is a linear layer outside the adapter's targets (suffixes of module names)."""
+    head = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if module is head]
+    reached = any(name == target or name.endswith(f".{target}") for name in names for target in targets)
+    return type(head) is nn.Linear and not reached
+
+
+def sampling_settings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PlannerConfig
+) -> GenerationConfig:
+    """Sampling settings that inherit the end tokens alone: shipped settings cut the distribution (top-k 20)."""
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    ends = tokenizer.eos_token_id if ends is None else ends
+    if ends is None:
+        raise UserError("planner.weights: no end token is named; accepted: a chat model that has one")
+    ends = [ends] if isinstance(ends, int) else list(ends)
+    pad = tokenizer.pad_token_id
+    shipped = model.generation_config.to_diff_dict() if model.generation_config else {}
+    ignored = {key: shipped[key] for key in ("temperature", "top_p", "top_k", "repetition_penalty") if key in shipped}
+    if ignored:
+        log.info("planner: shipped sampling settings are not used: %s", ignored)
+    own = GenerationConfig(
+        do_sample=True, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
+        max_new_tokens=config.max_new_tokens, eos_token_id=ends, pad_token_id=ends[0] if pad is None else pad,
+    )  # fmt: skip
+    model.generation_config = own  # generate() fills what it finds unset from there
+    return own
 
 
 def chosen_log_probs(head: nn.Module, hidden: Tensor, ids: Tensor, at_once: int = LOGITS_AT_ONCE) -> Tensor:

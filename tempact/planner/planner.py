@@ -10,21 +10,22 @@ and never holds the logits of whole sequences.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tempact.config import PlannerConfig
 from tempact.distributed import Ranks
 from tempact.distributed.reduction import Gradient, UpdateSum
 from tempact.distributed.watch import moved
-from tempact.errors import UserError
+from tempact.errors import Aborted, UserError
 from tempact.models.adapters import adapted, lean_adapters, load_adapter, reference_active, save_adapter
 from tempact.models.wan.checkpoints.files import visiting
 from tempact.planner import decode
@@ -36,14 +37,19 @@ from tempact.planner.language_model import (
     load_chat_model,
     one_kernel_norms,
     opens_thought,
+    plain_head,
+    sampling_settings,
     thought_length,
 )
 from tempact.planner.plans import THINK_START, parse_plan, plan_messages
 from tempact.rl.gspo import gspo_loss
+from tempact.rl.importance import importance_weights
 from tempact.seeds import derive_seed
 from tempact.types import Batch, PlanBatch, PlanTokens, Prompt
 
 log = logging.getLogger(__name__)
+
+Responder = Callable[[Sequence[Sequence[int]], Sequence[int]], list[Response]]  # to prompts, token ids, from seeds
 
 
 class Planner:
@@ -73,8 +79,8 @@ class Planner:
             r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=list(config.lora.targets),
             task_type="CAUSAL_LM",
         )  # fmt: skip
-        self.generation = _generation(model, tokenizer, config)
-        serves = liger.choose(config.liger, _plain_head(model, config.lora.targets), model.device)
+        self.generation = sampling_settings(model, tokenizer, config)
+        serves = liger.choose(config.liger, plain_head(model, config.lora.targets), model.device)
         if serves != "off":
             kernels = liger.use_kernels(model)
             log.info("planner: Liger's kernels: %s, its fused loss: %s", kernels, serves == "all")
@@ -129,6 +135,16 @@ class Planner:
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=self.config.thinking
         )
 
+    def prompt_ids(self, instruction: str) -> list[int]:
+        """The tokens of `prompt_text`."""
+        return self.tokenizer(self.prompt_text(instruction), add_special_tokens=False)["input_ids"]
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the head knows."""
+        assert isinstance(self.head.weight, Tensor)
+        return len(self.head.weight)
+
     @torch.no_grad()
     def sample(
         self,
@@ -138,27 +154,31 @@ class Planner:
         *,
         reference: bool = False,
         ranks: Ranks | None = None,
+        respond: Responder | None = None,
     ) -> PlanBatch:
         """Samples `plans_per_prompt` plans a prompt; plan m of prompts[b] depends on (seed, b, m) and its prompt alone.
 
         Leaves the global random state as it was. `reference` samples from the frozen start. ranks: each samples its
-        share, and all of them get all plans.
+        share, and all of them get all plans. respond: samples in place of this planner's own `respond`.
         """
-        asking, ranks = [self.prompt_text(p.text) for p in prompts], ranks or Ranks()
-        opening = THINK_START if opens_thought(asking[0]) else ""
-        each = [(b, m) for b in range(len(prompts)) for m in range(plans_per_prompt)]
-        ids = self.tokenizer(asking, add_special_tokens=False)["input_ids"]
-        asked = [ids[b] for b, _ in each]
-        seeds = [derive_seed(seed, b, "plan", m) for b, m in each]
-        own = ranks.share(len(each))
-        mine = self.respond(asked[own.start : own.stop], seeds[own.start : own.stop], reference=reference)
-        responses = [response for of_rank in ranks.gather(mine) for response in of_rank]
+        ranks, respond = ranks or Ranks(), respond or partial(self.respond, reference=reference)
+        opening = THINK_START if opens_thought(self.prompt_text(prompts[0].text)) else ""
+        asked, seeds = self.requests(prompts, plans_per_prompt, seed)
+        own = ranks.share(len(asked))
+        mine = partial(respond, asked[own.start : own.stop], seeds[own.start : own.stop])
+        responses = [response for of_rank in ranks.agreed(mine, Aborted) for response in of_rank]
         plans = []
-        for (b, _), (tokens, _) in zip(each, responses, strict=True):
+        for p, (tokens, _) in enumerate(responses):
             bare = tokens[:-1] if tokens[-1] in self.generation.eos_token_id else tokens
             text = opening + self.tokenizer.decode(bare, clean_up_tokenization_spaces=False)
-            plans.append(parse_plan(text, prompts[b].text, self.frames, self.chunk))
+            plans.append(parse_plan(text, prompts[p // plans_per_prompt].text, self.frames, self.chunk))
         return PlanBatch(prompts, plans, plans_per_prompt, self.tokens(asked, responses))
+
+    def requests(self, prompts: list[Prompt], plans_per_prompt: int, seed: int) -> tuple[list[list[int]], list[int]]:
+        """Token ids and seeds of what `sample` asks for, by plan."""
+        asked = [ids for ids in (self.prompt_ids(p.text) for p in prompts) for _ in range(plans_per_prompt)]
+        places = ((b, m) for b in range(len(prompts)) for m in range(plans_per_prompt))
+        return asked, [derive_seed(seed, b, "plan", m) for b, m in places]
 
     def respond(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, reference: bool = False
@@ -174,7 +194,7 @@ class Planner:
     def canary(self, instruction: str) -> tuple[Tensor, Tensor]:
         """States before the head for an instruction's first token, as plans are sampled: of the trained adapter and of
         its start, fp32 [width] on the host. They differ where the trained adapter is in effect."""
-        asked = self.tokenizer(self.prompt_text(instruction), add_special_tokens=False)["input_ids"]
+        asked = self.prompt_ids(instruction)
         with self._awake():
             return self._first_states(asked, reference=False), self._first_states(asked, reference=True)
 
@@ -188,6 +208,16 @@ class Planner:
             decoder = decode.Decoder(model, self.generation, 1, len(prompt) + 1)
             decoder.begin(0, decode.Asked(0, prompt, 0), decoder.prefill(prompt))
             return decoder.hidden(decoder.length)[0].float().cpu()
+
+    @torch.no_grad()
+    def next_log_probs(self, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+        """Log-softmax [n, V] fp32 on the host at each token of a response, as an update computes it with the adapter
+        that is active."""
+        tokens = self.tokens([prompt], [Response([*response], [0.0] * len(response))])
+        with self._awake():
+            hidden = self._hidden(tokens, reference=False)[0, len(prompt) - 1 : -1]
+            with self._autocast():
+                return self.head(hidden).float().log_softmax(-1).cpu()
 
     def log_probs(self, tokens: PlanTokens, *, reference: bool = False) -> Tensor:
         """Log-softmax (temperature 1) of every counted token given the tokens before it: [P, L] fp32.
@@ -281,9 +311,16 @@ class Planner:
         with torch.set_grad_enabled(not self.fused_loss):
             log_probs = self._head_log_probs(hidden, tokens)
         before = log_probs.detach() if old is None else old
+        weighed: dict[str, float] = {}
+        if config.sampler == "served":
+            sampled, counts = tokens.log_probs.to(self.device), tokens.response_mask.to(self.device)
+            weights, cut = importance_weights(before, sampled, counts, config.max_importance)
+            advantage = advantage * weights.to(advantage)
+            weighed = {"importance": weights.sum().item() / terms, "importance_truncated": cut.sum().item() / terms}
         loss, metrics = gspo_loss(
             log_probs, before, reference, tokens.response_mask, advantage, every, **clips, terms=terms
         )
+        metrics |= weighed
         if old is None:
             moves = (log_probs.detach() - tokens.log_probs.to(self.device))[tokens.response_mask.to(self.device)]
             gaps = {"sampling_gap": moves.abs(), "sampling_k3": moves.expm1() - moves}
@@ -355,14 +392,6 @@ class Planner:
         return PlanTokens(*(x.to(self.device) for x in (ids, attention, counted, log_probs * counted)))
 
 
-def _plain_head(model: PreTrainedModel, targets: Sequence[str]) -> bool:
-    """True where the head is a linear layer outside the adapter's targets (suffixes of module names)."""
-    head = model.get_output_embeddings()
-    names = [name for name, module in model.named_modules() if module is head]
-    reached = any(name == target or name.endswith(f".{target}") for name in names for target in targets)
-    return type(head) is nn.Linear and not reached
-
-
 def trimmed(tokens: PlanTokens) -> PlanTokens:
     """The same sequences without the columns at the right that are padding in all of them."""
     length = int(tokens.attention_mask.any(0).nonzero()[-1]) + 1
@@ -373,23 +402,3 @@ def _counted(tokens: PlanTokens, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows and columns of the counted tokens, without first tokens: nothing before them predicts them."""
     rows, columns = tokens.response_mask[:, 1:].nonzero(as_tuple=True)
     return rows.to(device), columns.to(device) + 1
-
-
-def _generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PlannerConfig) -> GenerationConfig:
-    """Sampling settings that inherit the end tokens alone: shipped settings cut the distribution (top-k 20)."""
-    ends = model.generation_config.eos_token_id if model.generation_config else None
-    ends = tokenizer.eos_token_id if ends is None else ends
-    if ends is None:
-        raise UserError("planner.weights: no end token is named; accepted: a chat model that has one")
-    ends = [ends] if isinstance(ends, int) else list(ends)
-    pad = tokenizer.pad_token_id
-    shipped = model.generation_config.to_diff_dict() if model.generation_config else {}
-    ignored = {key: shipped[key] for key in ("temperature", "top_p", "top_k", "repetition_penalty") if key in shipped}
-    if ignored:
-        log.info("planner: shipped sampling settings are not used: %s", ignored)
-    own = GenerationConfig(
-        do_sample=True, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
-        max_new_tokens=config.max_new_tokens, eos_token_id=ends, pad_token_id=ends[0] if pad is None else pad,
-    )  # fmt: skip
-    model.generation_config = own  # generate() fills what it finds unset from there
-    return own

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from tempact.cli import EXIT_ABORTED
 from tempact.distributed import FAILED, STOPPED, End, Ranks, told
-from tempact.errors import EXIT_USER_ERROR, Stopped, StopRequest, UserError
+from tempact.errors import EXIT_USER_ERROR, Aborted, Stopped, StopRequest, UserError
 from tempact.rewards.judges import JudgeOutage
-from tempact.trainer import Aborted
 
 log = logging.getLogger(__name__)
 

@@ -116,6 +116,7 @@ class Run:
         ranks.agreed(scoring.check if ranks.first else lambda: None, JudgeOutage, UserError)
         policies = build_policies(config)
         trainer = build_trainer(config, policies, prompts, scoring, ranks)
+        opened.callback(trainer.close)
         if checkpoint is not None:
             restore(checkpoint, config, policies, trainer)
         trainer.agreement.compare(fingerprint(config))
