@@ -91,6 +91,8 @@ GROUP = at_least(2, "at least 2 (a group's members are compared)")
 SOME = Rule("at least one", bool)
 SWITCHES = choice("cross_attention", "recache")
 HELD_OUT = choice("test", "validation")
+DEVIATIONS = choice("global", "group", "none")
+SEQUENCES = choice("gspo", "grpo", "rloo")
 LIGER = choice("auto", "off", "model", "all")
 FOLDER = Rule("a folder", lambda name: bool(name.strip()))
 BETAS = Rule("each 0 to below 1", lambda betas: all(0 <= beta < 1 for beta in betas))
@@ -185,7 +187,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PlannerConfig:
-    """The planner policy and its GSPO update (docs/algorithm.md 2.4, 2.5)."""
+    """The planner policy and its update (docs/algorithm.md 2.4, 2.5)."""
 
     weights: str = field(metadata=described(VIDEO, "shapeworld (shipped), a Hugging Face folder or name, or random"))
     lora: LoraConfig
@@ -199,10 +201,12 @@ class PlannerConfig:
     temperature: float = key(1.0, VIDEO, "temperature of sampling", TEMPERATURE)
     top_p: float = key(1.0, VIDEO, "probability mass that is sampled from", TOP_P)
     top_k: int = key(0, VIDEO, "tokens that are sampled from", TOP_K)
-    clip_low: float = key(3e-4, TRAINING, "clip of the sequence ratio below 1", POSITIVE)
-    clip_high: float = key(4e-4, TRAINING, "clip of the sequence ratio above 1", POSITIVE)
+    clip_low: float = key(3e-4, TRAINING, "clip of the ratio below 1; of tokens (grpo) about 0.2", POSITIVE)
+    clip_high: float = key(4e-4, TRAINING, "clip of the ratio above 1; of tokens (grpo) about 0.2", POSITIVE)
     kl_weight: float = key(5e-4, TRAINING, "weight of the divergence from the reference", NOT_NEGATIVE)
     advantage_clip: float = key(1.0, TRAINING, "largest size of an advantage", POSITIVE)
+    advantage_std: str = key("global", TRAINING, "rewards whose deviation divides an advantage", DEVIATIONS)
+    loss: str = key("gspo", TRAINING, "ratios of sequences (gspo) or tokens (grpo), or leave-one-out (rloo)", SEQUENCES)
     loss_tokens: str = key("all", TRAINING, "tokens in the loss: all, or those after </think>", choice("all", "json"))
     max_sampling_gap: float = key(
         0.2, RUN, "log-probs of sampling and training, mean nats a token apart, that stop a run", POSITIVE
@@ -247,6 +251,7 @@ class ExecutorConfig:
     clip_velocity_rms: float = key(0.0055, TRAINING, "clip of the ratio, as an RMS of velocities", POSITIVE)
     kl_weight: float = key(5e-4, TRAINING, "weight of the velocity's divergence from the reference", NOT_NEGATIVE)
     advantage_clip: float = key(2.0, TRAINING, "largest size of an advantage", POSITIVE)
+    advantage_std: str = key("global", TRAINING, "rewards whose deviation divides an advantage", DEVIATIONS)
     max_rollout_gap: float = key(1.0, RUN, "log-probs of roll-out and training, clips apart, that stop a run", POSITIVE)
     ema_decay: float = key(0.99, TRAINING, "decay of the averaged weights", DECAY)
     micro_batch: int = key(64, SPEED, "(continuation, transition) pairs of a backward pass", COUNT)
@@ -388,6 +393,8 @@ def validate(config: RunConfig) -> None:
         if planner.train and getattr(planner, name) != full:
             why = "where the planner is trained, because log-probs are those of the full distribution"
             refuse(f"planner.{name}", getattr(planner, name), f"{full} {why}")
+    if planner.liger == "all" and planner.loss != "gspo":
+        refuse("planner.liger", "all", f"auto, off, model with planner.loss {planner.loss}: Liger's is GSPO")
     if executor.train and len(executor.timesteps) < 2:
         why = "two or more where the executor is trained, because the last step is deterministic"
         refuse("executor.timesteps", executor.timesteps, why)

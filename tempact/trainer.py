@@ -42,6 +42,7 @@ from tempact.rl.advantages import (
     plan_rewards,
     shuffled,
 )
+from tempact.rl.planner_losses import LEAVE_ONE_OUT
 from tempact.seeds import derive_seed
 from tempact.types import Batch, PlanBatch, Prompt, Rollout, Scored, Transition
 from tempact.updates import ExecutorUpdates, PlannerUpdates
@@ -295,10 +296,14 @@ class Trainer:
         """Plan level and execution level, with the metrics of both and of the raw rewards."""
         weights, config = self.config.rewards, self.config
         group = plan_rewards(scored, weights).view(-1, plans.plans_per_prompt)
-        plan, plan_mask, plan_metrics = group_advantages(group, config.planner.advantage_clip, PLAN_EPS)
+        plan, plan_mask, plan_metrics = group_advantages(
+            group, config.planner.advantage_clip, PLAN_EPS, std=config.planner.advantage_std,
+            leave_one_out=config.planner.loss in LEAVE_ONE_OUT,
+        )  # fmt: skip
         execution, execution_mask, execution_metrics = group_advantages(
-            execution_rewards(scored, weights), config.executor.advantage_clip, EXECUTION_EPS
-        )
+            execution_rewards(scored, weights), config.executor.advantage_clip, EXECUTION_EPS,
+            std=config.executor.advantage_std,
+        )  # fmt: skip
         if weights.shuffle_advantages:
             generator = torch.Generator().manual_seed(self._seed("shuffle"))
             plan, execution = (shuffled(*each, generator) for each in ((plan, plan_mask), (execution, execution_mask)))

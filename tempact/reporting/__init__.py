@@ -256,7 +256,7 @@ MEANINGS = {
     "step": "iteration, from 1",
     "time_s": "seconds that the run has taken, over all its resumed parts",
     "POLICY/reward": "mean combined reward, of plans for the planner and of continuations for the executor",
-    "POLICY/reward_std": "deviation of rewards from their group's mean, over all groups; it divides advantages",
+    "POLICY/reward_std": "deviation of rewards from group means, over all groups; by default it divides advantages",
     "POLICY/frac_reward_zero_std": "share of groups whose rewards are all equal, which teach nothing",
     "POLICY/missing": "share of combined rewards that are missing",
     "POLICY/loss": "policy loss plus weighted divergence, of the first update; keys of the second end in @2",
