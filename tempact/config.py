@@ -93,6 +93,7 @@ SWITCHES = choice("cross_attention", "recache")
 HELD_OUT = choice("test", "validation")
 DEVIATIONS = choice("global", "group", "none")
 SEQUENCES = choice("gspo", "grpo", "rloo")
+CHUNKS = choice("flow_grpo", "diffusion_nft")
 LIGER = choice("auto", "off", "model", "all")
 FOLDER = Rule("a folder", lambda name: bool(name.strip()))
 BETAS = Rule("each 0 to below 1", lambda betas: all(0 <= beta < 1 for beta in betas))
@@ -222,7 +223,7 @@ class PlannerConfig:
 
 @dataclass(frozen=True)
 class ExecutorConfig:
-    """The executor policy, its roll-out and its Flow-GRPO update (docs/algorithm.md 2.1 - 2.3, 2.5)."""
+    """The executor policy, its roll-out and its update (docs/algorithm.md 2.1 - 2.3, 2.5)."""
 
     weights: str = field(metadata=described(VIDEO, "shapeworld or such a folder, Wan checkpoint, random(-tiny, -14b)"))
     lora: LoraConfig
@@ -252,6 +253,8 @@ class ExecutorConfig:
     kl_weight: float = key(5e-4, TRAINING, "weight of the velocity's divergence from the reference", NOT_NEGATIVE)
     advantage_clip: float = key(2.0, TRAINING, "largest size of an advantage", POSITIVE)
     advantage_std: str = key("global", TRAINING, "rewards whose deviation divides an advantage", DEVIATIONS)
+    loss: str = key("flow_grpo", TRAINING, "on transitions (flow_grpo) or the forward process (diffusion_nft)", CHUNKS)
+    nft_beta: float = key(1.0, TRAINING, "distance of diffusion_nft's two policies from the old one", POSITIVE)
     max_rollout_gap: float = key(1.0, RUN, "log-probs of roll-out and training, clips apart, that stop a run", POSITIVE)
     ema_decay: float = key(0.99, TRAINING, "decay of the averaged weights", DECAY)
     micro_batch: int = key(64, SPEED, "(continuation, transition) pairs of a backward pass", COUNT)

@@ -98,8 +98,13 @@ class PlanBatch:
 class Transition:
     """The trained chunk of every continuation (P plans x N continuations), on the host: pinned, where a GPU made it.
 
+    Of transitions (docs/algorithm.md 2.3, Flow-GRPO):
     states  [P, N, T+1, C, c, H, W] fp32, x at sigma_0 .. sigma_T (sigma_T is the last noisy one)
     noises  [P, N, T, C, c, H, W] fp32, the Gaussian draw of each stochastic transition
+    Of the forward process (DiffusionNFT):
+    states  [P, N, K, C, c, H, W] fp32, the clean chunk noised anew to sigma_0 .. sigma_{K-1}
+    noises  [P, N, K, C, c, H, W] fp32, each noise less the clean chunk: the velocity that flow matching aims at
+    Of both:
     start   [P] int64, first latent frame s of the chunk (the switch frame)
     prefix  [P, C, S, H, W] fp32 with S = max(start) of the roll-out: the shared clean context, zeros past start[p]
     prompts executor prompt of every chunk of the plan up to and including the trained one;

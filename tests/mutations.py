@@ -489,6 +489,50 @@ MUTATIONS = [
         ("test_deviations_of_a_group_of_all_or_none", 'if std != "none":', "if std:"),
     ),
     *faults(
+        "tempact/rl/diffusion_nft.py",
+        "tests/rl/test_diffusion_nft.py",
+        (
+            "test_gradient_and_loss_are_those_of_the_published_form",
+            "(1.0, share), (-1.0, 1.0 - share)",
+            "(1.0, share), (-1.0, share)",
+        ),
+        (
+            "test_gradient_and_loss_are_those_of_the_published_form",
+            "error + sign * beta * moved",
+            "error + beta * moved",
+        ),
+        ("test_gradient_and_loss_are_those_of_the_published_form", ".clamp(0.0, 1.0)", ".clamp(0.0)"),
+        (
+            "test_on_policy_the_gradient_is_flow_matching_weighted_by_the_advantage",
+            "sign * (weight / size)",
+            "weight * (1 / size)",
+        ),
+        (
+            "test_rows_outside_the_mask_count_for_nothing_and_micro_batches_add_up",
+            "torch.where(mask.view(wide), gradient / terms, 0.0)",
+            "gradient / terms",
+        ),
+        ("test_a_perfect_prediction_leaves_the_gradient_finite", ".clamp_min(LEAST_ERROR)", ""),
+    ),
+    *faults(
+        "tempact/executor/rollout.py",
+        "tests/executor/test_forward_process.py",
+        (
+            "test_videos_are_those_of_flow_grpo_and_the_record_is_their_clean_chunk_noised_anew",
+            "noise(settings.chunks + start // chunk,",
+            "noise(start // chunk,",
+        ),
+    ),
+    *faults(
+        "tempact/executor/sampler.py",
+        "tests/executor/test_forward_process.py",
+        (
+            "test_every_call_is_trained_and_micro_batches_change_nothing",
+            "return self.schedule.calls if self.forward else",
+            "return",
+        ),
+    ),
+    *faults(
         "tempact/planner/planner.py",
         "tests/rl/test_training.py",
         ("test_a_planner_moves_towards_the_better_plan", "LOSSES[config.loss](", 'LOSSES["gspo"]('),

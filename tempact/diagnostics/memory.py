@@ -194,13 +194,13 @@ class Run:
     @property
     def context_plans(self) -> int:
         """Plans whose contexts an update holds at a time: those of a micro-batch."""
-        each = self.continuations * self.settings.schedule.transitions
+        each = self.continuations * self.settings.trained
         return min(self.plans, max(1, self.config.executor.micro_batch // each)) if each else 0
 
     @property
     def update_rows(self) -> int:
         """(continuation, transition) pairs of the largest micro-batch."""
-        steps = self.settings.schedule.transitions
+        steps = self.settings.trained
         each, most = self.continuations * steps, self.config.executor.micro_batch
         if not steps:  # a model of one denoising call, which cannot be trained
             return 0
@@ -226,7 +226,7 @@ def needs_of(run: Run, *, planning: bool = True) -> Needs:
     )
     rollout = [latents, *_rollout(run)]
     update = [
-        Item("velocities of the reference", _transitions(run, run.settings.schedule.transitions), EXACT),
+        Item("velocities of the reference", _transitions(run, run.settings.trained), EXACT),
         Item("K/V of a context's prompts", run.context_plans * (run.texts + 1) * run.sizes.text_bytes, ESTIMATED),
         *_partial_sums(run, 1, footprint.parameters_of(run.sizes).trained),
     ]
@@ -317,7 +317,7 @@ def _kept_of_a_rollout(run: Run) -> list[Item]:
 def _recorded(run: Run) -> int:
     """Bytes of states, noises and contexts of all plans, with the latest switch."""
     contexts = run.plans * run.sizes.latent_bytes(run.settings.frames - run.settings.chunk)
-    return contexts + _transitions(run, 2 * run.settings.schedule.transitions + 1)
+    return contexts + _transitions(run, sum(run.settings.recorded))
 
 
 def _transitions(run: Run, each: int) -> int:

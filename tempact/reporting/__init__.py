@@ -265,6 +265,8 @@ MEANINGS = {
     "POLICY/ratio_deviation": "mean distance of that ratio from 1; 0 in the first update of an iteration",
     "POLICY/clip_ratio/low": "share of terms whose ratio the lower clip stops, at negative advantages",
     "POLICY/clip_ratio/high": "share of terms whose ratio the upper clip stops, at positive advantages",
+    "executor/clean_error": "of diffusion_nft: mean error with which clean chunks are predicted from new noise",
+    "executor/velocity_change": "of diffusion_nft: mean square of what velocities have moved; 0 in the first update",
     "POLICY/grad_norm": "global norm of the gradient before its clip; null where it is not finite",
     "POLICY/skipped_updates": "updates in a row that were left out for gradients that are not finite",
     "POLICY/canary": "root mean square of what the trained policy and its start give for one input as they sample",

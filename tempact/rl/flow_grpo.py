@@ -7,6 +7,7 @@ from torch import Tensor
 
 from csrc_triton import flow_policy_loss_and_grad
 from csrc_triton.flow_sde import cps
+from tempact.config import ExecutorConfig
 
 
 def flow_grpo_gradient(
@@ -82,3 +83,22 @@ def clip_epsilon(clip_velocity_rms: float, elements: int) -> float:
     does not depend on chunk size and resolution.
     """
     return clip_velocity_rms / elements**0.5
+
+
+class FlowGRPO:
+    """`executor.loss flow_grpo` (`ExecutorLoss`): the roll-out's T stochastic transitions are trained."""
+
+    forward = False
+
+    def __init__(self, config: ExecutorConfig, sigmas: tuple[float, ...]):
+        self.config, self.sigmas = config, sigmas
+
+    def __call__(
+        self, velocity: Tensor, old: Tensor, reference: Tensor, recorded: Tensor, levels: Tensor, advantage: Tensor,
+        mask: Tensor, *, terms: int,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        config = self.config
+        clip = clip_epsilon(config.clip_velocity_rms, velocity[0].numel())
+        return flow_grpo_gradient(
+            velocity, old, reference, recorded, advantage, mask, clip=clip, kl_weight=config.kl_weight, terms=terms
+        )

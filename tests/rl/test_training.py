@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_references import undocumented
 from test_trainer import iterate, make, rewards, smoke
 
 from tempact.rl.advantages import EXECUTION_EPS, PLAN_EPS, execution_rewards, group_advantages, plan_rewards
@@ -63,3 +64,17 @@ def test_the_advantages_are_those_of_the_configuration() -> None:
     expected = group_advantages(execution, 2.0, EXECUTION_EPS, std="group")[0]
     assert torch.equal(batch.execution_advantage, expected)
     assert not torch.allclose(expected, group_advantages(execution, 2.0, EXECUTION_EPS)[0], atol=0.1)
+
+
+def test_a_run_on_the_forward_process() -> None:
+    """The second update is off-policy, and both move the executor."""
+    config = smoke(plans=2, updates_per_iteration=2)
+    trainer = make(replace(config, executor=replace(config.executor, loss="diffusion_nft")), SCORES)
+    before = {name: p.detach().clone() for name, p in trainer.executor_policy.parameters.items()}
+    metrics = iterate(trainer).metrics
+    own = {name: value for name, value in metrics.items() if name.startswith("executor/")}
+    assert own["executor/velocity_change"] == 0.0 and own["executor/velocity_change@2"] > 0
+    assert all(own[f"executor/{name}{of}"] > 0 for name in ("clean_error", "grad_norm") for of in ("", "@2"))
+    assert not any("ratio" in name or "gap" in name for name in own)
+    assert any(not torch.equal(p, before[name]) for name, p in trainer.executor_policy.parameters.items())
+    assert undocumented(metrics) == ["judge/told"]  # of the rewards here
