@@ -94,6 +94,7 @@ HELD_OUT = choice("test", "validation")
 DEVIATIONS = choice("global", "group", "none")
 SEQUENCES = choice("gspo", "grpo", "rloo")
 CHUNKS = choice("flow_grpo", "diffusion_nft")
+LEVELS = choice("all", "drawn", "sliding")
 LIGER = choice("auto", "off", "model", "all")
 FOLDER = Rule("a folder", lambda name: bool(name.strip()))
 BETAS = Rule("each 0 to below 1", lambda betas: all(0 <= beta < 1 for beta in betas))
@@ -254,6 +255,9 @@ class ExecutorConfig:
     advantage_clip: float = key(2.0, TRAINING, "largest size of an advantage", POSITIVE)
     advantage_std: str = key("global", TRAINING, "rewards whose deviation divides an advantage", DEVIATIONS)
     loss: str = key("flow_grpo", TRAINING, "on transitions (flow_grpo) or the forward process (diffusion_nft)", CHUNKS)
+    levels: str = key(
+        "all", TRAINING, "denoising calls that an iteration trains: all, or one, drawn or in turn", LEVELS
+    )
     nft_beta: float = key(1.0, TRAINING, "distance of diffusion_nft's two policies from the old one", POSITIVE)
     max_rollout_gap: float = key(1.0, RUN, "log-probs of roll-out and training, clips apart, that stop a run", POSITIVE)
     ema_decay: float = key(0.99, TRAINING, "decay of the averaged weights", DECAY)

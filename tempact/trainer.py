@@ -42,6 +42,7 @@ from tempact.rl.advantages import (
     plan_rewards,
     shuffled,
 )
+from tempact.rl.levels import levels_of
 from tempact.rl.planner_losses import LEAVE_ONE_OUT
 from tempact.seeds import derive_seed
 from tempact.types import Batch, PlanBatch, Prompt, Rollout, Scored, Transition
@@ -320,14 +321,18 @@ class Trainer:
         """
         parts = split(len(batch.plan_advantage), self.config.trainer.updates_per_iteration)
         updates: dict[str, PlannerUpdates | ExecutorUpdates] = {}
+        metrics: dict[str, float] = {}
         if self.config.planner.train:
             updates["planner"] = PlannerUpdates(self.planner, self.planner_policy, batch, parts)
         if self.config.executor.train:
+            count = self.executor.settings.trained
+            levels = levels_of(self.config.executor.levels, count, self.done, self._seed("level"))
             updates["executor"] = ExecutorUpdates(
                 self.executor, self.executor_policy, plans, batch, videos.forks, videos.records, videos.noise, parts,
-                videos.continuations,
+                videos.continuations, levels,
             )  # fmt: skip
-        metrics: dict[str, float] = {}
+            if self.config.executor.levels != "all":
+                metrics["executor/level"] = float(levels.start)
         self.wide_gap = ""
         for i in range(len(parts)):
             found = {name: own.update(i) for name, own in updates.items()}

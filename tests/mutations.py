@@ -533,6 +533,36 @@ MUTATIONS = [
         ),
     ),
     *faults(
+        "tempact/rl/levels.py",
+        "tests/rl/test_levels.py",
+        ("test_sliding_takes_the_next_level_every_iteration", "iteration % count", "0 * iteration"),
+        ("test_a_drawn_level_follows_its_seed_alone_and_all_are_drawn", "random.Random(seed)", "random.Random(0)"),
+    ),
+    *faults(
+        "tempact/executor/executor.py",
+        "tests/executor/test_levels.py",
+        (
+            "test_the_update_of_all_levels_is_the_mean_of_those_of_each",
+            "sigmas[levels.start : levels.stop]",
+            "sigmas[: len(levels)]",
+        ),
+        (
+            "test_the_update_of_all_levels_is_the_mean_of_those_of_each",
+            "torch.arange(transition.first, transition.first + steps,",
+            "torch.arange(0, steps,",
+        ),
+        (
+            "test_the_gap_is_that_of_the_level",
+            "chosen = transition.levels[entries.transitions]",
+            "chosen = range(len(transition.levels))[entries.transitions]",
+        ),
+    ),
+    *faults(
+        "tempact/types.py",
+        "tests/executor/test_levels.py",
+        ("test_the_update_of_all_levels_is_the_mean_of_those_of_each", "states=states, noises=", "noises="),
+    ),
+    *faults(
         "tempact/planner/planner.py",
         "tests/rl/test_training.py",
         ("test_a_planner_moves_towards_the_better_plan", "LOSSES[config.loss](", 'LOSSES["gspo"]('),
@@ -1087,8 +1117,9 @@ MUTATIONS = [
         ),
         (
             f"{BITS}[six plans-2]",
-            "self.terms = [executor.terms(part, mask) for part in parts]",
-            "self.terms = [executor.terms([*chain(*_dealt(own, ranks.rank, ranks.size))], mask) for own in self.units]",
+            "self.terms = [executor.terms(part, mask, len(levels)) for part in parts]",
+            "self.terms = [executor.terms([*chain(*_dealt(own, ranks.rank, ranks.size))], mask, len(levels))"
+            " for own in self.units]",
         ),
     ),
     *faults(

@@ -277,11 +277,11 @@ class Executor:
                 target.copy_(value.view_as(target))
         return out
 
-    def units(self, plans: list[int], starts: Sequence[int], mask: Tensor) -> list[list[int]]:
+    def units(self, plans: list[int], starts: Sequence[int], mask: Tensor, steps: int) -> list[list[int]]:
         """What an update of these plans works on, one after the other: plans with something to learn from that share a
         switch frame and fit into a micro-batch, alike for all that share weights. starts, mask: of all plans, as
-        `Transition.start` and `Batch.execution_mask`."""
-        continuations, steps = mask.shape[1] // self.config.shard, self.settings.trained
+        `Transition.start` and `Batch.execution_mask`. steps: levels that are trained."""
+        continuations = mask.shape[1] // self.config.shard
         counted = [plan for plan in plans if bool(mask[plan].any())]
         size, found = max(1, self.config.micro_batch // (continuations * steps)), []
         for start in dict.fromkeys(starts[plan] for plan in counted):
@@ -289,9 +289,9 @@ class Executor:
             found += [group[i : i + size] for i in range(0, len(group), size)]
         return found
 
-    def terms(self, plans: list[int], mask: Tensor) -> int:
-        """(plan, continuation, level) terms that an update of these plans counts."""
-        return int(mask[plans].sum()) * self.settings.trained if plans else 0
+    def terms(self, plans: list[int], mask: Tensor, steps: int) -> int:
+        """(plan, continuation, level) terms that an update of these plans counts, of `steps` levels."""
+        return int(mask[plans].sum()) * steps if plans else 0
 
     def update(
         self, batch: Batch, plans: list[int], v_old: Tensor | None = None, total: UpdateSum | None = None,
@@ -308,18 +308,18 @@ class Executor:
         """
         transition = batch.transition
         assert transition is not None
+        steps = len(transition.levels)
         if units is None:
-            units = self.units(plans, transition.start.tolist(), batch.execution_mask)
+            units = self.units(plans, transition.start.tolist(), batch.execution_mask, steps)
         counted = [plan for unit in units for plan in unit]
         rows = {plan: plans.index(plan) for plan in counted}
-        terms = self.terms(plans, batch.execution_mask) if total is None else total.terms
+        terms = self.terms(plans, batch.execution_mask, steps) if total is None else total.terms
         if not terms:
             return {}
         total = total or UpdateSum(Gradient(self.parameters().values()), len(units), terms)
         with self.reference():
             v_ref = self.velocities(transition, counted)
-        steps = self.settings.trained
-        numbers = torch.arange(steps, device=self.device)
+        numbers = torch.arange(transition.first, transition.first + steps, device=self.device)
         advantage, mask = (
             values.to(self.device)[..., None].expand(-1, -1, steps)
             for values in (batch.execution_advantage, batch.execution_mask)
@@ -353,7 +353,7 @@ class Executor:
     ) -> dict[str, Tensor]:
         """This micro-batch's share in the mean `rollout_gap` of every sigma over `videos`, in units of the clip."""
         clip = clip_epsilon(self.config.clip_velocity_rms, velocity[0].numel())
-        chosen = range(transition.noises.shape[2])[entries.transitions]
+        chosen = transition.levels[entries.transitions]
         recorded = (transition.states[:, :, :-1], transition.states[:, :, 1:], transition.noises)
         rows = velocity, *(entries.of(values, self.device) for values in (*recorded, mask))
         own, states, following, noise, kept = (values.unflatten(0, (-1, len(chosen))).unbind(1) for values in rows)
@@ -379,7 +379,8 @@ class Executor:
         """Micro-batches of these plans; their contexts are made before the first and given back after the last."""
         prompts = [transition.prompts[plan] for plan in plans]
         texts = list(dict.fromkeys(own[-1] for own in prompts))
-        sigmas = torch.tensor(self.settings.schedule.sigmas[: self.settings.trained], device=self.device)
+        levels = transition.levels
+        sigmas = torch.tensor(self.settings.schedule.sigmas[levels.start : levels.stop], device=self.device)
         with self.history() as history:
             with torch.no_grad(), self.precision():
                 self._rebuild(history, transition, plans, prompts, start)

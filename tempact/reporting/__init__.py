@@ -265,6 +265,7 @@ MEANINGS = {
     "POLICY/ratio_deviation": "mean distance of that ratio from 1; 0 in the first update of an iteration",
     "POLICY/clip_ratio/low": "share of terms whose ratio the lower clip stops, at negative advantages",
     "POLICY/clip_ratio/high": "share of terms whose ratio the upper clip stops, at positive advantages",
+    "executor/level": "number of the denoising call that was trained, from 0; with executor.levels drawn or sliding",
     "executor/clean_error": "of diffusion_nft: mean error with which clean chunks are predicted from new noise",
     "executor/velocity_change": "of diffusion_nft: mean square of what velocities have moved; 0 in the first update",
     "POLICY/grad_norm": "global norm of the gradient before its clip; null where it is not finite",

@@ -78,3 +78,13 @@ def test_a_run_on_the_forward_process() -> None:
     assert not any("ratio" in name or "gap" in name for name in own)
     assert any(not torch.equal(p, before[name]) for name, p in trainer.executor_policy.parameters.items())
     assert undocumented(metrics) == ["judge/told"]  # of the rewards here
+
+
+def test_a_run_on_one_level_at_a_time() -> None:
+    config = smoke(plans=2, updates_per_iteration=2)
+    trainer = make(replace(config, executor=replace(config.executor, levels="sliding")), SCORES)
+    trainer.done = 4  # the level is the second of three
+    metrics = iterate(trainer).metrics
+    assert metrics["executor/level"] == 1.0 and metrics["executor/grad_norm@2"] > 0
+    assert [name for name in metrics if "gap/" in name] == ["executor/rollout_gap/0.938"]
+    assert undocumented(metrics) == ["judge/told"]
