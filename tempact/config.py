@@ -255,6 +255,8 @@ class ExecutorConfig:
     advantage_clip: float = key(2.0, TRAINING, "largest size of an advantage", POSITIVE)
     advantage_std: str = key("global", TRAINING, "rewards whose deviation divides an advantage", DEVIATIONS)
     loss: str = key("flow_grpo", TRAINING, "on transitions (flow_grpo) or the forward process (diffusion_nft)", CHUNKS)
+    ratio_norm: bool = key(True, TRAINING, "flow_grpo's log-ratios are without drift, of one scale at all noise levels")
+    reweight: bool = key(False, TRAINING, "without ratio_norm: transitions are weighted to gradients of one scale")
     levels: str = key(
         "all", TRAINING, "denoising calls that an iteration trains: all, or one, drawn or in turn", LEVELS
     )
@@ -405,6 +407,10 @@ def validate(config: RunConfig) -> None:
     if executor.train and len(executor.timesteps) < 2:
         why = "two or more where the executor is trained, because the last step is deterministic"
         refuse("executor.timesteps", executor.timesteps, why)
+    if not executor.ratio_norm and executor.loss != "flow_grpo":
+        refuse("executor.ratio_norm", False, f"True with executor.loss {executor.loss}, which has no ratio")
+    if executor.reweight and executor.ratio_norm:
+        refuse("executor.reweight", True, "False with executor.ratio_norm, whose gradients have one scale")
     if executor.continuations % executor.shard:
         refuse("executor.continuations", executor.continuations, f"a multiple of executor.shard ({executor.shard})")
     if executor.shard > 1 and executor.cuda_graphs:

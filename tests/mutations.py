@@ -563,6 +563,23 @@ MUTATIONS = [
         ("test_the_update_of_all_levels_is_the_mean_of_those_of_each", "states=states, noises=", "noises="),
     ),
     *faults(
+        "tempact/rl/plain_ratio.py",
+        "tests/rl/test_plain_ratio.py",
+        ("test_gradient_is_that_of_the_densities_ratio", "noise + 0.5 * scale * moved", "noise + scale * moved"),
+        ("test_gradient_is_that_of_the_densities_ratio", "pull * (noise + scale * moved)", "pull * noise"),
+        ("test_gradient_is_that_of_the_densities_ratio", "torch.where(below | above, 0.0,", "torch.where(below, 0.0,"),
+        ("test_scales_are_those_of_the_schedule_and_weights_undo_them", "[1 / own / mean for", "[own / mean for"),
+    ),
+    *faults(
+        "tempact/rl/flow_grpo.py",
+        "tests/rl/test_plain_ratio.py",
+        (
+            "test_on_policy_the_gradient_is_the_normalised_one_times_k_or_alike_for_all_levels",
+            "rectifying(self.k) if config.reweight else",
+            "rectifying(self.k) if config.ratio_norm else",
+        ),
+    ),
+    *faults(
         "tempact/planner/planner.py",
         "tests/rl/test_training.py",
         ("test_a_planner_moves_towards_the_better_plan", "LOSSES[config.loss](", 'LOSSES["gspo"]('),

@@ -109,11 +109,15 @@ def test_equal_rewards_leave_no_gradient(make_executor: Make) -> None:
     assert gradients(executor).abs().max() < 1e-7
 
 
-@pytest.mark.parametrize("loss", ["flow_grpo", "diffusion_nft"])
-def test_steps_move_towards_the_better_chunks(make_executor: Make, loss: str) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{"loss": "flow_grpo"}, {"loss": "diffusion_nft"}, {"ratio_norm": False, "reweight": True}],
+    ids=["flow_grpo", "diffusion_nft", "plain_ratio"],
+)
+def test_steps_move_towards_the_better_chunks(make_executor: Make, changes: dict) -> None:
     """After some steps the better continuations' clean chunks are predicted better than before, against the worse
-    ones', from new noise: under either loss."""
-    executor = make_executor(frames=12, loss=loss, clip_velocity_rms=1.0)
+    ones', from new noise: under every loss."""
+    executor = make_executor(frames=12, clip_velocity_rms=1.0, **changes)
     _, record, noise = rolled(executor)
     judge = make_executor(frames=12, loss="diffusion_nft")
     other = gaussian_noise(99, noise.shape, torch.device("cpu"))

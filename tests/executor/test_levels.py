@@ -51,3 +51,15 @@ def test_the_gap_is_that_of_the_level(make_executor: Make) -> None:
         metrics = executor.update(batch_of(record.at(range(level, level + 1)), ADVANTAGE), [0, 1])
         gaps = {name: value for name, value in metrics.items() if name.startswith("rollout_gap/")}
         assert set(gaps) == {f"rollout_gap/{sigma:.3f}"} and all(0 <= gap < 1e-2 for gap in gaps.values())
+
+
+@pytest.mark.parametrize("micro_batch", [64, 2])
+def test_weighted_plain_ratios_have_the_normalised_gradient_on_policy(make_executor: Make, micro_batch: int) -> None:
+    """Times 1 / mean(1/k), with k = 1/15, 3/16, 1/2: every row has the k and the weight of its own level."""
+    found = []
+    for changes in ({}, {"ratio_norm": False, "reweight": True}):
+        executor = make_executor(frames=12, micro_batch=micro_batch, kl_weight=0.0, **changes)
+        _, record, _ = rolled(executor)
+        executor.update(batch_of(record, ADVANTAGE), [0, 1])
+        found.append(gradients(executor))
+    torch.testing.assert_close(found[1], found[0] * 3 / (15 + 16 / 3 + 2), rtol=1e-3, atol=1e-8)
