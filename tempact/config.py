@@ -94,6 +94,10 @@ SOME = Rule("at least one", bool)
 SWITCHES = choice("cross_attention", "recache")
 HELD_OUT = choice("test", "validation")
 SAMPLERS = choice("inside", "served")
+DEVIATIONS = choice("global", "group", "none")
+SEQUENCES = choice("gspo", "grpo", "rloo")
+CHUNKS = choice("flow_grpo", "diffusion_nft")
+LEVELS = choice("all", "drawn", "sliding")
 LIGER = choice("auto", "off", "model", "all")
 SERVER = Rule(
     "an address http(s)://host[:port], or nothing", lambda url: not url or SERVER_URL.fullmatch(url) is not None
@@ -193,7 +197,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PlannerConfig:
-    """The planner policy and its GSPO update (docs/algorithm.md 2.4, 2.5)."""
+    """The planner policy and its update (docs/algorithm.md 2.4, 2.5)."""
 
     weights: str = field(metadata=described(VIDEO, "shapeworld (shipped), a Hugging Face folder or name, or random"))
     lora: LoraConfig
@@ -207,10 +211,12 @@ class PlannerConfig:
     temperature: float = key(1.0, VIDEO, "temperature of sampling", TEMPERATURE)
     top_p: float = key(1.0, VIDEO, "probability mass that is sampled from", TOP_P)
     top_k: int = key(0, VIDEO, "tokens that are sampled from", TOP_K)
-    clip_low: float = key(3e-4, TRAINING, "clip of the sequence ratio below 1", POSITIVE)
-    clip_high: float = key(4e-4, TRAINING, "clip of the sequence ratio above 1", POSITIVE)
+    clip_low: float = key(3e-4, TRAINING, "clip of the ratio below 1; of tokens (grpo) about 0.2", POSITIVE)
+    clip_high: float = key(4e-4, TRAINING, "clip of the ratio above 1; of tokens (grpo) about 0.2", POSITIVE)
     kl_weight: float = key(5e-4, TRAINING, "weight of the divergence from the reference", NOT_NEGATIVE)
     advantage_clip: float = key(1.0, TRAINING, "largest size of an advantage", POSITIVE)
+    advantage_std: str = key("global", TRAINING, "rewards whose deviation divides an advantage", DEVIATIONS)
+    loss: str = key("gspo", TRAINING, "ratios of sequences (gspo) or tokens (grpo), or leave-one-out (rloo)", SEQUENCES)
     loss_tokens: str = key("all", TRAINING, "tokens in the loss: all, or those after </think>", choice("all", "json"))
     max_sampling_gap: float = key(
         0.2, RUN, "log-probs of sampling and training, mean nats a token apart, that stop a run", POSITIVE
@@ -235,7 +241,7 @@ class PlannerConfig:
 
 @dataclass(frozen=True)
 class ExecutorConfig:
-    """The executor policy, its roll-out and its Flow-GRPO update (docs/algorithm.md 2.1 - 2.3, 2.5)."""
+    """The executor policy, its roll-out and its update (docs/algorithm.md 2.1 - 2.3, 2.5)."""
 
     weights: str = field(metadata=described(VIDEO, "shapeworld or such a folder, Wan checkpoint, random(-tiny, -14b)"))
     lora: LoraConfig
@@ -264,6 +270,14 @@ class ExecutorConfig:
     clip_velocity_rms: float = key(0.0055, TRAINING, "clip of the ratio, as an RMS of velocities", POSITIVE)
     kl_weight: float = key(5e-4, TRAINING, "weight of the velocity's divergence from the reference", NOT_NEGATIVE)
     advantage_clip: float = key(2.0, TRAINING, "largest size of an advantage", POSITIVE)
+    advantage_std: str = key("global", TRAINING, "rewards whose deviation divides an advantage", DEVIATIONS)
+    loss: str = key("flow_grpo", TRAINING, "on transitions (flow_grpo) or the forward process (diffusion_nft)", CHUNKS)
+    ratio_norm: bool = key(True, TRAINING, "flow_grpo's log-ratios are without drift, of one scale at all noise levels")
+    reweight: bool = key(False, TRAINING, "without ratio_norm: transitions are weighted to gradients of one scale")
+    levels: str = key(
+        "all", TRAINING, "denoising calls that an iteration trains: all, or one, drawn or in turn", LEVELS
+    )
+    nft_beta: float = key(1.0, TRAINING, "distance of diffusion_nft's two policies from the old one", POSITIVE)
     max_rollout_gap: float = key(1.0, RUN, "log-probs of roll-out and training, clips apart, that stop a run", POSITIVE)
     ema_decay: float = key(0.99, TRAINING, "decay of the averaged weights", DECAY)
     micro_batch: int = key(64, SPEED, "(continuation, transition) pairs of a backward pass", COUNT)
@@ -411,9 +425,15 @@ def validate(config: RunConfig) -> None:
     if planner.server_outage_s < planner.server_attempt_s:
         accepted = f"at least planner.server_attempt_s ({planner.server_attempt_s:g}), or one slow plan is an outage"
         refuse("planner.server_outage_s", planner.server_outage_s, accepted)
+    if planner.liger == "all" and planner.loss != "gspo":
+        refuse("planner.liger", "all", f"auto, off, model with planner.loss {planner.loss}: Liger's is GSPO")
     if executor.train and len(executor.timesteps) < 2:
         why = "two or more where the executor is trained, because the last step is deterministic"
         refuse("executor.timesteps", executor.timesteps, why)
+    if not executor.ratio_norm and executor.loss != "flow_grpo":
+        refuse("executor.ratio_norm", False, f"True with executor.loss {executor.loss}, which has no ratio")
+    if executor.reweight and executor.ratio_norm:
+        refuse("executor.reweight", True, "False with executor.ratio_norm, whose gradients have one scale")
     if executor.continuations % executor.shard:
         refuse("executor.continuations", executor.continuations, f"a multiple of executor.shard ({executor.shard})")
     if executor.shard > 1 and executor.cuda_graphs:

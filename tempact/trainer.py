@@ -45,6 +45,8 @@ from tempact.rl.advantages import (
     plan_rewards,
     shuffled,
 )
+from tempact.rl.levels import levels_of
+from tempact.rl.planner_losses import LEAVE_ONE_OUT
 from tempact.seeds import derive_seed
 from tempact.types import Batch, PlanBatch, Prompt, Rollout, Scored, Transition
 from tempact.updates import ExecutorUpdates, PlannerUpdates
@@ -321,10 +323,14 @@ class Trainer:
         """Plan level and execution level, with the metrics of both and of the raw rewards."""
         weights, config = self.config.rewards, self.config
         group = plan_rewards(scored, weights).view(-1, plans.plans_per_prompt)
-        plan, plan_mask, plan_metrics = group_advantages(group, config.planner.advantage_clip, PLAN_EPS)
+        plan, plan_mask, plan_metrics = group_advantages(
+            group, config.planner.advantage_clip, PLAN_EPS, std=config.planner.advantage_std,
+            leave_one_out=config.planner.loss in LEAVE_ONE_OUT,
+        )  # fmt: skip
         execution, execution_mask, execution_metrics = group_advantages(
-            execution_rewards(scored, weights), config.executor.advantage_clip, EXECUTION_EPS
-        )
+            execution_rewards(scored, weights), config.executor.advantage_clip, EXECUTION_EPS,
+            std=config.executor.advantage_std,
+        )  # fmt: skip
         if weights.shuffle_advantages:
             generator = torch.Generator().manual_seed(self._seed("shuffle"))
             plan, execution = (shuffled(*each, generator) for each in ((plan, plan_mask), (execution, execution_mask)))
@@ -341,19 +347,24 @@ class Trainer:
         """
         parts = split(len(batch.plan_advantage), self.config.trainer.updates_per_iteration)
         updates: dict[str, PlannerUpdates | ExecutorUpdates] = {}
+        metrics: dict[str, float] = {}
         if self.config.planner.train:
             updates["planner"] = PlannerUpdates(self.planner, self.planner_policy, batch, parts)
         if self.config.executor.train:
+            count = self.executor.settings.trained
+            levels = levels_of(self.config.executor.levels, count, self.done, self._seed("level"))
             updates["executor"] = ExecutorUpdates(
                 self.executor, self.executor_policy, plans, batch, videos.forks, videos.records, videos.noise, parts,
-                videos.continuations,
+                videos.continuations, levels,
             )  # fmt: skip
+            if self.config.executor.levels != "all":
+                metrics["executor/level"] = float(levels.start)
         self.wide_gap = ""
         if not self.served or not self.config.planner.server_ahead:
-            return self._steps(updates, len(parts), stepping)
+            return metrics | self._steps(updates, len(parts), stepping)
         # until the executor's first step the iteration can be dropped: then the planner's are taken back
         own = {name: updates.pop(name) for name in ("planner",) if name in updates}
-        metrics = self._steps(own, len(parts), lambda: None)
+        metrics |= self._steps(own, len(parts), lambda: None)
         if self.done + 1 < self.config.trainer.iterations and not self.wide_gap:
             self.served.ahead(self.done + 2, *self._asked(self.done + 1))
         metrics |= self._steps(updates, len(parts), stepping)

@@ -8,7 +8,7 @@ transitions, C latent channels, H x W latent size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from torch import Tensor
@@ -98,12 +98,18 @@ class PlanBatch:
 class Transition:
     """The trained chunk of every continuation (P plans x N continuations), on the host: pinned, where a GPU made it.
 
+    Of transitions (docs/algorithm.md 2.3, Flow-GRPO):
     states  [P, N, T+1, C, c, H, W] fp32, x at sigma_0 .. sigma_T (sigma_T is the last noisy one)
     noises  [P, N, T, C, c, H, W] fp32, the Gaussian draw of each stochastic transition
+    Of the forward process (DiffusionNFT):
+    states  [P, N, K, C, c, H, W] fp32, the clean chunk noised anew to sigma_0 .. sigma_{K-1}
+    noises  [P, N, K, C, c, H, W] fp32, each noise less the clean chunk: the velocity that flow matching aims at
+    Of both:
     start   [P] int64, first latent frame s of the chunk (the switch frame)
     prefix  [P, C, S, H, W] fp32 with S = max(start) of the roll-out: the shared clean context, zeros past start[p]
     prompts executor prompt of every chunk of the plan up to and including the trained one;
             prompts[p][k] holds on chunk k
+    first   number of the first of the denoising calls in `noises`; others than 0 in a part of a record (`at`)
     """
 
     states: Tensor
@@ -111,10 +117,23 @@ class Transition:
     start: Tensor
     prefix: Tensor
     prompts: list[list[str]]
+    first: int = 0
+
+    @property
+    def levels(self) -> range:
+        """Numbers of the recorded denoising calls."""
+        return range(self.first, self.first + self.noises.shape[2])
 
     def part(self, plans: slice) -> Transition:
         """The record of consecutive plans; tensors are views."""
-        return Transition(*(values[plans] for values in vars(self).values()))
+        own = {name: values[plans] for name, values in vars(self).items() if name != "first"}
+        return replace(self, **own)
+
+    def at(self, levels: range) -> Transition:
+        """The record of consecutive levels; tensors are views."""
+        first, extra = levels.start - self.first, self.states.shape[2] - self.noises.shape[2]
+        states = self.states[:, :, first : first + len(levels) + extra]
+        return replace(self, states=states, noises=self.noises[:, :, first : first + len(levels)], first=levels.start)
 
 
 @dataclass

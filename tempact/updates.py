@@ -37,7 +37,8 @@ class PlannerUpdates:
 
 
 class ExecutorUpdates:
-    """The executor's, as `PlannerUpdates`. Records of plans come to the process that works on them.
+    """The executor's, as `PlannerUpdates`, on these levels. Records of plans come to the process that works on
+    them.
 
     Processes that share weights work on the same plans, each on its own of their continuations.
     """
@@ -45,11 +46,12 @@ class ExecutorUpdates:
     def __init__(
         self, executor: Executor, policy: PolicyOptimizer, plans: PlanBatch, batch: Batch, forks: list[int],
         records: dict[range, Transition], noise: NoiseSource, parts: Sequence[list[int]], continuations: range,
+        levels: range,
     ):  # fmt: skip
         self.executor, self.policy, self.batch, ranks = executor, policy, batch, policy.ranks
         mask = batch.execution_mask
-        self.units = [executor.units(part, forks, mask) for part in parts]
-        self.terms = [executor.terms(part, mask) for part in parts]
+        self.units = [executor.units(part, forks, mask, len(levels)) for part in parts]
+        self.terms = [executor.terms(part, mask, len(levels)) for part in parts]
         dealt = [[_dealt(units, group, ranks.groups) for units in self.units] for group in range(ranks.groups)]
         self.own = dealt[ranks.rank // ranks.members]
         if batch.transition is None or not ranks.alone:
@@ -63,8 +65,9 @@ class ExecutorUpdates:
             self.batch = replace(batch, execution_advantage=advantage, execution_mask=counted, transition=room)
             rows = {plan: row for row, plan in enumerate(mine)}
             self.own = [[[rows[plan] for plan in unit] for unit in own] for own in self.own]
-        transition = self.batch.transition
-        assert transition is not None
+        assert self.batch.transition is not None
+        transition = self.batch.transition.at(levels)
+        self.batch = replace(self.batch, transition=transition)
         with torch.no_grad():
             self.old = [
                 executor.velocities(transition, [*chain(*own)]) if i else None for i, own in enumerate(self.own)

@@ -262,6 +262,15 @@ def scoped(key: str, value: object) -> RunConfig:
         (["--planner.top_k", "20"], "planner.top_k: found 20; accepted: 0 where the planner is trained"),
         (["--planner.precision", "fp8"], "planner.precision: found 'fp8'; accepted: fp32, bf16"),
         (["--planner.liger", "yes"], "planner.liger: found 'yes'; accepted: auto, off, model, all"),
+        (["--executor.reweight", "true"], "executor.reweight: found True; accepted: False with executor.ratio_norm"),
+        (
+            ["--executor.loss", "diffusion_nft", "--executor.ratio_norm", "false"],
+            "executor.ratio_norm: found False; accepted: True with executor.loss diffusion_nft, which has no ratio",
+        ),
+        (
+            ["--planner.loss", "grpo", "--planner.liger", "all"],
+            "planner.liger: found all; accepted: auto, off, model with planner.loss grpo: Liger's is GSPO",
+        ),
         (["--executor.precision", "fp8"], "executor.precision: found 'fp8'; accepted: fp32, bf16, bf16-fp32-gates"),
         (["--executor.window", "wide"], "executor.window: found 'wide'; accepted: full, self-forcing, longlive"),
         (["--executor.switch_rounding", "down"], "executor.switch_rounding: found 'down'; accepted: nearest, up"),

@@ -71,6 +71,21 @@ def test_a_key_accepts_what_its_message_names(name: str, words: str, bad: list[s
 
 SHARDED = ["--executor.shard", "2", "--executor.cuda_graphs", "false"]
 FOLLOWED = [  # a command line, the end of what it says, and the command lines that do what that says
+    (
+        ["--executor.reweight", "true"],
+        "False with executor.ratio_norm, whose gradients have one scale",
+        ["--executor.reweight", "true", "--executor.ratio_norm", "false"],
+    ),
+    (
+        ["--executor.loss", "diffusion_nft", "--executor.ratio_norm", "false"],
+        "True with executor.loss diffusion_nft, which has no ratio",
+        ["--executor.loss", "diffusion_nft", "--executor.ratio_norm", "true"],
+    ),
+    (
+        ["--planner.loss", "grpo", "--planner.liger", "all"],
+        "auto, off, model with planner.loss grpo: Liger's is GSPO",
+        ["--planner.loss", "grpo", "--planner.liger", "auto"],
+    ),
     (["--frames"], "nearest: --executor.frames", ["--executor.frames", "3"]),
     (
         ["--executor.frames", "161"],

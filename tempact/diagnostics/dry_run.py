@@ -148,7 +148,7 @@ def work_of(run: Run) -> Work:
         phases["decode"] = run.plans * shared + run.branches * (whole - shared)
     if run.config.executor.train:
         own = update_cost(run)
-        phases["executor update"] = own.flops * run.branches * s.schedule.transitions // run.update_rows
+        phases["executor update"] = own.flops * run.branches * run.steps // run.update_rows
     return Work({a + s.chunk: bare(a) for a in sorted(set(run.attended.values()))}, phases)
 
 

@@ -180,7 +180,7 @@ def forks_of(run: Path, config: RunConfig) -> tuple[list[list[int]], str]:
 def shape_of(run: Path, config: RunConfig, forks: Sequence[Sequence[int]], *, on_gpu: bool) -> Shape:
     """How a run's work is cut; the adapters' size is that of their newest files, 0 where there is none."""
     settings, n = config.executor, config.executor.continuations
-    transitions = RolloutSettings.of(settings).schedule.transitions
+    transitions = RolloutSettings.of(settings).trained if settings.levels == "all" else 1
     newest = sorted((run / "checkpoints").glob("step-*"))[-1:]
     files = [file for folder in newest for file in folder.glob("*/adapter_model.safetensors")]
     return Shape(

@@ -1,7 +1,7 @@
 """The executor policy: a causal diffusion transformer with a trainable adapter and its frozen start.
 
-`rollout` makes videos; `update` is one Flow-GRPO step on the recorded transition chunks. Velocities, old ones included,
-come from one path (docs/algorithm.md, decision 4), through the context rebuilt from stored clean latents. The
+`rollout` makes videos; `update` is one step of the loss `executor.loss` on the recorded chunks. Velocities, old ones
+included, come from one path (docs/algorithm.md, decision 4), through the context rebuilt from stored clean latents. The
 roll-out's own K/V are not kept for the update: a plan's context of six frames is 1.6 GiB at full size, 100 GiB for an
 iteration of 64 plans, and making it anew takes a few percent of the update. It is made for the plans of a micro-batch
 and given back before the next, so that the cache holds no more of an update than of a roll-out.
@@ -45,7 +45,8 @@ from tempact.models.wan.codec import Codec
 from tempact.models.wan.text import PromptEncoder
 from tempact.models.wan.text_padding import cut_length
 from tempact.models.wan.transformer import WanTransformer
-from tempact.rl.flow_grpo import clip_epsilon, flow_grpo_gradient, rollout_gap
+from tempact.rl.executor_losses import executor_loss
+from tempact.rl.flow_grpo import clip_epsilon, rollout_gap
 from tempact.types import Batch, Plan, Rollout, Transition
 
 TEXTS_KEPT = 1024  # prompts whose text rows stay at hand: under a GB at full size
@@ -67,6 +68,11 @@ class _Entries:
         own = (values[plan, self.continuations, self.transitions] for plan in plans or self.plans)
         return torch.stack([rows.to(device, non_blocking=True) for rows in own]).flatten(0, 2)
 
+    def levels(self, numbers: Tensor, rows: int) -> Tensor:
+        """Of the values [T] of levels those of these rows, flat."""
+        own = numbers[self.transitions]
+        return own.repeat(rows // len(own))
+
 
 class Executor:
     """A `WanTransformer` with LoRA ("default" is trained, "ref" frozen), text encoder, codec and roll-out settings.
@@ -79,6 +85,7 @@ class Executor:
         size: tuple[int, int],
     ):  # fmt: skip
         self.settings = RolloutSettings.of(config)
+        self.loss = executor_loss(config, self.settings.schedule.sigmas)
         self.config, self.codec, self.text_encoder = config, codec, text_encoder.requires_grad_(False)
         self.latent_size = codec.latent_size(*size)
         self.frame_tokens = model.config.frame_tokens(*self.latent_size)  # of a latent frame
@@ -270,11 +277,11 @@ class Executor:
                 target.copy_(value.view_as(target))
         return out
 
-    def units(self, plans: list[int], starts: Sequence[int], mask: Tensor) -> list[list[int]]:
+    def units(self, plans: list[int], starts: Sequence[int], mask: Tensor, steps: int) -> list[list[int]]:
         """What an update of these plans works on, one after the other: plans with something to learn from that share a
         switch frame and fit into a micro-batch, alike for all that share weights. starts, mask: of all plans, as
-        `Transition.start` and `Batch.execution_mask`."""
-        continuations, steps = mask.shape[1] // self.config.shard, self.settings.schedule.transitions
+        `Transition.start` and `Batch.execution_mask`. steps: levels that are trained."""
+        continuations = mask.shape[1] // self.config.shard
         counted = [plan for plan in plans if bool(mask[plan].any())]
         size, found = max(1, self.config.micro_batch // (continuations * steps)), []
         for start in dict.fromkeys(starts[plan] for plan in counted):
@@ -282,36 +289,37 @@ class Executor:
             found += [group[i : i + size] for i in range(0, len(group), size)]
         return found
 
-    def terms(self, plans: list[int], mask: Tensor) -> int:
-        """(plan, continuation, transition) terms that an update of these plans counts."""
-        return int(mask[plans].sum()) * self.settings.schedule.transitions if plans else 0
+    def terms(self, plans: list[int], mask: Tensor, steps: int) -> int:
+        """(plan, continuation, level) terms that an update of these plans counts, of `steps` levels."""
+        return int(mask[plans].sum()) * steps if plans else 0
 
     def update(
         self, batch: Batch, plans: list[int], v_old: Tensor | None = None, total: UpdateSum | None = None,
         units: list[list[int]] | None = None,
     ) -> dict[str, float]:  # fmt: skip
-        """Accumulates the gradient of the Flow-GRPO loss over the transitions of the plans with these indices.
+        """Accumulates the gradient of the loss over the recorded chunks of the plans with these indices.
 
         v_old: as `velocities` returned it before the iteration's first optimiser step; None in that first step, where
         v_old is the velocity itself without gradient. total: sum of the update of which these plans are the `units` of
         this process; None: they are all. units: the same of these plans, where what others hold of them has decided
-        what is worked on. The gradient is the mean over the counted (plan, continuation, transition) terms. Returns
-        metrics, without v_old also the mean `rollout_gap` of every sigma in units of the clip; {} if no term counts.
+        what is worked on. The gradient is the mean over the counted (plan, continuation, level) terms. Returns
+        metrics, of transitions without v_old also the mean `rollout_gap` of every sigma in units of the clip; {} if no
+        term counts.
         """
         transition = batch.transition
         assert transition is not None
+        steps = len(transition.levels)
         if units is None:
-            units = self.units(plans, transition.start.tolist(), batch.execution_mask)
+            units = self.units(plans, transition.start.tolist(), batch.execution_mask, steps)
         counted = [plan for unit in units for plan in unit]
         rows = {plan: plans.index(plan) for plan in counted}
-        terms = self.terms(plans, batch.execution_mask) if total is None else total.terms
+        terms = self.terms(plans, batch.execution_mask, steps) if total is None else total.terms
         if not terms:
             return {}
         total = total or UpdateSum(Gradient(self.parameters().values()), len(units), terms)
         with self.reference():
             v_ref = self.velocities(transition, counted)
-        steps = self.settings.schedule.transitions
-        clip = clip_epsilon(self.config.clip_velocity_rms, transition.noises.shape[3:].numel())
+        numbers = torch.arange(transition.first, transition.first + steps, device=self.device)
         advantage, mask = (
             values.to(self.device)[..., None].expand(-1, -1, steps)
             for values in (batch.execution_advantage, batch.execution_mask)
@@ -322,30 +330,30 @@ class Executor:
             for entries, velocity in self._forward(transition, unit, grad=True):
                 moved()
                 own = [rows[plan] for plan in entries.plans]
-                gradient, metrics = flow_grpo_gradient(
+                gradient, metrics = self.loss(
                     velocity,
                     velocity.detach() if v_old is None else entries.of(v_old, self.device, own),
                     entries.of(v_ref, self.device, [counted.index(plan) for plan in entries.plans]),
                     entries.of(transition.noises, self.device),
+                    entries.levels(numbers, len(velocity)),
                     entries.of(advantage, self.device),
                     entries.of(mask, self.device),
-                    clip=clip,
-                    kl_weight=self.config.kl_weight,
                     terms=terms,
                 )
                 velocity.backward(gradient)
-                if v_old is None:
-                    metrics |= self._gaps(velocity.detach(), transition, entries, mask, terms // steps, clip)
+                if v_old is None and not self.loss.forward:
+                    metrics |= self._gaps(velocity.detach(), transition, entries, mask, terms // steps)
                 for name, value in metrics.items():
                     shares[name] = shares[name] + value if name in shares else value
             total.add(shares)
         return total.finish()
 
     def _gaps(
-        self, velocity: Tensor, transition: Transition, entries: _Entries, mask: Tensor, videos: int, clip: float
+        self, velocity: Tensor, transition: Transition, entries: _Entries, mask: Tensor, videos: int
     ) -> dict[str, Tensor]:
         """This micro-batch's share in the mean `rollout_gap` of every sigma over `videos`, in units of the clip."""
-        chosen = range(transition.noises.shape[2])[entries.transitions]
+        clip = clip_epsilon(self.config.clip_velocity_rms, velocity[0].numel())
+        chosen = transition.levels[entries.transitions]
         recorded = (transition.states[:, :, :-1], transition.states[:, :, 1:], transition.noises)
         rows = velocity, *(entries.of(values, self.device) for values in (*recorded, mask))
         own, states, following, noise, kept = (values.unflatten(0, (-1, len(chosen))).unbind(1) for values in rows)
@@ -371,7 +379,8 @@ class Executor:
         """Micro-batches of these plans; their contexts are made before the first and given back after the last."""
         prompts = [transition.prompts[plan] for plan in plans]
         texts = list(dict.fromkeys(own[-1] for own in prompts))
-        sigmas = torch.tensor(self.settings.schedule.sigmas[:-2], device=self.device)
+        levels = transition.levels
+        sigmas = torch.tensor(self.settings.schedule.sigmas[levels.start : levels.stop], device=self.device)
         with self.history() as history:
             with torch.no_grad(), self.precision():
                 self._rebuild(history, transition, plans, prompts, start)
@@ -381,8 +390,7 @@ class Executor:
                 each = states.shape[0] // len(plans)
                 index = on_device([texts.index(own[-1]) for own in prompts for _ in range(each)], self.device)
                 context = history.context(history.branches, start)
-                chosen = sigmas[entries.transitions]
-                sigma = chosen.repeat(states.shape[0] // len(chosen))[:, None].expand(-1, self.settings.chunk)
+                sigma = entries.levels(sigmas, len(states))[:, None].expand(-1, self.settings.chunk)
                 with torch.set_grad_enabled(grad), self.precision():
                     velocity = self.runner.policy_velocity(
                         states, sigma, words, index, history.positions(start), context

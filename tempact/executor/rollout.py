@@ -152,9 +152,8 @@ def blank_transition(
     if not all(switch_frames):
         return None
     count, _, channels, _, *size = noise.shape[1:]
-    steps = settings.schedule.transitions
     states, noises = (
-        torch.empty(len(plans), count, each, *noise.shape[3:], pin_memory=pinned) for each in (steps + 1, steps)
+        torch.empty(len(plans), count, each, *noise.shape[3:], pin_memory=pinned) for each in settings.recorded
     )
     prefix = torch.empty(len(plans), channels, max(switch_frames, default=0), *size, pin_memory=pinned)
     upto = [
@@ -190,9 +189,17 @@ def roll_out(
         for i, b in enumerate(branches):
             latents[b.plan, b.continuations, :, start : start + chunk] = clean[i]
             if record is not None and start == switch_frames[b.plan]:
-                _record(record.states[b.plan, b.continuations[0]], seen[i])
-                _record(record.noises[b.plan, b.continuations[0]], own[i, 1 : settings.schedule.calls])
+                kept = seen[i], own[i, 1 : settings.schedule.calls]
+                if settings.forward:
+                    kept = noised(clean[i], noise(settings.chunks + start // chunk, [(b.plan, b.continuations[0])])[0])
+                for place, values in zip((record.states, record.noises), kept, strict=True):
+                    _record(place[b.plan, b.continuations[0]], values)
         return clean
+
+    def noised(clean: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
+        sigmas = fresh.new_tensor(settings.schedule.sigmas[:-1]).view(-1, 1, 1, 1, 1)
+        fresh = fresh[: settings.schedule.calls]
+        return (1 - sigmas) * clean + sigmas * fresh, fresh - clean
 
     def past(start: int, branches: list[Branch]) -> Tensor:
         return torch.stack([latents[b.plan, b.continuations[0], :, :start] for b in branches])

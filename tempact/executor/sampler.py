@@ -24,6 +24,7 @@ from tempact import config
 from tempact.config import TRAIN_TIMESTEPS, ExecutorConfig, Window
 from tempact.executor.cuda_graphs import Context, CudaGraphRunner
 from tempact.models.wan.transformer import TextKV
+from tempact.rl.executor_losses import LOSSES
 from tempact.seeds import derive_seed
 
 
@@ -98,7 +99,8 @@ class RolloutSettings:
 
     text_switch: a new prompt changes its own K/V ("cross_attention"), or the history's too ("recache"). first: the
     schedule of the first chunk, `schedule` that of all others. separator joins a step's prompt and the next one's,
-    where prompts are smoothed; None: prompts as given.
+    where prompts are smoothed; None: prompts as given. forward: the clean chunk is recorded, noised anew, in place of
+    the transitions that made it (`Transition`).
     """
 
     frames: int
@@ -108,6 +110,7 @@ class RolloutSettings:
     schedule: Schedule
     first: Schedule
     separator: str | None
+    forward: bool = False
 
     @classmethod
     def of(cls, config: ExecutorConfig) -> RolloutSettings:
@@ -118,11 +121,30 @@ class RolloutSettings:
             for timesteps in (c.timesteps, c.first_timesteps or c.timesteps)
         )
         separator = c.prompt_separator if c.smooth_prompts else None
-        return cls(c.frames, c.chunk_frames, WINDOWS[c.window], c.text_switch, schedule, first, separator)
+        return cls(
+            c.frames,
+            c.chunk_frames,
+            WINDOWS[c.window],
+            c.text_switch,
+            schedule,
+            first,
+            separator,
+            LOSSES[c.loss].forward,
+        )
 
     @property
     def chunks(self) -> int:
         return self.frames // self.chunk
+
+    @property
+    def trained(self) -> int:
+        """Denoising calls of the recorded chunk that are trained, the first ones."""
+        return self.schedule.calls if self.forward else self.schedule.transitions
+
+    @property
+    def recorded(self) -> tuple[int, int]:
+        """States and noises of a continuation in a record."""
+        return self.trained + (not self.forward), self.trained
 
     def schedule_at(self, start: int) -> Schedule:
         """The schedule of the chunk at latent frame `start`."""

@@ -42,8 +42,8 @@ from tempact.planner.language_model import (
     thought_length,
 )
 from tempact.planner.plans import THINK_START, parse_plan, plan_messages
-from tempact.rl.gspo import gspo_loss
 from tempact.rl.importance import importance_weights
+from tempact.rl.planner_losses import LOSSES
 from tempact.seeds import derive_seed
 from tempact.types import Batch, PlanBatch, PlanTokens, Prompt
 
@@ -89,7 +89,7 @@ class Planner:
         check_head(model)
         self.stepwise = decode.steps(model, self.generation)
         self.head = model.get_output_embeddings()
-        self.fused_loss = serves == "all"
+        self.fused_loss = serves == "all" and config.loss == "gspo"
         self.waiting: list[Tensor] = []  # frozen weights, while the planner is not asked
         if config.offload and self.device.type == "cuda":
             self.waiting = [p for name, p in self.peft.named_parameters() if ".lora_" not in name]
@@ -264,7 +264,7 @@ class Planner:
     def update(
         self, batch: Batch, plans: list[int], old: dict[int, Tensor] | None, total: UpdateSum | None = None
     ) -> dict[str, float]:
-        """Adds the gradient of the GSPO loss (docs/algorithm.md 2.4) to the trained adapter's.
+        """Adds the gradient of the loss `config.loss` (docs/algorithm.md 2.4) to the trained adapter's.
 
         Args:
             batch: an iteration's plans, advantages and mask of scored plans.
@@ -272,7 +272,7 @@ class Planner:
             old: `old_log_probs` before the first of several updates; None in the first, whose ratio is 1.
             total: sum of the update, of whose `units` this process works on its own; None: on all.
 
-        Returns the metrics of `gspo_loss`, none where no plan is scored. In the first update also the gap between the
+        Returns the loss's metrics, none where no plan is scored. In the first update also the gap between the
         log-probs at sampling and those that are trained, a mean over tokens: sampling_gap |difference| in nats,
         sampling_k3 the estimate k3 of the divergence.
         """
@@ -317,7 +317,7 @@ class Planner:
             weights, cut = importance_weights(before, sampled, counts, config.max_importance)
             advantage = advantage * weights.to(advantage)
             weighed = {"importance": weights.sum().item() / terms, "importance_truncated": cut.sum().item() / terms}
-        loss, metrics = gspo_loss(
+        loss, metrics = LOSSES[config.loss](
             log_probs, before, reference, tokens.response_mask, advantage, every, **clips, terms=terms
         )
         metrics |= weighed

@@ -1,8 +1,8 @@
 """Hierarchical advantages: plans against plans of the same prompt, continuations against those of the same plan.
 
-Formulas of docs/algorithm.md 2.5, with the global standard deviation of *centred* rewards (section 3). A missing
-reward (NaN) is left out of every mean and deviation; a group with fewer than two scored members is left out
-of the update.
+Formulas of docs/algorithm.md 2.5, by default with the global standard deviation of *centred* rewards (section 3). A
+missing reward (NaN) is left out of every mean and deviation; a group with fewer than two scored members is left out of
+the update.
 """
 
 from __future__ import annotations
@@ -46,21 +46,34 @@ def _weighted(scores: Tensor, weight: float) -> Tensor:
     return weight * scores if weight else torch.zeros_like(scores)
 
 
-def group_advantages(rewards: Tensor, clip: float, eps: float) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Rewards less their group's mean, over the standard deviation of all centred rewards, clipped to +-`clip`.
+def group_advantages(
+    rewards: Tensor, clip: float, eps: float, *, std: str = "global", leave_one_out: bool = False
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Rewards less their group's mean, over a standard deviation, clipped to +-`clip`.
+
+    std: the deviation is that of the centred rewards of all groups ("global"), of the group's own ("group"; GRPO, arXiv
+    2402.03300), or there is none ("none"; Dr. GRPO, arXiv 2503.20783). leave_one_out: the mean is that of the group's
+    other members (RLOO, arXiv 2402.14740).
 
     rewards [G, S] of G groups, NaN where missing. Returns advantages [G, S] (0 where masked), the mask [G, S] of
-    members that count, and the metrics reward, reward_std, frac_reward_zero_std (share of the groups that count whose
-    rewards are equal) and missing.
+    members that count, and the metrics reward, reward_std (of all groups), frac_reward_zero_std (share of the groups
+    that count whose rewards are equal) and missing.
     """
     present = ~torch.isnan(rewards)
     counted = present & (present.sum(1, keepdim=True) >= 2)
     values = torch.where(counted, rewards, 0.0)
-    mean = values.sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp_min(1)
+    members = counted.sum(1, keepdim=True)
+    mean = values.sum(1, keepdim=True) / members.clamp_min(1)
     centred = torch.where(counted, values - mean, 0.0)
     total = int(counted.sum())
     deviation = (centred.square().sum() / max(total, 1)).sqrt()
-    advantage = (centred / (deviation + eps)).clamp(-clip, clip)
+    advantage = centred
+    if std != "none":
+        own = (centred.square().sum(1, keepdim=True) / members.clamp_min(1)).sqrt()
+        advantage = centred / ((deviation if std == "global" else own) + eps)
+    if leave_one_out:  # S / (S - 1) times the distance from the mean of all S is that from the mean of the others
+        advantage = advantage * (members / (members - 1).clamp_min(1))
+    advantage = advantage.clamp(-clip, clip)
     groups = counted.any(1)
     # rounding leaves specks on equal rewards; a group that differs by less carries no signal
     flat = groups & (centred.abs().amax(1) < 1e-6)

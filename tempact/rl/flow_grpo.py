@@ -7,6 +7,9 @@ from torch import Tensor
 
 from csrc_triton import flow_policy_loss_and_grad
 from csrc_triton.flow_sde import cps
+from tempact.config import ExecutorConfig
+from tempact.rl.levels import of_levels
+from tempact.rl.plain_ratio import plain_ratio_gradient, rectifying, scales
 
 
 def flow_grpo_gradient(
@@ -82,3 +85,28 @@ def clip_epsilon(clip_velocity_rms: float, elements: int) -> float:
     does not depend on chunk size and resolution.
     """
     return clip_velocity_rms / elements**0.5
+
+
+class FlowGRPO:
+    """`executor.loss flow_grpo` (`ExecutorLoss`): the roll-out's T stochastic transitions are trained."""
+
+    forward = False
+
+    def __init__(self, config: ExecutorConfig, sigmas: tuple[float, ...]):
+        self.config = config
+        self.k = scales(sigmas, config.eta)
+        self.weights = rectifying(self.k) if config.reweight else [1.0] * len(self.k)
+
+    def __call__(
+        self, velocity: Tensor, old: Tensor, reference: Tensor, recorded: Tensor, levels: Tensor, advantage: Tensor,
+        mask: Tensor, *, terms: int,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        config = self.config
+        clip = clip_epsilon(config.clip_velocity_rms, velocity[0].numel())
+        rows = velocity, old, reference, recorded
+        if config.ratio_norm:
+            return flow_grpo_gradient(*rows, advantage, mask, clip=clip, kl_weight=config.kl_weight, terms=terms)
+        k, weight = of_levels(self.k, levels), of_levels(self.weights, levels)
+        return plain_ratio_gradient(
+            *rows, k, weight, advantage, mask, clip=clip, kl_weight=config.kl_weight, terms=terms
+        )

@@ -1,9 +1,10 @@
-"""GSPO: clipped policy gradient with one length-normalised ratio a sequence (docs/algorithm.md 2.4)."""
+"""GSPO (arXiv 2507.18071): one length-normalised ratio a sequence (docs/algorithm.md 2.4)."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from tempact.rl.sequences import Moves
 
 
 def gspo_loss(
@@ -19,44 +20,16 @@ def gspo_loss(
     kl_weight: float,
     terms: int | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Mean over sequences of the clipped loss plus the mean k3 divergence from the reference policy.
-
-    Args:
-        log_probs, old, reference: [P, L] fp32 log-probabilities of the sampled tokens at temperature 1; only
-            log_probs gets a gradient. What lies outside token_mask is never read.
-        token_mask: [P, L] bool, tokens that count; an empty row counts as one token of ratio 1.
-        advantage, mask: [P]; sequences whose mask is False count for nothing, whatever their numbers (NaN too).
-        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
-        kl_weight: beta of k3 = exp(d) - d - 1, d = reference - log_probs, which is never negative.
-        terms: counted sequences of the whole update, where these are a micro-batch of it: losses, gradients and
-            metrics of micro-batches then add up to those of the whole. None: these are all.
-
-    Returns:
-        Scalar loss (0 with gradient 0 if nothing counts) and metrics loss, kl, ratio, ratio_deviation,
-        clip_ratio/low, clip_ratio/high.
-    """
-    token_mask, mask, advantage = (t.to(log_probs.device) for t in (token_mask, mask, advantage))
-    token_mask = token_mask & mask[:, None]  # a gradient of 0 times an infinite ratio or a missing advantage is no 0
-    tokens = token_mask.sum(1).clamp_min(1)
-    moved = torch.where(token_mask, log_probs - old.detach(), 0.0)
-    ratio = moved.sum(1).div(tokens).exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    policy = -torch.minimum(ratio * advantage, clipped * advantage)
-    distance = torch.where(token_mask, reference.detach() - log_probs, 0.0)
-    # exp(d) - 1 loses all of a small d's k3 to rounding, expm1 does not
-    k3 = (torch.expm1(distance) - distance).sum(1) / tokens
-    each = policy + kl_weight * k3
-
-    def mean(values: Tensor) -> Tensor:
-        return torch.where(mask, values, 0.0).sum() / (mask.sum().clamp_min(1) if terms is None else terms)
-
+    """A `SequenceLoss` whose ratio is the exponential of a sequence's mean move, and k3 a mean over its tokens."""
+    moves = Moves.of(log_probs, old, reference, token_mask, advantage, mask)
+    ratio = moves.moved.sum(1).div(moves.tokens).exp()
+    policy, low, high = moves.clipped(ratio, clip_low, clip_high)
+    k3 = moves.k3.sum(1) / moves.tokens
     metrics = {
-        "loss": each,
         "kl": k3,
         "ratio": ratio,
         "ratio_deviation": (ratio - 1).abs(),
-        "clip_ratio/low": (ratio < 1 - clip_low) & (advantage < 0),
-        "clip_ratio/high": (ratio > 1 + clip_high) & (advantage > 0),
+        "clip_ratio/low": low,
+        "clip_ratio/high": high,
     }
-    values = torch.stack([mean(value.detach().double()) for value in metrics.values()]).tolist()
-    return mean(each), dict(zip(metrics, values, strict=True))
+    return moves.mean(policy + kl_weight * k3, metrics, terms)

@@ -161,8 +161,10 @@ def members_in_turn(members: int = 2) -> None:
     block of continuations each, member after member."""
     real = Executor.units
 
-    def units(self: Executor, plans: list[int], starts: Sequence[int], mask: torch.Tensor) -> list[list[int]]:
-        return real(self, plans, starts, mask.any(1, keepdim=True).expand(-1, mask.shape[1] // members))
+    def units(
+        self: Executor, plans: list[int], starts: Sequence[int], mask: torch.Tensor, *more: int
+    ) -> list[list[int]]:
+        return real(self, plans, starts, mask.any(1, keepdim=True).expand(-1, mask.shape[1] // members), *more)
 
     def update(self: ExecutorUpdates, number: int) -> dict[str, float]:
         own, old, batch = self.own[number], self.old[number], self.batch

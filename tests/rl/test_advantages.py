@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -94,6 +95,46 @@ def test_std_is_of_centred_rewards_so_gaps_between_groups_do_not_shrink_it():
     advantage, _, metrics = group_advantages(rewards, 5.0, 0.0)
     assert metrics["reward_std"] == pytest.approx(0.1, rel=1e-4)
     torch.testing.assert_close(advantage, torch.tensor([[-1.0, 1.0], [-1.0, 1.0]]), rtol=0, atol=1e-4)
+
+
+def test_deviations_of_a_group_of_all_or_none():
+    """By the standard library, for groups of 4, 3 and 2 members that differ by 10, 1 and 0.1."""
+    rewards = draw_scored(3, 4).step_following * torch.tensor([[10.0], [1.0], [0.1]])
+    rewards[1, 0] = rewards[2, 0] = rewards[2, 3] = NAN
+    groups = [[r for r in group if not math.isnan(r)] for group in rewards.tolist()]
+    centred = [[r - statistics.fmean(group) for r in group] for group in groups]
+    each = [statistics.pstdev(group) for group in groups]
+    whole = math.sqrt(statistics.fmean([c * c for group in centred for c in group]))
+    divisors = {"global": [whole] * 3, "group": each, "none": [1.0] * 3}
+    for std, own in divisors.items():
+        advantage, mask, metrics = group_advantages(rewards, 1e9, 0.0, std=std)
+        expected = torch.tensor([c / by for group, by in zip(centred, own, strict=True) for c in group])
+        torch.testing.assert_close(advantage[mask], expected, rtol=1e-4, atol=1e-6)
+        assert metrics["reward_std"] == pytest.approx(whole, rel=1e-5)
+    shifted = group_advantages(rewards + 0.5, 1e9, 0.0, std="group")[0]
+    torch.testing.assert_close(shifted, group_advantages(rewards, 1e9, 0.0, std="group")[0], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("std", ["global", "group", "none"])
+def test_a_group_of_equal_rewards_has_no_advantage_by_any_deviation(std: str):
+    rewards = torch.full((2, 7), 0.7)
+    rewards[1, 0] = 0.1
+    advantage, mask, _ = group_advantages(rewards, 2.0, EXECUTION_EPS, std=std, leave_one_out=True)
+    assert mask.all() and torch.equal(advantage[0], torch.zeros(7)) and advantage[1].all()
+
+
+def test_a_leave_one_out_baseline_is_the_mean_of_the_others():
+    rewards = draw_scored(3, 4).step_following
+    rewards[1, 2] = NAN
+    rewards[2, :3] = NAN  # one member has no others
+    advantage, mask, _ = group_advantages(rewards, 1e9, 0.0, std="none", leave_one_out=True)
+    for group in range(2):
+        members = [i for i in range(4) if not math.isnan(rewards[group, i])]
+        for i in members:
+            others = statistics.fmean(rewards[group, j].item() for j in members if j != i)
+            assert advantage[group, i].item() == pytest.approx(rewards[group, i].item() - others, abs=1e-6)
+    assert not mask[2].any() and torch.equal(advantage[2], torch.zeros(4)) and advantage[1, 2] == 0
+    torch.testing.assert_close(advantage.sum(1), torch.zeros(3), rtol=0, atol=1e-6)
 
 
 def test_groups_sum_to_zero_before_clipping():
