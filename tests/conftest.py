@@ -7,7 +7,9 @@ import os
 import random
 from collections.abc import Iterator
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg", WANDB_MODE="offline")
+os.environ.update(
+    HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg", WANDB_MODE="offline", OMP_NUM_THREADS="1"
+)
 
 import torch
 

@@ -104,7 +104,10 @@ def scores(folder: Path) -> dict:
     return {tuple(row[name] for name in KEYS): row["scores"] for row in Ledger(folder / "scores.jsonl", KEYS)}
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGKILL, -signal.SIGKILL), pytest.param(signal.SIGTERM, 130, marks=pytest.mark.slow)],
+)
 def test_a_killed_evaluation_goes_on_without_scoring_anything_twice(
     number: int,
     code: int,

@@ -202,7 +202,7 @@ def test_what_is_said_of_a_random_planner() -> None:
     assert generation.note_of(get_preset("shapeworld"), planned=True) == ""
 
 
-@pytest.mark.parametrize("name", ["longlive", "self-forcing"])
+@pytest.mark.parametrize("name", ["longlive", pytest.param("self-forcing", marks=pytest.mark.slow)])
 def test_frames_from_a_streamed_decoder_are_the_rollouts(name: str) -> None:
     """Bit for bit, through the VAE's state; beyond the window, with a switch after it."""
     window = get_preset(name).executor
@@ -427,6 +427,7 @@ def test_the_inference_of_a_backbones_authors_is_one_flag() -> None:
         configured("shapeworld", "--inference", "backbone")
 
 
+@pytest.mark.slow
 def test_a_locale_without_utf_8_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Prompts, folders and what is printed keep their letters."""
     text, root = "Eine Füchsin läuft – schnell.", Path(__file__).parents[1]

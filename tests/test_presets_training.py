@@ -141,7 +141,15 @@ def check(folder: Path, preset: str) -> None:
     assert all(sample["category"] == "shapes" and sample["plan"][-1]["end"] == FRAMES for sample in samples)
 
 
-@pytest.mark.parametrize("preset", ["self-forcing", "causal-forcing", "causal-forcing-framewise", "longlive"])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "self-forcing",
+        "longlive",
+        pytest.param("causal-forcing", marks=pytest.mark.slow),
+        pytest.param("causal-forcing-framewise", marks=pytest.mark.slow),
+    ],
+)
 def test_two_iterations_from_published_layouts(
     preset: str, tmp_path: Path, planner: Path, release: Path, prompts: Path, judged: None
 ) -> None:

@@ -101,6 +101,7 @@ def children(process: int) -> list[int]:
     return own + [grandchild for child in own for grandchild in children(child)]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_off_leaves_what_it_finished_and_no_process(tmp_path: Path) -> None:
     """Cut short in time as well (--memory-only); `pytest bench` makes whole ones."""
     result = tmp_path / "result.json"

@@ -26,6 +26,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY, env=environment)
 
 
+@pytest.mark.slow
 def test_it_checks_every_op_and_says_what_it_ran_on() -> None:
     done = run()
     assert done.returncode == 0, done.stdout[-3000:]

@@ -142,6 +142,7 @@ def test_recomputation_keeps_a_few_tensors_a_block() -> None:
     assert again.flops > footprint.update(FULL, 1, 6).flops
 
 
+@pytest.mark.slow
 def test_a_run_that_recomputes_is_planned_so() -> None:
     run = run_of(get_preset("longlive"), on_gpu=True)
     again = replace(run.config, executor=replace(run.config.executor, checkpoint_activations=True))
@@ -447,6 +448,7 @@ def kept_of(needs: Needs) -> dict[str, int]:
     return {item.what: item.bytes for item in needs.kept}
 
 
+@pytest.mark.slow
 def test_two_gpus_of_80_gb_hold_the_14b(capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--executor.continuations", "8", "--executor.rollout_videos", "0", "--data.prompts_per_iteration", "1"]
     for code in (0, 4):
@@ -502,6 +504,7 @@ def test_a_dry_run_of_a_backbone_takes_less_than_30_seconds(preset: str, tmp_pat
     assert from_yaml(tmp_path / "run.yaml").preset == preset  # the plan is a comment
 
 
+@pytest.mark.slow
 def test_small_random_weights_are_planned_on_the_torch_path() -> None:
     lines, _ = dry_run(tiny(), 80)
     assert any(line.startswith("planned for the torch path") for line in lines)  # heads of 24 channels

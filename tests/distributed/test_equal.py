@@ -29,7 +29,7 @@ class Case:
 
 CASES = {
     "smoke": Case(),
-    "six plans": Case((*MANY, *SMALL_BATCHES), soon=(2,)),
+    "six plans": Case((*MANY, *SMALL_BATCHES)),
     "two updates of small batches": Case((*HALVES, *SMALL_BATCHES), seen=("planner/loss@2", lambda value: True)),
     "missing rewards": Case((*MANY, *PATCHY), seen=("rewards/patchy/missing", lambda share: 0 < share < 1)),
     "one-step plans": Case(MANY, faulty.one_step_plans, ("executor/missing", lambda share: share > 0)),

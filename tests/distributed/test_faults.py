@@ -33,7 +33,7 @@ PLACES = {
 }
 SOON = [
     ("kill", 1, "meeting", 2), ("stop", 1, "rollout", 2), ("exception", 1, "update", 2), ("term", 1, "step", 2),
-    ("outage", 1, "rewards", 2), ("disk", 0, "save", 2),
+    ("outage", 1, "rewards", 2),
 ]  # fmt: skip
 CASES = [(kind, *place) for kind, places in PLACES.items() for place in places]
 CODES = {

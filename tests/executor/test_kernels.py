@@ -17,7 +17,7 @@ from tempact.models.wan.transformer import WanConfig, WanTransformer
 from tempact.types import Batch, Plan, Step
 
 WAN = WanConfig(
-    dim=64, ffn_dim=96, freq_dim=16, text_dim=8, text_len=4, heads=2, layers=2, in_dim=3, out_dim=3, patch=(1, 4, 4)
+    dim=64, ffn_dim=96, freq_dim=16, text_dim=8, text_len=4, heads=2, layers=1, in_dim=3, out_dim=3, patch=(1, 4, 4)
 )
 CONFIG = ExecutorConfig(
     weights="",
@@ -25,6 +25,7 @@ CONFIG = ExecutorConfig(
     optim=OptimConfig(1e-3),
     frames=6,
     continuations=2,
+    timesteps=(1000, 500),  # the interpreter takes its time
 )
 PLAN = Plan("i", (Step(0, 3, "one"), Step(3, 6, "two")))
 

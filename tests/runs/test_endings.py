@@ -219,7 +219,10 @@ def test_a_run_that_is_ended_at_random_moments_reaches_the_bits_of_an_unbroken_o
     assert_same_run(unbroken, tmp_path)
 
 
-@pytest.mark.parametrize("call", [3, 4], ids=["before the first step", "between two steps"])
+@pytest.mark.parametrize(
+    "call",
+    [pytest.param(3, id="before the first step", marks=pytest.mark.slow), pytest.param(4, id="between two steps")],
+)
 def test_an_unexpected_exception_saves_the_last_whole_iteration(
     unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: int
 ) -> None:
@@ -300,7 +303,7 @@ def test_a_run_shorter_than_the_limit_that_learned_nothing_does_not_end_well(
     assert steps(tmp_path) == ["step-000003"]
 
 
-@pytest.mark.parametrize("iteration", [1, 2])
+@pytest.mark.parametrize("iteration", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_step_that_ruins_the_executor_is_taken_back_and_its_checkpoint_set_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], unevaluated: None,
     iteration: int,
@@ -351,6 +354,7 @@ def test_a_signal_that_was_handled_does_not_come_again() -> None:
         time.sleep(3 * REMIND_S)  # would raise
 
 
+@pytest.mark.slow
 def test_going_on_from_an_earlier_checkpoint_sets_the_later_course_aside(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
