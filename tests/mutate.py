@@ -62,7 +62,8 @@ def survives(mutation: Mutation, folder: Path) -> str:
     sound = file.read_text(encoding="utf-8")
     file.write_text(mutation.mutated(folder), encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests]
+    named = ("-m", "slow or not slow", *mutation.tests)  # a test that is named here runs however long it takes
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *named]
     try:
         done = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LONGEST_S, check=False
