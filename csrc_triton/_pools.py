@@ -90,7 +90,8 @@ class Pools:
         return found.to(self.device, non_blocking=True)
 
     def take(self, branch: int, length: int, near: int | None) -> Block:
-        """Holds rows for a block of `branch`, where it can those from `near` on; the books grow if they must.
+        """Holds rows for a block of `branch`, without pages those from `near` on if they are free; the books grow if
+        they must.
 
         Raises:
             PoolFull: where the limit forbids.

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache, partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,7 +48,7 @@ from tempact.rl.levels import levels_of
 from tempact.rl.planner_losses import LEAVE_ONE_OUT
 from tempact.seeds import derive_seed
 from tempact.types import Batch, PlanBatch, Prompt, Rollout, Scored, Transition
-from tempact.updates import ExecutorUpdates, PlannerUpdates
+from tempact.updates import ExecutorUpdates, PlannerUpdates, split, too_wide
 
 log = logging.getLogger(__name__)
 
@@ -446,30 +445,6 @@ def copied(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: copied(inner) for key, inner in value.items()}
     return [copied(inner) for inner in value] if isinstance(value, list) else value
-
-
-def too_wide(found: dict[str, dict[str, float]], config: RunConfig) -> str:
-    """Which gaps in the metrics of `planner` and `executor` are wider than allowed, in words; "" if none is.
-
-    NaN is not a gap.
-    """
-    told = []
-    for policy, metric, limit, unit, of in (
-        ("planner", "sampling_gap", config.planner.max_sampling_gap, "nats a token", "sampling"),
-        ("executor", "rollout_gap", config.executor.max_rollout_gap, "clips", "roll-out"),
-    ):
-        gaps = {name.partition("/")[2]: gap for name, gap in found.get(policy, {}).items() if name.startswith(metric)}
-        wide = [f"{gap:.3g} {unit}" + (f" at sigma {at}" if at else "") for at, gap in gaps.items() if gap > limit]
-        if wide:
-            differ = f"log-probs of {of} and training differ by {', '.join(wide)}"
-            told.append(f"{policy}.max_{metric}: {differ}; accepted: at most {limit:g}")
-    return "; ".join(told)
-
-
-def split(count: int, parts: int) -> list[list[int]]:
-    """0 .. count-1 in `parts` consecutive lists of near-equal length, empty ones left out."""
-    bounds = [count * i // parts for i in range(parts + 1)]
-    return [list(range(a, b)) for a, b in pairwise(bounds) if b > a]
 
 
 def prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 
 import torch
 
+from tempact.config import RunConfig
 from tempact.distributed import share_of
 from tempact.distributed.records import move_records
 from tempact.distributed.reduction import UpdateSum
@@ -83,3 +84,27 @@ class ExecutorUpdates:
 def _dealt(units: list[list[int]], part: int, parts: int) -> list[list[int]]:
     own = share_of(len(units), part, parts)
     return units[own.start : own.stop]
+
+
+def too_wide(found: dict[str, dict[str, float]], config: RunConfig) -> str:
+    """Which gaps in the metrics of `planner` and `executor` are wider than allowed, in words; "" if none is.
+
+    NaN is not a gap.
+    """
+    told = []
+    for policy, metric, limit, unit, of in (
+        ("planner", "sampling_gap", config.planner.max_sampling_gap, "nats a token", "sampling"),
+        ("executor", "rollout_gap", config.executor.max_rollout_gap, "clips", "roll-out"),
+    ):
+        gaps = {name.partition("/")[2]: gap for name, gap in found.get(policy, {}).items() if name.startswith(metric)}
+        wide = [f"{gap:.3g} {unit}" + (f" at sigma {at}" if at else "") for at, gap in gaps.items() if gap > limit]
+        if wide:
+            differ = f"log-probs of {of} and training differ by {', '.join(wide)}"
+            told.append(f"{policy}.max_{metric}: {differ}; accepted: at most {limit:g}")
+    return "; ".join(told)
+
+
+def split(count: int, parts: int) -> list[list[int]]:
+    """0 .. count-1 in `parts` consecutive lists of near-equal length, empty ones left out."""
+    bounds = [count * i // parts for i in range(parts + 1)]
+    return [list(range(a, b)) for a, b in pairwise(bounds) if b > a]

@@ -17,7 +17,8 @@ from tempact.presets import get_preset
 from tempact.reporting import read_metrics
 from tempact.runs import run as run_module
 from tempact.runs.checkpoint import verify
-from tempact.trainer import RolloutGapTooWide, Trainer, too_wide
+from tempact.trainer import RolloutGapTooWide, Trainer
+from tempact.updates import too_wide
 
 SIGMAS = ("1.000", "0.938", "0.833")
 SMOKE = ["shapeworld-smoke", "--device", "cpu", "--trainer.iterations", "2", "--trainer.checkpoint_every", "50"]

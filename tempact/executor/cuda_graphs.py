@@ -310,7 +310,8 @@ class CudaGraphRunner:
             except BaseException:
                 with suppress(RuntimeError):  # it says that the recording is broken, the first error says why
                     graph.capture_end()
-                self._record_nothing()
+                with suppress(RuntimeError):
+                    self._record_nothing()
                 raise
             graph.capture_end()
 
