@@ -67,6 +67,7 @@ class FakeServer:
 
         class Listening(ThreadingHTTPServer):
             request_queue_size = 256
+            daemon_threads = False  # so that `server_close` waits for them
 
             def handle_error(self, *given: Any) -> None:
                 pass  # clients that hang up
@@ -76,7 +77,10 @@ class FakeServer:
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
-        """Refuses connections from here on, as a process that is gone, and forgets the adapters."""
+        """Refuses connections from here on, as a process that is gone, and forgets the adapters.
+
+        Requests in hand are waited for: they compute with the twin, which the next server may share.
+        """
         self.http.shutdown()
         self.http.server_close()
         self.adapters.clear()
