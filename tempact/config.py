@@ -98,6 +98,7 @@ DEVIATIONS = choice("global", "group", "none")
 SEQUENCES = choice("gspo", "grpo", "rloo")
 CHUNKS = choice("flow_grpo", "diffusion_nft")
 LEVELS = choice("all", "drawn", "sliding")
+SPANS = choice("planned", "uniform")
 LIGER = choice("auto", "off", "model", "all")
 SERVER = Rule(
     "an address http(s)://host[:port], or nothing", lambda url: not url or SERVER_URL.fullmatch(url) is not None
@@ -208,6 +209,7 @@ class PlannerConfig:
     train: bool = key(True, TRAINING, "the planner is trained")
     plans_per_prompt: int = key(4, TRAINING, "plans sampled for a prompt, M: a planning group", GROUP)
     max_new_tokens: int = key(192, VIDEO, "longest response, tokens", COUNT)
+    spans: str = key("planned", VIDEO, "a plan's spans: the planner's, or, as an ablation, equal ones (uniform)", SPANS)
     temperature: float = key(1.0, VIDEO, "temperature of sampling", TEMPERATURE)
     top_p: float = key(1.0, VIDEO, "probability mass that is sampled from", TOP_P)
     top_k: int = key(0, VIDEO, "tokens that are sampled from", TOP_K)
@@ -343,6 +345,9 @@ class TrainerConfig:
 
     iterations: int = key(100, RUN, "iterations of the run, over which the learning rates fall", COUNT)
     updates_per_iteration: int = key(1, TRAINING, "optimiser steps, each on its own part of the plan groups", COUNT)
+    alternate: int = key(
+        0, TRAINING, "iterations that only one policy is trained in turn, the planner first; 0: both in all", NOT_NEGATIVE
+    )
     checkpoint_every: int = key(20, RUN, "iterations between checkpoints", COUNT)
     keep_checkpoints: int = key(2, RUN, "newest checkpoints that are kept", COUNT)
     samples_every: int = key(10, RUN, "iterations between sample tables and film strips", COUNT)
@@ -425,6 +430,8 @@ def validate(config: RunConfig) -> None:
     if planner.server_outage_s < planner.server_attempt_s:
         accepted = f"at least planner.server_attempt_s ({planner.server_attempt_s:g}), or one slow plan is an outage"
         refuse("planner.server_outage_s", planner.server_outage_s, accepted)
+    if config.trainer.alternate and not (planner.train and executor.train):
+        refuse("trainer.alternate", config.trainer.alternate, "0 where one policy alone is trained")
     if planner.liger == "all" and planner.loss != "gspo":
         refuse("planner.liger", "all", f"auto, off, model with planner.loss {planner.loss}: Liger's is GSPO")
     if executor.train and len(executor.timesteps) < 2:

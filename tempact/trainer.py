@@ -347,9 +347,9 @@ class Trainer:
         parts = split(len(batch.plan_advantage), self.config.trainer.updates_per_iteration)
         updates: dict[str, PlannerUpdates | ExecutorUpdates] = {}
         metrics: dict[str, float] = {}
-        if self.config.planner.train:
+        if self._in_turn("planner"):
             updates["planner"] = PlannerUpdates(self.planner, self.planner_policy, batch, parts)
-        if self.config.executor.train:
+        if self._in_turn("executor"):
             count = self.executor.settings.trained
             levels = levels_of(self.config.executor.levels, count, self.done, self._seed("level"))
             updates["executor"] = ExecutorUpdates(
@@ -391,6 +391,12 @@ class Trainer:
     def _trained_policies(self) -> dict[str, PolicyOptimizer]:
         return {name: policy for name, policy in self._policies().items() if getattr(self.config, name).train}
 
+    def _in_turn(self, name: str) -> bool:
+        """Is the policy `name` trained in this iteration?"""
+        each = self.config.trainer.alternate
+        turn = not each or ("planner", "executor")[self.done // each % 2] == name
+        return turn and getattr(self.config, name).train
+
     def _step(self, name: str, stepping: Callable[[], None]) -> dict[str, float]:
         """An optimiser step of the policy `name`, unless another policy than the trained has made plans or videos."""
         policy = self._trained_policies()[name]
@@ -418,7 +424,7 @@ class Trainer:
 
     def _note_idle(self, batch: Batch) -> None:
         advantages = {"planner": batch.plan_advantage, "executor": batch.execution_advantage}  # 0 where masked
-        for name in self._trained_policies():
+        for name in filter(self._in_turn, self._trained_policies()):
             self.idle[name] = 0 if bool(advantages[name].any()) else self.idle[name] + 1
             if self.idle[name]:
                 self._warn("iteration %d: no group of the %s has rewards to compare", self.done + 1, name)

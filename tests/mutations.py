@@ -594,6 +594,13 @@ MUTATIONS = [
             "leave_one_out=config.planner.loss in LEAVE_ONE_OUT",
             "leave_one_out=False",
         ),
+        ("test_policies_take_turns", "self.done // each % 2", "self.done % 2"),
+        ("test_policies_take_turns", "filter(self._in_turn, self._trained_policies())", "self._trained_policies()"),
+    ),
+    *faults(
+        "tempact/planner/plans.py",
+        "tests/planner/test_plans.py",
+        ("test_equal_spans_keep_steps_and_differ_by_a_chunk_at_most", "i * chunks // count", "i"),
     ),
     Mutation(
         "tempact/planner/answers.py",

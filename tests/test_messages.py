@@ -86,6 +86,11 @@ FOLLOWED = [  # a command line, the end of what it says, and the command lines t
         "auto, off, model with planner.loss grpo: Liger's is GSPO",
         ["--planner.loss", "grpo", "--planner.liger", "auto"],
     ),
+    (
+        ["--planner.train", "false", "--trainer.alternate", "1"],
+        "0 where one policy alone is trained",
+        ["--planner.train", "false", "--trainer.alternate", "0"],
+    ),
     (["--frames"], "nearest: --executor.frames", ["--executor.frames", "3"]),
     (
         ["--executor.frames", "161"],

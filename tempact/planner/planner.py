@@ -41,7 +41,7 @@ from tempact.planner.language_model import (
     sampling_settings,
     thought_length,
 )
-from tempact.planner.plans import THINK_START, parse_plan, plan_messages
+from tempact.planner.plans import THINK_START, parse_plan, plan_messages, uniform_spans
 from tempact.rl.importance import importance_weights
 from tempact.rl.planner_losses import LOSSES
 from tempact.seeds import derive_seed
@@ -171,7 +171,8 @@ class Planner:
         for p, (tokens, _) in enumerate(responses):
             bare = tokens[:-1] if tokens[-1] in self.generation.eos_token_id else tokens
             text = opening + self.tokenizer.decode(bare, clean_up_tokenization_spaces=False)
-            plans.append(parse_plan(text, prompts[p // plans_per_prompt].text, self.frames, self.chunk))
+            plan = parse_plan(text, prompts[p // plans_per_prompt].text, self.frames, self.chunk)
+            plans.append(uniform_spans(plan, self.chunk) if self.config.spans == "uniform" else plan)
         return PlanBatch(prompts, plans, plans_per_prompt, self.tokens(asked, responses))
 
     def requests(self, prompts: list[Prompt], plans_per_prompt: int, seed: int) -> tuple[list[list[int]], list[int]]:

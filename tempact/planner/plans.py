@@ -37,7 +37,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,19 @@ def _parsed(
     steps = tuple(Step(a, b, d.prompt) for (a, b), d in zip(pairwise(bounds), drafts, strict=True))
     plan = Plan(instruction, steps, format_score=0.5 if repairs else 1.0, repairs=tuple(repairs), response=text)
     return plan, repairs
+
+
+def uniform_spans(plan: Plan, chunk: int) -> Plan:
+    """The plan with the same steps in equal spans: step i of n begins at chunk floor(i c / n) of the video's c.
+
+    A plan has at most as many steps as the video has chunks, so that every step keeps one.
+    """
+    count, chunks = len(plan.steps), plan.frames // chunk
+    bounds = [i * chunks // count * chunk for i in range(count + 1)]
+    steps = (
+        Step(start, end, step.prompt) for (start, end), step in zip(pairwise(bounds), plan.steps, strict=True)
+    )
+    return replace(plan, steps=tuple(steps))
 
 
 def answer_of(response: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tempact.planner.plans import MAX_RESPONSE_CHARS, parse_plan, plan_json, plan_messages
+from tempact.planner.plans import MAX_RESPONSE_CHARS, parse_plan, plan_json, plan_messages, uniform_spans
 from tempact.types import Step
 
 FRAMES, CHUNK = 24, 3
@@ -365,3 +365,15 @@ def test_hostile_responses_take_bounded_time(response):
     started = time.monotonic()
     check(response)
     assert time.monotonic() - started < 2.0
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_equal_spans_keep_steps_and_differ_by_a_chunk_at_most(count: int) -> None:
+    starts = [*range(0, CHUNK * count, CHUNK), FRAMES]  # the last step has what is left
+    plan = parse(rows(*((a, b, f"step {i}") for i, (a, b) in enumerate(pairwise(starts)))))
+    even = uniform_spans(plan, CHUNK)
+    lengths = [end - start for start, end in spans(even)]
+    assert [step.prompt for step in even.steps] == [step.prompt for step in plan.steps]
+    assert spans(even)[0][0] == 0 and all(a[1] == b[0] for a, b in pairwise(spans(even)))
+    assert sum(lengths) == FRAMES and all(n % CHUNK == 0 for n in lengths) and max(lengths) - min(lengths) <= CHUNK
+    assert (even.format_score, even.repairs, even.response) == (plan.format_score, plan.repairs, plan.response)

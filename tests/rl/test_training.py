@@ -9,6 +9,7 @@ import torch
 from test_references import undocumented
 from test_trainer import iterate, make, rewards, smoke
 
+from tempact.planner.plans import uniform_spans
 from tempact.rl.advantages import EXECUTION_EPS, PLAN_EPS, execution_rewards, group_advantages, plan_rewards
 from tempact.rl.planner_losses import LOSSES
 from tempact.trainer import Trainer
@@ -88,3 +89,29 @@ def test_a_run_on_one_level_at_a_time() -> None:
     assert metrics["executor/level"] == 1.0 and metrics["executor/grad_norm@2"] > 0
     assert [name for name in metrics if "gap/" in name] == ["executor/rollout_gap/0.938"]
     assert undocumented(metrics) == ["judge/told"]
+
+
+def test_policies_take_turns() -> None:
+    """Two iterations of the planner, two of the executor, and again; who waits neither moves nor is idle."""
+    trainer = make(smoke(plans=2, alternate=2), SCORES)
+    policies = {"planner": trainer.planner_policy, "executor": trainer.executor_policy}
+    for turn in ("planner", "planner", "executor", "executor", "planner"):
+        before = {name: [p.detach().clone() for p in own.parameters.values()] for name, own in policies.items()}
+        metrics = iterate(trainer).metrics
+        for name, own in policies.items():
+            moved = any(not torch.equal(p, q) for p, q in zip(own.parameters.values(), before[name], strict=True))
+            assert moved == (f"{name}/grad_norm" in metrics) == (name == turn)
+    equal = rewards([[0.5, 0.5], [0.5, 0.5]], [[0.5, 0.5], [0.5, 0.5]])
+    trainer = make(smoke(plans=2, alternate=2), equal)
+    for _ in range(3):
+        iterate(trainer)
+    assert trainer.idle == {"planner": 2, "executor": 1}
+
+
+def test_plans_of_equal_spans_are_trained_as_they_are_made() -> None:
+    config = smoke(plans=2)
+    plain = iterate(make(config, SCORES)).plans
+    even = iterate(make(replace(config, planner=replace(config.planner, spans="uniform")), SCORES)).plans
+    chunk = config.executor.chunk_frames
+    assert even.plans == [uniform_spans(plan, chunk) for plan in plain.plans] != plain.plans
+    assert torch.equal(even.tokens.input_ids, plain.tokens.input_ids)
