@@ -346,7 +346,7 @@ class TrainerConfig:
     iterations: int = key(100, RUN, "iterations of the run, over which the learning rates fall", COUNT)
     updates_per_iteration: int = key(1, TRAINING, "optimiser steps, each on its own part of the plan groups", COUNT)
     alternate: int = key(
-        0, TRAINING, "iterations that only one policy is trained in turn, the planner first; 0: both in all", NOT_NEGATIVE
+        0, TRAINING, "iterations of a policy's turn, the planner first; 0: both in every one", NOT_NEGATIVE
     )
     checkpoint_every: int = key(20, RUN, "iterations between checkpoints", COUNT)
     keep_checkpoints: int = key(2, RUN, "newest checkpoints that are kept", COUNT)
