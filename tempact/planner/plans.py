@@ -143,9 +143,7 @@ def uniform_spans(plan: Plan, chunk: int) -> Plan:
     """
     count, chunks = len(plan.steps), plan.frames // chunk
     bounds = [i * chunks // count * chunk for i in range(count + 1)]
-    steps = (
-        Step(start, end, step.prompt) for (start, end), step in zip(pairwise(bounds), plan.steps, strict=True)
-    )
+    steps = (Step(start, end, step.prompt) for (start, end), step in zip(pairwise(bounds), plan.steps, strict=True))
     return replace(plan, steps=tuple(steps))
 
 
