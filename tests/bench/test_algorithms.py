@@ -1,0 +1,98 @@
+"""The command that makes the algorithm table: its rows, what is trained again, the file, table and chart."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import bench_algorithms
+from bench.bench_algorithms import DEFAULT, ROWS, again, draw, markdown, runs_of
+from tempact.cli import parse_run
+from tempact.config import flatten
+from tempact.errors import UserError
+
+
+def asked(folder: Path, **more: object) -> argparse.Namespace:
+    given = {"folder": folder, "preset": "p", "rows": [DEFAULT, "RLOO"], "seeds": [4, 5], "threads": 2}
+    return argparse.Namespace(**(given | more))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_keys_of_every_row_are_accepted_and_change_what_they_name(name: str) -> None:
+    plain, own = (flatten(parse_run(["shapeworld-full", *keys], "program")[0]) for keys in ((), ROWS[name]))
+    assert {key for key in own if own[key] != plain[key]} == {key[2:] for key in ROWS[name][::2]}
+
+
+def test_rows_are_commands_of_a_user_and_are_judged_on_the_validation_split(tmp_path: Path) -> None:
+    runs = runs_of(asked(tmp_path), ["--executor.eta", "0.5"])
+    assert [(own.name, own.seed) for own in runs] == [(DEFAULT, 4), ("RLOO", 4), (DEFAULT, 5), ("RLOO", 5)]
+    folder = tmp_path / "rloo-seed-5"
+    train = ["tempact.train", "p", "--seed", "5", "--threads", "2", "--executor.eta", "0.5", *ROWS["RLOO"]]
+    assert runs[3].run.command[2:] == [*train, "--output", str(folder)]
+    own = str(folder) + "-validation"
+    assert runs[3].validation.command[2:] == ["tempact.evaluate", own, "--split", "validation", "--threads", "2"]
+    assert runs[3].validation.after is runs[3].run
+    longer = runs_of(asked(tmp_path), [], {"RLOO": 150})
+    assert [own.run.folder.name for own in longer] == [f"rloo-seed-{seed}-150-iterations" for seed in (4, 5)]
+    assert longer[0].run.command[-4:] == ["--trainer.iterations", "150", "--output", str(longer[0].run.folder)]
+
+
+def test_rows_of_other_speed_are_given_the_seconds_of_the_default(tmp_path: Path) -> None:
+    runs = runs_of(asked(tmp_path, rows=[DEFAULT, "RLOO", "DiffusionNFT", "GRPO"]), [])
+    speeds = {DEFAULT: 2.0, "RLOO": 2.1, "DiffusionNFT": 4.0, "GRPO": 1.6}
+    for own in runs:
+        own.run.folder.mkdir()
+        times = [100.0, *(100 + speeds[own.name] * n for n in range(1, 11)), 500.0]  # the last one saved, say
+        rows = [{"step": step, "time_s": time} for step, time in enumerate(times, 1)]
+        (own.run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert again(runs) == {"DiffusionNFT": 6, "GRPO": 15}  # 12 iterations of 2 s
+    with pytest.raises(UserError, match="--equal-seconds: found no row 'default'"):
+        again([own for own in runs if own.name != DEFAULT])
+
+
+def run(seed: int, gain: float) -> dict[str, object]:
+    return {
+        "seed": seed, "iterations": 120, "seconds_an_iteration": 3.9, "score": 0.75, "gain": gain,
+        "ci95": [gain - 0.1, gain + 0.1], "gain_verifier": gain, "gain_matcher": gain / 2, "validation": gain,
+        "quality": -0.01, "clearness": -0.02, "duplicates": [0.018, 0.016],
+    }  # fmt: skip
+
+
+def test_the_table_has_means_and_the_spread_of_seeds(tmp_path: Path) -> None:
+    rows = [
+        {"row": DEFAULT, "keys": "", "equal": "samples", "runs": [run(0, 0.4), run(1, 0.5)]},
+        {"row": "RLOO", "keys": "--planner.loss rloo", "equal": "seconds", "runs": [run(0, 0.3)]},
+    ]
+    first, second = markdown(rows).splitlines()[2:]
+    assert first == (
+        "| default | samples | 2 | 3.90 | 0.750 | +45.0% [+40.0%, +50.0%] | +45.0% | +22.5% | +45.0% | -1.0% | -2.0% "
+        "| 0.018 to 0.016 |"
+    )
+    assert second.startswith("| RLOO | seconds | 1 | 3.90 | 0.750 | +30.0% | +30.0% |")
+    draw(tmp_path / "chart.png", rows)
+    assert (tmp_path / "chart.png").stat().st_size > 5000
+
+
+def test_a_folder_is_asked_for() -> None:
+    with pytest.raises(UserError, match="FOLDER: found nothing; accepted: a folder for the runs, or --show FILE"):
+        bench_algorithms.main([])
+
+
+@pytest.mark.slow
+def test_two_rows_of_the_smallest_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "table.json"
+    words = ["--preset", "shapeworld-smoke", "--rows", DEFAULT, "no KL", "--seeds", "0", "--together", "1"]
+    command = [str(tmp_path / "runs"), *words, "--threads", "1", "--save", str(file)]
+    assert bench_algorithms.main(command) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["row"], row["equal"], len(row["runs"])) for row in rows] == [
+        (DEFAULT, "samples", 1), ("no KL", "samples", 1),
+    ]  # fmt: skip
+    assert rows[0]["runs"][0]["iterations"] == 2 and {"gain_verifier", "gain_matcher"} <= rows[0]["runs"][0].keys()
+    told = capsys.readouterr().out
+    assert told.splitlines()[-1].startswith("| no KL | samples | 1 |") and file.with_suffix(".png").is_file()
+    assert bench_algorithms.main(command) == 0  # nothing is left to do
+    assert "exit code" not in capsys.readouterr().out
