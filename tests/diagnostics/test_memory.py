@@ -324,6 +324,7 @@ def test_more_continuations_and_frames_need_more_and_graphs_hold_activations() -
     assert "planner update" not in [phase.name for phase in needs_of(run, planning=False).phases]
 
 
+@pytest.mark.slow
 def test_the_caches_size_is_that_of_the_larger_of_roll_out_and_update() -> None:
     """A micro-batch of many plans holds more contexts than `rollout_videos` lets in."""
     run = run_of(get_preset("self-forcing"), on_gpu=True)
@@ -412,6 +413,7 @@ def test_ranks_share_the_gpus_at_hand(gpus: int, ranks: int, part: str, monkeypa
     assert budgets_of(get_preset("shapeworld"), 80, ranks) == [Budget("a GPU of 80 GiB", 80 * GIB)]
 
 
+@pytest.mark.slow
 def test_processes_that_share_weights_hold_a_part_of_the_blocks_each() -> None:
     """14.29 billion parameters; a block without what is read outside its calls, and what lies outside of blocks."""
     run = run_of(get_preset("wan-14b"), on_gpu=True)
@@ -433,6 +435,7 @@ def test_processes_that_share_weights_hold_a_part_of_the_blocks_each() -> None:
     assert shared.host == single.host
 
 
+@pytest.mark.slow
 def test_a_planner_that_waits_is_on_the_device_for_its_own_phases_alone() -> None:
     run = run_of(get_preset("wan-14b"), on_gpu=True)
     stays = replace(run, config=replace(run.config, planner=replace(run.config.planner, offload=False)))

@@ -55,9 +55,9 @@ def steps(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("owner", "name", "number"),
     [
-        (Planner, "sample", signal.SIGTERM),
+        pytest.param(Planner, "sample", signal.SIGTERM, marks=pytest.mark.slow),
         (Executor, "rollout", signal.SIGINT),
-        (Scoring, "scores", signal.SIGHUP),
+        pytest.param(Scoring, "scores", signal.SIGHUP, marks=pytest.mark.slow),
         (Planner, "update", signal.SIGUSR1),
     ],
     ids=["plan", "rollout", "rewards", "update"],
@@ -98,6 +98,7 @@ def test_a_signal_after_the_first_step_finishes_the_iteration(
     assert_same_run(unbroken, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_second_signal_gives_the_iteration_up_and_loses_nothing_before_it(
     unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +243,7 @@ def test_an_unexpected_exception_saves_the_last_whole_iteration(
     assert_same_run(unbroken, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_signal_while_an_exception_is_noted_takes_nothing_of_its_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], unevaluated: None
 ) -> None:
@@ -288,6 +290,7 @@ def test_rewards_that_are_no_use_end_the_run_saved(
     assert start(tmp_path, "--trainer.max_idle_iterations", "2") == 0  # judges that answer again
 
 
+@pytest.mark.slow
 def test_a_run_shorter_than_the_limit_that_learned_nothing_does_not_end_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unevaluated: None
 ) -> None:
@@ -379,6 +382,7 @@ def test_going_on_from_an_earlier_checkpoint_sets_the_later_course_aside(
     assert [row["step"] for row in read_metrics(run)] == [2] and steps(run) == ["step-000002"]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_from_another_run_keeps_its_records_apart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], unevaluated: None
 ) -> None:
