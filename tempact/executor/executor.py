@@ -259,7 +259,7 @@ class Executor:
             yield
 
     def merged(self) -> AbstractContextManager[None]:
-        """Inside, videos are made with the adapter merged into the weights, where the kernels serve (`lora.merged`)."""
+        """Inside, videos are made with the adapter merged into the weights, where they allow it (`lora.merged`)."""
         return merged(self.model)
 
     def precision(self) -> AbstractContextManager[Any]:

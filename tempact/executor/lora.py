@@ -1,4 +1,4 @@
-"""PEFT's LoRA linear in fewer passes over memory, where the executor runs on kernels, and merged for generation.
+"""PEFT's LoRA linear in fewer passes over memory, and merged for generation: on a CPU, and where kernels serve.
 
 PEFT computes W x + b, then casts x to the adapter's fp32, scales and adds in separate passes, and autograd keeps the
 cast copy. Here the adapter is cast to the precision of the weights and its product is accumulated onto the output; the
@@ -36,8 +36,8 @@ class _Merged:
 
 
 class LoraLinear(Linear):
-    """PEFT's layer; on the torch path, with anything but one plain adapter active, and under an autocast to another
-    precision than that of the weights, it computes as PEFT does."""
+    """PEFT's layer; on the torch path of a GPU or by name, with anything but one plain adapter active, and under an
+    autocast to another precision than that of the weights, it computes as PEFT does."""
 
     merging = False  # use the merged weights where they are those of the active adapter
     _merged: _Merged | None = None
@@ -66,8 +66,8 @@ class LoraLinear(Linear):
         )
 
     def _served(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, float] | None:
-        """Weight, bias, A, B and alpha / r, if the kernels' path is in force and one plain adapter is active."""
-        if runtime.choose("lora_linear", x.device, torch.float32) == "torch":
+        """Weight, bias, A, B and alpha / r, if these passes serve and one plain adapter is active."""
+        if runtime.choose("lora_linear", x.device, torch.float32) == "torch" and not _on_cpu(x.device):
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(active) != 1 or active[0] in self.lora_variant:
@@ -93,7 +93,7 @@ class LoraLinear(Linear):
 
     @torch.no_grad()
     def merge_beside(self) -> None:
-        """Fills the merged weights, unless they are the sum of just these; nothing, where the kernels do not serve."""
+        """Fills the merged weights, unless they are the sum of just these; nothing, where PEFT's passes serve."""
         base: nn.Linear = self.get_base_layer()
         served = self._served(base.weight)
         if served is None:
@@ -114,7 +114,8 @@ class LoraLinear(Linear):
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
-    """Inside, passes without gradients use merged weights of the adapters that are active now, where kernels serve.
+    """Inside, passes without gradients use merged weights of the adapters that are active now, where PEFT's own passes
+    do not serve.
 
     A sharded model has none: its adapters are computed beside the weights, which are whole only inside a call.
     """
@@ -129,6 +130,11 @@ def merged(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, merging in zip(layers, before, strict=True):
             layer.merging = merging
+
+
+def _on_cpu(device: torch.device) -> bool:
+    """Whether a CPU serves these passes, which need no kernels: unless the torch path is asked for by name."""
+    return device.type == "cpu" and runtime.get_backend() == "auto"
 
 
 def _cast_otherwise(weight: Tensor) -> bool:

@@ -131,14 +131,11 @@ def check_gathers(executor: Executor) -> None:
 def compare(rank: int, port: int, folder: str, backend: str) -> None:
     """One member: all cases, sharded and whole. A file of its own says that it came to the end."""
     torch.set_num_threads(1)
-    runtime.set_backend("torch")
+    runtime.set_backend(backend)  # auto: the executor's own products, as on a GPU
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(MEMBERS), "LOCAL_WORLD_SIZE": str(MEMBERS)}
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=MEMBERS)
     group = group_of(MEMBERS, torch.device("cpu"))
     assert group is group_of(MEMBERS, torch.device("cpu")) and dist.get_process_group_ranks(group) == [0, 1]
-    if backend == "lora":  # the executor's own products, as on a GPU
-        plain = runtime.choose
-        runtime.choose = lambda op, *rest, **more: "triton" if op == "lora_linear" else plain(op, *rest, **more)
     for precision, targets, again, early in CASES if backend == "torch" else CASES[2:]:
         own = block_of(4, rank, MEMBERS)
         model = make_model(precision)
@@ -204,7 +201,7 @@ def check_parts(executor: Executor) -> None:
         assert not any(getattr(module, "_merged", None) for module in model.modules())
 
 
-@pytest.mark.parametrize("backend", [pytest.param("torch", marks=pytest.mark.slow), "lora"])
+@pytest.mark.parametrize("backend", [pytest.param("torch", marks=pytest.mark.slow), "auto"])
 def test_two_processes_compute_the_bits_of_one(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2])  # where the processes find this module
     if backend == "torch":

@@ -49,6 +49,20 @@ def test_output_and_gradients_are_those_of_peft() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU's kernels are asked for by the device")
+def test_a_cpu_needs_no_kernels_for_the_same_passes() -> None:
+    """Unless the torch path is asked for by name."""
+    model, x = make_feed_forward(torch.float32), torch.randn(4, 8)
+    plain, kernels, own = (differentiated(model, x, backend) for backend in ("torch", "triton", "auto"))
+    assert torch.equal(own[0], kernels[0])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(own[1], kernels[1], strict=True))
+    torch.testing.assert_close(own[0], plain[0])
+    with runtime.backend("torch"), merged(model):
+        assert torch.equal(output(model, x, "torch"), plain[0]) and not merged_weights(model)
+    with runtime.backend("auto"), merged(model):
+        assert torch.equal(output(model, x, "auto"), output_merged(model, x)) and len(merged_weights(model)) == 2
+
+
 def test_fp32_adapters_on_a_bf16_base_are_as_good_as_peft() -> None:
     model, x = make_feed_forward(torch.bfloat16), torch.randn(4, 32, 8, device=DEVICE)
     exact = differentiated(make_feed_forward(torch.bfloat16).double(), x.bfloat16().double(), "torch")
