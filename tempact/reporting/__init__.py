@@ -220,7 +220,7 @@ def write_samples(run_folder: Path, step: int, plans: PlanBatch, scored: Scored,
                     "step_following": _at(scored.step_following, p, n),
                     "aesthetics": _at(scored.aesthetics, p, n),
                     "plan_advantage": _at(batch.plan_advantage, p) if batch.plan_mask[p] else None,
-                    "execution_advantage": _at(batch.execution_advantage, p, n) if batch.execution_mask[p, n] else None,
+                    "execution_advantage": _rounded(batch.execution_advantage_of(p, n)),
                     **({"custom": custom} if custom else {}),
                 }
             )
@@ -236,7 +236,11 @@ def finite_or_none(value: float) -> float | None:
 
 
 def _at(values: Tensor, *index: int) -> float | None:
-    return finite_or_none(round(values[index].item(), 6))
+    return _rounded(values[index].item())
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else finite_or_none(round(value, 6))
 
 
 def duration(seconds: float) -> str:

@@ -131,7 +131,8 @@ def step_following(prompts: list[str], plans: list[Plan], frames: Tensor, spans:
         reading = read_step(span.step.prompt, story.entities) if span is not None else None
         if span is not None and reading is not None:
             rows.append(p)
-            told.append((story, (span.step.start, span.step.end), list(reading.events)))
+            start = max(1, span.step.start)  # before a video's first frame there is no state to begin with
+            told.append((story, (start, span.step.end), list(reading.events)))
     if rows:
         stories, windows, expected = zip(*(each for each in told for _ in range(count)), strict=True)
         videos = frames[rows].flatten(0, 1).float() / 255.0
@@ -141,7 +142,8 @@ def step_following(prompts: list[str], plans: list[Plan], frames: Tensor, spans:
 
 def aesthetics(prompts: list[str], plans: list[Plan], frames: Tensor, spans: list[Span | None]) -> Tensor:
     """P [P, N] in [0, 1]: picture quality of the trained chunk, to the power of AESTHETICS_POWER."""
-    starts = (CHUNK if span is None else span.first for span in spans)  # a plan of one step forks after its first chunk
+    # a plan of one step forks after its first chunk
+    starts = (CHUNK if span is None else max(span.first, span.fork) for span in spans)
     chunks = torch.cat([videos[:, start : start + CHUNK] for videos, start in zip(frames, starts, strict=True)])
     quality = picture_quality(chunks.float() / 255.0)
     return quality.mean(1).pow(AESTHETICS_POWER).unflatten(0, frames.shape[:2])

@@ -332,7 +332,7 @@ def test_the_caches_size_is_that_of_the_larger_of_roll_out_and_update() -> None:
         executor = replace(run.config.executor, micro_batch=micro_batch)
         own = replace(run, config=replace(run.config, executor=executor))
         found = [item.what for item in needs_of(own, planning=False).kept if item.what.startswith("K/V cache")]
-        frames[own.context_plans] = int(found[0].split()[2])
+        frames[own.contexts] = int(found[0].split()[2])
     assert frames.keys() == {1, 20} and frames[1] <= 111 < 20 * 9 < frames[20] <= 20 * 17
     frozen = replace(run, config=replace(own.config, executor=replace(own.config.executor, train=False)))
     assert any(item.what.startswith(f"K/V cache, {frames[1]} ") for item in needs_of(frozen, planning=False).kept)
