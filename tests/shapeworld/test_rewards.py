@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from rewards.reward_cases import score
+from rewards.reward_cases import result, score
 from shapeworld_films import reference_cues, shape_indices, tell
 
+from tempact.rewards import Judging
 from tempact.shapeworld.grammar import parse_instruction, reference_plan
 from tempact.shapeworld.pretraining.clips import Cue
 from tempact.shapeworld.story import CHUNK, FRAMES, draw
@@ -144,6 +145,19 @@ def test_aesthetics_look_at_the_trained_chunk_of_each_video() -> None:
     made.frames[0, 0, 12:] = 128
     clean, noisy = score(shapeworld_rewards(), batch(reference_plan(TEXT)), made).aesthetics[0].tolist()
     assert clean > 0.95 and noisy < 0.2
+
+
+def test_a_fork_within_a_step_is_judged_by_the_whole_step_and_the_pictures_behind_the_fork() -> None:
+    good, whole = reference_plan(TEXT), Plan(TEXT, (Step(0, FRAMES, OPENING),))
+    made = rollout([[RIGHT, RIGHT], [STILL, RIGHT]], [9, 12])
+    made.frames[0, 1, 6:9] = 128  # grey from the step's start to the fork
+    scoring = shapeworld_rewards().begin(batch(good, whole), None, None, Judging(within=True))
+    scoring.add(made)
+    scored = result(scoring)
+    step = scored.step_following
+    assert step[0, 0] > 0.95 and step[0, 1] < 0.5  # the turn of the step at 6
+    assert step[1, 0] > 0.95 and step[1, 1] < 0.5  # a step from the first frame on: everything is to stay
+    assert scored.aesthetics.min() > 0.95
 
 
 def test_what_cannot_be_read_is_missing_for_its_plan_alone() -> None:
