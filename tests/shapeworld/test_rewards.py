@@ -14,7 +14,7 @@ from tempact.rewards import Judging
 from tempact.shapeworld.grammar import parse_instruction, reference_plan
 from tempact.shapeworld.pretraining.clips import Cue
 from tempact.shapeworld.story import CHUNK, FRAMES, draw
-from tempact.shapeworld.world import judge_plan, shapeworld_rewards
+from tempact.shapeworld.world import aesthetics, judge_plan, shapeworld_rewards
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Step, Transition
 
 TEXT = (
@@ -145,6 +145,20 @@ def test_aesthetics_look_at_the_trained_chunk_of_each_video() -> None:
     made.frames[0, 0, 12:] = 128
     clean, noisy = score(shapeworld_rewards(), batch(reference_plan(TEXT)), made).aesthetics[0].tolist()
     assert clean > 0.95 and noisy < 0.2
+
+
+def test_aesthetics_have_the_same_bits_whatever_the_number_of_videos() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = 60 * torch.rand(6, 4, 24, 3, 24, 24, generator=generator)
+    frames = (noise + torch.randint(0, 180, (6, 4, 1, 3, 1, 1), generator=generator)).to(torch.uint8)
+    whole = aesthetics([], [], frames, [None] * 6)
+    assert len(whole.unique()) > 12
+    for count in (1, 2, 3, 5):
+        parts = [
+            aesthetics([], [], frames[p : p + count], [None] * len(frames[p : p + count])) for p in range(0, 6, count)
+        ]
+        assert torch.equal(torch.cat(parts), whole), count
+    assert torch.equal(torch.cat([aesthetics([], [], frames[:, n : n + 1], [None] * 6) for n in range(4)], 1), whole)
 
 
 def test_a_fork_within_a_step_is_judged_by_the_whole_step_and_the_pictures_behind_the_fork() -> None:
