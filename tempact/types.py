@@ -198,34 +198,29 @@ class Transition:
         """Numbers of the recorded denoising calls."""
         return range(self.first, self.first + self.noises.shape[2])
 
-    def starts(self, depth: int = 0) -> dict[int, int]:
-        """Frames of the plans' forks of a depth, of the plans that have one."""
-        if not self.siblings:
-            return dict(enumerate(self.start.tolist()))
-        return {row.plan: row.start for row in self.siblings if row.depth == depth}
-
-    def shared(self, row: int) -> tuple[int, int, int]:
-        """The same for all rows of one context."""
-        return self.siblings[row].shared if self.siblings else (row, int(self.start[row]), 0)
-
     def part(self, plans: slice) -> Transition:
         """The record of consecutive plans; tensors are views."""
-        if not self.siblings:
-            return self._rows(plans, [])
-        whole = range(1 + self.siblings[-1].plan)[plans]
-        rows = [i for i, row in enumerate(self.siblings) if row.plan in whole]
-        own = [replace(self.siblings[i], plan=self.siblings[i].plan - whole.start) for i in rows]
-        return self._rows(slice(rows[0], rows[-1] + 1), own)
-
-    def _rows(self, rows: slice, siblings: list[Siblings]) -> Transition:
-        own = {name: values[rows] for name, values in vars(self).items() if name not in ("siblings", "first")}
-        return replace(self, siblings=siblings, **own)
+        rows, siblings = plans, list[Siblings]()
+        if self.siblings:
+            whole = range(1 + self.siblings[-1].plan)[plans]
+            own = [i for i, row in enumerate(self.siblings) if row.plan in whole]
+            siblings = [replace(self.siblings[i], plan=self.siblings[i].plan - whole.start) for i in own]
+            rows = slice(own[0], own[-1] + 1)
+        parts = {name: values[rows] for name, values in vars(self).items() if name not in ("siblings", "first")}
+        return replace(self, siblings=siblings, **parts)
 
     def at(self, levels: range) -> Transition:
         """The record of consecutive levels; tensors are views."""
         first, extra = levels.start - self.first, self.states.shape[2] - self.noises.shape[2]
         states = self.states[:, :, first : first + len(levels) + extra]
         return replace(self, states=states, noises=self.noises[:, :, first : first + len(levels)], first=levels.start)
+
+
+def starts_of(record: Transition, depth: int = 0) -> dict[int, int]:
+    """Frames of the plans' forks of a depth, of the plans that have one."""
+    if not record.siblings:
+        return dict(enumerate(record.start.tolist()))
+    return {row.plan: row.start for row in record.siblings if row.depth == depth}
 
 
 @dataclass
@@ -305,18 +300,6 @@ class Batch:
     tokens: PlanTokens | None
     transition: Transition | None
     siblings: list[Siblings] = field(default_factory=list)
-
-    def execution_advantage_of(self, plan: int, continuation: int) -> float | None:
-        """Of a video: that of its branch at the plan's first fork; None where masked."""
-        places = [
-            (row, column)
-            for row, own in enumerate(self.siblings)
-            if (own.plan, own.depth) == (plan, 0)
-            for column, leaves in enumerate(own.leaves)
-            if continuation in leaves
-        ]
-        row, column = places[0] if self.siblings else (plan, continuation)
-        return self.execution_advantage[row, column].item() if self.execution_mask[row, column] else None
 
 
 @dataclass(frozen=True)

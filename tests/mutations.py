@@ -1302,8 +1302,8 @@ MUTATIONS = [
         "tests/rewards/test_custom.py",
         (
             "test_every_fork_of_a_tree_is_judged_by_its_own_step",
-            "spans = switch_spans(part, rollout, depth)",
-            "spans = switch_spans(part, rollout)",
+            "spans = switch_spans(part, rollout, depth)\n        given",
+            "spans = switch_spans(part, rollout)\n        given",
         ),
         (
             "test_every_fork_of_a_tree_is_judged_by_its_own_step",

@@ -18,6 +18,7 @@ from tempact.errors import UserError
 from tempact.forks import drawn_forks, random_chunks, switch_frames, trees
 from tempact.planner.planner import Planner
 from tempact.presets import get_preset
+from tempact.reporting import execution_advantage_of
 from tempact.trainer import Iteration, Trainer
 from tempact.types import Forks, Plan, PlanBatch, Prompt, Siblings, Step, siblings_of
 
@@ -208,7 +209,7 @@ def test_a_tree_is_trained_at_all_its_forks(loss: str) -> None:
     for row, own in zip(batch.siblings, batch.execution_advantage, strict=True):
         for column, leaves in enumerate(row.leaves):
             for leaf in leaves if row.depth == 0 else ():
-                found = batch.execution_advantage_of(row.plan, leaf)
+                found = execution_advantage_of(batch, row.plan, leaf)
                 assert found is None or found == own[column].item()
 
 

@@ -382,7 +382,7 @@ class Executor:
     ) -> Iterator[tuple[_Entries, Tensor]]:
         """Micro-batches of these plans; their contexts are made before the first and given back after the last."""
         prompts = [transition.prompts[plan] for plan in plans]
-        shared = [transition.shared(plan) for plan in plans]
+        shared = [transition.siblings[plan].shared if transition.siblings else (plan, start, 0) for plan in plans]
         contexts = [*dict.fromkeys(shared)]  # one for rows that share theirs
         firsts = [shared.index(own) for own in contexts]
         texts = list(dict.fromkeys(own[-1] for own in prompts))

@@ -165,6 +165,12 @@ def blank_transition(
     return Transition(states, noises, torch.tensor(starts), prefix, upto, rows)
 
 
+def places_of(rows: list[Siblings]) -> dict[tuple[int, int, int], tuple[int, int]]:
+    """Plan, frame and first continuation of every recorded branch, and its place in the record."""
+    branches = ((number, row, column) for number, row in enumerate(rows) for column in range(len(row.leaves)))
+    return {(row.plan, row.start, row.leaves[column].start): (number, column) for number, row, column in branches}
+
+
 @torch.no_grad()
 def roll_out(
     history: KVHistory,
@@ -186,11 +192,7 @@ def roll_out(
     count, _, channels, chunk, *size = noise.shape[1:]
     latents = torch.zeros(len(plans), count, channels, settings.frames, *size, device=device)
     rows = record.siblings if record is not None else []
-    places = {  # plan, frame and first continuation of a recorded branch -> its place in the record
-        (row.plan, row.start, leaves.start): (number, column)
-        for number, row in enumerate(rows)
-        for column, leaves in enumerate(row.leaves)
-    }
+    places = places_of(rows)
 
     def make(start: int, branches: list[Branch], words: TextKV) -> Tensor:
         clean, seen, own = denoised(history, noise, start, branches, words)

@@ -220,7 +220,7 @@ def write_samples(run_folder: Path, step: int, plans: PlanBatch, scored: Scored,
                     "step_following": _at(scored.step_following, p, n),
                     "aesthetics": _at(scored.aesthetics, p, n),
                     "plan_advantage": _at(batch.plan_advantage, p) if batch.plan_mask[p] else None,
-                    "execution_advantage": _rounded(batch.execution_advantage_of(p, n)),
+                    "execution_advantage": _rounded(execution_advantage_of(batch, p, n)),
                     **({"custom": custom} if custom else {}),
                 }
             )
@@ -228,6 +228,20 @@ def write_samples(run_folder: Path, step: int, plans: PlanBatch, scored: Scored,
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     return path
+
+
+def execution_advantage_of(batch: Batch, plan: int, continuation: int) -> float | None:
+    """Of a video: that of its branch at the plan's first fork; None where masked."""
+    row, column = plan, continuation
+    if batch.siblings:
+        row, column = next(
+            (row, column)
+            for row, own in enumerate(batch.siblings)
+            if (own.plan, own.depth) == (plan, 0)
+            for column, leaves in enumerate(own.leaves)
+            if continuation in leaves
+        )
+    return batch.execution_advantage[row, column].item() if batch.execution_mask[row, column] else None
 
 
 def finite_or_none(value: float) -> float | None:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tempact.errors import UserError
 from tempact.rewards.judges import Repeated
-from tempact.types import CustomScores, Plan, PlanBatch, RewardLevel, Rollout, Scored, Step
+from tempact.types import CustomScores, Plan, PlanBatch, RewardLevel, Rollout, Scored, Step, starts_of
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Judging:
 def switch_spans(plans: PlanBatch, rollout: Rollout, depth: int = 0, *, within: bool = False) -> list[Span | None]:
     """The span of the step at every plan's fork of a depth, as `Judging` has it. None where no step begins at the fork
     (a plan of one step), where a plan has no such fork, and for a rollout without a trained chunk."""
-    starts = {} if rollout.transition is None else rollout.transition.starts(depth)
+    starts = {} if rollout.transition is None else starts_of(rollout.transition, depth)
     spans: list[Span | None] = []
     for number, plan in enumerate(plans.plans):
         start = starts.get(number)
@@ -308,12 +308,8 @@ class Scoring:
         part = PlanBatch([self.plans.prompt_of(p) for p in own], [self.plans.plans[p] for p in own], 1)
         broken = torch.zeros(shape, dtype=torch.bool) if rollout.broken is None else rollout.broken
         self.ask(own, rollout.frames, switch_spans(part, rollout, within=self.judging.within), broken)
-        prompts, functions = [prompt.text for prompt in part.prompts], self.rewards.step_functions()
         for depth in range(1, self.judging.depths):
-            spans = switch_spans(part, rollout, depth)
-            given = prompts, part.plans, rollout.frames, spans
-            self.parts.append((own, {at_depth(name, depth): call(*given) for name, call in functions.items()}))
-            self.broken.append(broken.cpu() | torch.tensor([[span is None] for span in spans]))
+            self._add_later(own, part, rollout, broken, depth)
 
     def ask(self, own: range, frames: Tensor, spans: list[Span | None], broken: Tensor) -> None:
         """Starts to score videos of these plans by the steps in `spans`; frames and spans as a `RewardFunction` takes
@@ -323,6 +319,14 @@ class Scoring:
         functions |= {reward.name: reward.score for reward in self.rewards.custom}
         self.parts.append((own, {name: call(prompts, plans, frames, spans) for name, call in functions.items()}))
         self.broken.append(broken.cpu())
+
+    def _add_later(self, own: range, part: PlanBatch, rollout: Rollout, broken: Tensor, depth: int) -> None:
+        """Starts to score continuations by the steps at the forks of a depth; nothing for plans without one."""
+        spans = switch_spans(part, rollout, depth)
+        given = [prompt.text for prompt in part.prompts], part.plans, rollout.frames, spans
+        functions = self.rewards.step_functions()
+        self.parts.append((own, {at_depth(name, depth): call(*given) for name, call in functions.items()}))
+        self.broken.append(broken.cpu() | torch.tensor([[span is None] for span in spans]))
 
     def scores(self) -> Scores:
         """Waits for the scores of this process. NaN where missing, as for a broken video.

@@ -13,7 +13,7 @@ from torch import Tensor
 from tempact.executor.executor import Executor
 from tempact.executor.rollout import cost_of
 from tempact.executor.sampler import NoiseSource, gaussian_noise
-from tempact.types import Batch, Fork, Forks, Plan, Step, Transition
+from tempact.types import Batch, Fork, Forks, Plan, Step, Transition, starts_of
 
 Make = Callable[..., Executor]
 CPU = torch.device("cpu")
@@ -159,7 +159,7 @@ def test_parts_of_a_roll_out_record_the_same(make_executor: Make) -> None:
         parts = torch.cat([getattr(part, name) for part in made])
         torch.testing.assert_close(parts, getattr(whole, name), rtol=0, atol=1e-5)
         assert torch.equal(parts, getattr(together.transition, name))
-    assert whole.starts() == {0: 3, 1: 6, 2: 6} and whole.starts(1) == {0: 9, 2: 12}
+    assert starts_of(whole) == {0: 3, 1: 6, 2: 6} and starts_of(whole, 1) == {0: 9, 2: 12}
 
 
 def test_rows_of_one_context_share_it_and_the_cache_does_not_grow_with_the_plans(
