@@ -1302,13 +1302,18 @@ MUTATIONS = [
         "tests/rewards/test_custom.py",
         (
             "test_every_fork_of_a_tree_is_judged_by_its_own_step",
-            "spans = switch_spans(part, rollout, depth)\n        given",
-            "spans = switch_spans(part, rollout)\n        given",
+            "spans = switch_spans(part, rollout, depth, within",
+            "spans = switch_spans(part, rollout, within",
         ),
         (
             "test_every_fork_of_a_tree_is_judged_by_its_own_step",
-            "broken.cpu() | torch.tensor([[span is None] for span in spans])",
-            "broken.cpu()",
+            "self.broken.append(broken.cpu() | without)",
+            "self.broken.append(broken.cpu())",
+        ),
+        (
+            "test_every_fork_of_a_tree_is_judged_by_its_own_step",
+            "(STEP_REWARDS if depth else VIDEO_REWARDS)",
+            "VIDEO_REWARDS",
         ),
         ("test_a_fork_within_a_step_is_judged_by_that_step", "if start > step.start else 0", "if not start else 0"),
     ),

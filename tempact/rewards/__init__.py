@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from itertools import product
 from typing import Any, NamedTuple, TypeAlias, get_args
 
 import numpy as np
@@ -48,10 +49,17 @@ class Span(NamedTuple):
 @dataclass(frozen=True)
 class Judging:
     """What of a video is judged. depths: forks on the way through it, each with the step that begins there. within: a
-    fork need not be a step's start; judged is the step that holds it."""
+    fork need not be a step's start; judged is the step that holds it.
+
+    Other than by default, plans are scored one by one: rules may round as a batch's longest step has it.
+    """
 
     depths: int = 1
     within: bool = False
+
+    def together(self, plans: int) -> list[slice]:
+        """Which of so many plans are scored together."""
+        return [slice(plans)] if self == Judging() else [slice(p, p + 1) for p in range(plans)]
 
 
 def switch_spans(plans: PlanBatch, rollout: Rollout, depth: int = 0, *, within: bool = False) -> list[Span | None]:
@@ -248,11 +256,6 @@ class RewardSet:
         depths = range(1, sum(name.partition("/")[0] == STEP_REWARDS[0] for name in names))
         return replace(first, later=tuple(_at_depth(first, whole, depth) for depth in depths))
 
-    def step_functions(self) -> dict[str, RewardFunction]:
-        """The rewards of continuations, which each fork has by its own step."""
-        own = {name: getattr(self, name) for name in STEP_REWARDS}
-        return own | {reward.name: reward.score for reward in self.custom if reward.level == "execution"}
-
 
 VIDEO_REWARDS = ("temporal_following", "step_following", "aesthetics")
 STEP_REWARDS = VIDEO_REWARDS[1:]
@@ -307,26 +310,21 @@ class Scoring:
         own = range(first, first + shape[0]) if own is None else own
         part = PlanBatch([self.plans.prompt_of(p) for p in own], [self.plans.plans[p] for p in own], 1)
         broken = torch.zeros(shape, dtype=torch.bool) if rollout.broken is None else rollout.broken
-        self.ask(own, rollout.frames, switch_spans(part, rollout, within=self.judging.within), broken)
-        for depth in range(1, self.judging.depths):
-            self._add_later(own, part, rollout, broken, depth)
+        for depth, rows in product(range(self.judging.depths), self.judging.together(shape[0])):
+            spans = switch_spans(part, rollout, depth, within=self.judging.within)
+            self.ask(own[rows], rollout.frames[rows], spans[rows], broken[rows], depth)
 
-    def ask(self, own: range, frames: Tensor, spans: list[Span | None], broken: Tensor) -> None:
+    def ask(self, own: range, frames: Tensor, spans: list[Span | None], broken: Tensor, depth: int = 0) -> None:
         """Starts to score videos of these plans by the steps in `spans`; frames and spans as a `RewardFunction` takes
-        them, broken [P, N]."""
+        them, broken [P, N]. depth: of the steps' forks; by later ones continuations alone are scored, of plans that
+        have them."""
         prompts, plans = [self.plans.prompt_of(p).text for p in own], [self.plans.plans[p] for p in own]
-        functions = {name: getattr(self.rewards, name) for name in VIDEO_REWARDS}
-        functions |= {reward.name: reward.score for reward in self.rewards.custom}
-        self.parts.append((own, {name: call(prompts, plans, frames, spans) for name, call in functions.items()}))
-        self.broken.append(broken.cpu())
-
-    def _add_later(self, own: range, part: PlanBatch, rollout: Rollout, broken: Tensor, depth: int) -> None:
-        """Starts to score continuations by the steps at the forks of a depth; nothing for plans without one."""
-        spans = switch_spans(part, rollout, depth)
-        given = [prompt.text for prompt in part.prompts], part.plans, rollout.frames, spans
-        functions = self.rewards.step_functions()
+        functions = {name: getattr(self.rewards, name) for name in (STEP_REWARDS if depth else VIDEO_REWARDS)}
+        functions |= {r.name: r.score for r in self.rewards.custom if not depth or r.level == "execution"}
+        given = prompts, plans, frames, spans
         self.parts.append((own, {at_depth(name, depth): call(*given) for name, call in functions.items()}))
-        self.broken.append(broken.cpu() | torch.tensor([[span is None] for span in spans]))
+        without = torch.tensor([[bool(depth) and span is None] for span in spans])
+        self.broken.append(broken.cpu() | without)
 
     def scores(self) -> Scores:
         """Waits for the scores of this process. NaN where missing, as for a broken video.

@@ -162,8 +162,8 @@ def test_every_fork_of_a_tree_is_judged_by_its_own_step() -> None:
     first = [Span(21, 56, STEPS[1]), Span(57, 116, plans.plans[1].steps[1])]
     second = [Span(57, 116, STEPS[2]), None]
     for name in ("step_following", "aesthetics", "mine"):
-        assert seen[name] == [first, second], name
-    assert seen["temporal_following"] == seen["whole"] == [first]
+        assert seen[name] == [[span] for span in first + second], name  # plan by plan
+    assert seen["temporal_following"] == seen["whole"] == [[span] for span in first]
     (later,) = scored.later
     told = torch.tensor([[0.021, NAN], [0.057, 0.057]]), torch.tensor([[0.057, NAN], [NAN, NAN]])
     for own_scores, expected in zip((scored, later), told, strict=True):
