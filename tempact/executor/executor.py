@@ -54,7 +54,11 @@ TEXTS_KEPT = 1024  # prompts whose text rows stay at hand: under a GB at full si
 
 @dataclass(frozen=True)
 class _Entries:
-    """Training rows of one micro-batch: indices of plans, their continuations and transitions, row-major."""
+    """Training rows of one micro-batch: indices of plans, their continuations and transitions, row-major.
+
+    Here and in updates a plan that forks several times is several, one for each row of its record: a plan is its
+    `Siblings`, its continuations are their branches.
+    """
 
     plans: list[int]
     continuations: slice
