@@ -15,6 +15,8 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 
 from tempact.cli import RECORDED, from_yaml
@@ -184,13 +186,14 @@ def shape_of(run: Path, config: RunConfig, forks: Sequence[Sequence[Fork]], *, o
     """How a run's work is cut; the adapters' size is that of their newest files, 0 where there is none."""
     settings, n = config.executor, config.executor.continuations
     transitions = RolloutSettings.of(settings).trained if settings.levels == "all" else 1
+    trained = sum(accumulate(settings.branching, mul)) or n  # branches of a plan
     newest = sorted((run / "checkpoints").glob("step-*"))[-1:]
     files = [file for folder in newest for file in folder.glob("*/adapter_model.safetensors")]
     return Shape(
         forks, n, settings.frames, settings.chunk_frames,
         sampled=rows_of(config.planner, on_gpu=on_gpu),
         rolled=max(1, settings.rollout_videos // n) if settings.rollout_videos else 0,
-        updated=max(1, settings.micro_batch // max(1, n * transitions)),
+        updated=max(1, settings.micro_batch // max(1, trained * transitions)),
         exchanged=sum(file.stat().st_size for file in files),
         updates=config.trainer.updates_per_iteration,
     )  # fmt: skip
