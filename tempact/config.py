@@ -8,6 +8,7 @@ lines and YAML files are read in `cli.py`.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -90,6 +91,8 @@ OUTAGE = Rule("above judges.attempt_s", POSITIVE.good)
 DECAY = Rule("0 to 1", lambda value: 0 <= value <= 1)
 SEED = Rule(f"0 to {LARGEST_SEED}", lambda value: 0 <= value <= LARGEST_SEED)
 GROUP = at_least(2, "at least 2 (a group's members are compared)")
+FORKS = choice("one", "tree", "random_chunk")
+BRANCHES = Rule("each at least 2", lambda numbers: all(number >= 2 for number in numbers))
 SOME = Rule("at least one", bool)
 SWITCHES = choice("cross_attention", "recache")
 HELD_OUT = choice("test", "validation")
@@ -279,6 +282,13 @@ class ExecutorConfig:
     levels: str = key(
         "all", TRAINING, "denoising calls that an iteration trains: all, or one, drawn or in turn", LEVELS
     )
+    forks: str = key(
+        "one", TRAINING, "where a plan forks: at one of its switches (one), several (tree), a random_chunk", FORKS
+    )
+    branching: tuple[int, ...] = key(
+        (), TRAINING, "of a tree: branches of each at its first fork, its second, ...", BRANCHES
+    )
+    seed_group: bool = key(False, TRAINING, "continuations of a plan share the noise that their chunks begin with")
     nft_beta: float = key(1.0, TRAINING, "distance of diffusion_nft's two policies from the old one", POSITIVE)
     max_rollout_gap: float = key(1.0, RUN, "log-probs of roll-out and training, clips apart, that stop a run", POSITIVE)
     ema_decay: float = key(0.99, TRAINING, "decay of the averaged weights", DECAY)
@@ -441,6 +451,7 @@ def validate(config: RunConfig) -> None:
         refuse("executor.ratio_norm", False, f"True with executor.loss {executor.loss}, which has no ratio")
     if executor.reweight and executor.ratio_norm:
         refuse("executor.reweight", True, "False with executor.ratio_norm, whose gradients have one scale")
+    _check_forks(executor)
     if executor.continuations % executor.shard:
         refuse("executor.continuations", executor.continuations, f"a multiple of executor.shard ({executor.shard})")
     if executor.shard > 1 and executor.cuda_graphs:
@@ -448,3 +459,18 @@ def validate(config: RunConfig) -> None:
     if judges.outage_s <= judges.attempt_s:
         accepted = f"above judges.attempt_s ({judges.attempt_s}), or one slow reply is an outage"
         refuse("judges.outage_s", judges.outage_s, accepted)
+
+
+def _check_forks(executor: ExecutorConfig) -> None:
+    chunks, numbers = executor.frames // executor.chunk_frames, executor.branching
+    if executor.forks != "tree":
+        if numbers:
+            refuse("executor.branching", numbers, f"nothing with executor.forks {executor.forks}")
+        if executor.forks == "random_chunk" and chunks < 2:
+            refuse("executor.frames", executor.frames, "two chunks or more with executor.forks random_chunk")
+        return
+    if math.prod(numbers) != executor.continuations or len(numbers) >= chunks:
+        product = f"whose product is executor.continuations ({executor.continuations})"
+        refuse("executor.branching", numbers, f"at most {chunks - 1} numbers {product} with executor.forks tree")
+    if executor.shard > 1:
+        refuse("executor.shard", executor.shard, "1 with executor.forks tree, whose branches one process makes")

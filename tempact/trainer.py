@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -30,10 +30,11 @@ from tempact.errors import Aborted, UserError
 from tempact.executor.executor import Executor
 from tempact.executor.rollout import cost_of
 from tempact.executor.sampler import NoiseSource, gaussian_noise
+from tempact.forks import depths_of, drawn_forks
 from tempact.meter import Meter
 from tempact.planner.planner import Planner
 from tempact.planner.served import ServedSampler
-from tempact.rewards import RewardSet, Scores
+from tempact.rewards import Judging, RewardSet, Scores
 from tempact.rewards.judges import JudgeOutage
 from tempact.rl import EMA, PolicyOptimizer
 from tempact.rl.advantages import (
@@ -43,11 +44,12 @@ from tempact.rl.advantages import (
     group_advantages,
     plan_rewards,
     shuffled,
+    sibling_advantages,
 )
 from tempact.rl.levels import levels_of
 from tempact.rl.planner_losses import LEAVE_ONE_OUT
 from tempact.seeds import derive_seed
-from tempact.types import Batch, PlanBatch, Prompt, Rollout, Scored, Transition
+from tempact.types import Batch, Fork, PlanBatch, Prompt, Rollout, Scored, Transition, first_frame, siblings_of
 from tempact.updates import ExecutorUpdates, PlannerUpdates, split, too_wide
 
 log = logging.getLogger(__name__)
@@ -84,37 +86,18 @@ class WeightsNotFinite(Aborted):
     """A step gave a policy weights that are NaN or infinite."""
 
 
-def switch_frames(batch: PlanBatch, chunk: int, rngs: Sequence[random.Random]) -> list[int]:
-    """The fork frame of every plan: the start of one of its steps, never 0.
-
-    The step's ordinal is drawn once per planning group, by the prompt's own `rng`, over the steps its longest plan
-    has; shorter plans use their last step. A plan of one step has no switch: it forks after its first chunk, and
-    because no step starts there its continuations are not trained on.
-    """
-    frames = []
-    for prompt, rng in zip(range(len(batch.prompts)), rngs, strict=True):
-        first = prompt * batch.plans_per_prompt
-        group = batch.plans[first : first + batch.plans_per_prompt]
-        longest = max(len(plan.steps) for plan in group)
-        ordinal = rng.randrange(1, longest) if longest > 1 else 1
-        for plan in group:
-            step = min(ordinal, len(plan.steps) - 1)
-            frames.append(plan.steps[step].start if step else min(chunk, plan.frames - chunk))
-    return frames
-
-
 @dataclass
 class OwnVideos:
     """What this process makes of an iteration's videos.
 
-    forks          switch frame of every plan, of all processes
+    forks          of every plan, of all processes
     continuations  of each plan that it makes; processes that share weights make the others
     noise          of these continuations of all plans
     rollout        frames [P, n, ...] of them; of several processes, only its own plans' are filled
     records        of its plans
     """
 
-    forks: list[int]
+    forks: list[Fork]
     continuations: range
     noise: NoiseSource
     rollout: Rollout = field(default_factory=lambda: Rollout(torch.empty(0)))
@@ -154,6 +137,7 @@ class Trainer:
             if config.planner.sampler == "served"
             else None
         )
+        self.judging = Judging(depths_of(config.executor), within=config.executor.forks == "random_chunk")
         self.meter = Meter()
         self.done = 0
         self.idle = {"planner": 0, "executor": 0}  # iterations in a row without anything to learn from
@@ -186,11 +170,13 @@ class Trainer:
         with timed("plan"):
             plans, served = self._sample()
             rngs = [random.Random(self._seed("switch", prompt)) for prompt in range(len(plans.prompts))]
-            forks = switch_frames(plans, executor.chunk_frames, rngs)
-            count, chunks = executor.continuations, [frame // executor.chunk_frames for frame in forks]
+            forks = drawn_forks(executor, plans, rngs)
+            count, chunks = executor.continuations, [first_frame(fork) // executor.chunk_frames for fork in forks]
             own = range(count)[block_of(count, self.ranks.member, self.ranks.members)]
             shape = self.executor.noise_shape(len(plans.plans), count)
             noise = gaussian_noise(self._seed("noise"), shape, self.executor.device)
+            if executor.seed_group:
+                noise = noise.seed_group(self.executor.settings.chunks)
             videos = OwnVideos(forks, own, noise.block(own, chunks))
         with timed("rollout"):
             # what may end here alone, silent judges for one, ends the iteration of all processes; where weights are
@@ -200,7 +186,7 @@ class Trainer:
         with timed("rewards"):
             self._check_videos(torch.stack([broken for _, broken in found]).any(0))
             scored = self.rewards.whole(plans, [scores for scores, _ in found])
-            batch, metrics = self._advantages(plans, videos.rollout, scored)
+            batch, metrics = self._advantages(plans, videos, scored)
             metrics |= served | self.agreement.canaries(self.done + 1, plans, videos.noise)
         stepping = cache(partial(phase, "step"))
         with timed("update"):
@@ -229,7 +215,9 @@ class Trainer:
         """Makes the videos that fall to this process, while they are scored; their scores, and which are broken [P, N]
         (False for those of others)."""
         count, continuations, ranks = len(plans.plans), self.config.executor.continuations, self.ranks
-        scoring = self.rewards.begin(plans, ranks.share(count), videos.continuations if ranks.members > 1 else None)
+        scoring = self.rewards.begin(
+            plans, ranks.share(count), videos.continuations if ranks.members > 1 else None, self.judging
+        )
 
         def made(unit: range, part: Rollout) -> None:
             assert part.transition is not None
@@ -318,7 +306,7 @@ class Trainer:
     def _seed(self, purpose: str, *index: int) -> int:
         return derive_seed(self.config.seed, self.done, purpose, *index)
 
-    def _advantages(self, plans: PlanBatch, rollout: Rollout, scored: Scored) -> tuple[Batch, dict[str, float]]:
+    def _advantages(self, plans: PlanBatch, videos: OwnVideos, scored: Scored) -> tuple[Batch, dict[str, float]]:
         """Plan level and execution level, with the metrics of both and of the raw rewards."""
         weights, config = self.config.rewards, self.config
         group = plan_rewards(scored, weights).view(-1, plans.plans_per_prompt)
@@ -326,14 +314,23 @@ class Trainer:
             group, config.planner.advantage_clip, PLAN_EPS, std=config.planner.advantage_std,
             leave_one_out=config.planner.loss in LEAVE_ONE_OUT,
         )  # fmt: skip
-        execution, execution_mask, execution_metrics = group_advantages(
-            execution_rewards(scored, weights), config.executor.advantage_clip, EXECUTION_EPS,
-            std=config.executor.advantage_std,
+        rows = siblings_of(videos.forks, config.executor.continuations, self.executor.settings.siblings)
+        execution, execution_mask, execution_metrics = sibling_advantages(
+            [execution_rewards(own, weights) for own in (scored, *scored.later)], rows, config.executor.advantage_clip,
+            EXECUTION_EPS, std=config.executor.advantage_std,
         )  # fmt: skip
         if weights.shuffle_advantages:
             generator = torch.Generator().manual_seed(self._seed("shuffle"))
             plan, execution = (shuffled(*each, generator) for each in ((plan, plan_mask), (execution, execution_mask)))
-        batch = Batch(plan.flatten(), plan_mask.flatten(), execution, execution_mask, plans.tokens, rollout.transition)
+        batch = Batch(
+            plan.flatten(),
+            plan_mask.flatten(),
+            execution,
+            execution_mask,
+            plans.tokens,
+            videos.rollout.transition,
+            rows,
+        )
         metrics = prefixed("planner", plan_metrics) | prefixed("executor", execution_metrics)
         return batch, metrics | reward_metrics(scored)
 
@@ -353,7 +350,7 @@ class Trainer:
             count = self.executor.settings.trained
             levels = levels_of(self.config.executor.levels, count, self.done, self._seed("level"))
             updates["executor"] = ExecutorUpdates(
-                self.executor, self.executor_policy, plans, batch, videos.forks, videos.records, videos.noise, parts,
+                self.executor, self.executor_policy, plans, batch, videos.records, videos.noise, parts,
                 videos.continuations, levels,
             )  # fmt: skip
             if self.config.executor.levels != "all":
@@ -457,10 +454,19 @@ def prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
     return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
 
+def named_by_depth(scored: Scored) -> Iterator[tuple[str, Tensor]]:
+    """Name and raw scores of every reward, those of the second fork on as <name>/depth2 and so on."""
+    yield from scored.named()
+    for depth, later in enumerate(scored.later, 2):
+        for name, values in later.named():
+            if not any(values is known for _, known in scored.named()):  # those of plans and whole videos are
+                yield f"{name}/depth{depth}", values
+
+
 def reward_metrics(scored: Scored) -> dict[str, float]:
     """rewards/<name>/mean, std and missing of every raw reward."""
     metrics: dict[str, float] = {}
-    for name, values in scored.named():
+    for name, values in named_by_depth(scored):
         present = values[~torch.isnan(values)]
         metrics[f"rewards/{name}/mean"] = present.mean().item() if len(present) else float("nan")
         metrics[f"rewards/{name}/std"] = present.std(correction=0).item() if len(present) else float("nan")

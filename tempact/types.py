@@ -2,13 +2,15 @@
 
 Shapes use the letters of docs/algorithm.md section 1: B prompts, M plans a prompt, P = B*M plans,
 N continuations a plan, F latent frames, c frames a chunk, K denoising steps, T = K-1 stochastic
-transitions, C latent channels, H x W latent size.
+transitions, C latent channels, H x W latent size. G groups of siblings and S siblings of each: P and N where every plan
+forks once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 from torch import Tensor
@@ -94,22 +96,93 @@ class PlanBatch:
         return self.prompts[plan // self.plans_per_prompt]
 
 
+@dataclass(frozen=True)
+class Forks:
+    """Where a plan's video forks into its continuations: a tree, whose leaves they are.
+
+    frames   latent frames of the forks, rising
+    numbers  branches that each branch becomes there; their product is N
+    """
+
+    frames: tuple[int, ...]
+    numbers: tuple[int, ...]
+
+    def branches(self, depth: int) -> int:
+        """Branches after the first `depth` forks."""
+        return math.prod(self.numbers[:depth])
+
+    def branches_at(self, frame: int) -> int:
+        """Branches that make the chunk at a latent frame."""
+        return self.branches(sum(fork <= frame for fork in self.frames))
+
+
+Fork: TypeAlias = int | Forks  # a latent frame is that of the only fork, into all continuations
+
+
+def tree_of(fork: Fork, continuations: int) -> Forks:
+    """The tree of a plan with so many continuations."""
+    return fork if isinstance(fork, Forks) else Forks((fork,), (continuations,))
+
+
+def first_frame(fork: Fork) -> int:
+    """The latent frame of the first fork."""
+    return fork.frames[0] if isinstance(fork, Forks) else fork
+
+
+@dataclass(frozen=True)
+class Siblings:
+    """Branches of one fork, which share their context: a row of a record. A fork may have several rows.
+
+    plan     number of the plan
+    depth    number of the fork on the way from the plan's beginning, from 0
+    start    latent frame of the fork
+    context  a continuation whose video before the fork is the context
+    leaves   of each branch, its continuations
+    """
+
+    plan: int
+    depth: int
+    start: int
+    context: int
+    leaves: tuple[range, ...]
+
+    @property
+    def shared(self) -> tuple[int, int, int]:
+        """The same for all rows of one context."""
+        return self.plan, self.start, self.context
+
+
+def siblings_of(forks: Sequence[Fork], continuations: int, width: int = 0) -> list[Siblings]:
+    """Rows of the record of these plans, of `width` branches each: a common divisor of all numbers of branches; 0: of
+    all continuations."""
+    rows, width = [], math.gcd(width, continuations)
+    for plan, own in enumerate(tree_of(fork, continuations) for fork in forks):
+        for depth, (start, number) in enumerate(zip(own.frames, own.numbers, strict=True)):
+            count = own.branches(depth + 1)
+            each = continuations // count  # leaves of a branch
+            for first in range(0, count, width):
+                leaves = tuple(range(m * each, (m + 1) * each) for m in range(first, first + width))
+                rows.append(Siblings(plan, depth, start, first // number * number * each, leaves))
+    return rows
+
+
 @dataclass
 class Transition:
-    """The trained chunk of every continuation (P plans x N continuations), on the host: pinned, where a GPU made it.
+    """The trained chunks of P plans x N continuations, on the host: pinned, where a GPU made them.
 
     Of transitions (docs/algorithm.md 2.3, Flow-GRPO):
-    states  [P, N, T+1, C, c, H, W] fp32, x at sigma_0 .. sigma_T (sigma_T is the last noisy one)
-    noises  [P, N, T, C, c, H, W] fp32, the Gaussian draw of each stochastic transition
+    states   [G, S, T+1, C, c, H, W] fp32, x at sigma_0 .. sigma_T (sigma_T is the last noisy one)
+    noises   [G, S, T, C, c, H, W] fp32, the Gaussian draw of each stochastic transition
     Of the forward process (DiffusionNFT):
-    states  [P, N, K, C, c, H, W] fp32, the clean chunk noised anew to sigma_0 .. sigma_{K-1}
-    noises  [P, N, K, C, c, H, W] fp32, each noise less the clean chunk: the velocity that flow matching aims at
+    states   [G, S, K, C, c, H, W] fp32, the clean chunk noised anew to sigma_0 .. sigma_{K-1}
+    noises   [G, S, K, C, c, H, W] fp32, each noise less the clean chunk: the velocity that flow matching aims at
     Of both:
-    start   [P] int64, first latent frame s of the chunk (the switch frame)
-    prefix  [P, C, S, H, W] fp32 with S = max(start) of the roll-out: the shared clean context, zeros past start[p]
-    prompts executor prompt of every chunk of the plan up to and including the trained one;
-            prompts[p][k] holds on chunk k
-    first   number of the first of the denoising calls in `noises`; others than 0 in a part of a record (`at`)
+    start    [G] int64, first latent frame s of the chunk (the fork)
+    prefix   [G, C, max(start) of the roll-out, H, W] fp32: the shared clean context, zeros past start[g]
+    prompts  executor prompt of every chunk of the plan up to and including the trained one;
+             prompts[g][k] holds on chunk k
+    siblings what the rows are; nothing: row p is of plan p, which forks once
+    first    number of the first of the denoising calls in `noises`; others than 0 in a part of a record (`at`)
     """
 
     states: Tensor
@@ -117,6 +190,7 @@ class Transition:
     start: Tensor
     prefix: Tensor
     prompts: list[list[str]]
+    siblings: list[Siblings] = field(default_factory=list)
     first: int = 0
 
     @property
@@ -126,8 +200,14 @@ class Transition:
 
     def part(self, plans: slice) -> Transition:
         """The record of consecutive plans; tensors are views."""
-        own = {name: values[plans] for name, values in vars(self).items() if name != "first"}
-        return replace(self, **own)
+        rows, siblings = plans, list[Siblings]()
+        if self.siblings:
+            whole = range(1 + self.siblings[-1].plan)[plans]
+            own = [i for i, row in enumerate(self.siblings) if row.plan in whole]
+            siblings = [replace(self.siblings[i], plan=self.siblings[i].plan - whole.start) for i in own]
+            rows = slice(own[0], own[-1] + 1)
+        parts = {name: values[rows] for name, values in vars(self).items() if name not in ("siblings", "first")}
+        return replace(self, siblings=siblings, **parts)
 
     def at(self, levels: range) -> Transition:
         """The record of consecutive levels; tensors are views."""
@@ -136,12 +216,19 @@ class Transition:
         return replace(self, states=states, noises=self.noises[:, :, first : first + len(levels)], first=levels.start)
 
 
+def starts_of(record: Transition, depth: int = 0) -> dict[int, int]:
+    """Frames of the plans' forks of a depth, of the plans that have one."""
+    if not record.siblings:
+        return dict(enumerate(record.start.tolist()))
+    return {row.plan: row.start for row in record.siblings if row.depth == depth}
+
+
 @dataclass
 class Rollout:
     """Videos of P plans x N continuations.
 
     frames      [P, N, T_pixel, 3, height, width] uint8
-    transition  the recorded chunk, None when nothing is trained (evaluation)
+    transition  the recorded chunks, None when nothing is trained (evaluation)
     broken      [P, N] bool, videos whose latents were NaN or infinite, which have no score; None for none
     """
 
@@ -176,6 +263,8 @@ class Scored:
     step_following      [P, N]  L in [0, 1]
     aesthetics          [P, N]  P in [0, 1]
     custom              the user's own rewards, in the order in which they were given
+    later               of plans that fork several times, the same with L, P and own scores of continuations of the
+                        second fork's step, the third's, ...; NaN for plans that have no such fork
     """
 
     plan_quality: Tensor
@@ -184,11 +273,12 @@ class Scored:
     step_following: Tensor
     aesthetics: Tensor
     custom: tuple[CustomScores, ...] = ()
+    later: tuple[Scored, ...] = ()
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """Name and raw scores of every reward: the five of the method, then the user's own."""
         for name, scores in vars(self).items():
-            if name != "custom":
+            if name not in ("custom", "later"):
                 yield name, scores
         for own in self.custom:
             yield own.name, own.scores
@@ -199,7 +289,8 @@ class Batch:
     """What the two losses see. Masks are False where a reward is missing or a group has too few.
 
     plan_advantage       [P] fp32, plan_mask [P] bool
-    execution_advantage  [P, N] fp32, execution_mask [P, N] bool
+    execution_advantage  [G, S] fp32, execution_mask [G, S] bool: of the rows of a record
+    siblings             those rows; nothing: row p is of plan p, which forks once
     """
 
     plan_advantage: Tensor
@@ -208,6 +299,7 @@ class Batch:
     execution_mask: Tensor
     tokens: PlanTokens | None
     transition: Transition | None
+    siblings: list[Siblings] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from tempact.executor.executor import Executor
 from tempact.executor.sampler import NoiseSource
 from tempact.planner.planner import Planner
 from tempact.rl import PolicyOptimizer
-from tempact.types import Batch, PlanBatch, Transition
+from tempact.types import Batch, PlanBatch, Siblings, Transition
 
 
 class PlannerUpdates:
@@ -38,34 +38,37 @@ class PlannerUpdates:
 
 
 class ExecutorUpdates:
-    """The executor's, as `PlannerUpdates`, on these levels. Records of plans come to the process that works on
-    them.
+    """The executor's, as `PlannerUpdates`, on these levels. Rows of the plans' records come to the process that works
+    on them.
 
     Processes that share weights work on the same plans, each on its own of their continuations.
     """
 
     def __init__(
-        self, executor: Executor, policy: PolicyOptimizer, plans: PlanBatch, batch: Batch, forks: list[int],
+        self, executor: Executor, policy: PolicyOptimizer, plans: PlanBatch, batch: Batch,
         records: dict[range, Transition], noise: NoiseSource, parts: Sequence[list[int]], continuations: range,
         levels: range,
     ):  # fmt: skip
         self.executor, self.policy, self.batch, ranks = executor, policy, batch, policy.ranks
-        mask = batch.execution_mask
-        self.units = [executor.units(part, forks, mask, len(levels)) for part in parts]
+        siblings, mask = batch.siblings, batch.execution_mask
+        starts, rows_of = [row.start for row in siblings], rows_by_plan(siblings)
+        parts = [[row for plan in part for row in rows_of[plan]] for part in parts]
+        self.units = [executor.units(part, starts, mask, len(levels)) for part in parts]
         self.terms = [executor.terms(part, mask, len(levels)) for part in parts]
         dealt = [[_dealt(units, group, ranks.groups) for units in self.units] for group in range(ranks.groups)]
         self.own = dealt[ranks.rank // ranks.members]
         if batch.transition is None or not ranks.alone:
-            wanted = [[plan for units in own for unit in units for plan in unit] for own in dealt]
+            wanted = [[row for units in own for unit in units for row in unit] for own in dealt]
             wanted = [wanted[rank // ranks.members] for rank in range(ranks.size)]
             mine, block = wanted[ranks.rank], slice(continuations.start, continuations.stop)
-            room = executor.blank([plans.plans[plan] for plan in mine], [forks[plan] for plan in mine], noise)
+            room = executor.blank(plans.plans, [siblings[row] for row in mine], noise)
             assert room is not None, "a fork at frame 0"
-            move_records(ranks, records, wanted, forks, room)
+            held = {range(rows_of[own[0]].start, rows_of[own[-1]].stop): record for own, record in records.items()}
+            move_records(ranks, held, wanted, starts, room)
             advantage, counted = batch.execution_advantage[mine, block], mask[mine, block]
             self.batch = replace(batch, execution_advantage=advantage, execution_mask=counted, transition=room)
-            rows = {plan: row for row, plan in enumerate(mine)}
-            self.own = [[[rows[plan] for plan in unit] for unit in own] for own in self.own]
+            places = {row: place for place, row in enumerate(mine)}
+            self.own = [[[places[row] for row in unit] for unit in own] for own in self.own]
         assert self.batch.transition is not None
         transition = self.batch.transition.at(levels)
         self.batch = replace(self.batch, transition=transition)
@@ -79,6 +82,14 @@ class ExecutorUpdates:
         own, ranks = self.own[number], self.policy.ranks
         total = UpdateSum(self.policy.gradient, len(self.units[number]), self.terms[number], ranks.members)
         return self.executor.update(self.batch, [*chain(*own)], self.old[number], total, own)
+
+
+def rows_by_plan(siblings: Sequence[Siblings]) -> dict[int, range]:
+    """The rows of every plan, which are consecutive."""
+    found: dict[int, range] = {}
+    for number, row in enumerate(siblings):
+        found[row.plan] = range(found[row.plan].start if row.plan in found else number, number + 1)
+    return found
 
 
 def _dealt(units: list[list[int]], part: int, parts: int) -> list[list[int]]:

@@ -195,15 +195,6 @@ MUTATIONS = [
         ),
     ),
     *faults(
-        TRAINER,
-        TRAINING,
-        (
-            "test_a_groups_switch_is_the_same_whatever_the_groups_beside_it",
-            "zip(range(len(batch.prompts)), rngs, strict=True)",
-            "((prompt, rngs[0]) for prompt in range(len(batch.prompts)))",
-        ),
-    ),
-    *faults(
         RUN,
         ENDINGS,
         ("test_an_unexpected_exception_saves_the_last_whole_iteration", "        trainer.rollback()\n", ""),
@@ -718,8 +709,8 @@ MUTATIONS = [
     ),
     Mutation(
         "tempact/rewards/__init__.py",
-        "step = next((step for step in plan.steps if step.start == start), None)",
-        "step = plan.steps[0]",
+        "step = None if start is None else plan.steps[plan.step_at(start)]",
+        "step = None if start is None else plan.steps[0]",
         ("tests/rewards/test_step_following.py",),
     ),
     Mutation(
@@ -1199,8 +1190,166 @@ MUTATIONS = [
         ("test_scores_of_blocks_are_put_together_by_their_place", "rows[:, videos.start : videos.stop]", "rows[:, :2]"),
         (
             "test_a_plans_one_score_is_not_that_of_a_part_of_its_videos",
-            'levels.get(name) == "plan" and self.continuations is None',
-            'levels.get(name) == "plan"',
+            'level == "plan" and self.continuations is None',
+            'level == "plan"',
+        ),
+    ),
+    *faults(
+        "tempact/forks.py",
+        "tests/test_forks.py",
+        (
+            "test_a_groups_switch_is_the_same_whatever_the_groups_beside_it",
+            "        longest = max(len(plan.steps) for plan in group)\n",
+            "        longest, rng = max(len(plan.steps) for plan in group), rngs[0]\n",
+        ),
+        (
+            "test_a_tree_forks_at_starts_of_steps_of_the_same_ordinals_and_always_has_all_continuations",
+            "(*branching[:last], math.prod(branching[last:]))",
+            "branching[: last + 1]",
+        ),
+        (
+            "test_a_tree_forks_at_starts_of_steps_of_the_same_ordinals_and_always_has_all_continuations",
+            "steps = sorted({min(ordinal, len(plan.steps) - 1) for ordinal in drawn} - {0})",
+            "steps = sorted({ordinal % len(plan.steps) for ordinal in drawn} - {0})",
+        ),
+        (
+            "test_a_random_chunk_is_any_but_the_first_alike_for_a_group_and_uniform",
+            "for number in [rng.randrange(1, group[0].frames // chunk)] * len(group)",
+            "for number in [rng.randrange(1, group[0].frames // chunk) for _ in group]",
+        ),
+    ),
+    *faults(
+        "tempact/types.py",
+        "tests/executor/test_trees.py",
+        (
+            "test_training_sees_the_context_of_the_roll_out_and_micro_batches_change_nothing",
+            "first // number * number * each, leaves",
+            "0, leaves",
+        ),
+        (
+            "test_a_leafs_video_is_that_of_the_noise_on_its_way",
+            "return self.branches(sum(fork <= frame for fork in self.frames))",
+            "return self.branches(sum(fork < frame for fork in self.frames))",
+        ),
+        (
+            "test_parts_of_a_roll_out_record_the_same",
+            "plan=self.siblings[i].plan - whole.start)",
+            "plan=self.siblings[i].plan)",
+        ),
+    ),
+    *faults(
+        "tempact/executor/rollout.py",
+        "tests/executor/test_trees.py",
+        (
+            "test_a_leafs_video_is_that_of_the_noise_on_its_way",
+            "own[i * each : (i + 1) * each], new)",
+            "own[i::number], new)",
+        ),
+        (
+            "test_the_record_holds_every_branch_at_its_fork_on_the_context_that_it_comes_from",
+            "own = latents[row.plan, row.context, :, : len(known)]",
+            "own = latents[row.plan, 0, :, : len(known)]",
+        ),
+    ),
+    *faults(
+        "tempact/executor/executor.py",
+        "tests/executor/test_trees.py",
+        (
+            "test_training_sees_the_context_of_the_roll_out_and_micro_batches_change_nothing",
+            "history.context([history.branches[contexts.index(own)] for own in shared], start)",
+            "history.context([history.branches[i % len(contexts)] for i in range(len(shared))], start)",
+        ),
+        (
+            "test_rows_of_one_context_share_it_and_the_cache_does_not_grow_with_the_plans",
+            "contexts = [*dict.fromkeys(shared)]",
+            "contexts, shared = [*range(len(plans))], [*range(len(plans))]",
+        ),
+    ),
+    *faults(
+        "tempact/executor/sampler.py",
+        "tests/executor/test_trees.py",
+        (
+            "test_a_seed_group_begins_its_chunks_from_one_noise_and_draws_the_rest_apart",
+            "own[0] = self.draw(plan, 0, chunk)[0]",
+            "own[:] = self.draw(plan, 0, chunk)",
+        ),
+        (
+            "test_a_seed_group_begins_its_chunks_from_one_noise_and_draws_the_rest_apart",
+            "if continuation and chunk < chunks:",
+            "if continuation:",
+        ),
+    ),
+    *faults(
+        "tempact/rl/advantages.py",
+        "tests/rl/test_advantages.py",
+        (
+            "test_a_branchs_advantage_is_the_mean_of_its_leaves_against_its_siblings_of_one_depth",
+            "torch.stack(leaves).nanmean(1)",
+            "torch.stack(leaves).amax(1)",
+        ),
+        (
+            "test_a_branchs_advantage_is_the_mean_of_its_leaves_against_its_siblings_of_one_depth",
+            "groups.setdefault(row.shared, [])",
+            "groups.setdefault((row.plan, row.depth, 0), [])",
+        ),
+        (
+            "test_missing_leaves_are_left_out_of_a_branch_and_a_branch_of_none_out_of_its_siblings",
+            "torch.stack(leaves).nanmean(1)",
+            "torch.stack(leaves).mean(1)",
+        ),
+        ("test_each_depth_is_normalised_by_itself", "if row.depth == depth:", "if row.depth <= depth:"),
+        (
+            "test_a_branchs_advantage_is_the_mean_of_its_leaves_against_its_siblings_of_one_depth",
+            "if len(places) * width < table.numel():",
+            "if not places:",
+        ),
+    ),
+    *faults(
+        "tempact/rewards/__init__.py",
+        "tests/rewards/test_custom.py",
+        (
+            "test_every_fork_of_a_tree_is_judged_by_its_own_step",
+            "spans = switch_spans(part, rollout, depth, within",
+            "spans = switch_spans(part, rollout, within",
+        ),
+        (
+            "test_every_fork_of_a_tree_is_judged_by_its_own_step",
+            "self.broken.append(broken.cpu() | without)",
+            "self.broken.append(broken.cpu())",
+        ),
+        (
+            "test_every_fork_of_a_tree_is_judged_by_its_own_step",
+            "(STEP_REWARDS if depth else VIDEO_REWARDS)",
+            "VIDEO_REWARDS",
+        ),
+        ("test_a_fork_within_a_step_is_judged_by_that_step", "if start > step.start else 0", "if not start else 0"),
+    ),
+    *faults(
+        "tempact/shapeworld/world.py",
+        "tests/shapeworld/test_rewards.py",
+        (
+            "test_a_fork_within_a_step_is_judged_by_the_whole_step_and_the_pictures_behind_the_fork",
+            "max(span.first, span.fork)",
+            "span.first",
+        ),
+        (
+            "test_a_fork_within_a_step_is_judged_by_the_whole_step_and_the_pictures_behind_the_fork",
+            "start = max(1, span.step.start)",
+            "start = span.step.start",
+        ),
+        (
+            "test_aesthetics_have_the_same_bits_whatever_the_number_of_videos",
+            "(0, -len(mean) % VECTORS)",
+            "(0, 0)",
+        ),
+    ),
+    *faults(
+        "tempact/updates.py",
+        EQUAL,
+        (
+            f"{BITS}[a tree-2]",
+            "range(rows_of[own[0]].start, rows_of[own[-1]].stop): record",
+            "range(own.start, own.stop): record",
         ),
     ),
 ]

@@ -23,7 +23,7 @@ LAYERS = (
     ("presets", "prompt_file", "video"),
     ("cli", "models", "rl"),
     ("planner", "executor", "rewards"),
-    ("agreement", "updates"),
+    ("agreement", "updates", "forks"),
     ("trainer",),
     ("shapeworld",),
     ("evaluation",),

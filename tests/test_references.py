@@ -12,7 +12,8 @@ from tempact.presets import PRESETS
 from tempact.reporting import MEANINGS
 
 PLACES = {
-    "POLICY": "(planner|executor)", "SIGMA": r"\d\.\d{3}", "REWARD": r"[\w.]+", "ROLE": r"\w+", "PHASE": r"\w+"
+    "POLICY": "(planner|executor)", "SIGMA": r"\d\.\d{3}", "REWARD": r"[\w.]+", "ROLE": r"\w+", "PHASE": r"\w+",
+    "DEPTH": r"depth\d+",
 }  # fmt: skip
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -33,9 +32,8 @@ from tempact.trainer import (
     WeightsNotFinite,
     copied,
     split,
-    switch_frames,
 )
-from tempact.types import Plan, PlanBatch, Prompt, Rollout, Scored, Step
+from tempact.types import Plan, PlanBatch, Rollout, Scored
 from tempact.video import LOSSLESS
 
 NAN = float("nan")
@@ -221,54 +219,6 @@ def test_metrics_describe_the_iteration(learned: Learned) -> None:
     for name, advantage in (("planner", batch.plan_advantage), ("executor", batch.execution_advantage)):
         assert (advantage.sum(-1) * metrics[f"{name}/reward_std"]).abs().max() < 1e-6
     assert {f"timing_s/{phase}" for phase in ("plan", "rollout", "rewards", "update")} <= metrics.keys()
-
-
-def plan(*bounds: int) -> Plan:
-    return Plan("i", tuple(Step(a, b, f"step at {a}") for a, b in pairwise(bounds)))
-
-
-def rngs(seed: int) -> list[random.Random]:
-    return [random.Random(2 * seed + prompt) for prompt in range(2)]
-
-
-def test_every_switch_is_the_start_of_a_step_and_never_0() -> None:
-    plans = [plan(0, 3, 12, 24), plan(0, 6, 9, 15, 24), plan(0, 12, 24), plan(0, 21, 24)]
-    batch = PlanBatch([Prompt("0", "i"), Prompt("1", "i")], plans, 2)
-    seen: list[set[int]] = [set() for _ in plans]
-    for seed in range(200):
-        frames = switch_frames(batch, 3, rngs(seed))
-        for each, own, frame in zip(seen, plans, frames, strict=True):
-            assert frame > 0 and frame in {step.start for step in own.steps}
-            each.add(frame)
-        # one ordinal a group: 1, 2 or 3 of the longest plan; the shorter one stays at its last step
-        assert tuple(frames[:2]) in {(3, 6), (12, 9), (12, 15)}
-        assert tuple(frames[2:]) == (12, 21)
-    assert seen == [{3, 12}, {6, 9, 15}, {12}, {21}]
-
-
-def test_a_plan_of_one_step_forks_after_its_first_chunk() -> None:
-    prompts = [Prompt("0", "i"), Prompt("1", "i")]
-    batch = PlanBatch(prompts, [plan(0, 24), plan(0, 24), plan(0, 24), plan(0, 9, 24)], 2)
-    for seed in range(20):
-        assert switch_frames(batch, 3, rngs(seed)) == [3, 3, 3, 9]
-
-
-def test_the_switches_of_a_group_are_drawn_apart_from_other_groups() -> None:
-    plans = [plan(0, 3, 6, 9, 24), plan(0, 3, 6, 9, 24)]
-    batch = PlanBatch([Prompt("0", "i"), Prompt("1", "i")], plans, 1)
-    drawn = {tuple(switch_frames(batch, 3, rngs(seed))) for seed in range(200)}
-    assert drawn == {(a, b) for a in (3, 6, 9) for b in (3, 6, 9)}
-
-
-def test_a_groups_switch_is_the_same_whatever_the_groups_beside_it() -> None:
-    """A group of one-step plans draws nothing, and a longer group may draw more often."""
-    own = [plan(0, 3, 6, 9, 24)]
-    for seed in range(20):
-        found = set()
-        for others in ([plan(0, 24)], [plan(0, 12, 24)], [plan(0, 3, 6, 9, 12, 15, 18, 21, 24)]):
-            batch = PlanBatch([Prompt("0", "i"), Prompt("1", "i")], others + own, 1)
-            found.add(switch_frames(batch, 3, rngs(seed))[1])
-        assert len(found) == 1
 
 
 def test_split_cuts_consecutive_parts_of_near_equal_length() -> None:

@@ -81,7 +81,8 @@ def metrics_page() -> str:
         "`metrics.jsonl` in a run's folder has one JSON object an iteration; null stands for no value.",
         "Weights & Biases, if asked for (`wandb_project`), gets the same keys. POLICY is planner or executor; REWARD",
         "is plan_quality, format_score, temporal_following, step_following, aesthetics or one of `rewards.custom`;",
-        "ROLE is that of a judge; SIGMA is a noise level of the sampler.",
+        "ROLE is that of a judge; SIGMA is a noise level of the sampler; DEPTH is depth2 for the second fork of a",
+        "tree, depth3 for its third, and so on.",
         "",
         *table(("key", "meaning"), ((f"`{key}`", meaning) for key, meaning in MEANINGS.items())),
     ]

@@ -148,7 +148,7 @@ def work_of(run: Run) -> Work:
         phases["decode"] = run.plans * shared + run.branches * (whole - shared)
     if run.config.executor.train:
         own = update_cost(run)
-        phases["executor update"] = own.flops * run.branches * run.steps // run.update_rows
+        phases["executor update"] = own.flops * run.plans * run.recorded * run.steps // run.update_rows
     return Work({a + s.chunk: bare(a) for a in sorted(set(run.attended.values()))}, phases)
 
 
@@ -242,7 +242,8 @@ def _fit(run: Run, needs: Needs, budget: Budget) -> Iterator[str]:
         return budget.taken(needs_of(own, planning=False))
 
     def most(own: Run) -> int:
-        some = LEAST_CONTINUATIONS, _most(own), run.config.executor.shard
+        least = LEAST_CONTINUATIONS * (run.multiple if run.config.executor.branching else 1)
+        some = least, _most(own), run.multiple
         return largest(lambda n: taken(own.changed(continuations=n)), budget.usable, *some)
 
     found = most(run)
@@ -262,9 +263,9 @@ def _fit(run: Run, needs: Needs, budget: Budget) -> Iterator[str]:
 
 
 def _most(run: Run) -> int:
-    """The largest number of continuations that is tried; processes that share weights have as many each."""
+    """The largest number of continuations that is tried."""
     most = max(LEAST_CONTINUATIONS, MOST_BRANCHES // run.plans, run.config.executor.continuations)
-    return most // run.config.executor.shard * run.config.executor.shard
+    return most // run.multiple * run.multiple
 
 
 def _count(found: int, run: Run) -> str:

@@ -1,7 +1,8 @@
 """Memory of a training iteration, from the traces of its parts.
 
 Plans and switches are not known beforehand. Memory is that of the worst case: every plan forks after its first chunk,
-from where its continuations share nothing. A plan is taken to have a prompt every other chunk.
+from where its continuations share nothing, as those of a tree that has one switch for all its forks. A plan is taken to
+have a prompt every other chunk.
 """
 
 from __future__ import annotations
@@ -141,6 +142,28 @@ class Run:
         return self.plans * self.continuations
 
     @property
+    def siblings(self) -> int:
+        """Branches of a row of the record, which share a context."""
+        return math.gcd(self.settings.siblings, self.continuations)
+
+    @property
+    def multiple(self) -> int:
+        """The number of continuations is a multiple of this one: of processes that share weights, and of the branches
+        that each of a tree's first ones becomes."""
+        return math.prod((self.config.executor.shard, *self.config.executor.branching[1:]))
+
+    @property
+    def recorded(self) -> int:
+        """Branches of a plan whose chunk at their fork is trained: those of a tree at every fork."""
+        numbers = self.config.executor.branching or (self.continuations,)
+        return sum(math.prod(numbers[:depth]) for depth in range(1, len(numbers) + 1))
+
+    @property
+    def rows(self) -> int:
+        """Of the record, of all plans."""
+        return self.plans * self.recorded // self.siblings
+
+    @property
     def together(self) -> int:
         """Videos that are rolled out in one batch: those of as many plans as `executor.rollout_videos` lets in."""
         n, most = self.continuations, self.config.executor.rollout_videos
@@ -197,26 +220,28 @@ class Run:
         return self.settings.trained if self.config.executor.levels == "all" else min(1, self.settings.trained)
 
     @property
-    def context_plans(self) -> int:
-        """Plans whose contexts an update holds at a time: those of a micro-batch."""
-        each = self.continuations * self.steps
-        return min(self.plans, max(1, self.config.executor.micro_batch // each)) if each else 0
+    def contexts(self) -> int:
+        """Contexts that an update holds at a time: those of a micro-batch."""
+        each = self.siblings * self.steps
+        return min(self.rows, max(1, self.config.executor.micro_batch // each)) if each else 0
 
     @property
     def update_rows(self) -> int:
         """(continuation, transition) pairs of the largest micro-batch."""
         steps = self.steps
-        each, most = self.continuations * steps, self.config.executor.micro_batch
+        each, most = self.siblings * steps, self.config.executor.micro_batch
         if not steps:  # a model of one denoising call, which cannot be trained
             return 0
         if most >= each:
-            return min(most // each, self.plans) * each
+            return min(most // each, self.rows) * each
         return min(most // steps, each // steps) * steps if most >= steps else min(most, steps)
 
     def changed(self, *, continuations: int | None = None, prompts: int | None = None) -> Run:
         """This run with other numbers of continuations (N) or of prompts."""
-        config = self.config
-        executor = replace(config.executor, continuations=continuations or config.executor.continuations)
+        config, n = self.config, continuations or self.config.executor.continuations
+        first = (n // self.multiple,) if config.executor.branching else ()
+        branching = first + config.executor.branching[1:]
+        executor = replace(config.executor, continuations=n, branching=branching)
         data = replace(config.data, prompts_per_iteration=prompts or config.data.prompts_per_iteration)
         return replace(self, config=replace(config, executor=executor, data=data))
 
@@ -232,8 +257,8 @@ def needs_of(run: Run, *, planning: bool = True) -> Needs:
     rollout = [latents, *_rollout(run)]
     update = [
         Item("velocities of the reference", _transitions(run, run.steps), EXACT),
-        Item("K/V of a context's prompts", run.context_plans * (run.texts + 1) * run.sizes.text_bytes, ESTIMATED),
-        *_partial_sums(run, 1, footprint.parameters_of(run.sizes).trained),
+        Item("K/V of a context's prompts", run.contexts * (run.texts + 1) * run.sizes.text_bytes, ESTIMATED),
+        *_partial_sums(run, run.updated * run.rows // run.plans, footprint.parameters_of(run.sizes).trained),
     ]
     if run.graphs:
         kept.append(Item("activations of rollout and update, held by CUDA graphs", max(activations, training), TRACED))
@@ -296,10 +321,10 @@ def _adapter(who: str, trained: int, *, ema: bool = False) -> list[Item]:
     ]
 
 
-def _partial_sums(run: Run, plans: int, trained: int) -> list[Item]:
-    """Gradients of `trained` numbers that wait for others in the tree of an update's sum, a leaf of which is that of so
-    many plans, or of fewer."""
-    count = math.ceil(math.log2(math.ceil(run.updated / plans)))
+def _partial_sums(run: Run, leaves: int, trained: int) -> list[Item]:
+    """Gradients of `trained` numbers that wait for others in the tree of an update's sum, which has so many leaves, or
+    fewer."""
+    count = math.ceil(math.log2(leaves))
     received = ", and one received" if run.ranks > 1 else ""
     buffers = count + (run.ranks > 1)
     return [Item(f"partial sums of gradients, {count}{received}", buffers * trained * FP32, ESTIMATED)][:buffers]
@@ -310,8 +335,8 @@ def _kept_of_a_rollout(run: Run) -> list[Item]:
     sizes, settings, n = run.sizes, run.settings, run.continuations
     tokens = sizes.frame_tokens
     rows = (enough_rows if run.graphs else cache_rows)(settings, run.together // n, n, run.fork, tokens)
-    if run.config.executor.train and run.context_plans:
-        rows = update_cache_rows(settings, run.context_plans, tokens, rows)
+    if run.config.executor.train and run.contexts:
+        rows = update_cache_rows(settings, run.contexts, tokens, rows)
     texts = min(TEXTS_KEPT, run.plans * run.texts) * PROMPT_ROWS * sizes.model.text_dim * sizes.dtype.itemsize
     return [
         Item(f"K/V cache, {rows / tokens:.0f} latent frames", rows * sizes.frame_bytes // tokens, EXACT),
@@ -321,13 +346,13 @@ def _kept_of_a_rollout(run: Run) -> list[Item]:
 
 def _recorded(run: Run) -> int:
     """Bytes of states, noises and contexts of all plans, with the latest switch."""
-    contexts = run.plans * run.sizes.latent_bytes(run.settings.frames - run.settings.chunk)
+    contexts = run.rows * run.sizes.latent_bytes(run.settings.frames - run.settings.chunk)
     return contexts + _transitions(run, sum(run.settings.recorded))
 
 
 def _transitions(run: Run, each: int) -> int:
-    """Bytes of `each` fp32 chunks for every continuation."""
-    return run.branches * each * run.sizes.latent_bytes(run.settings.chunk)
+    """Bytes of `each` fp32 chunks for every trained branch."""
+    return run.plans * run.recorded * each * run.sizes.latent_bytes(run.settings.chunk)
 
 
 def _rollout_activations(run: Run) -> int:
@@ -385,7 +410,7 @@ def _planner_phases(run: Run) -> list[Phase]:
             *weights,
             Item(f"activations, {rows} plans of {tokens} tokens", rows * sizes.row_bytes, TRACED),
             Item("their logits", logits, ESTIMATED),
-            *_partial_sums(run, rows, sizes.trained),
+            *_partial_sums(run, math.ceil(run.updated / rows), sizes.trained),
         )
         phases.append(Phase(PLANNING[1], items))
     return phases

@@ -15,6 +15,8 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 
 from tempact.cli import RECORDED, from_yaml
@@ -22,11 +24,11 @@ from tempact.config import RunConfig
 from tempact.errors import UserError
 from tempact.executor.sampler import RolloutSettings
 from tempact.files import reading
+from tempact.forks import drawn_forks
 from tempact.planner.decode import rows_of
 from tempact.reporting import METRICS, SAMPLES, read_environment, read_metrics
 from tempact.seeds import derive_seed
-from tempact.trainer import switch_frames
-from tempact.types import Plan, PlanBatch, Prompt, Step
+from tempact.types import Fork, Plan, PlanBatch, Prompt, Step, tree_of
 
 PHASES = ("plan", "rollout", "rewards", "update")  # of metrics.jsonl
 CONTEXT = (0.234 + 0.102) / (0.254 + 0.102)  # a chunk of a plan's context to one of a branch, decoded (docs/costs.md)
@@ -36,13 +38,13 @@ DRAWS = 50  # iterations whose forks are drawn
 
 @dataclass(frozen=True)
 class Shape:
-    """What an iteration's work is cut into. forks: of several iterations, the fork frame of each plan.
+    """What an iteration's work is cut into. forks: of several iterations, those of each plan.
 
     sampled, rolled, updated: plans of a batch of sampling (at most), of a unit of the roll-out (0: a rank's share) and
     of a unit of an update. exchanged: bytes of a gradient of both adapters. updates: of an iteration.
     """
 
-    forks: Sequence[Sequence[int]]
+    forks: Sequence[Sequence[Fork]]
     continuations: int
     frames: int
     chunk: int
@@ -56,10 +58,13 @@ class Shape:
     def plans(self) -> int:
         return len(self.forks[0])
 
-    def costs(self, forks: Sequence[int], gpus: int) -> list[float]:
+    def costs(self, forks: Sequence[Fork], gpus: int) -> list[float]:
         """Of the roll-out's units, in chunks of one video."""
         size = self.rolled or math.ceil(self.plans / gpus)
-        each = [(CONTEXT * fork + self.continuations * (self.frames - fork)) / self.chunk for fork in forks]
+        trees = [tree_of(fork, self.continuations) for fork in forks]
+        starts = range(0, self.frames, self.chunk)
+        branches = [[tree.branches_at(start) for start in starts] for tree in trees]
+        each = [sum(CONTEXT if count == 1 else count for count in counts) for counts in branches]
         return [sum(each[first : first + size]) for first in range(0, self.plans, size)]
 
 
@@ -160,8 +165,8 @@ def measured_seconds(run: Path) -> tuple[Seconds, str, bool]:
     return Seconds(plan, rollout, rewards, update, rest=max(0.0, rest)), steps, "memory/peak_gib" in used[-1]
 
 
-def forks_of(run: Path, config: RunConfig) -> tuple[list[list[int]], str]:
-    """Fork frames of the plans of several iterations, drawn as in training, and of which plans, in words."""
+def forks_of(run: Path, config: RunConfig) -> tuple[list[list[Fork]], str]:
+    """Forks of the plans of several iterations, drawn as in training, and of which plans, in words."""
     each, chunk = config.planner.plans_per_prompt, config.executor.chunk_frames
     prompts = [Prompt("", "")] * config.data.prompts_per_iteration
     starts, told = range(0, config.executor.frames, chunk), "a switch at any chunk, as there are no sample tables"
@@ -174,20 +179,21 @@ def forks_of(run: Path, config: RunConfig) -> tuple[list[list[int]], str]:
             spans = [found[plan] for plan in range(len(spans))]
     plans = PlanBatch(prompts, [Plan("", tuple(Step(*span, "") for span in own)) for own in spans], each)
     seeds = [[derive_seed(config.seed, draw, "switch", i) for i in range(len(prompts))] for draw in range(DRAWS)]
-    return [switch_frames(plans, chunk, [random.Random(seed) for seed in own]) for own in seeds], told
+    return [drawn_forks(config.executor, plans, [random.Random(seed) for seed in own]) for own in seeds], told
 
 
-def shape_of(run: Path, config: RunConfig, forks: Sequence[Sequence[int]], *, on_gpu: bool) -> Shape:
+def shape_of(run: Path, config: RunConfig, forks: Sequence[Sequence[Fork]], *, on_gpu: bool) -> Shape:
     """How a run's work is cut; the adapters' size is that of their newest files, 0 where there is none."""
     settings, n = config.executor, config.executor.continuations
     transitions = RolloutSettings.of(settings).trained if settings.levels == "all" else 1
+    trained = sum(accumulate(settings.branching, mul)) or n  # branches of a plan
     newest = sorted((run / "checkpoints").glob("step-*"))[-1:]
     files = [file for folder in newest for file in folder.glob("*/adapter_model.safetensors")]
     return Shape(
         forks, n, settings.frames, settings.chunk_frames,
         sampled=rows_of(config.planner, on_gpu=on_gpu),
         rolled=max(1, settings.rollout_videos // n) if settings.rollout_videos else 0,
-        updated=max(1, settings.micro_batch // max(1, n * transitions)),
+        updated=max(1, settings.micro_batch // max(1, trained * transitions)),
         exchanged=sum(file.stat().st_size for file in files),
         updates=config.trainer.updates_per_iteration,
     )  # fmt: skip

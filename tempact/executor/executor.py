@@ -47,14 +47,18 @@ from tempact.models.wan.text_padding import cut_length
 from tempact.models.wan.transformer import WanTransformer
 from tempact.rl.executor_losses import executor_loss
 from tempact.rl.flow_grpo import clip_epsilon, rollout_gap
-from tempact.types import Batch, Plan, Rollout, Transition
+from tempact.types import Batch, Fork, Plan, Rollout, Siblings, Transition, first_frame, siblings_of
 
 TEXTS_KEPT = 1024  # prompts whose text rows stay at hand: under a GB at full size
 
 
 @dataclass(frozen=True)
 class _Entries:
-    """Training rows of one micro-batch: indices of plans, their continuations and transitions, row-major."""
+    """Training rows of one micro-batch: indices of plans, their continuations and transitions, row-major.
+
+    Here and in updates a plan that forks several times is several, one for each row of its record: a plan is its
+    `Siblings`, its continuations are their branches.
+    """
 
     plans: list[int]
     continuations: slice
@@ -177,28 +181,28 @@ class Executor:
     def rollout(
         self,
         plans: list[Plan],
-        switch_frames: list[int],
+        forks: Sequence[Fork],
         noise: NoiseSource,
         made: Callable[[range, Rollout], None] = lambda unit, part: None,
         units: Iterable[range] | None = None,
     ) -> Rollout:
-        """Videos of P plans x N continuations, N being the noise's; plan p forks at switch_frames[p].
+        """Videos of P plans x N continuations, N being the noise's; plan p forks at forks[p].
 
         units: those of `rollout_units` that are rolled out here, one after the other; None: all of them. `made` is
         given the videos of a unit as soon as they are decoded, before the next ones are begun. The transition is None
-        where a switch frame is 0 (`roll_out`), and where units are given: `made` gets those of each unit. States and
+        where a fork is at frame 0 (`roll_out`), and where units are given: `made` gets those of each unit. States and
         context of a broken video are 0.
         """
         self.read(self.prompts(plans))  # the text encoder is asked once, also where its weights must come first
         frames, broken = torch.empty(0), torch.zeros(noise.shape[:2], dtype=torch.bool)
-        record = self.blank(plans, switch_frames, noise) if units is None else None
+        record = self.blank(plans, self.rows(forks, noise), noise) if units is None else None
         for unit in self.rollout_units(*noise.shape[:2]) if units is None else units:
             own = slice(unit.start, unit.stop)
-            given = plans[own], switch_frames[own], noise.part(own)
-            of_own = self.blank(*given) if record is None else record.part(own)
-            latents = self._roll_out(*given, of_own)
+            mine, at, drawn = plans[own], forks[own], noise.part(own)
+            of_own = self.blank(mine, self.rows(at, drawn), drawn) if record is None else record.part(own)
+            latents = self._roll_out(mine, at, drawn, of_own)
             broken[own] = not_finite(latents).cpu()
-            part = Rollout(self.codec.decode_forked(latents, switch_frames[own]), of_own, broken[own])
+            part = Rollout(self.codec.decode_forked(latents, [*map(first_frame, at)]), of_own, broken[own])
             del latents  # nothing of these videos but frames and transition stays while the next ones are made
             made(unit, part)
             if len(unit) == len(plans):
@@ -210,22 +214,26 @@ class Executor:
         return Rollout(frames, record, broken)
 
     def roll_out(
-        self, plans: list[Plan], switch_frames: list[int], noise: NoiseSource
+        self, plans: list[Plan], forks: Sequence[Fork], noise: NoiseSource
     ) -> tuple[Tensor, Transition | None]:
         """Latents [P, N, C, F, H, W] of the videos of all plans together, and their transitions, as `rollout`."""
-        record = self.blank(plans, switch_frames, noise)
-        return self._roll_out(plans, switch_frames, noise, record), record
+        record = self.blank(plans, self.rows(forks, noise), noise)
+        return self._roll_out(plans, forks, noise, record), record
 
-    def blank(self, plans: list[Plan], switch_frames: list[int], noise: NoiseSource) -> Transition | None:
-        """Room for the record of a roll-out of these plans, whatever is in it; None where a switch frame is 0."""
+    def rows(self, forks: Sequence[Fork], noise: NoiseSource) -> list[Siblings]:
+        """Those of the record of plans that fork there."""
+        return siblings_of(forks, noise.shape[1], self.settings.siblings)
+
+    def blank(self, plans: list[Plan], rows: list[Siblings], noise: NoiseSource) -> Transition | None:
+        """Room for the record of these rows of the plans, whatever is in it; None where a fork is at frame 0."""
         pinned = self.device.type == "cuda"
-        return blank_transition(plans, switch_frames, noise, self.settings, pinned=pinned)
+        return blank_transition(plans, rows, noise, self.settings, pinned=pinned)
 
     def _roll_out(
-        self, plans: list[Plan], switch_frames: list[int], noise: NoiseSource, record: Transition | None
+        self, plans: list[Plan], forks: Sequence[Fork], noise: NoiseSource, record: Transition | None
     ) -> Tensor:
         with self.merged(), self.precision(), self.history(*noise.shape[:2]) as history:
-            return roll_out(history, self.encode, plans, switch_frames, noise, record)
+            return roll_out(history, self.encode, plans, forks, noise, record)
 
     @torch.no_grad()
     def canary(self, plan: Plan, noise: NoiseSource) -> tuple[Tensor, Tensor]:
@@ -378,18 +386,21 @@ class Executor:
     ) -> Iterator[tuple[_Entries, Tensor]]:
         """Micro-batches of these plans; their contexts are made before the first and given back after the last."""
         prompts = [transition.prompts[plan] for plan in plans]
+        shared = [transition.siblings[plan].shared if transition.siblings else (plan, start, 0) for plan in plans]
+        contexts = [*dict.fromkeys(shared)]  # one for rows that share theirs
+        firsts = [shared.index(own) for own in contexts]
         texts = list(dict.fromkeys(own[-1] for own in prompts))
         levels = transition.levels
         sigmas = torch.tensor(self.settings.schedule.sigmas[levels.start : levels.stop], device=self.device)
         with self.history() as history:
             with torch.no_grad(), self.precision():
-                self._rebuild(history, transition, plans, prompts, start)
+                self._rebuild(history, transition, [plans[i] for i in firsts], [prompts[i] for i in firsts], start)
                 words = self.encode(texts)
             for entries in some:
                 states = entries.of(transition.states, self.device)
                 each = states.shape[0] // len(plans)
                 index = on_device([texts.index(own[-1]) for own in prompts for _ in range(each)], self.device)
-                context = history.context(history.branches, start)
+                context = history.context([history.branches[contexts.index(own)] for own in shared], start)
                 sigma = entries.levels(sigmas, len(states))[:, None].expand(-1, self.settings.chunk)
                 with torch.set_grad_enabled(grad), self.precision():
                     velocity = self.runner.policy_velocity(

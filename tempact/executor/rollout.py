@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +17,7 @@ from tempact.config import ExecutorConfig
 from tempact.executor.kv_history import FIRST_FRAMES, KVHistory
 from tempact.executor.sampler import NoiseSource, RolloutSettings, denoise_chunk
 from tempact.models.wan.transformer import TextKV, WanTransformer
-from tempact.types import Plan, Transition
+from tempact.types import Fork, Forks, Plan, Siblings, Transition, tree_of
 
 
 def smooth_prompts(prompts: Sequence[str], separator: str = ExecutorConfig.prompt_separator) -> list[str]:
@@ -43,10 +44,10 @@ def units_of(plans: int, continuations: int, videos: int, processes: int = 1) ->
     return [range(first, min(first + most, plans)) for first in range(0, plans, most)]
 
 
-def cost_of(plans: range, forks: Sequence[int], continuations: int, settings: RolloutSettings) -> float:
+def cost_of(plans: range, forks: Sequence[Fork], continuations: int, settings: RolloutSettings) -> float:
     """Of a unit, in chunks of one video."""
-    frames = (forks[plan] + continuations * (settings.frames - forks[plan]) for plan in plans)
-    return sum(frames) / settings.chunk
+    trees = [tree_of(forks[plan], continuations) for plan in plans]
+    return sum(tree.branches_at(start) for tree in trees for start in range(0, settings.frames, settings.chunk))
 
 
 class PromptKV:
@@ -69,7 +70,7 @@ def on_device(numbers: list[int], device: torch.device) -> Tensor:
 
 @dataclass
 class Branch:
-    """A video in the making; until its plan's switch frame it is the video of all continuations."""
+    """A video in the making; until a fork it is the video of all continuations that branch off there."""
 
     plan: int
     continuations: list[int]
@@ -85,12 +86,12 @@ def walk_chunks(
     *,
     frames: int | None = None,
     continuations: int = 1,
-    switch_frames: Sequence[int] = (),
+    forks: Sequence[Fork] = (),
 ) -> Iterator[Tensor]:
     """Makes the plans' videos chunk by chunk; yields each clean chunk.
 
-    Where a prompt changes, "recache" first rewrites the window under the new text; then a plan that switches at this
-    chunk forks into its continuations, `make` gives the clean chunk, and its K/V are committed. Gradients and precision
+    Where a prompt changes, "recache" first rewrites the window under the new text; then a plan that forks at this
+    chunk does so, `make` gives the clean chunk, and its K/V are committed. Gradients and precision
     are those in force when the iterator is advanced.
 
     Args:
@@ -99,10 +100,11 @@ def walk_chunks(
         make: first frame of the chunk, branches and text -> clean chunk [B, C, c, H, W], one batch row a branch.
         past: first frame of the chunk and branches -> clean latents before it [B, C, S, H, W], at least the window's.
         frames: end there, after the rewriting for the chunk at this frame; None: at the end of the videos.
-        switch_frames: one a plan, if there is more than one continuation.
+        forks: of each plan, if there is more than one continuation.
     """
     settings = history.settings
     branches = [Branch(p, list(range(continuations)), history.new_branch()) for p in range(len(prompts))]
+    trees = [tree_of(fork, continuations) for fork in forks]
     for chunk in range(settings.chunks):
         start, end = chunk * settings.chunk, (chunk + 1) * settings.chunk
         if settings.text_switch == "recache" and chunk:  # before the fork: continuations share what it rewrites
@@ -112,8 +114,8 @@ def walk_chunks(
                 history.recache([b.cached for b in switched], past(start, switched), words)
         if start == frames:
             return
-        if continuations > 1 and start in switch_frames:
-            branches = [new for b in branches for new in _forked(b, history, switch_frames[b.plan] == start)]
+        if continuations > 1 and any(start in tree.frames for tree in trees):
+            branches = [new for b in branches for new in _forked(b, history, trees[b.plan], start)]
         words = text([prompts[b.plan][chunk] for b in branches])
         clean = make(start, branches, words)
         if end < settings.frames:
@@ -121,11 +123,12 @@ def walk_chunks(
         yield clean
 
 
-def _forked(branch: Branch, history: KVHistory, switches: bool) -> list[Branch]:
-    if not switches:
+def _forked(branch: Branch, history: KVHistory, tree: Forks, start: int) -> list[Branch]:
+    if start not in tree.frames:
         return [branch]
-    forks = history.fork(branch.cached, len(branch.continuations))
-    return [Branch(branch.plan, [n], new) for n, new in zip(branch.continuations, forks, strict=True)]
+    number, own = tree.numbers[tree.frames.index(start)], branch.continuations
+    each, forks = len(own) // number, history.fork(branch.cached, number)
+    return [Branch(branch.plan, own[i * each : (i + 1) * each], new) for i, new in enumerate(forks)]
 
 
 def denoised(
@@ -133,7 +136,7 @@ def denoised(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The clean chunk of every branch, its states at sigma_0 .. sigma_T, and its noise [B, K, C, c, H, W].
 
-    Until its fork a branch follows the noise of its first continuation.
+    A branch follows the noise of its first continuation.
     """
     own = noise(start // history.chunk, [(b.plan, b.continuations[0]) for b in branches])
     context, positions = history.context([b.cached for b in branches], start), history.positions(start)
@@ -142,25 +145,30 @@ def denoised(
 
 
 def blank_transition(
-    plans: list[Plan], switch_frames: list[int], noise: NoiseSource, settings: RolloutSettings, *, pinned: bool
+    plans: list[Plan], rows: list[Siblings], noise: NoiseSource, settings: RolloutSettings, *, pinned: bool
 ) -> Transition | None:
-    """Room for the transitions of all plans; None where a switch frame is 0: the first chunk, which may have a schedule
+    """Room for the transitions of these rows; None where one is at frame 0: the first chunk, which may have a schedule
     of its own, is not trained.
 
     It is on the host: at full size 5 GiB that only the update needs, plan by plan.
     """
-    if not all(switch_frames):
+    starts = [row.start for row in rows]
+    if not all(starts):
         return None
     count, _, channels, _, *size = noise.shape[1:]
     states, noises = (
-        torch.empty(len(plans), count, each, *noise.shape[3:], pin_memory=pinned) for each in settings.recorded
+        torch.empty(len(rows), math.gcd(settings.siblings, count), each, *noise.shape[3:], pin_memory=pinned)
+        for each in settings.recorded
     )
-    prefix = torch.empty(len(plans), channels, max(switch_frames, default=0), *size, pin_memory=pinned)
-    upto = [
-        chunk_prompts(plan, settings)[: frame // settings.chunk + 1]
-        for plan, frame in zip(plans, switch_frames, strict=True)
-    ]
-    return Transition(states, noises, torch.tensor(switch_frames), prefix, upto)
+    prefix = torch.empty(len(rows), channels, max(starts, default=0), *size, pin_memory=pinned)
+    upto = [chunk_prompts(plans[row.plan], settings)[: row.start // settings.chunk + 1] for row in rows]
+    return Transition(states, noises, torch.tensor(starts), prefix, upto, rows)
+
+
+def places_of(rows: list[Siblings]) -> dict[tuple[int, int, int], tuple[int, int]]:
+    """Plan, frame and first continuation of every recorded branch, and its place in the record."""
+    branches = ((number, row, column) for number, row in enumerate(rows) for column in range(len(row.leaves)))
+    return {(row.plan, row.start, row.leaves[column].start): (number, column) for number, row, column in branches}
 
 
 @torch.no_grad()
@@ -168,32 +176,35 @@ def roll_out(
     history: KVHistory,
     encode: Callable[[list[str]], Tensor],
     plans: list[Plan],
-    switch_frames: list[int],
+    forks: Sequence[Fork],
     noise: NoiseSource,
     record: Transition | None,
 ) -> Tensor:
     """Videos of P plans x N continuations, as many and as large as the noise says: latents [P, N, C, F, H, W].
 
-    Plan p makes frames [0, switch_frames[p]) once, then forks; all branches of all plans advance together, one batch a
-    chunk. A switch frame of 0 forks at once. The transitions of the chunks at the switch frames go to `record`, numbers
-    that are not finite as 0, because a gradient of 0 through NaN is NaN.
+    Plan p makes the frames before forks[p] once, then forks; all branches of all plans advance together, one batch a
+    chunk. A fork at frame 0 is at once. The transitions of the chunks at the forks go to `record`, numbers that are not
+    finite as 0, because a gradient of 0 through NaN is NaN.
     """
     settings, device = history.settings, history.runner.model.device
     prompts = [chunk_prompts(plan, settings) for plan in plans]
     text = PromptKV(history.runner.model, encode, [prompt for plan in prompts for prompt in plan])
     count, _, channels, chunk, *size = noise.shape[1:]
     latents = torch.zeros(len(plans), count, channels, settings.frames, *size, device=device)
+    rows = record.siblings if record is not None else []
+    places = places_of(rows)
 
     def make(start: int, branches: list[Branch], words: TextKV) -> Tensor:
         clean, seen, own = denoised(history, noise, start, branches, words)
         for i, b in enumerate(branches):
             latents[b.plan, b.continuations, :, start : start + chunk] = clean[i]
-            if record is not None and start == switch_frames[b.plan]:
+            place = places.get((b.plan, start, b.continuations[0]))
+            if record is not None and place is not None:
                 kept = seen[i], own[i, 1 : settings.schedule.calls]
                 if settings.forward:
                     kept = noised(clean[i], noise(settings.chunks + start // chunk, [(b.plan, b.continuations[0])])[0])
-                for place, values in zip((record.states, record.noises), kept, strict=True):
-                    _record(place[b.plan, b.continuations[0]], values)
+                for whole, values in zip((record.states, record.noises), kept, strict=True):
+                    _record(whole[place], values)
         return clean
 
     def noised(clean: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,12 +215,13 @@ def roll_out(
     def past(start: int, branches: list[Branch]) -> Tensor:
         return torch.stack([latents[b.plan, b.continuations[0], :, :start] for b in branches])
 
-    for _ in walk_chunks(history, prompts, text, make, past, continuations=count, switch_frames=switch_frames):
+    for _ in walk_chunks(history, prompts, text, make, past, continuations=count, forks=forks):
         pass
     if record is not None:
-        for p, frame in enumerate(switch_frames):
-            known = torch.arange(record.prefix.shape[2], device=device) < frame
-            _record(record.prefix[p], torch.where(known[:, None, None], latents[p, 0, :, : len(known)], 0.0))
+        for number, row in enumerate(rows):
+            known = torch.arange(record.prefix.shape[2], device=device) < row.start
+            own = latents[row.plan, row.context, :, : len(known)]
+            _record(record.prefix[number], torch.where(known[:, None, None], own, 0.0))
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # anyone may read the record
     return latents
@@ -269,7 +281,7 @@ def _booked(settings: RolloutSettings, plans: int, continuations: int, fork: int
 
         loop = walk_chunks(
             history, prompts, lambda _: TextKV([]), make, past,
-            continuations=continuations, switch_frames=[fork] * plans,
+            continuations=continuations, forks=[fork] * plans,
         )  # fmt: skip
         for _ in loop:
             pass

@@ -12,6 +12,7 @@ The sampler of a few-step distilled model: settings of a roll-out, noise levels,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -100,7 +101,7 @@ class RolloutSettings:
     text_switch: a new prompt changes its own K/V ("cross_attention"), or the history's too ("recache"). first: the
     schedule of the first chunk, `schedule` that of all others. separator joins a step's prompt and the next one's,
     where prompts are smoothed; None: prompts as given. forward: the clean chunk is recorded, noised anew, in place of
-    the transitions that made it (`Transition`).
+    the transitions that made it (`Transition`). siblings: branches of a row of a record, 0 for all continuations.
     """
 
     frames: int
@@ -111,6 +112,7 @@ class RolloutSettings:
     first: Schedule
     separator: str | None
     forward: bool = False
+    siblings: int = 0
 
     @classmethod
     def of(cls, config: ExecutorConfig) -> RolloutSettings:
@@ -130,6 +132,7 @@ class RolloutSettings:
             first,
             separator,
             LOSSES[c.loss].forward,
+            math.gcd(*c.branching),
         )
 
     @property
@@ -171,6 +174,18 @@ class NoiseSource:
         """The source of consecutive plans among these."""
         own = range(self.shape[0])[plans]
         return replace(self, shape=(len(own), *self.shape[1:]), first=self.first + own.start)
+
+    def seed_group(self, chunks: int) -> NoiseSource:
+        """The source where all continuations of a plan begin the first `chunks` chunks, those of a video, from one
+        noise; what transitions draw anew stays their own."""
+
+        def draw(plan: int, continuation: int, chunk: int) -> Tensor:
+            own = self.draw(plan, continuation, chunk)
+            if continuation and chunk < chunks:
+                own[0] = self.draw(plan, 0, chunk)[0]
+            return own
+
+        return replace(self, draw=draw)
 
     def block(self, own: range, forks: Sequence[int]) -> NoiseSource:
         """The source of consecutive continuations of every plan; until its fork each follows the noise of the plan's

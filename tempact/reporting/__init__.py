@@ -220,7 +220,7 @@ def write_samples(run_folder: Path, step: int, plans: PlanBatch, scored: Scored,
                     "step_following": _at(scored.step_following, p, n),
                     "aesthetics": _at(scored.aesthetics, p, n),
                     "plan_advantage": _at(batch.plan_advantage, p) if batch.plan_mask[p] else None,
-                    "execution_advantage": _at(batch.execution_advantage, p, n) if batch.execution_mask[p, n] else None,
+                    "execution_advantage": _rounded(execution_advantage_of(batch, p, n)),
                     **({"custom": custom} if custom else {}),
                 }
             )
@@ -230,13 +230,31 @@ def write_samples(run_folder: Path, step: int, plans: PlanBatch, scored: Scored,
     return path
 
 
+def execution_advantage_of(batch: Batch, plan: int, continuation: int) -> float | None:
+    """Of a video: that of its branch at the plan's first fork; None where masked."""
+    row, column = plan, continuation
+    if batch.siblings:
+        row, column = next(
+            (row, column)
+            for row, own in enumerate(batch.siblings)
+            if (own.plan, own.depth) == (plan, 0)
+            for column, leaves in enumerate(own.leaves)
+            if continuation in leaves
+        )
+    return batch.execution_advantage[row, column].item() if batch.execution_mask[row, column] else None
+
+
 def finite_or_none(value: float) -> float | None:
     """JSON has no NaN: null says that there is no value."""
     return value if math.isfinite(value) else None
 
 
 def _at(values: Tensor, *index: int) -> float | None:
-    return finite_or_none(round(values[index].item(), 6))
+    return _rounded(values[index].item())
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else finite_or_none(round(value, 6))
 
 
 def duration(seconds: float) -> str:
@@ -265,6 +283,10 @@ MEANINGS = {
     "POLICY/ratio_deviation": "mean distance of that ratio from 1; 0 in the first update of an iteration",
     "POLICY/clip_ratio/low": "share of terms whose ratio the lower clip stops, at negative advantages",
     "POLICY/clip_ratio/high": "share of terms whose ratio the upper clip stops, at positive advantages",
+    "executor/DEPTH/reward": "the same as executor/reward, of the branches of a later fork (executor.forks tree)",
+    "executor/DEPTH/reward_std": "the same of executor/reward_std",
+    "executor/DEPTH/frac_reward_zero_std": "the same of executor/frac_reward_zero_std",
+    "executor/DEPTH/missing": "the same of executor/missing",
     "executor/level": "number of the denoising call that was trained, from 0; with executor.levels drawn or sliding",
     "executor/clean_error": "of diffusion_nft: mean error with which clean chunks are predicted from new noise",
     "executor/velocity_change": "of diffusion_nft: mean square of what velocities have moved; 0 in the first update",
@@ -282,6 +304,9 @@ MEANINGS = {
     "rewards/REWARD/mean": "mean of a raw reward, from 0 to 1",
     "rewards/REWARD/std": "deviation of a raw reward",
     "rewards/REWARD/missing": "share of a raw reward's scores that are missing",
+    "rewards/REWARD/DEPTH/mean": "mean of a raw reward of continuations by the step that begins at a later fork",
+    "rewards/REWARD/DEPTH/std": "deviation of it",
+    "rewards/REWARD/DEPTH/missing": "share of its scores that are missing, as all of plans without such a fork are",
     "rewards/aesthetics/truncated": "share of prompts longer than PickScore reads",
     "judge/ROLE/calls": "calls of a judge that ended",
     "judge/ROLE/missing": "share of them without a valid reply",

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from itertools import product
 from typing import Any, NamedTuple, TypeAlias, get_args
 
 import numpy as np
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from tempact.errors import UserError
 from tempact.rewards.judges import Repeated
-from tempact.types import CustomScores, Plan, PlanBatch, RewardLevel, Rollout, Scored, Step
+from tempact.types import CustomScores, Plan, PlanBatch, RewardLevel, Rollout, Scored, Step, starts_of
 
 log = logging.getLogger(__name__)
 
@@ -36,23 +37,45 @@ ENCODERS = 8  # threads at most; Pillow compresses without the interpreter's loc
 
 
 class Span(NamedTuple):
-    """The step that begins at a plan's switch frame, and its pixel frames: `first` to `last`, both included."""
+    """The step that begins at a plan's fork, and its pixel frames: `first` to `last`, both included. fork: the first
+    pixel frame of the fork, where that lies within the step; until there the videos are the same."""
 
     first: int
     last: int
     step: Step
+    fork: int = 0
 
 
-def switch_spans(plans: PlanBatch, rollout: Rollout) -> list[Span | None]:
-    """The span of every plan's switched step. None where no step begins at the switch frame (a plan of one step), and
-    for a rollout without a trained chunk."""
-    if rollout.transition is None:
-        return [None] * len(plans.plans)
+@dataclass(frozen=True)
+class Judging:
+    """What of a video is judged. depths: forks on the way through it, each with the step that begins there. within: a
+    fork need not be a step's start; judged is the step that holds it.
+
+    Other than by default, plans are scored one by one: rules may round as a batch's longest step has it.
+    """
+
+    depths: int = 1
+    within: bool = False
+
+    def together(self, plans: int) -> list[slice]:
+        """Which of so many plans are scored together."""
+        return [slice(plans)] if self == Judging() else [slice(p, p + 1) for p in range(plans)]
+
+
+def switch_spans(plans: PlanBatch, rollout: Rollout, depth: int = 0, *, within: bool = False) -> list[Span | None]:
+    """The span of the step at every plan's fork of a depth, as `Judging` has it. None where no step begins at the fork
+    (a plan of one step), where a plan has no such fork, and for a rollout without a trained chunk."""
+    starts = {} if rollout.transition is None else starts_of(rollout.transition, depth)
     spans: list[Span | None] = []
-    for plan, start in zip(plans.plans, rollout.transition.start.tolist(), strict=True):
-        step = next((step for step in plan.steps if step.start == start), None)
+    for number, plan in enumerate(plans.plans):
+        start = starts.get(number)
+        step = None if start is None else plan.steps[plan.step_at(start)]
+        if start is None or step is None or not (within or step.start == start):
+            spans.append(None)
+            continue
         pixels = rollout.frames.shape[2]
-        spans.append(Span(*pixel_window(step.start, step.end, plan.frames, pixels), step) if step else None)
+        window, fork = (pixel_window(first, step.end, plan.frames, pixels) for first in (step.start, start))
+        spans.append(Span(*window, step, fork[0] if start > step.start else 0))
     return spans
 
 
@@ -189,7 +212,7 @@ class RewardSet:
     warn: Repeated = field(default_factory=lambda: Repeated(log), repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        taken = {each.name for each in fields(Scored)}
+        taken = {each.name for each in fields(Scored)} - {"later"}
         for reward in self.custom:
             if reward.name in taken:
                 accepted = f"a name of its own, beside {', '.join(sorted(taken))}"
@@ -200,31 +223,42 @@ class RewardSet:
         """The set with more of the user's rewards. Raises UserError where two have one name."""
         return replace(self, custom=(*self.custom, *rewards))
 
-    def begin(self, plans: PlanBatch, own: range | None = None, continuations: range | None = None) -> Scoring:
+    def begin(
+        self, plans: PlanBatch, own: range | None = None, continuations: range | None = None,
+        judging: Judging = Judging(),
+    ) -> Scoring:  # fmt: skip
         """Starts to score plans whose videos are still to be made; own: the plans whose quality is scored here, where
-        others are scored by other processes; continuations: those whose videos are, where others make the rest."""
+        others are scored by other processes; continuations: those whose videos are, where others make the rest;
+        judging: what of the videos is."""
         own = range(len(plans.plans)) if own is None else own
         none = torch.empty(len(own), 0, 0, 3, 0, 0, dtype=torch.uint8)
         prompts, spans = [plans.prompt_of(p).text for p in own], list[Span | None]([None] * len(own))
         quality = self.plan_quality(prompts, [plans.plans[p] for p in own], none, spans) if own else []
-        return Scoring(self, plans, own, quality, continuations)
+        return Scoring(self, plans, own, quality, continuations, judging)
 
     def whole(self, plans: PlanBatch, processes: Iterable[Scores]) -> Scored:
         """The scores of all plans from those of every process. Every tensor has its whole shape."""
         count, parts = len(plans.plans), [part for own in processes for part in own]
         continuations = max(videos.stop for _, videos, _ in parts)
+        names = dict.fromkeys(name for part in parts for name in part[2])
         whole = {
             name: placed([(*part[:2], part[2][name]) for part in parts if name in part[2]], count, continuations)
-            for name in ("plan_quality", *VIDEO_REWARDS, *(reward.name for reward in self.custom))
+            for name in names
         }
-        return Scored(
-            **{name: whole[name] for name in ("plan_quality", *VIDEO_REWARDS)},
+        first = Scored(
+            plan_quality=whole["plan_quality"],
             format_score=torch.tensor([plan.format_score for plan in plans.plans]),
+            temporal_following=whole["temporal_following"],
+            step_following=whole["step_following"],
+            aesthetics=whole["aesthetics"],
             custom=tuple(CustomScores(r.name, r.level, r.weight, whole[r.name]) for r in self.custom),
         )
+        depths = range(1, sum(name.partition("/")[0] == STEP_REWARDS[0] for name in names))
+        return replace(first, later=tuple(_at_depth(first, whole, depth) for depth in depths))
 
 
 VIDEO_REWARDS = ("temporal_following", "step_following", "aesthetics")
+STEP_REWARDS = VIDEO_REWARDS[1:]
 # of consecutive plans and consecutive continuations of them, by the reward's name
 Scores: TypeAlias = list[tuple[range, range, dict[str, Tensor]]]
 
@@ -240,6 +274,18 @@ def placed(parts: Sequence[tuple[range, range, Tensor]], plans: int, continuatio
     return whole
 
 
+def at_depth(name: str, depth: int) -> str:
+    """The name of a reward's scores by the step at a fork of this depth, from 0."""
+    return f"{name}/{depth}" if depth else name
+
+
+def _at_depth(first: Scored, whole: dict[str, Tensor], depth: int) -> Scored:
+    """The scores of all plans, those of continuations by the step at a fork of this depth."""
+    custom = tuple(replace(own, scores=whole.get(at_depth(own.name, depth), own.scores)) for own in first.custom)
+    following, aesthetics = (whole[at_depth(name, depth)] for name in STEP_REWARDS)
+    return replace(first, custom=custom, step_following=following, aesthetics=aesthetics)
+
+
 @dataclass
 class Scoring:
     """Raw rewards on their way: of a batch of plans whose videos come a few plans at a time.
@@ -252,7 +298,9 @@ class Scoring:
     own: range  # plans whose quality is scored here
     quality: Any  # what the function of plan quality has returned
     continuations: range | None = None  # whose videos come here; None: all
-    parts: list[tuple[range, dict[str, Any]]] = field(default_factory=list)  # what the others have returned, by name
+    judging: Judging = Judging()
+    # what the others have returned, by their names `at_depth`
+    parts: list[tuple[range, dict[str, Any]]] = field(default_factory=list)
     broken: list[Tensor] = field(default_factory=list)  # of the parts: videos that have no score
 
     def add(self, rollout: Rollout, own: range | None = None) -> None:
@@ -261,12 +309,22 @@ class Scoring:
         first = self.parts[-1][0].stop if self.parts else 0
         own = range(first, first + shape[0]) if own is None else own
         part = PlanBatch([self.plans.prompt_of(p) for p in own], [self.plans.plans[p] for p in own], 1)
-        prompts = [prompt.text for prompt in part.prompts]
-        given = prompts, part.plans, rollout.frames, switch_spans(part, rollout)
-        functions = {name: getattr(self.rewards, name) for name in VIDEO_REWARDS}
-        functions |= {reward.name: reward.score for reward in self.rewards.custom}
-        self.parts.append((own, {name: function(*given) for name, function in functions.items()}))
-        self.broken.append(torch.zeros(shape, dtype=torch.bool) if rollout.broken is None else rollout.broken.cpu())
+        broken = torch.zeros(shape, dtype=torch.bool) if rollout.broken is None else rollout.broken
+        for depth, rows in product(range(self.judging.depths), self.judging.together(shape[0])):
+            spans = switch_spans(part, rollout, depth, within=self.judging.within)
+            self.ask(own[rows], rollout.frames[rows], spans[rows], broken[rows], depth)
+
+    def ask(self, own: range, frames: Tensor, spans: list[Span | None], broken: Tensor, depth: int = 0) -> None:
+        """Starts to score videos of these plans by the steps in `spans`; frames and spans as a `RewardFunction` takes
+        them, broken [P, N]. depth: of the steps' forks; by later ones continuations alone are scored, of plans that
+        have them."""
+        prompts, plans = [self.plans.prompt_of(p).text for p in own], [self.plans.plans[p] for p in own]
+        functions = {name: getattr(self.rewards, name) for name in (STEP_REWARDS if depth else VIDEO_REWARDS)}
+        functions |= {r.name: r.score for r in self.rewards.custom if not depth or r.level == "execution"}
+        given = prompts, plans, frames, spans
+        self.parts.append((own, {at_depth(name, depth): call(*given) for name, call in functions.items()}))
+        without = torch.tensor([[bool(depth) and span is None] for span in spans])
+        self.broken.append(broken.cpu() | without)
 
     def scores(self) -> Scores:
         """Waits for the scores of this process. NaN where missing, as for a broken video.
@@ -281,11 +339,12 @@ class Scoring:
         for (own, returned), broken in zip(self.parts, self.broken, strict=True):
             scores = {}
             for name, value in returned.items():
+                level = levels.get(name.partition("/")[0])
                 # a plan's one score is that of all its videos
-                alone = levels.get(name) == "plan" and self.continuations is None
+                alone = level == "plan" and self.continuations is None
                 whole = _tensor(name, value, [list(broken.shape)] + [[len(own)]] * alone)
                 whole = whole.masked_fill(broken if whole.ndim == 2 else broken.all(1), float("nan"))
-                scores[name] = self._finite(name, whole) if name in levels else self._valid(name, whole)
+                scores[name] = self._finite(name, whole) if level else self._valid(name, whole)
             found.append((own, self.continuations or range(broken.shape[1]), scores))
         return found
 

@@ -7,11 +7,13 @@ the update.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from tempact.config import RewardConfig
-from tempact.types import RewardLevel, Scored
+from tempact.types import RewardLevel, Scored, Siblings
 
 PLAN_EPS, EXECUTION_EPS = 1e-4, 1e-6  # added to the standard deviations
 
@@ -85,6 +87,44 @@ def group_advantages(
         "missing": 1.0 - present.float().mean().item(),
     }
     return advantage, counted, metrics
+
+
+def sibling_advantages(
+    rewards: Sequence[Tensor], rows: Sequence[Siblings], clip: float, eps: float, *, std: str = "global"
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Execution advantages of branches, against their siblings: the branches of one fork.
+
+    A branch's reward is the mean of its leaves' (BranchGRPO, arXiv 2509.06040, with equal weights: leaves are drawn
+    from the policy, and come as often as it makes them), missing ones left out. Each depth is normalised by itself, as
+    `group_advantages` does it with the siblings of a fork as a group: "global" is the deviation of a depth's centred
+    rewards.
+
+    rewards: of every depth, U [P, N] by the step that begins at its fork, NaN where missing. rows: of the record, G of
+    S branches each. Returns advantages and mask [G, S], and the metrics of `group_advantages`, those of the second
+    depth named depth2/reward and so on.
+    """
+    width = len(rows[0].leaves)
+    advantage, mask = torch.zeros(len(rows), width), torch.zeros(len(rows), width, dtype=torch.bool)
+    metrics: dict[str, float] = {}
+    for depth, values in enumerate(rewards):
+        groups: dict[tuple[int, int, int], list[int]] = {}
+        for number, row in enumerate(rows):
+            if row.depth == depth:
+                groups.setdefault(row.shared, []).append(number)
+        if not groups:
+            continue
+        table = torch.full((len(groups), width * max(map(len, groups.values()))), float("nan"))
+        places = [(g, i, number) for g, own in enumerate(groups.values()) for i, number in enumerate(own)]
+        for g, i, number in places:
+            leaves = [values[rows[number].plan, own.start : own.stop] for own in rows[number].leaves]
+            table[g, i * width : (i + 1) * width] = torch.stack(leaves).nanmean(1)
+        found, counted, told = group_advantages(table, clip, eps, std=std)
+        for g, i, number in places:
+            advantage[number], mask[number] = (v[g, i * width : (i + 1) * width] for v in (found, counted))
+        if len(places) * width < table.numel():  # what a smaller group has not is not missing
+            told["missing"] = 1.0 - (~torch.isnan(table)).sum().item() / (len(places) * width)
+        metrics |= {f"depth{depth + 1}/{name}" if depth else name: value for name, value in told.items()}
+    return advantage, mask, metrics
 
 
 def shuffled(advantage: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:

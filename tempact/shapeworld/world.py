@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tempact.rewards import RewardSet, Span
 from tempact.rewards.judged import PlanVerdict
@@ -44,6 +45,7 @@ def _prompt(rng: random.Random, split: str, category: str, number: int) -> Promp
 # the reward is picture quality to this power: its spread within a group is then near that of step following, so that
 # its weight of 0.4 has a say; left at 1, training buys step following with quality
 AESTHETICS_POWER = 4
+VECTORS = 64  # numbers of whole CPU vectors; powers of what is left over may differ in the last bit
 
 
 def judge_plan(plan: Plan) -> PlanVerdict:
@@ -131,7 +133,8 @@ def step_following(prompts: list[str], plans: list[Plan], frames: Tensor, spans:
         reading = read_step(span.step.prompt, story.entities) if span is not None else None
         if span is not None and reading is not None:
             rows.append(p)
-            told.append((story, (span.step.start, span.step.end), list(reading.events)))
+            start = max(1, span.step.start)  # before a video's first frame there is no state to begin with
+            told.append((story, (start, span.step.end), list(reading.events)))
     if rows:
         stories, windows, expected = zip(*(each for each in told for _ in range(count)), strict=True)
         videos = frames[rows].flatten(0, 1).float() / 255.0
@@ -141,10 +144,13 @@ def step_following(prompts: list[str], plans: list[Plan], frames: Tensor, spans:
 
 def aesthetics(prompts: list[str], plans: list[Plan], frames: Tensor, spans: list[Span | None]) -> Tensor:
     """P [P, N] in [0, 1]: picture quality of the trained chunk, to the power of AESTHETICS_POWER."""
-    starts = (CHUNK if span is None else span.first for span in spans)  # a plan of one step forks after its first chunk
+    # a plan of one step forks after its first chunk
+    starts = (CHUNK if span is None else max(span.first, span.fork) for span in spans)
     chunks = torch.cat([videos[:, start : start + CHUNK] for videos, start in zip(frames, starts, strict=True)])
     quality = picture_quality(chunks.float() / 255.0)
-    return quality.mean(1).pow(AESTHETICS_POWER).unflatten(0, frames.shape[:2])
+    mean = quality.mean(1)
+    whole = functional.pad(mean, (0, -len(mean) % VECTORS))
+    return whole.pow(AESTHETICS_POWER)[: len(mean)].unflatten(0, frames.shape[:2])
 
 
 def shapeworld_rewards() -> RewardSet:

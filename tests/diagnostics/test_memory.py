@@ -333,7 +333,7 @@ def test_the_caches_size_is_that_of_the_larger_of_roll_out_and_update() -> None:
         executor = replace(run.config.executor, micro_batch=micro_batch)
         own = replace(run, config=replace(run.config, executor=executor))
         found = [item.what for item in needs_of(own, planning=False).kept if item.what.startswith("K/V cache")]
-        frames[own.context_plans] = int(found[0].split()[2])
+        frames[own.contexts] = int(found[0].split()[2])
     assert frames.keys() == {1, 20} and frames[1] <= 111 < 20 * 9 < frames[20] <= 20 * 17
     frozen = replace(run, config=replace(own.config, executor=replace(own.config.executor, train=False)))
     assert any(item.what.startswith(f"K/V cache, {frames[1]} ") for item in needs_of(frozen, planning=False).kept)
@@ -369,6 +369,42 @@ def test_an_update_holds_the_partial_sums_of_its_tree() -> None:
         for name, count in (("executor update", executor), ("planner update", planner)):
             found = [item.bytes for item in phases[name] if item.what == f"partial sums of gradients, {count}"]
             assert found == [count * trained[name] * 4] * bool(count)
+
+
+def forked(run: Run, **changes: object) -> Run:
+    """The run with another executor's settings."""
+    return replace(run, config=replace(run.config, executor=replace(run.config.executor, **changes)))
+
+
+def test_a_tree_records_and_trains_the_branches_of_all_its_forks() -> None:
+    """2, 4 and 8 branches of three forks, two of each context; their roll-out is at most that of one fork."""
+    one = run_of(get_preset("self-forcing"), on_gpu=True)
+    tree = forked(one, forks="tree", branching=(2, 2, 2))
+    assert (one.recorded, one.siblings, one.rows) == (8, 8, 64)
+    assert (tree.recorded, tree.siblings, tree.rows) == (14, 2, 64 * 7)
+    found = [needs_of(own, planning=False) for own in (one, tree)]
+    host = [named(own.host, "recorded transitions").bytes for own in found]
+    chunk = 4 * 16 * 3 * 60 * 104
+    assert host == [64 * (8 * 7 + 9) * chunk, 64 * (14 * 7 + 7 * 9) * chunk]
+    sums = [[item.what for item in own.phases[-1].items if item.what.startswith("partial")] for own in found]
+    assert sums == [["partial sums of gradients, 6"], ["partial sums of gradients, 9"]]
+    phases = [work_of(own).phases for own in (one, tree)]
+    assert phases[0]["rollout"] == phases[1]["rollout"]
+    assert phases[1]["executor update"] == pytest.approx(phases[0]["executor update"] * 14 / 8)
+    for size_of, contexts in ((1, 1), (6, 1), (24, 4)):
+        own = forked(tree, micro_batch=size_of)
+        assert own.contexts == contexts and own.update_rows == size_of
+    alone = forked(one, forks="tree", branching=(8,))
+    assert needs_of(alone, planning=False) == found[0] and work_of(alone) == work_of(one)
+
+
+def test_the_largest_tree_that_fits_has_whole_forks() -> None:
+    tree = forked(run_of(tiny(), on_gpu=True), forks="tree", branching=(2, 2, 2)).changed(prompts=1)
+    assert tree.changed(continuations=12).config.executor.branching == (3, 2, 2)
+    needs = needs_of(tree.changed(continuations=12), planning=False)
+    budget = Budget("a GPU", needs.peak + 1, on_gpu=False)
+    lines = "\n".join(_fit(tree, needs_of(tree), replace(budget, bytes=budget.taken(needs) + 1)))
+    assert re.search(r"largest N at 1 x 4 plans: 12$", lines), lines
 
 
 def test_a_rank_has_its_share_of_the_plans_and_the_first_one_the_text_encoder() -> None:

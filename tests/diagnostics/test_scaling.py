@@ -12,9 +12,19 @@ from pathlib import Path
 import pytest
 
 from tempact import doctor
-from tempact.diagnostics.scaling import Seconds, Shape, forks_of, last_free, measured_seconds, scaling, simulated
+from tempact.diagnostics.scaling import (
+    Seconds,
+    Shape,
+    forks_of,
+    last_free,
+    measured_seconds,
+    scaling,
+    shape_of,
+    simulated,
+)
 from tempact.errors import UserError
 from tempact.presets import get_preset
+from tempact.types import Forks
 
 RUN = Path(__file__).parents[1] / "runs" / "run-0.1"
 PROMPTS, PLANS = 16, 4
@@ -154,6 +164,20 @@ def test_forks_are_drawn_over_the_plans_of_the_newest_samples(run: Path) -> None
     forks, told = forks_of(run, config)
     assert "no sample tables" in told
     assert {fork for each in forks for fork in each} == set(range(3, 24, 3)) and all(a == b for a, b in forks)
+
+
+def test_a_tree_costs_its_branches_chunks(run: Path) -> None:
+    shape = Shape([[Forks((6, 12), (2, 2)), 6]], 4, 24, 3)
+    assert shape.costs(shape.forks[0], 1) == pytest.approx(
+        [2 * CONTEXT / BRANCH + 2 * 2 + 4 * 4, 2 * CONTEXT / BRANCH + 6 * 4]
+    )
+    config = get_preset("shapeworld-smoke")
+    executor = replace(config.executor, continuations=4, forks="tree", branching=(2, 2), micro_batch=36)
+    config = replace(config, executor=executor, data=replace(config.data, prompts_per_iteration=1))
+    forks, _ = forks_of(run, config)
+    drawn = {tree for each in forks for tree in each}
+    assert all(isinstance(tree, Forks) for tree in drawn) and {len(tree.frames) for tree in drawn} == {1, 2}
+    assert shape_of(run, config, forks, on_gpu=False).updated == 36 // (6 * 3)
 
 
 def test_the_table_says_what_it_is(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from distributed.processes import differences, metrics, trained
 MANY = ("--data.prompts-per-iteration", "3")
 HALVES = ("--data.prompts-per-iteration", "2", "--trainer.updates-per-iteration", "2")
 SMALL_BATCHES = ("--executor.micro-batch", "3", "--planner.micro-batch", "1")
+TREE = ("--executor.forks", "tree", "--executor.continuations", "4", "--executor.branching", "2", "2")
 PATCHY = ("--rewards.custom", "distributed.faulty:patchy")
 
 
@@ -41,6 +42,12 @@ CASES = {
         (), faulty.broken_gradients, ("executor/skipped_updates", lambda count: count == 1), (3,)
     ),
     "videos a call": Case((*HALVES, "--executor.rollout-videos", "1")),
+    "a tree": Case((*MANY, *SMALL_BATCHES, *TREE), seen=("executor/depth2/reward", lambda value: True), soon=(2,)),
+    "a tree, missing rewards, one-step plans, two updates": Case(
+        (*HALVES, *SMALL_BATCHES, *TREE, *PATCHY), faulty.one_step_plans,
+        ("rewards/patchy/depth2/missing", lambda share: 0 < share < 1),
+    ),
+    "a random chunk, seed groups": Case((*MANY, "--executor.forks", "random_chunk", "--executor.seed-group", "true")),
     "a frozen planner": Case((*MANY, "--planner.train", "false"), seen=("executor/loss", lambda value: True)),
     "a frozen executor": Case((*MANY, "--executor.train", "false"), seen=("planner/loss", lambda value: True)),
 }  # fmt: skip

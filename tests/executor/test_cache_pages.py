@@ -47,7 +47,7 @@ def iteration(cache: ForkableKVCache, settings: RolloutSettings, drawn: random.R
 
         loop = walk_chunks(
             history, prompts, lambda _: TextKV([]), make, lambda *_: nothing,
-            continuations=CONTINUATIONS, switch_frames=forks,
+            continuations=CONTINUATIONS, forks=forks,
         )  # fmt: skip
         for _ in loop:
             pass

@@ -16,10 +16,11 @@ from tempact import train
 from tempact.config import RewardConfig
 from tempact.errors import UserError
 from tempact.reporting import read_metrics
-from tempact.rewards import Reward, RewardSet, Span, load_rewards
+from tempact.rewards import Judging, Reward, RewardFunction, RewardSet, Span, load_rewards, switch_spans
 from tempact.rl.advantages import execution_rewards, plan_rewards
 from tempact.runs import run as run_module
-from tempact.types import CustomScores, Plan, Scored, Step
+from tempact.trainer import named_by_depth
+from tempact.types import CustomScores, Forks, Plan, Scored, Step, siblings_of
 
 NAN = float("nan")
 MODULE = '''
@@ -133,6 +134,54 @@ def test_a_reward_is_given_prompts_plans_frames_and_the_switched_steps() -> None
     assert [prompts for prompts, _, _ in seen] == [texts, texts * 2]
     assert [given for _, given, _ in seen] == [plans.plans[:1], plans.plans[1:]]
     assert [spans for _, _, spans in seen] == [[Span(21, 56, STEPS[1])], [None, Span(57, 116, STEPS[2])]]
+
+
+def test_every_fork_of_a_tree_is_judged_by_its_own_step() -> None:
+    """Rewards of continuations are asked once a fork, those of plans and whole videos once."""
+    plans = plan_batch(STEPS, [Step(0, 15, "first"), Step(15, 30, "second")])
+    rollout = rollout_of(plans, [6, 15], continuations=2)
+    rows = siblings_of([Forks((6, 15), (2, 1)), Forks((15,), (2,))], 2)
+    rollout.transition = replace(rollout.transition, siblings=rows)
+    rollout.broken = torch.tensor([[False, True], [False, False]])
+    seen: dict[str, list] = {}
+
+    def look(name: str) -> RewardFunction:
+        def asked(prompts: list[str], plans: list[Plan], frames: Tensor, spans: list[Span | None]) -> Tensor:
+            if frames.shape[1]:
+                seen.setdefault(name, []).append(spans)
+            firsts = torch.tensor([0.0 if span is None else span.first / 1000 for span in spans])
+            return firsts[:, None].expand(-1, 2) if frames.shape[1] else firsts
+
+        return asked
+
+    named = ("plan_quality", "temporal_following", "step_following", "aesthetics")
+    own = Reward("mine", look("mine")), Reward("whole", look("whole"), level="plan")
+    scoring = RewardSet(*map(look, named)).extended(own).begin(plans, None, None, Judging(depths=2))
+    scoring.add(rollout)
+    scored = result(scoring)
+    first = [Span(21, 56, STEPS[1]), Span(57, 116, plans.plans[1].steps[1])]
+    second = [Span(57, 116, STEPS[2]), None]
+    for name in ("step_following", "aesthetics", "mine"):
+        assert seen[name] == [[span] for span in first + second], name  # plan by plan
+    assert seen["temporal_following"] == seen["whole"] == [[span] for span in first]
+    (later,) = scored.later
+    told = torch.tensor([[0.021, NAN], [0.057, 0.057]]), torch.tensor([[0.057, NAN], [NAN, NAN]])
+    for own_scores, expected in zip((scored, later), told, strict=True):
+        for values in (own_scores.step_following, own_scores.aesthetics, own_scores.custom[0].scores):
+            torch.testing.assert_close(values, expected, equal_nan=True)
+    assert later.temporal_following is scored.temporal_following and later.custom[1] is not None
+    assert torch.equal(later.custom[1].scores.nan_to_num(9), scored.custom[1].scores.nan_to_num(9))
+    assert [name for name, _ in named_by_depth(scored)][-3:] == [
+        "step_following/depth2", "aesthetics/depth2", "mine/depth2"
+    ]  # fmt: skip
+
+
+def test_a_fork_within_a_step_is_judged_by_that_step() -> None:
+    plans = plan_batch(STEPS, STEPS, [Step(0, 30, "all")])
+    rollout = rollout_of(plans, [9, 6, 3])
+    assert switch_spans(plans, rollout) == [None, Span(21, 56, STEPS[1]), None]
+    whole = Span(0, 116, plans.plans[2].steps[0], 9)
+    assert switch_spans(plans, rollout, within=True) == [Span(21, 56, STEPS[1], 33), Span(21, 56, STEPS[1]), whole]
 
 
 def test_scores_may_be_sequences_or_on_their_way() -> None:

@@ -15,13 +15,13 @@ from rewards.reward_cases import score
 from torch import Tensor
 
 from tempact.config import JudgeSettings, RewardConfig
+from tempact.forks import switch_frames
 from tempact.planner.plans import parse_plan
 from tempact.rewards import Span
 from tempact.rewards.judged import judged_rewards
 from tempact.rewards.judges.client import JudgeClient
 from tempact.rewards.judges.config import ROLES, EndpointConfig, JudgeConfig
 from tempact.rl.advantages import execution_rewards, group_advantages, plan_rewards
-from tempact.trainer import switch_frames
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Transition
 
 FRAMES, CHUNK = 24, 3

@@ -16,9 +16,10 @@ from tempact.rl.advantages import (
     group_advantages,
     plan_rewards,
     shuffled,
+    sibling_advantages,
 )
 from tempact.rl.flow_grpo import flow_grpo_gradient
-from tempact.types import Scored
+from tempact.types import Forks, Scored, siblings_of
 
 NAN = math.nan
 WEIGHTS = RewardConfig()
@@ -229,3 +230,80 @@ def test_shuffling_permutes_what_counts_and_follows_its_generator():
     assert ((one // 5)[mask] != (values // 5)[mask]).float().mean().item() > 0.5
     assert torch.equal(one, shuffled(values, mask, torch.Generator().manual_seed(1)))
     assert not torch.equal(one, shuffled(values, mask, torch.Generator().manual_seed(2)))
+
+
+def tree_rewards(plans: int, seed: int = 0) -> list[Tensor]:
+    """U [P, 4] of two depths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(plans, 4, generator=generator) for _ in range(2)]
+
+
+TREES = [Forks((3, 9), (2, 2)), Forks((6,), (4,)), Forks((6, 12), (2, 2))]
+
+
+def test_a_branchs_advantage_is_the_mean_of_its_leaves_against_its_siblings_of_one_depth() -> None:
+    first, second = tree_rewards(3)
+    rows = siblings_of(TREES, 4, 2)
+    advantage, mask, metrics = sibling_advantages([first, second], rows, 9.0, EXECUTION_EPS)
+    halves = first.view(3, 2, 2).mean(-1).tolist()  # of the two branches of plans 0 and 2 at their first fork
+    one = [halves[0], first[1].tolist(), halves[2]]
+    two = [second[p, i : i + 2].tolist() for p in (0, 2) for i in (0, 2)]
+    expected = [by_hand(own, 9.0, EXECUTION_EPS) for own in (one, two)]
+    by_depth = [
+        [a for row, own in zip(rows, advantage.tolist(), strict=True) if row.depth == d for a in own] for d in (0, 1)
+    ]
+    for found, told in zip(by_depth, expected, strict=True):
+        assert found == pytest.approx([a for own in told for a in own], abs=1e-5)
+    assert mask.all() and advantage.shape == (8, 2)
+    groups: dict[tuple, float] = {}
+    for row, own in zip(rows, advantage, strict=True):
+        groups[row.shared] = groups.get(row.shared, 0.0) + own.sum().item()
+    assert len(groups) == 7 and all(abs(total) < 1e-5 for total in groups.values())
+    assert metrics["missing"] == metrics["depth2/missing"] == 0.0
+    assert metrics["reward"] == pytest.approx(torch.tensor([*halves[0], *first[1].tolist(), *halves[2]]).mean().item())
+    assert metrics["depth2/reward"] == pytest.approx(second[[0, 2]].mean().item())
+
+
+def test_each_depth_is_normalised_by_itself() -> None:
+    first, second = tree_rewards(3)
+    rows = siblings_of(TREES, 4, 2)
+    whole = sibling_advantages([first, second], rows, 9.0, EXECUTION_EPS)[0]
+    scaled = sibling_advantages([first, 100 * second + 7], rows, 9.0, EXECUTION_EPS)[0]
+    torch.testing.assert_close(scaled, whole, rtol=1e-3, atol=1e-4)
+    deep = torch.tensor([row.depth for row in rows]) == 1
+    assert whole[deep].square().mean() == pytest.approx(1.0, abs=1e-4)
+    assert whole[~deep].square().mean() == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("std", ["global", "group", "none"])
+def test_one_fork_has_the_bits_of_group_advantages(std: str) -> None:
+    rewards = execution_rewards(draw_scored(), WEIGHTS)
+    rewards[1, 2] = rewards[3, 1:] = NAN
+    rows = siblings_of([3, 6, 3, 6, 9, 9], 5)
+    assert all(len(row.leaves) == 5 for row in rows)
+    found = sibling_advantages([rewards], rows, 2.0, EXECUTION_EPS, std=std)
+    known = group_advantages(rewards, 2.0, EXECUTION_EPS, std=std)
+    assert torch.equal(found[0], known[0]) and torch.equal(found[1], known[1]) and found[2] == known[2]
+
+
+def test_missing_leaves_are_left_out_of_a_branch_and_a_branch_of_none_out_of_its_siblings() -> None:
+    first, second = tree_rewards(3)
+    rows = siblings_of(TREES, 4, 2)
+    first[0, 1] = NAN  # one of two leaves
+    first[2, 2:] = NAN  # both
+    advantage, mask, metrics = sibling_advantages([first, second], rows, 9.0, EXECUTION_EPS)
+    assert mask[:-3].all() and not mask[5].any() and mask[6:].all()  # a branch alone is compared with nothing
+    assert rows[5].plan == 2 and rows[5].depth == 0 and not advantage[5].any()
+    assert metrics["missing"] == pytest.approx(1 / 8) and metrics["depth2/missing"] == 0.0
+    assert (advantage[0, 0] > 0) == bool(first[0, 0] > first[0, 2:].mean())
+
+
+def test_equal_branches_have_no_advantage_whatever_their_leaves() -> None:
+    first = torch.tensor([[0.2, 0.8, 0.5, 0.5]])
+    rows = siblings_of(TREES[:1], 4, 2)
+    advantage, mask, metrics = sibling_advantages([first, first], rows, 2.0, EXECUTION_EPS)
+    assert (
+        mask.all() and not advantage[0].any() and advantage[1].tolist() == pytest.approx([-(2**0.5), 2**0.5], rel=1e-4)
+    )
+    assert not advantage[2].any()
+    assert (metrics["frac_reward_zero_std"], metrics["depth2/frac_reward_zero_std"]) == (1.0, 0.5)

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from rewards.reward_cases import score
+from rewards.reward_cases import result, score
 from shapeworld_films import reference_cues, shape_indices, tell
 
+from tempact.rewards import Judging
 from tempact.shapeworld.grammar import parse_instruction, reference_plan
 from tempact.shapeworld.pretraining.clips import Cue
 from tempact.shapeworld.story import CHUNK, FRAMES, draw
-from tempact.shapeworld.world import judge_plan, shapeworld_rewards
+from tempact.shapeworld.world import aesthetics, judge_plan, shapeworld_rewards
 from tempact.types import Plan, PlanBatch, Prompt, Rollout, Step, Transition
 
 TEXT = (
@@ -144,6 +145,33 @@ def test_aesthetics_look_at_the_trained_chunk_of_each_video() -> None:
     made.frames[0, 0, 12:] = 128
     clean, noisy = score(shapeworld_rewards(), batch(reference_plan(TEXT)), made).aesthetics[0].tolist()
     assert clean > 0.95 and noisy < 0.2
+
+
+def test_aesthetics_have_the_same_bits_whatever_the_number_of_videos() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = 60 * torch.rand(6, 4, 24, 3, 24, 24, generator=generator)
+    frames = (noise + torch.randint(0, 180, (6, 4, 1, 3, 1, 1), generator=generator)).to(torch.uint8)
+    whole = aesthetics([], [], frames, [None] * 6)
+    assert len(whole.unique()) > 12
+    for count in (1, 2, 3, 5):
+        parts = [
+            aesthetics([], [], frames[p : p + count], [None] * len(frames[p : p + count])) for p in range(0, 6, count)
+        ]
+        assert torch.equal(torch.cat(parts), whole), count
+    assert torch.equal(torch.cat([aesthetics([], [], frames[:, n : n + 1], [None] * 6) for n in range(4)], 1), whole)
+
+
+def test_a_fork_within_a_step_is_judged_by_the_whole_step_and_the_pictures_behind_the_fork() -> None:
+    good, whole = reference_plan(TEXT), Plan(TEXT, (Step(0, FRAMES, OPENING),))
+    made = rollout([[RIGHT, RIGHT], [STILL, RIGHT]], [9, 12])
+    made.frames[0, 1, 6:9] = 128  # grey from the step's start to the fork
+    scoring = shapeworld_rewards().begin(batch(good, whole), None, None, Judging(within=True))
+    scoring.add(made)
+    scored = result(scoring)
+    step = scored.step_following
+    assert step[0, 0] > 0.95 and step[0, 1] < 0.6  # the turn of the step at 6
+    assert step[1, 0] > 0.95 and step[1, 1] < 0.5  # a step from the first frame on: everything is to stay
+    assert scored.aesthetics.min() > 0.95
 
 
 def test_what_cannot_be_read_is_missing_for_its_plan_alone() -> None:
