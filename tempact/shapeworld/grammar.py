@@ -186,15 +186,15 @@ def write_instruction(story: Story, rng: random.Random, wording: Wording = TRAIN
     return " ".join(lines)
 
 
-def parse_instruction(text: str) -> Story:
+def parse_instruction(text: str, wordings: tuple[Wording, ...] = READ) -> Story:
     """The story of an instruction. Raises UserError naming words that are not understood or cannot be true."""
-    pieces = _pieces(text, READ)
-    scene = _parse_scene(pieces[0], READ, crowded=True) if pieces else None
+    pieces = _pieces(text, wordings)
+    scene = _parse_scene(pieces[0], wordings, crowded=True) if pieces else None
     if scene is None:
         raise _not_understood(pieces[0] if pieces else text)
     entities, events = list(scene), []
     for piece in pieces[1:]:
-        found = _parse_event(piece, scene, READ)
+        found = _parse_event(piece, scene, wordings)
         if found is None:
             raise _not_understood(piece)
         event, colour, scene = found

@@ -113,5 +113,6 @@ HELD_OUT = Wording(
 @cache
 def connective(wordings: Sequence[Wording]) -> re.Pattern[str]:
     """What separates the pieces of an instruction in any of these wordings; each piece is a scene or an event."""
-    words = "|".join(wording.connectives for wording in wordings)
+    every = "|".join(wording.connectives for wording in wordings).split("|")
+    words = "|".join(sorted(every, key=len, reverse=True))  # "first up" before "first"
     return re.compile(rf"\s*(?:[.,;:]|^)\s*(?:and )?(?:(?:{words}),?\s+)|\s*\.\s*", re.IGNORECASE)

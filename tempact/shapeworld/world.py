@@ -12,10 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tempact.evaluation import STRICT_SETS
 from tempact.rewards import RewardSet, Span
 from tempact.rewards.judged import PlanVerdict
 from tempact.shapeworld.grammar import parse_instruction, read_step, sample_story, write_instruction
 from tempact.shapeworld.story import CHUNK, Event, Story, apply_event, states
+from tempact.shapeworld.strict import strict_prompts
 from tempact.shapeworld.verifier import picture_quality, verify, verify_steps
 from tempact.types import Plan, Prompt
 
@@ -31,7 +33,12 @@ class ShapeWorldPrompts:
 
 
 def held_out_prompts(category: str, count: int, seed: int, split: str = "test") -> list[Prompt]:
-    """`count` instructions of one category of a held-out split, the same for the same seed."""
+    """`count` instructions of one category of a held-out split, the same for the same seed.
+
+    category: "simple" (1-2 events), "hard" (3-4), or one of STRICT_SETS.
+    """
+    if category in STRICT_SETS:
+        return strict_prompts(category, count, seed, split)
     rng = random.Random(f"{seed}/{category}")
     return [_prompt(rng, split, category, i) for i in range(count)]
 
