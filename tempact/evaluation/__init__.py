@@ -21,7 +21,7 @@ class Method:
     planner: "start" (before training), "trained", or None, which gives the whole instruction as one prompt.
     executor: "start" or "trained".
     reworded: the executor is given the steps in words that training never has, their meaning unchanged.
-    baseline: name of the method that the change is against; "" for none.
+    baseline: name of the method that its change is against.
     """
 
     name: str
@@ -48,6 +48,7 @@ OVERFITTING = (
     Method(REWORDED, "start", "start", reworded=True),
     Method(REWORDED_AFTER, "start", "trained", reworded=True, baseline=REWORDED),
 )
+BASELINES = {method.name: method.baseline for method in OVERFITTING}  # those that are not step prompts among them
 NAMES = ("single-prompt", "step-prompt", "planner-only", "executor-only", "trained")  # on the command line
 CONDITIONS = dict(zip(NAMES, METHODS, strict=True))
 
