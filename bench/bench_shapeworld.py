@@ -5,9 +5,9 @@
 
 Every run is the command of a user, in a process and a folder of its own; each GPU has `together` runs at a time. The
 first seed's checkpoint is evaluated on other test instructions (numbers are seeds) and on the validation split as soon
-as it is there, every seed's on the stricter sets. Other keys of the configuration go to every run. FILE, as bench/baselines/shapeworld-full.json, is
-written whenever a command has ended. The same command given again goes on where a killed one was: what has ended stays,
-runs resume, and seconds are the sum of their parts.
+as it is there, every seed's on the stricter sets. Other keys of the configuration go to every run. FILE, as
+bench/baselines/shapeworld-full.json, is written whenever a command has ended. The same command given again goes on
+where a killed one was: what has ended stays, runs resume, and seconds are the sum of their parts.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ NOTES = (
     "seconds_all_in is the wall time of the command beside the others on its GPU, evaluation and report included.",
     "evaluation and comparisons are the files of those names of the run, comparisons the paired differences from "
     "step-prompt over the same videos; 95% bootstrap intervals over videos.",
-    "other_test_sets: the checkpoint of the first seed on other test instructions, the same weights throughout; that of "
-    "every seed on the stricter sets, with the rows that tell overfitting to prompts.",
+    "other_test_sets: the checkpoint of the first seed on other test instructions, the same weights throughout; that "
+    "of every seed on the stricter sets, with the rows that tell overfitting to prompts.",
 )
 
 

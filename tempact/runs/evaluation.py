@@ -83,8 +83,7 @@ def evaluate(
     if not ranks.first:
         return folder
     sizes = {name: len(prompts) for name, prompts in suite.prompts.items()}
-    fixed = digest({**suite.tests, "code": shapeworld_code()})
-    origin = Origin(settings.split, settings.seed, sizes, checkpoint, weights, own, fixed)
+    origin = Origin(settings.split, settings.seed, sizes, checkpoint, weights, own, tests_digest(suite))
     bootstrap = Bootstrap(settings.bootstrap, suite.seed)
     if not (folder / CONFIG).is_file():
         write_atomic(folder / CONFIG, to_yaml(config))  # for the report
@@ -146,6 +145,11 @@ def methods_of(config: RunConfig) -> Sequence[Method]:
 def digest(settings: Mapping[str, object], length: int = 12) -> str:
     """Short hash of settings, whatever their order."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:length]
+
+
+def tests_digest(suite: Suite) -> str:
+    """Short hash of what runs are compared by: the instructions, the judges, their weights and code."""
+    return digest({**suite.tests, "code": shapeworld_code()})
 
 
 def shapeworld_suite(config: RunConfig, policies: PolicyPair, methods: Sequence[Method]) -> Suite:

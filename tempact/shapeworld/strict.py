@@ -75,14 +75,13 @@ def _passes(story: Story, actor: int) -> bool:
 
 
 def _with_bystander(story: Story, rng: random.Random, actor: int) -> Story:
-    entities = story.entities
+    """The bystander is told first: of two shapes the one that is told first is behind the other one."""
     worn = {entity.colour for scene in states(story) for entity in scene}
-    shape = rng.choice([shape for shape in SHAPES if all(shape != entity.shape for entity in entities)])
+    shape = rng.choice([shape for shape in SHAPES if all(shape != entity.shape for entity in story.entities)])
     colour = rng.choice([colour for colour in COLOURS if colour not in worn])
-    place = rng.randint(0, sum(entity.visible for entity in entities))  # before what appears later
-    still = Entity(shape, colour, entities[actor].row, MIDDLE)
-    events = tuple(replace(event, entity=event.entity + (event.entity >= place)) for event in story.events)
-    return Story((*entities[:place], still, *entities[place:]), events)
+    still = Entity(shape, colour, story.entities[actor].row, MIDDLE)
+    events = tuple(replace(event, entity=event.entity + 1) for event in story.events)
+    return Story((still, *story.entities), events)
 
 
 SETS = {
