@@ -2,7 +2,7 @@
 
 The held-out wording is made of the words of training alone, put together as training never does, because the text
 encoder, the planner and the matcher know no others. Each of its sentences differs from all sentences of training: by
-the phrase ("gets to the left", "jumps up") or by the order of the scene ("at the top left is a red circle"). Its
+the phrase ("goes left", "jumps up") or by the words of the scene ("In the scene a red circle is at the top left"). Its
 "slowly" comes last, and its connectives ("Right after that, ") are new too.
 """
 
@@ -88,10 +88,10 @@ TRAINED = Wording(
 )
 HELD_OUT = Wording(
     phrases={
-        "move": ("gets to the {}",),
-        "turn": ("goes {}", "gets {}"),
-        "grow": ("becomes bigger", "turns bigger"),
-        "shrink": ("becomes smaller", "turns smaller"),
+        "move": ("moves up to the {}", "goes {}"),
+        "turn": ("turns to {}",),
+        "grow": ("turns bigger", "grows bigger"),
+        "shrink": ("turns smaller", "shrinks smaller"),
         "vanish": ("vanishes at the {}", "disappears at the {}"),
         "appear": ("appears in the {}", "shows up in the {}"),
         "jump": ("jumps up", "hops up"),
@@ -103,9 +103,9 @@ HELD_OUT = Wording(
     last=("At the end, ", "And in the end, "),
     links=(", right after that ", ", and next ", "; up next, "),
     final=", and at the end ",
-    scenes=(("{things}", "at the {place} is {thing}"), ("{things}", "in the {place} there is {thing}")),
+    scenes=(("in the scene {things}", "{thing} is at the {place}"), ("{things}", "{thing} is there at the {place}")),
     empty="empty is the scene",
-    scene="(?:at|in) the {place} (?:there )?is {thing}",
+    scene="(?P<lead>in the scene )?{thing} is (?(lead)|there )at the {place}",
     connectives="first up|up first|right after that|next|up next|at the end|in the end",
 )
 

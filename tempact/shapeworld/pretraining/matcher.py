@@ -218,7 +218,7 @@ def corrupt(story: Story, kind: str, rng: random.Random) -> Corruption:
 
 
 def corrupted_tracks(shows: Sequence[Corruption]) -> tuple[Tensor, Tensor]:
-    """Tracks [V, F, E, TRACK] and shapes [V, E] of corrupted stories; the last entity is the copy, invisible if none."""
+    """Tracks [V, F, E, TRACK] and shapes [V, E] of corrupted stories; the last entity is the copy, if there is one."""
     scenes = [show.scene for show in shows]
     tracks, shapes = F.pad(tell(scenes), (0, 0, 0, 1)), F.pad(shape_indices(scenes), (0, 1))
     for video, show in enumerate(shows):
