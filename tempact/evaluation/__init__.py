@@ -10,8 +10,6 @@ SINGLE, STEP, BOTH = "single-prompt", "step-prompt", "+ TempAct"  # STEP is the 
 PLANNER_ONLY, EXECUTOR_ONLY = "planner only", "executor only"
 SINGLE_AFTER = "single-prompt, trained executor"
 REWORDED, REWORDED_AFTER = "reworded steps", "reworded steps, trained executor"
-# ShapeWorld's stricter sets: held-out wordings, more events than any training instruction has, a third shape
-STRICT_SETS = ("paraphrase", "long", "crowded")
 
 
 @dataclass(frozen=True)

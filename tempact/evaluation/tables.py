@@ -29,7 +29,6 @@ from tempact.evaluation import (
     SEEDS,
     SINGLE,
     STEP,
-    STRICT_SETS,
 )
 from tempact.evaluation.harness import SETTINGS, Evaluation
 from tempact.evaluation.judges import COMBINED, CUT, TEMPORAL_ORDER, Suite
@@ -47,6 +46,7 @@ from tempact.evaluation.statistics import (
     plain,
 )
 from tempact.files import safe_name, write_atomic
+from tempact.shapeworld import STRICT_SETS
 
 log = logging.getLogger(__name__)
 

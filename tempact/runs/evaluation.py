@@ -14,7 +14,7 @@ from tempact.cli import EXIT_ABORTED, from_yaml, to_yaml
 from tempact.config import VIDEO, EvaluationConfig, RunConfig, flatten, keys_of
 from tempact.distributed import Ranks
 from tempact.errors import UserError
-from tempact.evaluation import BOTH, METHODS, OVERFITTING, SINGLE, STEP, STRICT_SETS, BenchmarkOptions, Method
+from tempact.evaluation import BOTH, METHODS, OVERFITTING, SINGLE, STEP, BenchmarkOptions, Method
 from tempact.evaluation.harness import Evaluation
 from tempact.evaluation.judges import Suite, load_pickscore, served_judges, shapeworld_code, shapeworld_judges
 from tempact.evaluation.prompts import SETS, OrderPrompt
@@ -27,6 +27,7 @@ from tempact.reporting.report import leave_report, write_report, write_results
 from tempact.reporting.strips import write_showcase
 from tempact.rewards.judges import JudgeOutage
 from tempact.runs.logs import Progress, setup_logging
+from tempact.shapeworld import STRICT_SETS
 from tempact.shapeworld.strict import reword
 from tempact.shapeworld.world import held_out_prompts
 from tempact.video import LOSSLESS, mp4_format

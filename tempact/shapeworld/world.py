@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tempact.evaluation import STRICT_SETS
 from tempact.rewards import RewardSet, Span
 from tempact.rewards.judged import PlanVerdict
+from tempact.shapeworld import STRICT_SETS
 from tempact.shapeworld.grammar import parse_instruction, read_step, sample_story, write_instruction
 from tempact.shapeworld.story import CHUNK, Event, Story, apply_event, states
 from tempact.shapeworld.strict import strict_prompts

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from tempact import evaluate, generate, train
 from tempact.cli import from_yaml, parse_run
-from tempact.evaluation import METHODS, OVERFITTING, STRICT_SETS
+from tempact.evaluation import METHODS, OVERFITTING
 from tempact.evaluation.harness import Evaluation
 from tempact.evaluation.judges import Suite
 from tempact.evaluation.statistics import MethodScores, read_evaluation, read_origin
 from tempact.runs import evaluation, run
 from tempact.runs.checkpoint import Checkpoint, save, verify
+from tempact.shapeworld import STRICT_SETS
 
 pytestmark = pytest.mark.usefixtures("log_handlers")
 SMOKE = ("shapeworld-smoke", "--device", "cpu", "--evaluation.hard", "1", "--evaluation.strips", "0")

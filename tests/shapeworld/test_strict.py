@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tempact.evaluation import STRICT_SETS
+from tempact.shapeworld import STRICT_SETS
 from tempact.shapeworld.crowd import actors_only, behind, find_bystander, with_bystander, without_bystanders
 from tempact.shapeworld.grammar import (
     describe_story,
