@@ -44,6 +44,8 @@ if TYPE_CHECKING:  # it needs transformers' CLIP
 JUDGED_FRAMES = {"simple": 6, "hard": 10}
 PICKSCORE_FRAMES = 8
 DRAWS, DRAWS_OF_OLD = {"draws": "a seed a video"}, {"draws": "a seed a batch"}  # of a folder that does not name them
+# of ShapeWorld's package: its instructions, pictures and judges
+CODE = ("story.py", "wording.py", "grammar.py", "crowd.py", "strict.py", "world.py", "matcher.py", "verifier/*.py")
 COMBINED, TEMPORAL_ORDER = "combined", "temporal_order"
 CUT = "cut"  # beside a PickScore: 1 where CLIP did not read all of the prompt, else 0
 
@@ -256,9 +258,8 @@ def shapeworld_judges(device: torch.device) -> list[VideoJudge]:
 
 def shapeworld_code() -> str:
     """Hash of the code that ShapeWorld's instructions and scores come from."""
-    package = Path(shapeworld.__file__).parent
-    found = hashlib.sha256()
-    for file in sorted([*package.glob("*.py"), *(package / "verifier").glob("*.py")]):
+    package, found = Path(shapeworld.__file__).parent, hashlib.sha256()
+    for file in sorted(file for pattern in CODE for file in package.glob(pattern)):
         found.update(f"{file.relative_to(package).as_posix()}\n{file.read_text(encoding='utf-8')}".encode())
     return found.hexdigest()[:12]
 

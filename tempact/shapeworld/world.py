@@ -15,6 +15,7 @@ from torch import Tensor
 from tempact.rewards import RewardSet, Span
 from tempact.rewards.judged import PlanVerdict
 from tempact.shapeworld import STRICT_SETS
+from tempact.shapeworld.crowd import actors_only, with_bystander, without_bystanders
 from tempact.shapeworld.grammar import parse_instruction, read_step, sample_story, write_instruction
 from tempact.shapeworld.story import CHUNK, Event, Story, apply_event, states
 from tempact.shapeworld.strict import strict_prompts
@@ -123,7 +124,9 @@ def temporal_following(prompts: list[str], plans: list[Plan], frames: Tensor, sp
     """V [P, N] in [0, 1]: the verifier on whole videos; it knows the instruction and nothing of the plan."""
     count = frames.shape[1]
     stories = [story for plan in plans for story in [parse_instruction(plan.instruction)] * count]
-    return verify(frames.flatten(0, 1).float() / 255.0, stories).score.unflatten(0, (-1, count))
+    pixels, standing = without_bystanders(frames.flatten(0, 1).float() / 255.0, stories)
+    score = verify(pixels, [*map(actors_only, stories)]).score
+    return with_bystander(score, standing).unflatten(0, (-1, count))
 
 
 def step_following(prompts: list[str], plans: list[Plan], frames: Tensor, spans: list[Span | None]) -> Tensor:
@@ -135,14 +138,15 @@ def step_following(prompts: list[str], plans: list[Plan], frames: Tensor, spans:
     told: list[tuple[Story, tuple[int, int], list[Event]]] = []
     for p, (plan, span) in enumerate(zip(plans, spans, strict=True)):
         story = parse_instruction(plan.instruction)
-        reading = read_step(span.step.prompt, story.entities) if span is not None else None
+        reading = read_step(span.step.prompt, actors_only(story).entities) if span is not None else None
         if span is not None and reading is not None:
             rows.append(p)
             told.append((story, (span.step.start, span.step.end), list(reading.events)))
     if rows:
         stories, windows, expected = zip(*(each for each in told for _ in range(count)), strict=True)
-        videos = frames[rows].flatten(0, 1).float() / 255.0
-        scores[rows] = verify_steps(videos, stories, windows, expected).unflatten(0, (-1, count)).cpu()
+        videos, _ = without_bystanders(frames[rows].flatten(0, 1).float() / 255.0, stories)
+        found = verify_steps(videos, [*map(actors_only, stories)], windows, expected)
+        scores[rows] = found.unflatten(0, (-1, count)).cpu()
     return scores
 
 

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from tempact.errors import UserError
+from tempact.rewards import Span
 from tempact.shapeworld.crowd import actors_only, behind, find_bystander, with_bystander, without_bystanders
-from tempact.shapeworld.grammar import parse_instruction, read_step, write_instruction
+from tempact.shapeworld.grammar import parse_instruction, read_step, reference_plan, write_instruction
+from tempact.shapeworld.pretraining.clips import Cue
 from tempact.shapeworld.pretraining.matcher import corrupt, corrupted_tracks
-from tempact.shapeworld.story import COLOUR, FRAMES, OPACITY, SHAPES, Entity, Event, Story, X, draw
+from tempact.shapeworld.story import CHUNK, COLOUR, FRAMES, OPACITY, SHAPES, Entity, Event, Story, X, draw
 from tempact.shapeworld.strict import sample_crowded
 from tempact.shapeworld.verifier import picture_quality, verify
+from tempact.shapeworld.world import judge_plan, step_following, temporal_following
 
 SCENE = (
     "A green square is at the top middle and a red circle is at the top left and a blue cross is at the bottom right."
@@ -110,9 +113,10 @@ def test_taking_the_bystander_out_leaves_the_others_as_they_are(stories: list[St
 
 
 def test_a_bystander_is_covered_while_it_is_passed(stories: list[Story]) -> None:
-    """Else nothing would be occluded: in some frame a third of it is not to be seen."""
+    """Else nothing would be occluded: in some frame a quarter of it is not to be seen, of slow passings more."""
     seen = (film(stories) - film(stories, missing)).abs().amax(2).sum((2, 3))  # [V, F]
-    assert (seen.amin(1) < 0.67 * seen.amax(1)).float().mean() > 0.9
+    covered = 1.0 - seen.amin(1) / seen.amax(1)
+    assert covered.min() > 0.25 and covered.max() > 0.6
 
 
 def missing(tracks: Tensor, shapes: Tensor) -> None:
@@ -149,3 +153,21 @@ def test_slight_faults_hide_no_bystander_and_noise_shows_none(stories: list[Stor
     assert standing.mean() > 0.9 and picture_quality(rest).mean() > 0.6 * picture_quality(slight).mean()
     assert scores(torch.zeros_like(crowded), stories)[0].tolist() == [0.0] * len(stories)
     assert scores((0.5 + 0.5 * dots).clamp(0.0, 1.0), stories)[0].max() < 0.05
+
+
+def test_rewards_take_the_bystander_for_granted_in_a_step_and_ask_for_it_in_a_video() -> None:
+    """Prompts of users may be crowded, where videos are chosen by these rewards."""
+    plan = reference_plan(TEXT)
+    shows = [corrupt(actors_only(STORY), "truth", random.Random(7))]
+    cues = [Cue(event, step.start) for event, step in zip(actors_only(STORY).events, plan.steps[1:], strict=True)]
+    tracks, shapes = behind(*corrupted_tracks([shows[0]._replace(scene=(shows[0].scene[0], cues))]), [STORY])
+    videos = [draw(tracks, shapes[:, None].expand(-1, FRAMES, -1))]
+    missing(tracks, shapes)
+    videos.append(draw(tracks, shapes[:, None].expand(-1, FRAMES, -1)))
+    frames = (255 * torch.cat(videos)).round().to(torch.uint8)[None]
+    step = plan.steps[2]
+    span = Span(step.start, step.start + CHUNK - 1, step)
+    whole = temporal_following([TEXT], [plan], frames, [span])[0].tolist()
+    assert whole[0] > 0.95 and whole[1] == pytest.approx(whole[0] / 2, abs=1e-3)
+    assert step_following([TEXT], [plan], frames, [span])[0].min() > 0.95
+    assert judge_plan(plan).score() == pytest.approx(0.9)
