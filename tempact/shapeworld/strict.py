@@ -75,13 +75,14 @@ def _passes(story: Story, actor: int) -> bool:
 
 
 def _with_bystander(story: Story, rng: random.Random, actor: int) -> Story:
-    """The bystander is told first: of two shapes the one that is told first is behind the other one."""
+    """The bystander is told after all that is there at first: told before them, it takes an actor's place in plans."""
     worn = {entity.colour for scene in states(story) for entity in scene}
     shape = rng.choice([shape for shape in SHAPES if all(shape != entity.shape for entity in story.entities)])
     colour = rng.choice([colour for colour in COLOURS if colour not in worn])
+    place = sum(entity.visible for entity in story.entities)
     still = Entity(shape, colour, story.entities[actor].row, MIDDLE)
-    events = tuple(replace(event, entity=event.entity + 1) for event in story.events)
-    return Story((still, *story.entities), events)
+    events = tuple(replace(event, entity=event.entity + (event.entity >= place)) for event in story.events)
+    return Story((*story.entities[:place], still, *story.entities[place:]), events)
 
 
 SETS = {

@@ -59,7 +59,10 @@ def test_a_crowded_instruction_is_read_and_written() -> None:
     for _ in range(150):
         story = sample_crowded(rng, "validation")
         assert parse_instruction(write_instruction(story, rng)) == story
-        assert find_bystander(story) == 0 and len(story.entities) == 3
+        still = find_bystander(story)
+        assert still is not None and len(story.entities) == 3
+        assert [entity.visible for entity in story.entities[: still + 1]] == [True] * (still + 1)
+        assert not any(entity.visible for entity in story.entities[still + 1 :])
 
 
 def test_only_a_story_of_three_has_steps_with_three() -> None:
