@@ -1,13 +1,13 @@
 """The ShapeWorld results: seeds of a preset, control runs that learn from shuffled advantages, other test sets.
 
     python -m bench.bench_shapeworld FOLDER [--preset shapeworld-full] [--seeds 0 1 2] [--together 3] [--threads 5]
-    [--test-sets 1 2 3 validation] [--save FILE] [--section.key value ...]
+    [--test-sets 1 2 3 validation strict] [--save FILE] [--section.key value ...]
 
 Every run is the command of a user, in a process and a folder of its own; each GPU has `together` runs at a time. The
 first seed's checkpoint is evaluated on other test instructions (numbers are seeds) and on the validation split as soon
-as it is there. Other keys of the configuration go to every run. FILE, as bench/baselines/shapeworld-full.json, is
-written whenever a command has ended. The same command given again goes on where a killed one was: what has ended stays,
-runs resume, and seconds are the sum of their parts.
+as it is there, every seed's on the stricter sets. Other keys of the configuration go to every run. FILE, as
+bench/baselines/shapeworld-full.json, is written whenever a command has ended. The same command given again goes on
+where a killed one was: what has ended stays, runs resume, and seconds are the sum of their parts.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from tempact.reporting import read_environment, read_metrics
 
 ROOT = Path(__file__).parents[1]
 CONTROL = ("--rewards.shuffle_advantages", "true")
-VALIDATION = "validation"
+VALIDATION, STRICT = "validation", "strict"
 NOTES = (
     "seconds_all_in is the wall time of the command beside the others on its GPU, evaluation and report included.",
     "evaluation and comparisons are the files of those names of the run, comparisons the paired differences from "
     "step-prompt over the same videos; 95% bootstrap intervals over videos.",
-    "other_test_sets: the checkpoint of the first seed on other test instructions, the same weights throughout.",
+    "other_test_sets: the checkpoint of the first seed on other test instructions, the same weights throughout; that "
+    "of every seed on the stricter sets, with the rows that tell overfitting to prompts.",
 )
 
 
@@ -87,13 +88,23 @@ def jobs_of(given: argparse.Namespace, keys: Sequence[str]) -> list[Job]:
             folder = given.folder / f"{kind}-{seed}"
             command = [*python, "tempact.train", given.preset, "--seed", str(seed), *threads, *keys, *more]
             found.append(Job(f"{kind} {seed}", folder, [*command, "--output", str(folder)]))
+    trained = dict(zip(given.seeds, found, strict=False))
     for name in given.test_sets:
-        folder = given.folder / f"test-set-{name}"
-        chosen = ["--split", name] if name == VALIDATION else ["--seed", name]
-        command = [*python, "tempact.evaluate", str(folder), *chosen, *threads]
-        told = f"{VALIDATION} split" if name == VALIDATION else f"test split, seed {name}"
-        found.append(Job(told, folder, command, found[0]))
+        for seed, run in trained.items() if name == STRICT else [("", found[0])]:
+            folder = given.folder / "-".join(filter(None, ("test-set", name, str(seed))))
+            chosen, told = _test_set(name)
+            command = [*python, "tempact.evaluate", str(folder), *chosen, *threads]
+            found.append(Job(f"{told}, {run.name}" if name == STRICT else told, folder, command, run))
     return found
+
+
+def _test_set(name: str) -> tuple[list[str], str]:
+    """Options of an evaluation, and what it is called."""
+    if name == VALIDATION:
+        return ["--split", VALIDATION], f"{VALIDATION} split"
+    if name == STRICT:
+        return ["--suite", "shapeworld-strict"], "stricter sets"
+    return ["--seed", name], f"test split, seed {name}"
 
 
 def carry_out(jobs: Sequence[Job], gpus: Sequence[str | None], together: int, ended: Callable[[Job], None]) -> None:
@@ -148,7 +159,10 @@ def results(given: argparse.Namespace, jobs: Sequence[Job]) -> dict[str, Any]:
         if job.after is not None:
             (own,) = (job.folder / "evaluations").iterdir()
             comparisons = table(own, Comparison)
-            sets.append({"test_set": job.name, "origin": plain(read_origin(own)), "comparisons": comparisons})
+            origin = plain(read_origin(own))
+            sets.append(
+                {"test_set": job.name, "origin": origin, "evaluation": table(own, Row), "comparisons": comparisons}
+            )
             continue
         runs.append({
             "run": job.name,
@@ -178,7 +192,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--preset", default="shapeworld-full")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--test-sets", nargs="*", default=["1", "2", "3", VALIDATION], help="seeds, or validation")
+    parser.add_argument(
+        "--test-sets", nargs="*", default=["1", "2", "3", VALIDATION, STRICT], help="seeds, validation or strict"
+    )
     parser.add_argument("--together", type=int, default=3, help="runs on a GPU at a time")
     parser.add_argument("--threads", type=int, default=5, help="CPU threads of a run")
     parser.add_argument("--save", type=Path, help="results file")

@@ -96,6 +96,7 @@ BRANCHES = Rule("each at least 2", lambda numbers: all(number >= 2 for number in
 SOME = Rule("at least one", bool)
 SWITCHES = choice("cross_attention", "recache")
 HELD_OUT = choice("test", "validation")
+SUITES = choice("shapeworld", "shapeworld-strict")
 SAMPLERS = choice("inside", "served")
 DEVIATIONS = choice("global", "group", "none")
 SEQUENCES = choice("gspo", "grpo", "rloo")
@@ -347,6 +348,8 @@ class EvaluationConfig:
     batch: int = key(64, RUN, "videos that are made together", COUNT)
     seed: int = key(1234, RUN, "seed of prompts, plans and noise", SEED)
     split: str = key("test", RUN, "ShapeWorld's instructions: settings are chosen on validation", HELD_OUT)
+    suite: str = key("shapeworld", RUN, "ShapeWorld's sets: simple and hard, or the stricter ones", SUITES)
+    strict: int = key(64, RUN, "videos of each of ShapeWorld's stricter sets", COUNT)
 
 
 @dataclass(frozen=True)

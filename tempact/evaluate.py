@@ -1,4 +1,4 @@
-"""`python -m tempact.evaluate PRESET|RUN [--suite temporal-order|shapeworld] [--section.field value ...]`: tables.
+"""`python -m tempact.evaluate PRESET|RUN [--suite SUITE] [--section.field value ...]`: tables.
 
 The Temporal Order Benchmark's videos are scored by judges behind servers (environment: TEMPACT_JUDGE_..., and
 TEMPACT_JUDGE_HELD_OUT_... for the held-out one); ShapeWorld's suite brings its own judges. The same command given again
@@ -29,8 +29,8 @@ from tempact.evaluation import (
     BenchmarkOptions,
     Method,
 )
-from tempact.evaluation.prompts import choose_prompts
-from tempact.worlds import world_of
+from tempact.evaluation.prompts import SETS, choose_prompts
+from tempact.worlds import SHAPEWORLD, STRICT, world_of
 
 if TYPE_CHECKING:
     from tempact.distributed import Ranks
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 PROGRAM = "python -m tempact.evaluate"
 KEPT = "what is done is kept; the same command goes on from here"
-SHAPEWORLD, TEMPORAL_ORDER = "shapeworld", "temporal-order"
+TEMPORAL_ORDER = "temporal-order"
+STRICTER = ("strict",)  # option of the stricter suite, in the place of the options SETS
 ORDER_ONLY = ("judge", "pickscore", "prompts", "seeds", "frames", "conditions", "export", "retry_missing", "output")
 
 
@@ -59,10 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     """The options of both suites; None for options that were not given."""
     made = LineParser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
     made.add_argument("target", metavar="PRESET|RUN", help="a preset's untrained policies, or a training run's folder")
-    suites = (TEMPORAL_ORDER, SHAPEWORLD)
+    suites = (TEMPORAL_ORDER, SHAPEWORLD, STRICT)
     made.add_argument("--suite", choices=suites, help="default: shapeworld for its executor, else temporal-order")
     made.add_argument("--simple", type=int, help="videos of the simple set (default: as the run, or all prompts)")
     made.add_argument("--hard", type=int, help="videos of the hard set (default: as the run, or all prompts)")
+    made.add_argument("--strict", type=int, help=f"videos of each set of {STRICT} (default: as the run)")
     made.add_argument("--seed", type=int, help="of prompts, plans and noise (default: as the run)")
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: as the run")
     made.add_argument("--threads", type=int, help="CPU threads (default: as the run)")
@@ -92,11 +94,14 @@ def _evaluate(argv: list[str]) -> int:
     config, run, processes = _configured(arguments, options)
     world = world_of(config)
     asked = None
-    if world.chosen_suite(arguments.suite) == SHAPEWORLD:
-        config = replace(config, evaluation=replace(config.evaluation, **_shapeworld_counts(arguments)))
-    elif arguments.split is not None:
-        raise UserError("--split: is not for --suite temporal-order; accepted there: --prompts SET=FILE")
+    if world.chosen_suite(arguments.suite) != TEMPORAL_ORDER:
+        suite = arguments.suite or config.evaluation.suite
+        counts = _shapeworld_counts(arguments, suite)
+        config = replace(config, evaluation=replace(config.evaluation, suite=suite, **counts))
     else:
+        for name in ("split", *STRICTER):
+            if getattr(arguments, name) is not None:
+                raise UserError(f"--{name}: is not for --suite temporal-order; accepted there: --prompts SET=FILE")
         asked = _benchmark_options(arguments, config, real_video=world.real_video, trained=run is not None)
     if processes:
         from tempact.distributed.launch import launched
@@ -151,13 +156,14 @@ def _configured(arguments: argparse.Namespace, options: list[str]) -> tuple[RunC
     return check_whole(config), run, others.gpus
 
 
-def _shapeworld_counts(arguments: argparse.Namespace) -> dict[str, Any]:
-    """How many videos of each set were asked for. UserError for options that ShapeWorld's suite lacks."""
-    given = next((name for name in ORDER_ONLY if getattr(arguments, name) is not None), None)
+def _shapeworld_counts(arguments: argparse.Namespace, suite: str) -> dict[str, Any]:
+    """How many videos of each set were asked for. UserError for options that a suite of ShapeWorld lacks."""
+    own, others = (STRICTER, SETS) if suite == STRICT else (SETS, STRICTER)
+    given = next((name for name in (*ORDER_ONLY, *others) if getattr(arguments, name) is not None), None)
     if given is not None:
-        name = given.replace("_", "-")
-        raise UserError(f"--{name}: is not for --suite shapeworld; accepted: --simple, --hard, --seed, --split")
-    counts = {name: getattr(arguments, name) for name in ("simple", "hard") if getattr(arguments, name) is not None}
+        accepted = ", ".join(f"--{name}" for name in (*own, "seed", "split"))
+        raise UserError(f"--{given.replace('_', '-')}: is not for --suite {suite}; accepted: {accepted}")
+    counts = {name: getattr(arguments, name) for name in own if getattr(arguments, name) is not None}
     for name, count in counts.items():
         if count < 1:
             raise UserError(f"--{name}: found {count}; accepted: at least 1")

@@ -63,7 +63,7 @@ def shapeworld() -> RunConfig:
         ),
         data=DataConfig(prompts_per_iteration=3),
         trainer=TrainerConfig(iterations=84),
-        evaluation=EvaluationConfig(simple=48, hard=48),
+        evaluation=EvaluationConfig(simple=48, hard=48, strict=48),
         output="runs/shapeworld",
     )
 
@@ -76,7 +76,7 @@ def shapeworld_full() -> RunConfig:
         derived(shapeworld(), "shapeworld-full", planner, optim=optim, continuations=8, micro_batch=768),
         data=DataConfig(prompts_per_iteration=8),
         trainer=TrainerConfig(iterations=120, checkpoint_every=40),
-        evaluation=EvaluationConfig(simple=256, hard=256, batch=256),
+        evaluation=EvaluationConfig(simple=256, hard=256, strict=256, batch=256),
     )
 
 
@@ -87,7 +87,7 @@ def shapeworld_smoke() -> RunConfig:
         derived(shapeworld(), "shapeworld-smoke", planner, continuations=2),
         data=DataConfig(prompts_per_iteration=1),
         trainer=TrainerConfig(iterations=2, checkpoint_every=1, samples_every=1),
-        evaluation=EvaluationConfig(simple=2, hard=2, strips=1, bootstrap=50, batch=2),
+        evaluation=EvaluationConfig(simple=2, hard=2, strict=2, strips=1, bootstrap=50, batch=2),
     )
 
 

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SHAPEWORLD = "shapeworld"  # name of the shipped weights and of the grammar's prompts
+SHAPEWORLD = "shapeworld"  # name of the shipped weights, of the grammar's prompts and of the usual evaluation
+STRICT = "shapeworld-strict"  # name of the evaluation on the stricter sets
 RANDOM_PLANNER = "random"  # a planner of the shipped sizes without weights
 WEIGHTS = Path(__file__).parent / "shapeworld" / "weights"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -208,7 +209,7 @@ class World:
 class ShapeWorld(World):
     """The shipped executor, or a folder that ShapeWorld's pretraining has written (it holds transformer.json)."""
 
-    suites = (SHAPEWORLD, "temporal-order")
+    suites = (SHAPEWORLD, STRICT, "temporal-order")
     real_video = False
 
     @classmethod

@@ -1352,4 +1352,96 @@ MUTATIONS = [
             "range(own.start, own.stop): record",
         ),
     ),
+    *faults(
+        "tempact/shapeworld/strict.py",
+        "tests/shapeworld/test_strict.py",
+        (
+            "test_sets_are_fixed_of_their_split_and_tell_nothing_twice",
+            "if event_sequence(story) not in told:",
+            "if True:",
+        ),
+        ("test_a_reworded_plan_tells_the_same_in_other_words", "rng, HELD_OUT))", "rng))"),
+        (
+            "test_the_matcher_is_told_known_words_of_the_same_story",
+            "write_instruction(actors_only(story), random.Random(instruction))",
+            "instruction",
+        ),
+    ),
+    *faults(
+        "tempact/shapeworld/wording.py",
+        "tests/shapeworld/test_strict.py",
+        (
+            "test_the_held_out_wording_is_written_and_read_back",
+            '"|".join(sorted(every, key=len, reverse=True))',
+            '"|".join(every)',
+        ),
+        (
+            "test_no_text_of_training_or_validation_has_a_held_out_phrase_but_all_its_words_are_known",
+            '"turn": ("turns to {}",),',
+            '"turn": ("turns {}",),',
+        ),
+    ),
+    *faults(
+        "tempact/shapeworld/crowd.py",
+        "tests/shapeworld/test_crowd.py",
+        (
+            "test_without_its_bystander_a_video_loses_at_least_half",
+            "return score * (1.0 - MISSED * (1.0 - standing))",
+            "return score",
+        ),
+        (
+            "test_taking_the_bystander_out_leaves_the_others_as_they_are",
+            "own = torch.where(covering < 0.0, pb / bb, own)",
+            "own = (pb / bb)",
+        ),
+        ("test_what_cannot_be_told_apart_is_refused", "or turns or stops:", "or turns:"),
+    ),
+    *faults(
+        "tempact/shapeworld/grammar.py",
+        "tests/shapeworld/test_crowd.py",
+        ("test_only_a_story_of_three_has_steps_with_three", "len(entities) > len(ROWS))", "True)"),
+    ),
+    *faults(
+        "tempact/evaluation/statistics.py",
+        "tests/evaluation/test_statistics.py",
+        ("test_without_a_gain_there_is_nothing_to_confirm", "if _interval(drawn[1])[0] > 0:", "if True:"),
+        (
+            "test_only_videos_that_both_judges_have_scored_of_both_methods_count",
+            "return np.where(np.isnan(gains).any(0), NAN, gains)",
+            "return gains",
+        ),
+        (
+            "test_the_share_that_the_held_out_judge_confirms_is_that_of_the_gains",
+            "share = float(held_out / rewarded)",
+            "share = float(rewarded / held_out)",
+        ),
+        (
+            "test_rows_of_overfitting_are_against_their_own_untrained_ones",
+            "against = BASELINES.get(method, baseline)",
+            "against = baseline",
+        ),
+    ),
+    *faults(
+        "tempact/evaluation/harness.py",
+        "tests/evaluation/test_harness.py",
+        (
+            "test_reworded_plans_are_told_in_other_words_and_share_plan_and_noise",
+            "if method.reworded else plans",
+            "if method.reworded and method.trained else plans",
+        ),
+    ),
+    *faults(
+        "tempact/runs/evaluation.py",
+        "tests/runs/test_evaluation.py",
+        (
+            "test_what_runs_are_compared_by_has_a_hash",
+            'digest({**suite.tests, "code": shapeworld_code()})',
+            "digest(suite.tests)",
+        ),
+        (
+            "test_the_stricter_suite_has_a_table_of_its_own_with_the_rows_of_overfitting",
+            "(*METHODS, *OVERFITTING) if is_strict(config) else METHODS",
+            "METHODS",
+        ),
+    ),
 ]

@@ -313,6 +313,18 @@ def test_shapeworlds_suite_refuses_other_weights(capsys: pytest.CaptureFixture[s
         (["shapeworld", "--split", "train"], "--split: invalid choice: 'train'"),
         (["shapeworld", "--evaluation.split", "train"], "evaluation.split: found 'train'; accepted: test, validation"),
         (["self-forcing", "--split", "validation"], "--split: is not for --suite temporal-order"),
+        (["self-forcing", "--strict", "4"], "--strict: is not for --suite temporal-order"),
+        (["self-forcing", "--suite", "shapeworld-strict"], "whose videos ShapeWorld's evaluation cannot score"),
+        (
+            ["shapeworld", "--strict", "4"],
+            "--strict: is not for --suite shapeworld; accepted: --simple, --hard, --seed",
+        ),
+        (
+            ["shapeworld", "--suite", "shapeworld-strict", "--hard", "4"],
+            "--hard: is not for --suite shapeworld-strict; accepted: --strict, --seed, --split",
+        ),
+        (["shapeworld", "--suite", "shapeworld-strict", "--strict", "0"], "--strict: found 0; accepted: at least 1"),
+        (["shapeworld", "--evaluation.suite", "hard"], "evaluation.suite: found 'hard'; accepted: shapeworld, shape"),
         (["shapeworld", "--simple", "0"], "--simple: found 0; accepted: at least 1"),
         (["shapeworld", "--seed", "-1"], "evaluation.seed: found -1; accepted: 0 to 4611686018427387904"),
         (["shapeworld", "--bogus"], "unrecognized arguments: --bogus"),

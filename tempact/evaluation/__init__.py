@@ -8,6 +8,8 @@ from tempact.evaluation.prompts import OrderPrompt
 
 SINGLE, STEP, BOTH = "single-prompt", "step-prompt", "+ TempAct"  # STEP is the baseline that changes are against
 PLANNER_ONLY, EXECUTOR_ONLY = "planner only", "executor only"
+SINGLE_AFTER = "single-prompt, trained executor"
+REWORDED, REWORDED_AFTER = "reworded steps", "reworded steps, trained executor"
 
 
 @dataclass(frozen=True)
@@ -16,11 +18,15 @@ class Method:
 
     planner: "start" (before training), "trained", or None, which gives the whole instruction as one prompt.
     executor: "start" or "trained".
+    reworded: the executor is given the steps in words that training never has, their meaning unchanged.
+    baseline: name of the method that its change is against.
     """
 
     name: str
     planner: str | None
     executor: str
+    reworded: bool = False
+    baseline: str = STEP
 
     @property
     def trained(self) -> bool:
@@ -34,6 +40,13 @@ METHODS = (
     Method(EXECUTOR_ONLY, "start", "trained"),
     Method(BOTH, "trained", "trained"),
 )
+# after training: does an executor follow better, or only the prompts that training has shown?
+OVERFITTING = (
+    Method(SINGLE_AFTER, None, "trained", baseline=SINGLE),
+    Method(REWORDED, "start", "start", reworded=True),
+    Method(REWORDED_AFTER, "start", "trained", reworded=True, baseline=REWORDED),
+)
+BASELINES = {method.name: method.baseline for method in OVERFITTING}  # those that are not step prompts among them
 NAMES = ("single-prompt", "step-prompt", "planner-only", "executor-only", "trained")  # on the command line
 CONDITIONS = dict(zip(NAMES, METHODS, strict=True))
 

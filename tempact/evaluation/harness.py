@@ -158,7 +158,7 @@ class Evaluation:
             self.ranks.phase(f"evaluation, texts of batch {number}")
             with self._at_length(self.suite.frames[unit.set]):
                 if missing := self._missing(unit.method, unit.prompts, unit.seed):
-                    plans = self._planned(unit.method.planner, missing, unit.seed)
+                    plans = self._planned(unit.method, missing, unit.seed)
                     self.executor.read(self.executor.prompts(plans))
         self.ranks.arrive()
 
@@ -279,7 +279,7 @@ class Evaluation:
 
         if not (missing := self._missing(method, prompts, seed)):
             return
-        chosen = self._planned(method.planner, missing, seed)
+        chosen = self._planned(method, missing, seed)
         shape, device = self.executor.noise_shape(1, 1), self.executor.device
         seeds = [derive_seed(self.suite.seed, seed, f"{prompt.prompt_id} noise") for prompt in missing]
         sources = [self.noise(own, shape, device) for own in seeds]
@@ -319,15 +319,16 @@ class Evaluation:
             if (prompt.prompt_id, who, seed) not in self._plans
         )  # fmt: skip
 
-    def _planned(self, who: str | None, asked: Sequence[OrderPrompt], seed: int) -> list[Plan]:
-        """The plans of these prompts; the prompts themselves where nobody plans."""
-        if who is None:
+    def _planned(self, method: Method, asked: Sequence[OrderPrompt], seed: int) -> list[Plan]:
+        """The plans of these prompts as the method has them; the prompts themselves where nobody plans."""
+        if method.planner is None:
             return [Plan(p.text, (Step(0, self.planner.frames, p.text),)) for p in asked]
-        rows = [self._plans[prompt.prompt_id, who, seed] for prompt in asked]
-        return [
+        rows = [self._plans[prompt.prompt_id, method.planner, seed] for prompt in asked]
+        plans = [
             Plan(p.text, _steps(row), row["format_score"], tuple(row["repairs"]), row["response"])
             for p, row in zip(asked, rows, strict=True)
         ]
+        return [self.suite.reword(plan) for plan in plans] if method.reworded else plans
 
     def _judge(self, method: Method, prompts: Sequence[OrderPrompt], seed: int) -> None:
         """Asks the judges about those of these videos that they have not scored yet."""

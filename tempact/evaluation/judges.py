@@ -18,21 +18,24 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from tempact import shapeworld
 from tempact.config import JudgeSettings
 from tempact.errors import UserError
 from tempact.evaluation import ROLES, Method
 from tempact.evaluation.prompts import OrderPrompt
-from tempact.evaluation.statistics import CLEARNESS, DUPLICATES, PICKSCORE, PICTURE_QUALITY
+from tempact.evaluation.statistics import CLEARNESS, DUPLICATES, NOT_TEMPORAL, PICKSCORE, PICTURE_QUALITY
 from tempact.rewards import spread
 from tempact.rewards.judged import TOP_MARK, VideoVerdict, rubric_version, video_call
 from tempact.rewards.judges import JudgeResult, Judges
 from tempact.rewards.judges.config import ROLES as FALLBACKS
 from tempact.rewards.judges.config import JudgeConfig
+from tempact.shapeworld.crowd import actors_only, with_bystander, without_bystanders
 from tempact.shapeworld.grammar import parse_instruction
 from tempact.shapeworld.matcher import WEIGHTS, ShapeWorldJudge, clearness
 from tempact.shapeworld.story import Story
+from tempact.shapeworld.strict import in_trained_words
 from tempact.shapeworld.verifier import duplicates, picture_quality, verify
-from tempact.types import Missing
+from tempact.types import Missing, Plan
 
 if TYPE_CHECKING:  # it needs transformers' CLIP
     from tempact.rewards.pickscore import PickScorer
@@ -41,6 +44,8 @@ if TYPE_CHECKING:  # it needs transformers' CLIP
 JUDGED_FRAMES = {"simple": 6, "hard": 10}
 PICKSCORE_FRAMES = 8
 DRAWS, DRAWS_OF_OLD = {"draws": "a seed a video"}, {"draws": "a seed a batch"}  # of a folder that does not name them
+# of ShapeWorld's package: its instructions, pictures and judges
+CODE = ("story.py", "wording.py", "grammar.py", "crowd.py", "strict.py", "world.py", "matcher.py", "verifier/*.py")
 COMBINED, TEMPORAL_ORDER = "combined", "temporal_order"
 CUT = "cut"  # beside a PickScore: 1 where CLIP did not read all of the prompt, else 0
 
@@ -93,6 +98,7 @@ class Suite:
              in its set and to the seed: neither depends on the batch
     batch    videos made together
     batched  a judge is shown a batch at a time, and rounds as the batch has it; else one video
+    reword   gives a plan in words that training never has, for the methods that are `reworded`
     """
 
     prompts: Mapping[str, Sequence[OrderPrompt]]
@@ -103,6 +109,7 @@ class Suite:
     seed: int
     batch: int
     batched: bool = False
+    reword: Callable[[Plan], Plan] = lambda plan: plan
 
     @property
     def all_prompts(self) -> list[OrderPrompt]:
@@ -112,11 +119,17 @@ class Suite:
         """What scores depend on. policies: which weights and sampler settings make the videos."""
         found: dict[str, str | int | float] = {"seed": self.seed, **DRAWS, "policies": policies}
         found |= {"batch": self.batch} if self.batched else {"frames.PickScore": PICKSCORE_FRAMES}
-        for name, prompts in self.prompts.items():
+        for name in self.prompts:
             found |= {f"latent_frames.{name}": self.frames[name], f"judged_frames.{name}": judged_frames(name)}
-            for prompt in prompts:
-                digest = hashlib.sha256(f"{prompt.set}\n{prompt.text}".encode()).hexdigest()[:12]
-                found[f"prompt.{prompt.prompt_id}"] = digest
+        return found | self.tests
+
+    @property
+    def tests(self) -> dict[str, str]:
+        """The part of `settings` that no policy has a say in: the prompts, and the judges' versions."""
+        found = {}
+        for prompt in self.all_prompts:
+            digest = hashlib.sha256(f"{prompt.set}\n{prompt.text}".encode()).hexdigest()[:12]
+            found[f"prompt.{prompt.prompt_id}"] = digest
         return found | {f"judge.{judge.name}": judge.version for judge in self.judges}
 
 
@@ -212,28 +225,43 @@ def load_pickscore(settings: JudgeSettings, device: torch.device) -> list[VideoJ
 
 def shapeworld_judges(device: torch.device) -> list[VideoJudge]:
     """The exact verifier, the learned matcher, picture quality (the training reward), clearness and duplicates, each a
-    score in [0, 1] of videos with ShapeWorld's instructions; they run on `device`."""
+    score in [0, 1] of videos with ShapeWorld's instructions; they run on `device`.
+
+    A bystander (`shapeworld/crowd.py`) is taken out of the pictures before anyone looks; verifier and matcher give half
+    of their scores where it is told and not there. The matcher is told held-out wordings in the words of training.
+    """
     matcher = ShapeWorldJudge.load(device=device)
 
-    def stories(texts: list[str]) -> list[Story]:
-        return [parse_instruction(text) for text in texts]
-
-    def judge(name: str, version: str, score: Callable[[Tensor, list[str]], Tensor]) -> LocalJudge:
-        """score: from pixels [V, F, 3, height, width] in [0, 1] and instructions."""
+    def judge(name: str, version: str, score: Callable[[Tensor, list[Story], list[str]], Tensor]) -> LocalJudge:
+        """score: from pixels [V, F, 3, height, width] in [0, 1], stories and instructions, all without bystanders."""
 
         def verdicts(videos: Sequence[JudgedVideo]) -> list[Verdict]:
+            texts = [video.prompt.text for video in videos]
+            stories = [parse_instruction(text) for text in texts]
             pixels = torch.stack([video.frames for video in videos]).to(device).float() / 255.0
-            return [Verdict({name: one}) for one in score(pixels, [video.prompt.text for video in videos]).tolist()]
+            pixels, standing = without_bystanders(pixels, stories)
+            found = score(pixels, [*map(actors_only, stories)], [*map(in_trained_words, texts)])
+            found = found if name in NOT_TEMPORAL else with_bystander(found, standing)
+            return [Verdict({name: one}) for one in found.tolist()]
 
         return LocalJudge(name, version, verdicts)
 
+    weights = file_hash(WEIGHTS / "judge.safetensors")[:12]
     return [
-        judge("verifier", "1", lambda pixels, texts: verify(pixels, stories(texts)).score),
-        judge("matcher", file_hash(WEIGHTS / "judge.safetensors")[:12], matcher.score),
-        judge(PICTURE_QUALITY, "1", lambda pixels, texts: picture_quality(pixels).mean(1)),
-        judge(CLEARNESS, "1", lambda pixels, texts: clearness(pixels)),
-        judge(DUPLICATES, "1", lambda pixels, texts: duplicates(pixels, stories(texts))),
+        judge("verifier", "1", lambda pixels, stories, texts: verify(pixels, stories).score),
+        judge("matcher", weights, lambda pixels, stories, texts: matcher.score(pixels, texts)),
+        judge(PICTURE_QUALITY, "1", lambda pixels, stories, texts: picture_quality(pixels).mean(1)),
+        judge(CLEARNESS, "1", lambda pixels, stories, texts: clearness(pixels)),
+        judge(DUPLICATES, "1", lambda pixels, stories, texts: duplicates(pixels, stories)),
     ]
+
+
+def shapeworld_code() -> str:
+    """Hash of the code that ShapeWorld's instructions and scores come from."""
+    package, found = Path(shapeworld.__file__).parent, hashlib.sha256()
+    for file in sorted(file for pattern in CODE for file in package.glob(pattern)):
+        found.update(f"{file.relative_to(package).as_posix()}\n{file.read_text(encoding='utf-8')}".encode())
+    return found.hexdigest()[:12]
 
 
 @contextmanager

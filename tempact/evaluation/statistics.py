@@ -10,19 +10,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from tempact.evaluation import STEP
+from tempact.evaluation import BASELINES, STEP
 from tempact.files import reading, write_atomic
 
 AVERAGE = "average"  # the set, and the judge, of the mean over all cells
 PICTURE_QUALITY, CLEARNESS, DUPLICATES, PICKSCORE = "picture quality", "clearness", "duplicates", "PickScore"
 # judged beside temporal order, not part of its average
 NOT_TEMPORAL = (PICTURE_QUALITY, CLEARNESS, DUPLICATES, PICKSCORE)
+# a judge that no training is rewarded by -> the one that training is rewarded by, both of temporal order
+CONFIRMS = {"matcher": "verifier", "held-out": "in-domain"}
 T = TypeVar("T")
 Sets = list[np.ndarray]  # [judges, videos] of every set
 Cell = tuple[str, str, list]  # set, judge, and the MethodScores that the mean is over
@@ -62,7 +64,16 @@ class Row:
 @dataclass(frozen=True)
 class Comparison:
     """`method` minus `baseline` over the `n` videos that both have scores of, the relative change, and the `means` of
-    baseline and method over these videos."""
+    baseline and method over these videos.
+
+    confirmed: the share of the rewarded judge's gain that the held-out judge (CONFIRMS) finds too,
+
+        (mean of method - mean of baseline) of the held-out judge / (mean of method - mean of baseline) of the rewarded
+
+    over the videos that both judges have scored of both methods; set on the held-out judge's comparison of a set, and
+    on the average of temporal order, for the means over all sets. Above 1 where the held-out judge finds more. NaN
+    where the interval of the rewarded judge's gain does not lie above 0: there is no gain to be confirmed.
+    """
 
     method: str
     baseline: str
@@ -74,6 +85,8 @@ class Comparison:
     relative_ci95: tuple[float, float]
     n: int
     means: tuple[float, float] = (NAN, NAN)
+    confirmed: float = NAN
+    confirmed_ci95: tuple[float, float] = (NAN, NAN)
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,7 @@ class Origin:
 
     split: of the prompts. seed: of prompts, plans and noise. videos: how many every set has of a method. checkpoint: as
     "step-000040". weights: hash of both policies' trained weights. suite: hash of all that scores depend on.
+    tests: hash of what runs are compared by, the instructions and the judges with their code and weights.
     """
 
     split: str
@@ -90,6 +104,7 @@ class Origin:
     checkpoint: str
     weights: str
     suite: str
+    tests: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,15 +127,39 @@ class Bootstrap:
         return rows
 
     def compare(self, scores: Sequence[MethodScores], baseline: str = STEP) -> list[Comparison]:
-        """Every other method against `baseline`, video by video: each cell, then its averages as in `rows`."""
-        base = {(one.set, one.judge): one for one in scores if one.method == baseline}
+        """Every other method against `baseline`, or its own one of BASELINES, video by video: each cell, then its
+        averages as in `rows`."""
+        cells = {(one.method, one.set, one.judge): one for one in scores}
         comparisons = []
         for method in _unique(one.method for one in scores if one.method != baseline):
-            own = [one for one in scores if one.method == method and (one.set, one.judge) in base]
+            against = BASELINES.get(method, baseline)
+            own = [one for one in scores if one.method == method and (against, one.set, one.judge) in cells]
             for set_name, judge, cell in _cells(own):
-                others = [base[one.set, one.judge] for one in cell]
-                comparisons.append(self._comparison((method, baseline, set_name, judge), cell, others))
+                others = [cells[against, one.set, one.judge] for one in cell]
+                found = self._comparison((method, against, set_name, judge), cell, others)
+                comparisons.append(self._with_confirmed(found, _unique(one.set for one in own), cells))
         return comparisons
+
+    def _with_confirmed(
+        self, found: Comparison, sets: list[str], cells: dict[tuple[str, str, str], MethodScores]
+    ) -> Comparison:
+        """The comparison with `confirmed`, where it has one. sets: all that its method has."""
+        average = found.set == found.judge == AVERAGE
+        judges = [found.judge] if found.judge in CONFIRMS else [*CONFIRMS] if average else []
+        for judge in judges:
+            # of each set the scores [held-out, rewarded, held-out before, rewarded before] x videos
+            keys = [
+                [(who, name, each) for who in (found.method, found.baseline) for each in (judge, CONFIRMS[judge])]
+                for name in (sets if average else [found.set])
+            ]
+            if all(key in cells for own in keys for key in own):
+                gains = [_gains(np.array([cells[key].scores for key in own], float)) for own in keys]
+                held_out, rewarded = np.mean([_present_mean(values) for values in gains], axis=0)
+                drawn = np.mean(self._drawn(gains), axis=0)
+                if _interval(drawn[1])[0] > 0:
+                    share = float(held_out / rewarded)
+                    return replace(found, confirmed=share, confirmed_ci95=_interval(drawn[0] / drawn[1]))
+        return found
 
     def _comparison(
         self, names: tuple[str, str, str, str], cell: list[MethodScores], others: list[MethodScores]
@@ -137,6 +176,10 @@ class Bootstrap:
 
     def _means(self, sets: Sets) -> np.ndarray:
         """[resamples]: `_mean` with each set's prompts drawn anew with replacement, alike for all its judges."""
+        return np.concatenate(self._drawn(sets)).mean(0)
+
+    def _drawn(self, sets: Sets) -> list[np.ndarray]:
+        """[judges, resamples] of each set: its means over the same draws as everywhere."""
         rng = np.random.default_rng(self.seed)
         means = []
         for values in sets:
@@ -148,7 +191,7 @@ class Bootstrap:
             drawn = rng.integers(0, prompts, (self.resamples, prompts))
             videos = (drawn[..., None] * self.per_prompt + np.arange(self.per_prompt)).reshape(self.resamples, -1)
             means.append(_present_mean(values[:, videos]))
-        return np.concatenate(means).mean(0)
+        return means
 
 
 def relative_change(value: float, base: float) -> float:
@@ -243,6 +286,13 @@ def _videos(sets: Sets) -> int:
 def _mean(sets: Sets) -> float:
     """Plain mean over the cells' means; NaN if a cell has no score, for the mean of fewer is another quantity."""
     return float(np.concatenate([_present_mean(values) for values in sets]).mean())
+
+
+def _gains(scores: np.ndarray) -> np.ndarray:
+    """Two judges' gains [2, videos] from [2 * 2, videos], their scores of a method and of its baseline; NaN where one
+    of the four is missing."""
+    gains = scores[:2] - scores[2:]
+    return np.where(np.isnan(gains).any(0), NAN, gains)
 
 
 def _present_mean(values: np.ndarray) -> np.ndarray:

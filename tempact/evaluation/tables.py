@@ -20,12 +20,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tempact.evaluation import BOTH, EXECUTOR_ONLY, PLANNER_ONLY, SEEDS, SINGLE, STEP
+from tempact.evaluation import (
+    BASELINES,
+    BOTH,
+    EXECUTOR_ONLY,
+    OVERFITTING,
+    PLANNER_ONLY,
+    SEEDS,
+    SINGLE,
+    STEP,
+)
 from tempact.evaluation.harness import SETTINGS, Evaluation
 from tempact.evaluation.judges import COMBINED, CUT, TEMPORAL_ORDER, Suite
 from tempact.evaluation.prompts import SETS
 from tempact.evaluation.statistics import (
     AVERAGE,
+    CONFIRMS,
     NOT_TEMPORAL,
     PICKSCORE,
     Bootstrap,
@@ -36,12 +46,15 @@ from tempact.evaluation.statistics import (
     plain,
 )
 from tempact.files import safe_name, write_atomic
+from tempact.shapeworld import STRICT_SETS
 
 log = logging.getLogger(__name__)
 
-ORDER = (SINGLE, STEP, BOTH, PLANNER_ONLY, EXECUTOR_ONLY)  # of the paper's rows; whatever else was evaluated follows
+# of the paper's rows, then those of overfitting; whatever else was evaluated follows
+ORDER = (SINGLE, STEP, BOTH, PLANNER_ONLY, EXECUTOR_ONLY, *(method.name for method in OVERFITTING))
 JSON, MARKDOWN = "temporal-order.json", "temporal-order.md"
 NAME_WIDTH, METHOD_WIDTH = 20, 9  # columns of a table in a terminal
+MOST_METHODS = 6  # side by side there
 RANDOM_WEIGHTS = "random weights"  # in the name of policies that have no others
 # the published table does not say which of the two it shows (docs/algorithm.md section 7): both are reported
 METRICS = {COMBINED: "Combined score", TEMPORAL_ORDER: "Temporal order alone"}
@@ -71,7 +84,7 @@ def build_table(rows: Sequence[Row], comparisons: Sequence[Comparison] = ()) -> 
     Changes are those of the paired `comparisons`: over the videos that both methods have scores of.
     """
     judges = [judge for judge in dict.fromkeys(row.judge for row in rows) if judge not in (AVERAGE, *NOT_TEMPORAL)]
-    sets = _ordered([row.set for row in rows if row.set != AVERAGE], SETS)
+    sets = _ordered([row.set for row in rows if row.set != AVERAGE], (*SETS, *STRICT_SETS))
     keys = [(name, judge) for judge in judges for name in sets] + [(AVERAGE, AVERAGE)]
     keys += [(AVERAGE, judge) for judge in NOT_TEMPORAL if any(row.judge == judge for row in rows)]
     found = {(row.method, row.set, row.judge): row for row in rows}
@@ -86,31 +99,53 @@ def build_table(rows: Sequence[Row], comparisons: Sequence[Comparison] = ()) -> 
 
 
 def narrow_table(rows: Sequence[Row], comparisons: Sequence[Comparison]) -> list[str]:
-    """Lines of at most 80 characters: a column for every method, the mean scores by set and judge below."""
+    """Lines of at most 80 characters: a column for every method, the mean scores by set and judge below; in parts where
+    there are more than MOST_METHODS."""
     table = build_table(rows, comparisons)
-    methods = [method for method, _ in table.rows]
-    heads = [textwrap.wrap(method, METHOD_WIDTH) for method in methods]
-    depth = max(map(len, heads))
-    lines = [("", *column) for column in zip(*([""] * (depth - len(head)) + head for head in heads), strict=True)]
-    for i, column in enumerate(table.columns):
-        lines.append((column, *(cells[i].score for _, cells in table.rows)))
-        if any(cells[i].change for _, cells in table.rows):
-            lines.append(("  change", *(cells[i].change for _, cells in table.rows)))
-    shown = [f"{line[0]:<{NAME_WIDTH}}" + "".join(f"{cell:>{METHOD_WIDTH + 1}}" for cell in line[1:]) for line in lines]
+    size = math.ceil(len(table.rows) / math.ceil(len(table.rows) / MOST_METHODS))
+    parts = [table.rows[first : first + size] for first in range(0, len(table.rows), size)]
+    shown = [line for part in parts for line in _side_by_side(table.columns, part)]
     one = average_change(comparisons, BOTH)
     if one is not None:
         change = ranged(percent(one.relative), span(one.relative_ci95, percent))
         if math.isnan(one.relative):  # of a baseline of 0
             change = ranged(f"{one.difference:+.3f}", span(one.ci95, "{:+.3f}".format))
         shown.append(f"{BOTH} against {one.baseline}, video by video: {change}")
-    return shown
+    return [*shown, *confirmed_text(comparisons)]
+
+
+def _side_by_side(columns: Sequence[str], rows: Sequence[tuple[str, tuple[Cell, ...]]]) -> list[str]:
+    """Lines of `narrow_table`, of some of its methods."""
+    heads = [textwrap.wrap(method, METHOD_WIDTH) for method, _ in rows]
+    depth = max(map(len, heads))
+    lines = [("", *column) for column in zip(*([""] * (depth - len(head)) + head for head in heads), strict=True)]
+    for i, column in enumerate(columns):
+        lines.append((column, *(cells[i].score for _, cells in rows)))
+        if any(cells[i].change for _, cells in rows):
+            lines.append(("  change", *(cells[i].change for _, cells in rows)))
+    return [f"{line[0]:<{NAME_WIDTH}}" + "".join(f"{cell:>{METHOD_WIDTH + 1}}" for cell in line[1:]) for line in lines]
+
+
+def confirmed_text(comparisons: Sequence[Comparison], method: str = BOTH) -> list[str]:
+    """A sentence on the share of a method's gain that the held-out judge confirms; none where there is no gain, or no
+    such judge."""
+    one = average_change(comparisons, method)
+    if one is None or math.isnan(one.confirmed):
+        return []
+    judge = next(each.judge for each in comparisons if each.method == method and each.judge in CONFIRMS)
+    share = ranged(f"{one.confirmed:.0%}", span(one.confirmed_ci95, "{:.0%}".format))
+    return [f"Of the gain by {CONFIRMS[judge]}, {judge} confirms {share}."]
 
 
 def average_change(comparisons: Sequence[Comparison], method: str, judge: str = AVERAGE) -> Comparison | None:
-    """The paired comparison of a method's average with step prompts: of temporal order, or of a judge of NOT_TEMPORAL.
-    None where there is none, also for want of a video that both have scores of."""
+    """The paired comparison of a method's average with step prompts, or with its own baseline of BASELINES.
+
+    It is of temporal order, or of a judge of NOT_TEMPORAL. None where there is none, also for want of a video that both
+    have scores of.
+    """
     keys = (method, AVERAGE, judge)
-    found = (one for one in comparisons if (one.method, one.set, one.judge) == keys and one.baseline == STEP)
+    against = BASELINES.get(method, STEP)
+    found = (one for one in comparisons if (one.method, one.set, one.judge) == keys and one.baseline == against)
     return next((one for one in found if not math.isnan(one.difference)), None)
 
 
@@ -136,7 +171,8 @@ def origin_text(origin: Origin) -> str:
     """What a table was obtained with, as a sentence."""
     videos = " and ".join(f"{count} {name}" for name, count in origin.videos.items())
     weights = f"{origin.checkpoint} (weights {origin.weights})".strip()
-    return f"{origin.split.capitalize()} split, seed {origin.seed}, {videos} videos of each method, {weights}."
+    tests = f", instructions and judges {origin.tests}" if origin.tests else ""
+    return f"{origin.split.capitalize()} split, seed {origin.seed}, {videos} videos of each method, {weights}{tests}."
 
 
 def percent(change: float) -> str:
@@ -249,7 +285,8 @@ def _changes(comparisons: Sequence[Comparison]) -> str:
         if one is not None:
             told = [ranged(f"{one.difference:+.3f}", span(one.ci95, "{:+.3f}".format)),
                     ranged(percent(one.relative), span(one.relative_ci95, percent)), f"{one.n} videos"]  # fmt: skip
-        lines.append(f"{method} against {STEP}, video by video: {', '.join(filter(None, told))}.")
+        sentence = f"{method} against {BASELINES.get(method, STEP)}, video by video: {', '.join(filter(None, told))}."
+        lines.append(" ".join([sentence, *confirmed_text(comparisons, method)]))
     return "\n\n".join(lines)
 
 

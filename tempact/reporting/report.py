@@ -36,6 +36,7 @@ from tempact.evaluation.tables import (
     Table,
     average_change,
     build_table,
+    confirmed_text,
     gained,
     narrow_table,
     origin_text,
@@ -239,7 +240,7 @@ def write_report(run_folder: Path | str) -> Path:
     text = "All methods start from the same noise. Duplicates: share of frames with an extra or misplaced shape, lower "
     text += "is better. Picture quality is the training reward itself, clearness is never trained against."
     origin = read_origin(run)
-    text += f" {origin_text(origin)}" if origin is not None else ""
+    text = " ".join([text, *confirmed_text(comparisons), *([origin_text(origin)] if origin is not None else [])])
     table = build_table(rows, comparisons) if rows else None
     section = Section("Temporal order on held-out prompts", table, comparisons, text)
     return _write_page(

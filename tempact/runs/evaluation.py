@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from tempact.cli import EXIT_ABORTED, from_yaml, to_yaml
 from tempact.config import VIDEO, EvaluationConfig, RunConfig, flatten, keys_of
 from tempact.distributed import Ranks
 from tempact.errors import UserError
-from tempact.evaluation import BOTH, METHODS, SINGLE, STEP, BenchmarkOptions, Method
+from tempact.evaluation import BOTH, METHODS, OVERFITTING, SINGLE, STEP, BenchmarkOptions, Method
 from tempact.evaluation.harness import Evaluation
-from tempact.evaluation.judges import Suite, load_pickscore, served_judges, shapeworld_judges
+from tempact.evaluation.judges import Suite, load_pickscore, served_judges, shapeworld_code, shapeworld_judges
 from tempact.evaluation.prompts import SETS, OrderPrompt
 from tempact.evaluation.statistics import Bootstrap, Origin, write_evaluation
 from tempact.evaluation.tables import export_vbench, gather, markdown
@@ -27,9 +27,11 @@ from tempact.reporting.report import leave_report, write_report, write_results
 from tempact.reporting.strips import write_showcase
 from tempact.rewards.judges import JudgeOutage
 from tempact.runs.logs import Progress, setup_logging
+from tempact.shapeworld import STRICT_SETS
+from tempact.shapeworld.strict import reword
 from tempact.shapeworld.world import held_out_prompts
 from tempact.video import LOSSLESS, mp4_format
-from tempact.worlds import world_of
+from tempact.worlds import STRICT, world_of
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ def evaluate_shapeworld(config: RunConfig, run: Path | None, load: Load, ranks: 
     policies, weights = load()
     with ExitStack() as opened:
         folder = claimed(run or untrained_folder(config), opened, ranks)
-        methods = [method for method in METHODS if run or not method.trained]
+        methods = [method for method in methods_of(config) if run or not method.trained]
         table = evaluate(config, folder, policies, weights.partition(" ")[0], methods, ranks)
     if ranks.first:
         sys.stdout.write("".join(f"{line}\n" for line in leave_report(table)))
@@ -59,7 +61,7 @@ def claimed(folder: Path, opened: ExitStack, ranks: Ranks) -> Path:
 
 
 def evaluate(
-    config: RunConfig, run: Path, policies: PolicyPair, checkpoint: str = "", methods: Sequence[Method] = METHODS,
+    config: RunConfig, run: Path, policies: PolicyPair, checkpoint: str = "", methods: Sequence[Method] = (),
     ranks: Ranks | None = None,
 ) -> Path:  # fmt: skip
     """The held-out table, videos and report of a finished run of ShapeWorld, or of an untrained preset's folder.
@@ -67,14 +69,14 @@ def evaluate(
     They are written into `run` where the settings are those of its config.yaml, else into a folder of their own in it
     (`table_folder`); returns that folder. The executor holds its averaged weights, of `checkpoint` ("step-000040").
     What is done is kept in a folder whose name differs wherever scores may, so that a killed evaluation goes on there,
-    with any number of ranks; all of them make and score videos, rank 0 writes.
+    with any number of ranks; all of them make and score videos, rank 0 writes. methods: all of the suite for none.
     """
     ranks = ranks or Ranks()
     folder = ranks.from_first(lambda: table_folder(config, run))
-    suite = shapeworld_suite(config, policies, methods)
+    suite = shapeworld_suite(config, policies, methods or methods_of(config))
     weights, settings = adapters_digest(policies), config.evaluation
     known = f"adapters {weights}, settings {policy_digest(config)}"
-    own = hashlib.sha256(json.dumps(suite.settings(known), sort_keys=True).encode()).hexdigest()[:12]
+    own = digest(suite.settings(known))
     evaluation = Evaluation(
         folder / "evaluation" / own, suite, policies.planner, policies.executor, gaussian_noise, LOSSLESS, ranks=ranks
     )
@@ -82,7 +84,7 @@ def evaluate(
     if not ranks.first:
         return folder
     sizes = {name: len(prompts) for name, prompts in suite.prompts.items()}
-    origin = Origin(settings.split, settings.seed, sizes, checkpoint, weights, own)
+    origin = Origin(settings.split, settings.seed, sizes, checkpoint, weights, own, tests_digest(suite))
     bootstrap = Bootstrap(settings.bootstrap, suite.seed)
     if not (folder / CONFIG).is_file():
         write_atomic(folder / CONFIG, to_yaml(config))  # for the report
@@ -116,8 +118,8 @@ def table_folder(config: RunConfig, run: Path) -> Path:
     if not own.is_file() or table_settings(from_yaml(own)) == table_settings(config):
         return run
     told = config.evaluation
-    digest = hashlib.sha256(json.dumps(table_settings(config), sort_keys=True).encode()).hexdigest()[:8]
-    name = f"{told.split}-seed-{told.seed}-simple-{told.simple}-hard-{told.hard}-{digest}"
+    sets = "-".join(f"{name}-{count}" for name, count in sets_of(told).items())
+    name = f"{told.split}-seed-{told.seed}-{sets}-{digest(table_settings(config), 8)}"
     folder = run / "evaluations" / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -127,24 +129,51 @@ def table_settings(config: RunConfig) -> dict[str, object]:
     """The values that the numbers of a table depend on, beside the trained weights and rounding."""
     keys = keys_of(RunConfig)
     chosen = {name for name in keys if name.startswith("evaluation.")} - {"evaluation.strips"}
+    chosen -= {f"evaluation.{name}" for name in (SETS if is_strict(config) else ("suite", "strict"))}
     return {name: value for name, value in flatten(config).items() if keys[name].sets == VIDEO or name in chosen}
 
 
-def shapeworld_suite(config: RunConfig, policies: PolicyPair, methods: Sequence[Method] = METHODS) -> Suite:
+def is_strict(config: RunConfig) -> bool:
+    """Are the stricter sets asked for?"""
+    return config.evaluation.suite == STRICT
+
+
+def methods_of(config: RunConfig) -> Sequence[Method]:
+    """The rows of a run's table: with the stricter sets also those that tell overfitting to the prompts of training."""
+    return (*METHODS, *OVERFITTING) if is_strict(config) else METHODS
+
+
+def digest(settings: Mapping[str, object], length: int = 12) -> str:
+    """Short hash of settings, whatever their order."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:length]
+
+
+def tests_digest(suite: Suite) -> str:
+    """Short hash of what runs are compared by: the instructions, the judges, their weights and code."""
+    return digest({**suite.tests, "code": shapeworld_code()})
+
+
+def shapeworld_suite(config: RunConfig, policies: PolicyPair, methods: Sequence[Method]) -> Suite:
     """ShapeWorld's held-out instructions with its own judges."""
     settings, prompts = config.evaluation, instructions(config.evaluation)
     judges = shapeworld_judges(policies.executor.device)
     frames = dict.fromkeys(prompts, config.executor.frames)
-    return Suite(prompts, frames, methods, 1, judges, settings.seed, settings.batch, batched=True)
+    return Suite(prompts, frames, methods, 1, judges, settings.seed, settings.batch, batched=True, reword=reword)
 
 
 def instructions(settings: EvaluationConfig) -> dict[str, list[OrderPrompt]]:
     """ShapeWorld's held-out instructions of every set, of the split that the settings name."""
     found = {
-        name: held_out_prompts(name, count, settings.seed, settings.split)
-        for name, count in zip(SETS, (settings.simple, settings.hard), strict=True)
+        name: held_out_prompts(name, count, settings.seed, settings.split) for name, count in sets_of(settings).items()
     }
     return {name: [OrderPrompt(p.prompt_id, name, p.category, p.text) for p in own] for name, own in found.items()}
+
+
+def sets_of(settings: EvaluationConfig) -> dict[str, int]:
+    """The sets of the suite that the settings name, and their numbers of videos."""
+    if settings.suite == STRICT:
+        return dict.fromkeys(STRICT_SETS, settings.strict)
+    return dict(zip(SETS, (settings.simple, settings.hard), strict=True))
 
 
 def evaluate_benchmark(
@@ -193,7 +222,7 @@ def policy_digest(config: RunConfig) -> str:
     """Short hash of the values that videos of given weights depend on, beyond rounding."""
     keys = keys_of(RunConfig)
     told = {name: value for name, value in flatten(config).items() if keys[name].sets == VIDEO}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+    return digest(told)
 
 
 def adapters_digest(policies: PolicyPair) -> str:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from tempact.errors import UserError
+from tempact.shapeworld.crowd import find_bystander
 from tempact.shapeworld.story import (
     CHUNK,
     CHUNKS,
@@ -30,43 +30,17 @@ from tempact.shapeworld.story import (
     apply_event,
     states,
 )
+from tempact.shapeworld.wording import HELD_OUT, TRAINED, Wording, connective
 from tempact.types import Plan, Step
 
 SPLITS = ("train", "validation", "test")
-MAX_EVENTS = 4
+MAX_EVENTS = 6  # of an instruction; training has up to 4
 SLOW_SHARE = 0.35  # of the events that can be slow
 TWO_ENTITIES_SHARE = 0.8
 HIDDEN_SHARE = 0.3  # of stories, one entity appears later
 
-# kind -> ways to say it after the entity and "slowly"; {} is the argument, the first is canonical
-PHRASES: dict[str, tuple[str, ...]] = {
-    "move": ("moves to the {}", "goes to the {}"),
-    "turn": ("turns {}", "becomes {}"),
-    "grow": ("grows", "gets bigger"),
-    "shrink": ("shrinks", "gets smaller"),
-    "vanish": ("vanishes", "disappears"),
-    "appear": ("appears at the {}", "shows up at the {}"),
-    "jump": ("jumps", "hops"),
-    "blink": ("blinks", "flashes"),
-}
-FIRST, MIDDLE, LAST = ("First, ", "At first, ", ""), ("Then ", "Next, ", "After that, "), ("Finally, ", "In the end, ")
-EMPTY = "The scene is empty"
 EXAMPLE = "A red circle is at the top left. First, the circle slowly moves to the right. Then the circle turns blue."
-
-_THING = rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
-_PLACE = rf"({'|'.join(ROWS)}) ({'|'.join(COLUMNS)})"
-_SCENE = re.compile(rf"(?:there is )?a {_THING}(?: is)? at the {_PLACE}")
-_CONNECTIVE = re.compile(
-    r"\s*(?:[.,;:]|^)\s*(?:and )?(?:(?:at first|first|then|next|after that|finally|in the end),?\s+)|\s*\.\s*",
-    re.IGNORECASE,
-)
-_ENTITY = rf"(?:(?:the|a) (?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)}))"
-_ARGUMENTS = {"move": rf"({'|'.join(COLUMNS)})", "turn": rf"({'|'.join(COLOURS)})", "appear": _PLACE}
-_EVENTS = [
-    (kind, re.compile(rf"{_ENTITY}( slowly)? {phrase.format(_ARGUMENTS.get(kind, ''))}"))
-    for kind, phrases in PHRASES.items()
-    for phrase in phrases
-]
+READ = (TRAINED, HELD_OUT)  # the wordings that an instruction may have; plans are read in that of training alone
 
 
 def event_sequence(story: Story) -> str:
@@ -151,70 +125,76 @@ def place(entity: Entity) -> str:
     return f"{ROWS[entity.row]} {COLUMNS[entity.column]}"
 
 
-def describe_scene(entities: Sequence[Entity], rng: random.Random | None = None) -> str:
+def describe_scene(entities: Sequence[Entity], rng: random.Random | None = None, wording: Wording = TRAINED) -> str:
     """The opening scene as a sentence: visible entities and their places. Canonical without `rng`."""
-    things = [f"a {e.colour} {e.shape} is at the {place(e)}" for e in entities if e.visible]
-    if not things:
-        return f"{EMPTY}."
-    text = " and ".join(things)
-    if rng is not None and rng.random() < 0.5:
-        text = f"there is {text.replace(' is at', ' at')}"
-    return _sentence(text)
+    visible = [entity for entity in entities if entity.visible]
+    if not visible:
+        return _sentence(wording.empty)
+    whole, part = wording.scenes[rng is not None and rng.random() < 0.5]
+    things = [part.format(thing=f"a {e.colour} {e.shape}", place=place(e)) for e in visible]
+    return _sentence(whole.format(things=" and ".join(things)))
 
 
-def describe_event(entities: Sequence[Entity], event: Event, rng: random.Random | None = None) -> str:
+def describe_event(
+    entities: Sequence[Entity], event: Event, rng: random.Random | None = None, wording: Wording = TRAINED
+) -> str:
     """A step prompt that stands alone, from the scene before the event. Canonical without `rng`."""
-    return _sentence(_event_words(entities, event, rng, named=True))
+    return _sentence(_event_words(entities, event, rng, True, wording))
 
 
-def describe_story(story: Story, rng: random.Random | None = None) -> list[str]:
+def describe_story(story: Story, rng: random.Random | None = None, wording: Wording = TRAINED) -> list[str]:
     """The step prompts of a story: its opening scene, then each of its events. Canonical without `rng`."""
     scenes = zip(states(story), story.events, strict=False)
-    return [describe_scene(story.entities, rng), *(describe_event(scene, event, rng) for scene, event in scenes)]
+    events = (describe_event(scene, event, rng, wording) for scene, event in scenes)
+    return [describe_scene(story.entities, rng, wording), *events]
 
 
-def _event_words(entities: Sequence[Entity], event: Event, rng: random.Random | None, named: bool) -> str:
+def _event_words(
+    entities: Sequence[Entity], event: Event, rng: random.Random | None, named: bool, wording: Wording
+) -> str:
     entity = entities[event.entity]
-    phrase = PHRASES[event.kind][0] if rng is None else rng.choice(PHRASES[event.kind])
-    words = phrase.format(place(entity) if event.kind == "appear" else event.argument)
+    phrases = wording.phrases[event.kind]
+    phrase = phrases[0] if rng is None else rng.choice(phrases)
+    words = f" {phrase.format(event.argument or place(entity))}"
     article = "a" if event.kind == "appear" else "the"
     thing = f"{entity.colour} {entity.shape}" if named or event.kind == "appear" else entity.shape
-    return f"{article} {thing}{' slowly' if event.slow else ''} {words}"
+    return f"{article} {thing}{wording.slow.format(phrase=words) if event.slow else words}"
 
 
 def _sentence(words: str) -> str:
     return f"{words[0].upper()}{words[1:]}."
 
 
-def write_instruction(story: Story, rng: random.Random) -> str:
+def write_instruction(story: Story, rng: random.Random, wording: Wording = TRAINED) -> str:
     """A story in varied words, as one sentence or several."""
     scenes = states(story)
     words = [
-        _event_words(scene, event, rng, named=rng.random() < 0.5)
+        _event_words(scene, event, rng, rng.random() < 0.5, wording)
         for scene, event in zip(scenes, story.events, strict=False)
     ]
-    opening = describe_scene(story.entities, rng)
+    opening = describe_scene(story.entities, rng, wording)
     last = len(words) - 1
     if rng.random() < 0.35:
-        links = [", then ", ", and then ", ", after that "]
-        text = "".join((", and finally " if i == last and i else rng.choice(links)) + w for i, w in enumerate(words))
+        text = "".join(
+            (wording.final if i == last and i else rng.choice(wording.links)) + w for i, w in enumerate(words)
+        )
         return f"{opening[:-1]}{text}."
     lines = [opening]
     for i, w in enumerate(words):
-        lead = rng.choice(FIRST if i == 0 else LAST if i == last else MIDDLE)
+        lead = rng.choice(wording.first if i == 0 else wording.last if i == last else wording.middle)
         lines.append(f"{lead}{w}." if lead else _sentence(w))
     return " ".join(lines)
 
 
-def parse_instruction(text: str) -> Story:
+def parse_instruction(text: str, wordings: tuple[Wording, ...] = READ) -> Story:
     """The story of an instruction. Raises UserError naming words that are not understood or cannot be true."""
-    pieces = _pieces(text)
-    scene = _parse_scene(pieces[0]) if pieces else None
+    pieces = _pieces(text, wordings)
+    scene = _parse_scene(pieces[0], wordings, crowded=True) if pieces else None
     if scene is None:
         raise _not_understood(pieces[0] if pieces else text)
     entities, events = list(scene), []
     for piece in pieces[1:]:
-        found = _parse_event(piece, scene)
+        found = _parse_event(piece, scene, wordings)
         if found is None:
             raise _not_understood(piece)
         event, colour, scene = found
@@ -232,6 +212,7 @@ def parse_instruction(text: str) -> Story:
             f"instruction: {len(events)} events need {story.chunks_needed} chunks; "
             f"accepted: at most {MAX_EVENTS} events in {CHUNKS} chunks"
         )
+    find_bystander(story)
     return story
 
 
@@ -245,18 +226,18 @@ class StepReading:
     colours: tuple[str | None, ...]
 
 
-def read_step(text: str, entities: Sequence[Entity]) -> StepReading | None:
+def read_step(text: str, entities: Sequence[Entity], wordings: tuple[Wording, ...] = (TRAINED,)) -> StepReading | None:
     """Reads a step prompt about a story's entities, which events name by shape; None if not understood."""
-    pieces = _pieces(text)
+    pieces = _pieces(text, wordings)
     scene: list[Entity] = []
     told: list[tuple[Event, str | None]] = []
     for piece in pieces:
-        things = _parse_scene(piece)
+        things = _parse_scene(piece, wordings, len(entities) > len(ROWS))
         if things is not None:
             scene += things
             continue
         for part in piece.split(" and "):
-            found = _parse_event(part.strip(), list(entities))
+            found = _parse_event(part.strip(), list(entities), wordings)
             if found is None or len(found[2]) > len(entities):
                 return None
             told.append(found[:2])
@@ -272,22 +253,27 @@ def reference_plan(instruction: str) -> Plan:
     return Plan(instruction, tuple(Step(*each) for each in steps))
 
 
-def _pieces(text: str) -> list[str]:
-    return [piece.strip(" ,").lower() for piece in _CONNECTIVE.split(text.strip()) if piece and piece.strip(" ,")]
+def _pieces(text: str, wordings: tuple[Wording, ...]) -> list[str]:
+    found = connective(wordings).split(text.strip())
+    return [piece.strip(" ,").lower() for piece in found if piece and piece.strip(" ,")]
 
 
-def _parse_scene(piece: str) -> list[Entity] | None:
-    if piece == EMPTY.lower():
+def _parse_scene(piece: str, wordings: tuple[Wording, ...], crowded: bool) -> list[Entity] | None:
+    """The entities of an opening, of different shapes. crowded: one row may have two, at different places."""
+    if piece in [wording.empty for wording in wordings]:
         return []
     entities = []
     for part in piece.split(" and "):
-        match = _SCENE.fullmatch(part.strip())
+        matches = (wording.scene_pattern.fullmatch(part.strip()) for wording in wordings)
+        match = next((each for each in matches if each), None)
         if match is None:
             return None
-        colour, shape, row, column = match.groups()
-        entities.append(Entity(shape, colour, ROWS.index(row), COLUMNS.index(column)))
-    shapes, rows = {e.shape for e in entities}, {e.row for e in entities}
-    return entities if len(shapes) == len(rows) == len(entities) else None
+        row, column = ROWS.index(match["row"]), COLUMNS.index(match["column"])
+        entities.append(Entity(match["form"], match["hue"], row, column))
+    shapes, places = {e.shape for e in entities}, {(e.row, e.column) for e in entities}
+    rows = {e.row for e in entities}
+    apart = len(shapes) == len(places) == len(entities)
+    return entities if apart and len(entities) - len(rows) <= crowded else None
 
 
 def _possible(actor: Entity, event: Event) -> bool:
@@ -296,26 +282,25 @@ def _possible(actor: Entity, event: Event) -> bool:
     return actor.visible != (event.kind == "appear") and (pulse or apply_event(actor, event) != actor)
 
 
-def _parse_event(piece: str, entities: list[Entity]) -> tuple[Event, str | None, list[Entity]] | None:
+def _parse_event(
+    piece: str, entities: list[Entity], wordings: tuple[Wording, ...]
+) -> tuple[Event, str | None, list[Entity]] | None:
     """The event, the colour in its words, and the entities then known (an appearing one is added, not yet visible)."""
-    for kind, pattern in _EVENTS:
-        match = pattern.fullmatch(piece)
-        if match is None:
-            continue
-        colour, shape, slow, *argument = match.groups()
-        if slow and not KINDS[kind]:
-            return None
-        index = next((i for i, entity in enumerate(entities) if entity.shape == shape), None)
-        if kind == "appear" and index is None and colour:
-            row, column = argument
-            if any(entity.row == ROWS.index(row) for entity in entities):
-                return None  # a row holds one entity
-            new = Entity(shape, colour, ROWS.index(row), COLUMNS.index(column), visible=False)
-            index, entities, argument = len(entities), [*entities, new], []
-        if index is None or (argument and kind == "appear" and " ".join(argument) != place(entities[index])):
-            return None
-        return Event(kind, index, "" if kind == "appear" else "".join(argument), bool(slow)), colour, entities
-    return None
+    patterns = ((kind, each) for wording in wordings for kind, each in wording.event_patterns)
+    kind, match = next(((kind, found) for kind, each in patterns if (found := each.fullmatch(piece))), ("", None))
+    if match is None or (match["slow"] and not KINDS[kind]):
+        return None
+    told = match.groupdict()
+    colour, shape, row, column = match["colour"], match["shape"], told.get("row"), told.get("column")
+    index = next((i for i, entity in enumerate(entities) if entity.shape == shape), None)
+    if kind == "appear" and index is None and colour and row and column:
+        if any(entity.row == ROWS.index(row) for entity in entities):
+            return None  # a row holds one entity
+        index, new = len(entities), Entity(shape, colour, ROWS.index(row), COLUMNS.index(column), visible=False)
+        entities = [*entities, new]
+    if index is None or (row and f"{row} {column}" != place(entities[index])):
+        return None
+    return Event(kind, index, told.get("argument") or "", bool(match["slow"])), colour, entities
 
 
 def _not_understood(words: str) -> UserError:

@@ -15,8 +15,11 @@ from torch.nn import functional
 
 from tempact.rewards import RewardSet, Span
 from tempact.rewards.judged import PlanVerdict
+from tempact.shapeworld import STRICT_SETS
+from tempact.shapeworld.crowd import actors_only, with_bystander, without_bystanders
 from tempact.shapeworld.grammar import parse_instruction, read_step, sample_story, write_instruction
 from tempact.shapeworld.story import CHUNK, Event, Story, apply_event, states
+from tempact.shapeworld.strict import strict_prompts
 from tempact.shapeworld.verifier import picture_quality, verify, verify_steps
 from tempact.types import Plan, Prompt
 
@@ -32,7 +35,12 @@ class ShapeWorldPrompts:
 
 
 def held_out_prompts(category: str, count: int, seed: int, split: str = "test") -> list[Prompt]:
-    """`count` instructions of one category of a held-out split, the same for the same seed."""
+    """`count` instructions of one category of a held-out split, the same for the same seed.
+
+    category: "simple" (1-2 events), "hard" (3-4), or one of STRICT_SETS.
+    """
+    if category in STRICT_SETS:
+        return strict_prompts(category, count, seed, split)
     rng = random.Random(f"{seed}/{category}")
     return [_prompt(rng, split, category, i) for i in range(count)]
 
@@ -118,7 +126,9 @@ def temporal_following(prompts: list[str], plans: list[Plan], frames: Tensor, sp
     """V [P, N] in [0, 1]: the verifier on whole videos; it knows the instruction and nothing of the plan."""
     count = frames.shape[1]
     stories = [story for plan in plans for story in [parse_instruction(plan.instruction)] * count]
-    return verify(frames.flatten(0, 1).float() / 255.0, stories).score.unflatten(0, (-1, count))
+    pixels, standing = without_bystanders(frames.flatten(0, 1).float() / 255.0, stories)
+    score = verify(pixels, [*map(actors_only, stories)]).score
+    return with_bystander(score, standing).unflatten(0, (-1, count))
 
 
 def step_following(prompts: list[str], plans: list[Plan], frames: Tensor, spans: list[Span | None]) -> Tensor:
@@ -130,15 +140,16 @@ def step_following(prompts: list[str], plans: list[Plan], frames: Tensor, spans:
     told: list[tuple[Story, tuple[int, int], list[Event]]] = []
     for p, (plan, span) in enumerate(zip(plans, spans, strict=True)):
         story = parse_instruction(plan.instruction)
-        reading = read_step(span.step.prompt, story.entities) if span is not None else None
+        reading = read_step(span.step.prompt, actors_only(story).entities) if span is not None else None
         if span is not None and reading is not None:
             rows.append(p)
             start = max(1, span.step.start)  # before a video's first frame there is no state to begin with
             told.append((story, (start, span.step.end), list(reading.events)))
     if rows:
         stories, windows, expected = zip(*(each for each in told for _ in range(count)), strict=True)
-        videos = frames[rows].flatten(0, 1).float() / 255.0
-        scores[rows] = verify_steps(videos, stories, windows, expected).unflatten(0, (-1, count)).cpu()
+        videos, _ = without_bystanders(frames[rows].flatten(0, 1).float() / 255.0, stories)
+        found = verify_steps(videos, [*map(actors_only, stories)], windows, expected)
+        scores[rows] = found.unflatten(0, (-1, count)).cpu()
     return scores
 
 

@@ -25,10 +25,13 @@ def done(jobs: list[Job], together: int = 2) -> list[str]:
 
 
 def test_commands_are_those_of_a_user(tmp_path: Path) -> None:
-    given = argparse.Namespace(folder=tmp_path, preset="p", seeds=[4, 5], threads=2, test_sets=["1", "validation"])
+    given = argparse.Namespace(
+        folder=tmp_path, preset="p", seeds=[4, 5], threads=2, test_sets=["1", "validation", "strict"]
+    )
     jobs = jobs_of(given, ["--executor.eta", "0.5"])
     assert [job.name for job in jobs] == [
         "seed 4", "seed 5", "control 4", "control 5", "test split, seed 1", "validation split",
+        "stricter sets, seed 4", "stricter sets, seed 5",
     ]  # fmt: skip
     train = ["tempact.train", "p", "--seed", "5", "--threads", "2", "--executor.eta", "0.5"]
     assert jobs[1].command[2:] == [*train, "--output", str(tmp_path / "seed-5")]
@@ -41,6 +44,13 @@ def test_commands_are_those_of_a_user(tmp_path: Path) -> None:
     ]
     assert jobs[4].command[2:] == ["tempact.evaluate", str(tmp_path / "test-set-1"), "--seed", "1", "--threads", "2"]
     assert jobs[5].command[4:6] == ["--split", "validation"] and jobs[5].after is jobs[0] is jobs[4].after
+    for number in (0, 1):  # of every seed
+        strict = jobs[6 + number]
+        assert strict.folder == tmp_path / f"test-set-strict-{4 + number}" and strict.after is jobs[number]
+        assert strict.command[2:] == [
+            "tempact.evaluate", str(strict.folder), "--suite", "shapeworld-strict", "--threads", "2",
+        ]  # fmt: skip
+    assert len({job.folder for job in jobs}) == len(jobs)
 
 
 def test_an_evaluation_waits_for_its_run_and_gets_a_copy(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tempact.distributed import Ranks
 from tempact.errors import Stopped, UserError
-from tempact.evaluation import METHODS, Method, harness
+from tempact.evaluation import METHODS, OVERFITTING, Method, harness
 from tempact.evaluation import tables as vbench
 from tempact.evaluation.harness import Evaluation
 from tempact.evaluation.judges import JudgedVideo, Suite, Verdict
@@ -222,6 +222,23 @@ def test_a_condition_is_made_by_the_policies_that_it_names(bench: Bench, batched
         ("single-prompt", "simple"), ("single-prompt", "hard"), ("step-prompt", "start"), ("planner only", "trained"),
         ("executor only", "start"), ("+ TempAct", "trained"),
     }  # fmt: skip
+
+
+def test_reworded_plans_are_told_in_other_words_and_share_plan_and_noise(bench: Bench) -> None:
+    def louder(plan: Plan) -> Plan:
+        return replace(plan, steps=tuple(replace(step, prompt=step.prompt.upper()) for step in plan.steps))
+
+    single_after, reworded, reworded_after = OVERFITTING
+    bench.methods, bench.seeds = (SINGLE, STEP, EXECUTOR_ONLY, *OVERFITTING), 1
+    bench.run(suite=replace(bench.suite, reword=louder))
+    assert bench.levels(STEP) == bench.levels(reworded) and bench.levels(EXECUTOR_ONLY) == bench.levels(reworded_after)
+    assert bench.levels(single_after) == bench.levels(EXECUTOR_ONLY) != bench.levels(SINGLE)
+    rows = Ledger(bench.folder / "videos.jsonl", ("prompt_id", "condition", "seed"))
+    told = {name: [row["steps"][0]["prompt"] for row in rows if row["condition"] == name] for name in (
+        STEP.name, reworded.name, reworded_after.name, single_after.name)}  # fmt: skip
+    assert told[reworded.name] == told[reworded_after.name] == [prompt.upper() for prompt in told[STEP.name]]
+    assert told[single_after.name] == [prompt.text for prompt in bench.suite.all_prompts]
+    assert [method.baseline for method in OVERFITTING] == [SINGLE.name, STEP.name, reworded.name]
 
 
 @pytest.mark.parametrize("batched", [False, True])

@@ -275,3 +275,65 @@ def test_with_missing_scores_change_and_interval_are_both_those_of_the_pairs() -
     one = found(Bootstrap(200, 0).compare([base, own]), set="average")
     assert one.relative == pytest.approx(0.25) and one.relative_ci95 == pytest.approx((0.25, 0.25))
     assert one.means == pytest.approx((0.2, 0.25)) and one.n == 2
+
+
+def judged(method: str, verifier: list[float], matcher: list[float], name: str = "simple") -> list[MethodScores]:
+    return [MethodScores(method, name, "verifier", verifier), MethodScores(method, name, "matcher", matcher)]
+
+
+def test_the_share_that_the_held_out_judge_confirms_is_that_of_the_gains() -> None:
+    """0.12 of 0.20 in one set and 0.10 of 0.10 in the other: together 0.22 of 0.30."""
+    base = judged("step-prompt", [0.3, 0.5], [0.4, 0.4]) + judged("step-prompt", [0.2, 0.2], [0.3, 0.3], "hard")
+    own = judged("+ TempAct", [0.5, 0.7], [0.5, 0.54]) + judged("+ TempAct", [0.3, 0.3], [0.4, 0.4], "hard")
+    compared = Bootstrap(400, 0).compare(base + own)
+    share = {(one.set, one.judge): one.confirmed for one in compared if not np.isnan(one.confirmed)}
+    assert share == pytest.approx(
+        {("simple", "matcher"): 0.6, ("hard", "matcher"): 1.0, ("average", "average"): 0.22 / 0.3}
+    )
+    ends = found(compared, set="simple", judge="matcher").confirmed_ci95
+    assert ends == pytest.approx((0.5, 0.7))  # each of the two videos alone
+    assert found(compared, set="average", judge="average").confirmed_ci95 == pytest.approx((2 / 3, 0.8))
+
+
+def test_without_a_gain_there_is_nothing_to_confirm() -> None:
+    base = judged("step-prompt", [0.3, 0.5, 0.4], [0.4, 0.4, 0.4])
+    unsure = judged("+ TempAct", [0.2, 0.9, 0.4], [0.5, 0.5, 0.5])
+    assert all(np.isnan(one.confirmed) for one in Bootstrap(400, 0).compare(base + unsure))
+    gained = judged("+ TempAct", [0.4, 0.6, 0.5], [0.5, 0.5, 0.5])
+    assert found(Bootstrap(400, 0).compare(base + gained), set="average").confirmed == pytest.approx(1.0)
+    alone = [one for one in base + gained if one.judge == "matcher"]
+    assert all(np.isnan(one.confirmed) for one in Bootstrap(400, 0).compare(alone))
+
+
+def test_only_videos_that_both_judges_have_scored_of_both_methods_count() -> None:
+    base = judged("step-prompt", [0.3, 0.3, 0.3], [0.4, NAN, 0.4])
+    own = judged("+ TempAct", [0.5, 0.9, NAN], [0.5, 0.9, 0.4])
+    one = found(Bootstrap(100, 0).compare(base + own), set="average")
+    assert one.confirmed == pytest.approx(0.5) and one.confirmed_ci95 == pytest.approx((0.5, 0.5))
+
+
+def test_served_judges_confirm_each_other_too_and_the_share_is_written(tmp_path: Path) -> None:
+    def both(method: str, rewarded: float, held_out: float) -> list[MethodScores]:
+        judges = {"in-domain": rewarded, "held-out": held_out}
+        return [MethodScores(method, "simple", judge, [value] * 4) for judge, value in judges.items()]
+
+    scores = both("step-prompt", 0.4, 0.5) + both("+ TempAct", 0.8, 0.6)
+    _, compared = write_evaluation(tmp_path, scores, Bootstrap(50, 0))
+    assert found(compared, set="average").confirmed == pytest.approx(0.25)
+    again = read_evaluation(tmp_path, Comparison)
+    assert found(again, set="average").confirmed == pytest.approx(0.25) and found(
+        again, set="average"
+    ).confirmed_ci95 == (pytest.approx((0.25, 0.25)))
+
+
+def test_rows_of_overfitting_are_against_their_own_untrained_ones() -> None:
+    levels = {"step-prompt": 0.5, "single-prompt": 0.2, "single-prompt, trained executor": 0.3, "reworded steps": 0.4,
+              "reworded steps, trained executor": 0.6}  # fmt: skip
+    scores = [MethodScores(name, "long", "verifier", [level] * 3) for name, level in levels.items()]
+    compared = {one.method: one for one in Bootstrap(20, 0).compare(scores) if one.set == "average"}
+    assert {name: one.baseline for name, one in compared.items()} == {
+        "single-prompt": "step-prompt", "single-prompt, trained executor": "single-prompt",
+        "reworded steps": "step-prompt", "reworded steps, trained executor": "reworded steps",
+    }  # fmt: skip
+    assert compared["single-prompt, trained executor"].relative == pytest.approx(0.5)
+    assert compared["reworded steps, trained executor"].relative == pytest.approx(0.5)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
+from tempact.evaluation import METHODS, OVERFITTING
 from tempact.evaluation.statistics import Bootstrap, Comparison, MethodScores, Row
-from tempact.evaluation.tables import average_change, build_table, markdown_table
+from tempact.evaluation.tables import average_change, build_table, confirmed_text, markdown_table, narrow_table
 
 LEVELS = {"executor only": 0.5, "shuffled": 0.4, "+ TempAct": 0.6, "single-prompt": 0.3, "step-prompt": 0.4}
 NAN = float("nan")
@@ -73,3 +74,34 @@ def test_what_nobody_scored_is_a_dash_without_numbers() -> None:
     # scores of either, none of both
     rows, comparisons = scored(step=[0.2, NAN], own=[NAN, 0.4])
     assert average_change(comparisons, "+ TempAct") is None and "%" not in markdown_table(rows, comparisons)
+
+
+def test_many_methods_stand_in_parts_and_sets_in_their_order() -> None:
+    methods = [method.name for method in (*METHODS, *OVERFITTING)]
+    scores = [
+        MethodScores(method, name, judge, [0.3 + 0.05 * i] * 4)
+        for i, method in enumerate(methods)
+        for name in ("crowded", "long", "paraphrase")
+        for judge in ("verifier", "matcher")
+    ]
+    rows, comparisons = Bootstrap(50, 0).rows(scores), Bootstrap(50, 0).compare(scores)
+    lines = narrow_table(rows, comparisons)
+    assert max(map(len, lines)) <= 80 and sum(line.startswith("average") for line in lines) == 2
+    table = build_table(rows, comparisons)
+    assert table.columns[:3] == ("paraphrase, verifier", "long, verifier", "crowded, verifier")
+    assert [name for name, _ in table.rows][-3:] == [method.name for method in OVERFITTING]
+    changes = {name: cells[6].change for name, cells in table.rows}
+    assert (
+        changes["single-prompt, trained executor"] == "+83.3%"
+        and changes["reworded steps, trained executor"] == "+8.3%"
+    )
+    assert lines[-1] == "Of the gain by verifier, matcher confirms 100% [100%, 100%]."
+
+
+def test_nothing_is_said_to_be_confirmed_without_a_gain() -> None:
+    scores = [
+        MethodScores(method, "simple", judge, [0.4] * 4)
+        for method in ("step-prompt", "+ TempAct")
+        for judge in ("verifier", "matcher")
+    ]
+    assert confirmed_text(Bootstrap(50, 0).compare(scores)) == [] == confirmed_text([])

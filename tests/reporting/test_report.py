@@ -348,3 +348,13 @@ def test_the_code_of_a_model_card_loads_its_adapter(
     loaded = names[policy].parameters()
     assert all(torch.equal(loaded[name], value) for name, value in built.parameters().items())
     assert (tmp_path / policy / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o666 & ~UMASK
+
+
+def test_the_report_says_what_the_held_out_judge_confirms(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("preset: shapeworld\n")
+    levels = {("step-prompt", "verifier"): 0.4, ("step-prompt", "matcher"): 0.5, ("+ TempAct", "verifier"): 0.8,
+              ("+ TempAct", "matcher"): 0.8}  # fmt: skip
+    scores = [MethodScores(method, "long", judge, [level] * 4) for (method, judge), level in levels.items()]
+    write_evaluation(tmp_path, scores, Bootstrap(50, 0))
+    text = write_report(tmp_path).read_text()
+    assert "Of the gain by verifier, matcher confirms 75% [75%, 75%]." in text

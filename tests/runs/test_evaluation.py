@@ -10,15 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from evaluation.test_harness import FakeJudge
 from safetensors.torch import load_file, save_file
 
 from tempact import evaluate, generate, train
 from tempact.cli import from_yaml, parse_run
-from tempact.evaluation import METHODS
+from tempact.evaluation import METHODS, OVERFITTING
 from tempact.evaluation.harness import Evaluation
+from tempact.evaluation.judges import Suite
 from tempact.evaluation.statistics import MethodScores, read_evaluation, read_origin
 from tempact.runs import evaluation, run
 from tempact.runs.checkpoint import Checkpoint, save, verify
+from tempact.shapeworld import STRICT_SETS
 
 pytestmark = pytest.mark.usefixtures("log_handlers")
 SMOKE = ("shapeworld-smoke", "--device", "cpu", "--evaluation.hard", "1", "--evaluation.strips", "0")
@@ -88,7 +91,7 @@ def test_a_runs_table_names_its_checkpoint_and_evaluating_again_is_the_same_to_t
     "other",
     [
         ["--seed", "9"], ["--simple", "3"], ["--split", "validation"], ["--evaluation.bootstrap", "9"],
-        ["--executor.eta", "0.5"],
+        ["--executor.eta", "0.5"], ["--evaluation.suite", "shapeworld-strict"],
     ],
     ids=lambda given: given[0],
 )  # fmt: skip
@@ -97,7 +100,8 @@ def test_other_settings_have_a_folder_of_their_own(
 ) -> None:
     own, _ = parse_run(["--config", str(finished / "config.yaml")], "x")
     assert evaluation.table_folder(own, finished) == finished
-    free = ["--device", "auto", "--threads", "3", "--evaluation.strips", "2", "--output", "x"]
+    free = ["--device", "auto", "--threads", "3", "--evaluation.strips", "2", "--evaluation.strict", "9"]
+    free += ["--output", "x"]
     assert evaluation.table_folder(parse_run(["--config", str(finished / "config.yaml"), *free], "x")[0], finished) == (
         finished
     )
@@ -120,6 +124,47 @@ def test_an_evaluation_with_another_seed_leaves_the_runs_own_alone(copied: Path)
     text = (folder / "report.html").read_text()
     assert f"Test split, seed 9, 1 simple and 1 hard videos of each method, step-000001 (weights {own.weights})" in text
     assert "evaluation.seed</code></dt><dd><code>9<" in text
+
+
+def test_the_stricter_suite_has_a_table_of_its_own_with_the_rows_of_overfitting(copied: Path) -> None:
+    kept = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    line = [str(copied), "--suite", "shapeworld-strict", "--strict", "1"]
+    assert evaluate.main([*line, "--split", "validation"]) == 0
+    assert all(path.read_bytes() == data for path, data in kept.items())
+    (folder,) = (copied / "evaluations").iterdir()
+    assert folder.name.startswith("validation-seed-1234-paraphrase-1-long-1-crowded-1-")
+    found, own = read_origin(folder), read_origin(copied)
+    assert found and own and found.videos == dict.fromkeys(STRICT_SETS, 1) and found.weights == own.weights
+    cells = {(method, name) for method, name, _ in by_cell(folder)}
+    assert cells == {(method.name, name) for method in (*METHODS, *OVERFITTING) for name in STRICT_SETS}
+    rows = (json.loads(line) for line in next(folder.rglob("videos.jsonl")).read_text().splitlines())
+    told = {(row["prompt_id"], row["condition"]): [step["prompt"] for step in row["steps"]] for row in rows}
+    assert told["validation-long-0", "reworded steps"] == told["validation-long-0", "reworded steps, trained executor"]
+    config = from_yaml(folder / "config.yaml").evaluation
+    assert (config.suite, config.strict, config.split) == ("shapeworld-strict", 1, "validation")
+
+
+def test_what_runs_are_compared_by_has_a_hash(finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is the same for other weights and settings of videos, and another one for other instructions and judges."""
+    own = read_origin(finished)
+    assert own and len(own.tests) == 12
+    config = from_yaml(finished / "config.yaml")
+    judges = [FakeJudge("verifier", "1"), FakeJudge("matcher", "m")]
+
+    def tests(version: str = "m", **settings: object) -> str:
+        judges[1].version = version
+        other = replace(config, evaluation=replace(config.evaluation, **settings))
+        prompts = evaluation.instructions(other.evaluation)
+        suite = Suite(prompts, dict.fromkeys(prompts, 24), METHODS, 1, judges, other.evaluation.seed, 2)
+        return evaluation.tests_digest(suite)
+
+    usual = tests()
+    assert (
+        usual == tests(bootstrap=7, batch=1) and len({usual, tests("n"), tests(seed=5), tests(split="validation")}) == 4
+    )
+    assert usual != tests(suite="shapeworld-strict") != tests(suite="shapeworld-strict", strict=3)
+    monkeypatch.setattr(evaluation, "shapeworld_code", lambda: "other")
+    assert tests() != usual
 
 
 @pytest.mark.parametrize("suite", ["shapeworld", "temporal-order"])

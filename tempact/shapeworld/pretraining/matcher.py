@@ -217,8 +217,8 @@ def corrupt(story: Story, kind: str, rng: random.Random) -> Corruption:
     return Corruption(kind, (entities, cues), copy, sum(right) / count * damage)
 
 
-def draw_corrupted(shows: Sequence[Corruption]) -> Tensor:
-    """Videos [V, F, 3, SIZE, SIZE] of corrupted stories."""
+def corrupted_tracks(shows: Sequence[Corruption]) -> tuple[Tensor, Tensor]:
+    """Tracks [V, F, E, TRACK] and shapes [V, E] of corrupted stories; the last entity is the copy, if there is one."""
     scenes = [show.scene for show in shows]
     tracks, shapes = F.pad(tell(scenes), (0, 0, 0, 1)), F.pad(shape_indices(scenes), (0, 1))
     for video, show in enumerate(shows):
@@ -226,4 +226,10 @@ def draw_corrupted(shows: Sequence[Corruption]) -> Tensor:
             entity, start = show.copy
             tracks[video, start:, -1] = torch.tensor(entity_track(entity))
             shapes[video, -1] = SHAPES.index(entity.shape)
+    return tracks, shapes
+
+
+def draw_corrupted(shows: Sequence[Corruption]) -> Tensor:
+    """Videos [V, F, 3, SIZE, SIZE] of corrupted stories."""
+    tracks, shapes = corrupted_tracks(shows)
     return draw(tracks, shapes[:, None].expand(-1, FRAMES, -1))
