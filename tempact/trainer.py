@@ -44,6 +44,7 @@ from tempact.rl.advantages import (
     plan_rewards,
     shuffled,
 )
+from tempact.rl.histograms import advantage_shares
 from tempact.rl.levels import levels_of
 from tempact.rl.planner_losses import LEAVE_ONE_OUT
 from tempact.seeds import derive_seed
@@ -334,6 +335,8 @@ class Trainer:
             generator = torch.Generator().manual_seed(self._seed("shuffle"))
             plan, execution = (shuffled(*each, generator) for each in ((plan, plan_mask), (execution, execution_mask)))
         batch = Batch(plan.flatten(), plan_mask.flatten(), execution, execution_mask, plans.tokens, rollout.transition)
+        plan_metrics |= advantage_shares(plan, plan_mask, config.planner.advantage_clip)
+        execution_metrics |= advantage_shares(execution, execution_mask, config.executor.advantage_clip)
         metrics = prefixed("planner", plan_metrics) | prefixed("executor", execution_metrics)
         return batch, metrics | reward_metrics(scored)
 
