@@ -261,7 +261,7 @@ def _end_alone(parent: int) -> None:
 
 
 def _send(tracker: Tracker, row: dict[str, Any]) -> None:
-    values = {key: value for key, value in row.items() if isinstance(value, int | float)}
+    values = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
     tracker.log(row["step"], values, {key: value for key, value in row.items() if isinstance(value, list)})
 
 

@@ -97,7 +97,7 @@ def test_a_tracker_is_given_the_configuration_every_row_and_the_videos(
     drawn = {"shares": SHARES, "edges": edges("executor/ratio_histogram")}
     assert [step for step, _ in rows[:-1]] == [1, 2, 3, 3, 4]
     for step, row in rows[:-1]:
-        assert row.keys() == {"step", "time_s", "reward", "executor/ratio_histogram"} and row["reward"] == step / 2
+        assert row.keys() == {"time_s", "reward", "executor/ratio_histogram"} and row["reward"] == step / 2
         assert row["executor/ratio_histogram"] == drawn
     (shown,) = rows[-1][1].values()
     told = {"name": "a.mp4", "caption": "é", "format": "mp4"}
