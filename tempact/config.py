@@ -39,8 +39,8 @@ RUN = "run"  # what is recorded and evaluated, how long a run goes on, when it g
 RESUME_MAY_CHANGE = (SPEED, RUN)
 REPLACED = {"wandb_project": "trackers, with wandb among them, and tracker_project"}  # keys of old, and those of now
 
-# histograms of metrics.jsonl: their equal bins, an odd number so that 0 has one of its own, cover as much on both sides;
-# what lies beyond is in the outermost. A ratio's unit, the clip, ends at an edge.
+# histograms of metrics.jsonl: equal bins, an odd number so that 0 has one of its own, from -reach to reach; what lies
+# beyond is in the outermost. Units are clips, and those of ratios end at an edge.
 HISTOGRAM_BINS = 21
 HISTOGRAM_REACH = {"advantage_histogram": 1.0, "ratio_histogram": 3.0}
 
@@ -347,6 +347,20 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class AlarmConfig:
+    """Alarms of reward hacking: what training never sees, of videos that it has made (docs/metrics.md)."""
+
+    every: int = key(4, RUN, "iterations between looks; 0: none", NOT_NEGATIVE)
+    continuations: int = key(1, RUN, "videos of every plan that are looked at", COUNT)
+    window: int = key(5, RUN, "looks at the start, and the latest, whose means are compared", at_least(2))
+    deviations: float = key(3.0, RUN, "standard errors that a change exceeds too where it is an alarm", NOT_NEGATIVE)
+    gap: float = key(0.1, RUN, "rise of the reward for temporal order above the held-out judge's score", POSITIVE)
+    held_out: float = key(0.1, RUN, "fall of the held-out judge's score", POSITIVE)
+    quality: float = key(0.05, RUN, "fall of the clearness of pictures", POSITIVE)
+    duplicates: float = key(0.1, RUN, "rise of the share of frames with an extra or a misplaced shape", POSITIVE)
+
+
+@dataclass(frozen=True)
 class TrainerConfig:
     """The loop."""
 
@@ -373,6 +387,7 @@ class RunConfig:
     rewards: RewardConfig = field(default_factory=RewardConfig)
     judges: JudgeSettings = field(default_factory=JudgeSettings)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    alarms: AlarmConfig = field(default_factory=AlarmConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: str = key("runs/shapeworld", RUN, "folder of the run", FOLDER)
     seed: int = key(0, VIDEO, "seed of every random draw", SEED)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 from tempact.config import RunConfig, validate
 from tempact.errors import UserError
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# of an instruction and uint8 frames [V, T, 3, height, width] of V videos of it: scores of each by name, "held_out" and
+# others, by judges that are no reward of training
+Watch: TypeAlias = "Callable[[str, torch.Tensor], dict[str, list[float]]]"
 SHAPEWORLD = "shapeworld"  # name of the shipped weights and of the grammar's prompts
 RANDOM_PLANNER = "random"  # a planner of the shipped sizes without weights
 WEIGHTS = Path(__file__).parent / "shapeworld" / "weights"
@@ -167,6 +170,10 @@ class World:
             judges.close()
             raise
 
+    def watch(self, device: torch.device) -> Watch | None:
+        """Judges beside the rewards, for alarms (docs/metrics.md); None where there are none at hand."""
+        return None
+
     def chosen_suite(self, asked: str | None) -> str:
         """The suite that `evaluate` runs: the one asked for, else the default; UserError for one of other videos."""
         if asked is not None and asked not in self.suites:
@@ -291,6 +298,12 @@ class ShapeWorld(World):
             judges = JudgeClient(JudgeConfig.from_environment(settings=settings, ledger=ledger).divided(processes))
             rewards = judged_rewards(judges, rewards.aesthetics, settings)
         return rewards.extended(custom)
+
+    def watch(self, device: torch.device) -> Watch | None:
+        """The matcher, clearness and duplicates."""
+        from tempact.shapeworld.watch import ShapeWorldWatch
+
+        return ShapeWorldWatch(device)
 
 
 class Wan(World):

@@ -21,6 +21,7 @@ from torch import Tensor
 from tempact.config import JudgeSettings
 from tempact.errors import UserError
 from tempact.evaluation import ROLES, Method
+from tempact.evaluation.events import VERIFIER, event_fields
 from tempact.evaluation.prompts import OrderPrompt
 from tempact.evaluation.statistics import CLEARNESS, DUPLICATES, PICKSCORE, PICTURE_QUALITY
 from tempact.rewards import spread
@@ -218,17 +219,23 @@ def shapeworld_judges(device: torch.device) -> list[VideoJudge]:
     def stories(texts: list[str]) -> list[Story]:
         return [parse_instruction(text) for text in texts]
 
+    def shown(videos: Sequence[JudgedVideo]) -> tuple[Tensor, list[str]]:
+        """Pixels [V, F, 3, height, width] in [0, 1], and instructions."""
+        pixels = torch.stack([video.frames for video in videos]).to(device).float() / 255.0
+        return pixels, [video.prompt.text for video in videos]
+
     def judge(name: str, version: str, score: Callable[[Tensor, list[str]], Tensor]) -> LocalJudge:
-        """score: from pixels [V, F, 3, height, width] in [0, 1] and instructions."""
+        return LocalJudge(name, version, lambda videos: [Verdict({name: s}) for s in score(*shown(videos)).tolist()])
 
-        def verdicts(videos: Sequence[JudgedVideo]) -> list[Verdict]:
-            pixels = torch.stack([video.frames for video in videos]).to(device).float() / 255.0
-            return [Verdict({name: one}) for one in score(pixels, [video.prompt.text for video in videos]).tolist()]
-
-        return LocalJudge(name, version, verdicts)
+    def verified(videos: Sequence[JudgedVideo]) -> list[Verdict]:
+        pixels, texts = shown(videos)
+        told = stories(texts)
+        verdict = verify(pixels, told)
+        rows = zip(verdict.score.tolist(), told, verdict.as_told.tolist(), strict=True)
+        return [Verdict({VERIFIER: score} | event_fields(story, as_told)) for score, story, as_told in rows]
 
     return [
-        judge("verifier", "1", lambda pixels, texts: verify(pixels, stories(texts)).score),
+        LocalJudge(VERIFIER, "1", verified),
         judge("matcher", file_hash(WEIGHTS / "judge.safetensors")[:12], matcher.score),
         judge(PICTURE_QUALITY, "1", lambda pixels, texts: picture_quality(pixels).mean(1)),
         judge(CLEARNESS, "1", lambda pixels, texts: clearness(pixels)),

@@ -193,7 +193,7 @@ HISTOGRAM = re.compile(r"(.+_histogram)(@\d+)?")
 BIN = re.compile(r"(.+_histogram)/\d\d(@\d+)?")
 
 
-def folded(metrics: Mapping[str, float | None]) -> dict[str, float | None | list[float]]:
+def folded(metrics: Mapping[str, float | None]) -> dict[str, float | list[float] | None]:
     """Metrics with the bins of a histogram, NAME/00 and on, as one list NAME; None where a bin has no value."""
     rows: dict[str, Any] = {}
     for key, value in metrics.items():
@@ -295,6 +295,8 @@ MEANINGS = {
     "executor/level": "number of the denoising call that was trained, from 0; with executor.levels drawn or sliding",
     "executor/clean_error": "of diffusion_nft: mean error with which clean chunks are predicted from new noise",
     "executor/velocity_change": "of diffusion_nft: mean square of what velocities have moved; 0 in the first update",
+    "POLICY/advantage_histogram": "shares of the advantages that count in 21 equal bins from -advantage_clip to it",
+    "POLICY/ratio_histogram": "of that update: shares of ratios less 1, in clips, in 21 equal bins from -3 to 3",
     "POLICY/grad_norm": "global norm of the gradient before its clip; null where it is not finite",
     "POLICY/skipped_updates": "updates in a row that were left out for gradients that are not finite",
     "POLICY/canary": "root mean square of what the trained policy and its start give for one input as they sample",
@@ -309,6 +311,14 @@ MEANINGS = {
     "rewards/REWARD/mean": "mean of a raw reward, from 0 to 1",
     "rewards/REWARD/std": "deviation of a raw reward",
     "rewards/REWARD/missing": "share of a raw reward's scores that are missing",
+    "events/KIND/success": "share of a kind's events that happen as told: the verifier gives each credit by half",
+    "events/KIND/count": "events of the kind in the iteration's videos",
+    "watch/reward": "mean reward for temporal order of the videos that alarms look at, every alarms.every iterations",
+    "watch/held_out": "mean score that the held-out judge gives them",
+    "watch/gap": "mean difference of the two",
+    "watch/clearness": "mean clearness of their pictures, a quality that training never sees",
+    "watch/duplicates": "share of their frames with an extra or a misplaced shape",
+    "alarms/ALARM": "1 where gap, held_out, quality or duplicates has moved for the worse beyond alarms.ALARM, else 0",
     "rewards/aesthetics/truncated": "share of prompts longer than PickScore reads",
     "judge/ROLE/calls": "calls of a judge that ended",
     "judge/ROLE/missing": "share of them without a valid reply",

@@ -40,7 +40,8 @@ def flow_grpo_gradient(
     Returns:
         The gradient in `velocity`, [B, C, c, H, W], and metrics that add up over micro-batches: loss, kl, ratio,
         clip_ratio/low and /high (share of rows whose gradient the clip stopped), ratio_deviation (mean distance of the
-        ratio from 1), ratio_histogram/00 and on (`ratio_bins`). Metrics are fp64 scalars on the device of `velocity`; none of them is waited for.
+        ratio from 1), ratio_histogram/00 and on (`ratio_bins`). Metrics are fp64 scalars on the device of `velocity`;
+        none of them is waited for.
     """
     weight = mask.to(velocity.dtype) / terms
     each, gradient = flow_policy_loss_and_grad(

@@ -18,7 +18,9 @@ from tempact.runs.checkpoint import ASIDE, FOLDER, Checkpoint, course_of, latest
 log = logging.getLogger(__name__)
 
 # of a run's last evaluation, and the page that shows it
-EVALUATED = ("evaluation.json", "evaluation_scores.jsonl", "comparisons.json", "videos", "report.html")
+EVALUATED = (
+    "evaluation.json", "evaluation_scores.jsonl", "comparisons.json", "events.json", "videos", "report.html"
+)  # fmt: skip
 
 
 def resolve_resume(value: str, run_folder: Path) -> Checkpoint | None:

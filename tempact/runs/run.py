@@ -37,6 +37,7 @@ from tempact.runs.evaluation import evaluate
 from tempact.runs.logs import MetricsLogger, Progress
 from tempact.runs.resume import check_config, continues, records_aside, resolve_resume
 from tempact.runs.trackers import track_videos
+from tempact.runs.watching import Watching
 from tempact.trainer import Iteration, Trainer
 from tempact.worlds import world_of
 
@@ -194,6 +195,8 @@ class Run:
         settings, trainer, ranks = self.config.trainer, self.trainer, self.trainer.ranks
         tracked = self.config.trackers, self.config.tracker_project
         metrics = MetricsLogger(self.folder, trainer.done, *tracked) if ranks.first else None
+        watch = world_of(self.config).watch(self.policies.executor.device)
+        watching = Watching(self.config.alarms, watch, ranks, metrics.kept if metrics is not None else ())
 
         def phase(name: str) -> None:
             progress.phase(name)
@@ -209,6 +212,7 @@ class Run:
                     last = iteration.number == settings.iterations
                     stop.close(f"recording iteration {iteration.number}")  # nothing may have been learned from
                     ranks.phase(f"iteration {iteration.number}, recording")
+                    iteration.metrics |= watching.look(iteration)
                     for callback in callbacks:
                         callback(iteration)
                     if metrics is not None:

@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -96,7 +97,7 @@ class TensorBoard:
             self.writer.add_scalar(name, value, step)
         for name, shares in histograms.items():
             bins = edges(name)
-            middles = [(low + high) / 2 for low, high in zip(bins, bins[1:], strict=False)]
+            middles = [(low + high) / 2 for low, high in pairwise(bins)]
             total, squares = (
                 sum(share * at**power for share, at in zip(shares, middles, strict=True)) for power in (1, 2)
             )
@@ -199,9 +200,9 @@ class Started:
             try:
                 code = process.wait(max(0.0, ends - time.monotonic()))
                 if code < 0 or code > 1:  # 1: it has said why
-                    log.warning("%s ended with code %d; the run's folder is complete", name, code)
+                    log.warning("%s ended with code %d; all is in the run's folder", name, code)
             except subprocess.TimeoutExpired:
-                log.warning("%s did not finish in %.0f s and is stopped; the run's folder is complete", name, deadline_s)
+                log.warning("%s did not finish in %.0f s and is stopped; all is in the run's folder", name, deadline_s)
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)  # with what the tracker has started itself
                 process.wait()

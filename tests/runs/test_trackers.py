@@ -22,7 +22,7 @@ from tempact.runs.trackers import edges, track_videos, tracker_id
 
 SHARES = [0.0] * 10 + [0.75, 0.25] + [0.0] * 9
 BINS = {f"executor/ratio_histogram/{i:02d}": share for i, share in enumerate(SHARES)}
-GIF = b"GIF89a\x01\x00\x01\x00\x80\x00\x00\x00\x00\x00\xff\xff\xff,\x00\x00\x00\x00\x01\x00\x01\x00\x00\x02\x02D\x01\x00;"
+GIF = b"GIF89a" + bytes(20)
 
 STAND_IN = """
 import json
