@@ -86,6 +86,7 @@ class TensorBoard:
         if run.step == 0:  # another run in the same folder, whose metrics are gone too
             for old in folder.glob("events.out.tfevents.*"):
                 old.unlink()
+        self.writer: Any
         purge = None if run.step is None else run.step + 1  # what a killed run has sent beyond its checkpoint
         self.writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
         if run.step is not None:
