@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# of an instruction and uint8 frames [V, T, 3, height, width] of V videos of it: scores of each by name, "held_out" and
-# others, by judges that are no reward of training
-Watch: TypeAlias = "Callable[[str, torch.Tensor], dict[str, list[float]]]"
+# of V instructions and uint8 frames [V, T, 3, height, width], a video each: V scores by name, "held_out" and others, by
+# judges that are no reward of training
+Watch: TypeAlias = "Callable[[list[str], torch.Tensor], dict[str, list[float]]]"
 SHAPEWORLD = "shapeworld"  # name of the shipped weights and of the grammar's prompts
 RANDOM_PLANNER = "random"  # a planner of the shipped sizes without weights
 WEIGHTS = Path(__file__).parent / "shapeworld" / "weights"

@@ -104,10 +104,10 @@ log when it begins, `alarms/ALARM` in the metrics, and a row and a note in the r
 
 | alarm | signal | worse | limit | look at |
 | --- | --- | --- | --- | --- |
-| `gap` | `watch/gap` | rises | `alarms.gap` | rewarded videos: what does the reward pay for that the judge does not see? |
+| `gap` | `watch/gap` | rises | `alarms.gap` | best samples: what is paid for that the judge does not see? |
 | `held_out` | `watch/held_out` | falls | `alarms.held_out` | the same, and the weights of the other rewards |
 | `quality` | `watch/clearness` | falls | `alarms.quality` | the weight of `rewards.aesthetics`, the learning rate |
-| `duplicates` | `watch/duplicates` | rises | `alarms.duplicates` | strips of the best samples: a second shape is paid for |
+| `duplicates` | `watch/duplicates` | rises | `alarms.duplicates` | best samples: is a second shape paid for? |
 
 A judge that was right about the untrained policy's videos may be wrong about others; an alarm says where to look, not
 who is right.
@@ -138,8 +138,8 @@ def metrics_page() -> str:
     lines += [
         "`metrics.jsonl` in a run's folder has one JSON object an iteration; null stands for no value.",
         "POLICY is planner or executor; REWARD is plan_quality, format_score, temporal_following, step_following,",
-        "aesthetics or one of `rewards.custom`; ROLE is that of a judge; SIGMA is a noise level of the sampler; KIND is",
-        "that of an event of ShapeWorld; ALARM is gap, held_out, quality or duplicates.",
+        "aesthetics or one of `rewards.custom`; ROLE is that of a judge; SIGMA is a noise level of the sampler; KIND",
+        "is that of an event of ShapeWorld; ALARM is gap, held_out, quality or duplicates.",
         "",
         *table(("key", "meaning"), ((f"`{key}`", meaning) for key, meaning in MEANINGS.items())),
         "",

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from tempact.config import AlarmConfig
 from tempact.distributed import Ranks
@@ -29,30 +32,35 @@ class Watching:
         self.rows = list(rows)
 
     def look(self, iteration: Iteration) -> dict[str, float]:
-        """Metrics of what is seen in the iteration's videos; none where no look is due. All ranks look together."""
-        if self.watch is None or not self.settings.every or iteration.number % self.settings.every:
-            return {}
-        scores = [score for own in self.ranks.gather(self._scores(iteration, self.watch)) for score in own.items()]
-        # in the order of plans and continuations, whoever has made them
-        ordered = [own for _, own in sorted(scores)]
-        seen = {f"{WATCH}{name}": _mean([own[name] for own in ordered]) for name in ordered[0]}
-        return seen | self.ranks.from_first(lambda: self._alarms(iteration.number, seen))
+        """Metrics of what is seen in the iteration's videos; none where no look is due.
 
-    def _scores(self, iteration: Iteration, watch: Watch) -> dict[tuple[int, int], dict[str, float]]:
-        """Of the videos that are looked at and that this process has made, by plan and continuation."""
-        found = {}
-        for plan in sorted(iteration.own):
-            shown = [n for n in iteration.continuations if n < self.settings.continuations]
-            if not shown:
-                continue
-            places = [iteration.continuations.index(n) for n in shown]
-            # plan by plan: a judge's rounding depends on the batch, and a plan is made by one process
-            scores = watch(iteration.plans.prompt_of(plan).text, iteration.rollout.frames[plan, places])
-            rewards = iteration.scored.temporal_following[plan, shown].tolist()
-            for row, (n, reward) in enumerate(zip(shown, rewards, strict=True)):
-                own = {name: values[row] for name, values in scores.items()}
-                found[plan, n] = own | {"reward": reward, "gap": reward - own["held_out"]}
-        return found
+        All ranks take part. The first one looks at all videos in one order and one batch, because a judge's rounding
+        depends on them.
+        """
+        watch = self.watch
+        if watch is None or not self.settings.every or iteration.number % self.settings.every:
+            return {}
+        videos = {place: video for own in self.ranks.gather(self._shown(iteration)) for place, video in own.items()}
+        return self.ranks.from_first(lambda: self._seen(iteration, watch, videos))
+
+    def _shown(self, iteration: Iteration) -> dict[tuple[int, int], Tensor]:
+        """The videos that are looked at and that this process has made, by plan and continuation, on the host."""
+        numbers = [n for n in iteration.continuations if n < self.settings.continuations]
+        return {
+            (plan, n): iteration.rollout.frames[plan, iteration.continuations.index(n)].cpu()
+            for plan in iteration.own
+            for n in numbers
+        }
+
+    def _seen(self, iteration: Iteration, watch: Watch, videos: Mapping[tuple[int, int], Tensor]) -> dict[str, float]:
+        """Means over the videos, and the alarms that follow."""
+        places = sorted(videos)
+        texts = [iteration.plans.prompt_of(plan).text for plan, _ in places]
+        scores = watch(texts, torch.stack([videos[place] for place in places]))
+        scores["reward"] = [iteration.scored.temporal_following[place].item() for place in places]
+        scores["gap"] = [paid - seen for paid, seen in zip(scores["reward"], scores["held_out"], strict=True)]
+        seen = {f"{WATCH}{name}": _mean(values) for name, values in scores.items()}
+        return seen | self._alarms(iteration.number, seen)
 
     def _alarms(self, number: int, seen: Mapping[str, float]) -> dict[str, float]:
         """1 for every signal that is an alarm now, 0 for the others; tells those that begin."""
@@ -65,7 +73,7 @@ class Watching:
         return {f"{ALARMS}{change.name}": float(change.alarm) for change in found}
 
 
-def _mean(values: Sequence[float]) -> float:
-    """Of those that are no NaN; NaN where all are."""
+def _mean(values: Iterable[float]) -> float:
+    """Of those that are no NaN, the missing ones; NaN where all are."""
     present = [value for value in values if value == value]
     return math.fsum(present) / len(present) if present else math.nan

@@ -22,15 +22,15 @@ class ShapeWorldWatch:
     def matcher(self) -> ShapeWorldJudge:
         return ShapeWorldJudge.load(device=self.device)
 
-    def __call__(self, instruction: str, frames: Tensor) -> dict[str, list[float]]:
+    def __call__(self, instructions: list[str], frames: Tensor) -> dict[str, list[float]]:
         """The held-out judge's score, clearness and the share of frames with an extra or a misplaced shape.
 
-        frames: uint8 [V, T, 3, height, width], V videos of one instruction. Returns V numbers in [0, 1] by name.
+        frames: uint8 [V, T, 3, height, width], a video of each instruction. Returns V numbers in [0, 1] by name.
         """
         pixels = frames.to(self.device).float() / 255.0
         scores = {
-            "held_out": self.matcher.score(pixels, [instruction] * len(frames)),
+            "held_out": self.matcher.score(pixels, instructions),
             "clearness": clearness(pixels),
-            "duplicates": duplicates(pixels, [parse_instruction(instruction)] * len(frames)),
+            "duplicates": duplicates(pixels, [parse_instruction(text) for text in instructions]),
         }
         return {name: values.tolist() for name, values in scores.items()}

@@ -147,12 +147,12 @@ def test_a_resumed_run_knows_what_it_has_seen_and_tells_no_alarm_twice(caplog: p
 
 
 class Apart(Ranks):
-    """One of two processes; `others`: what the other one gives."""
+    """The first of two processes; `others`: what the other one gives."""
 
     others: dict
 
     def gather(self, value: Any) -> list[Any]:
-        return [value, self.others]
+        return [value, self.others] if isinstance(value, dict) else [value]
 
 
 def test_processes_see_together_what_one_would_see() -> None:
@@ -163,11 +163,11 @@ def test_processes_see_together_what_one_would_see() -> None:
     for own in ({0, 3}, {1, 2}):
         both.append(SimpleNamespace(**vars(iteration) | {"own": frozenset(own)}))
     ranks = Apart()
-    ranks.others = alone._scores(both[1], WATCH)
+    ranks.others = alone._shown(both[1])
     assert len(ranks.others) == 4 and Watching(SETTINGS, WATCH, ranks).look(both[0]) == expected
     # of processes that share weights one has the first continuations
     part = SimpleNamespace(**vars(iteration) | {"continuations": range(2, 4)})
-    assert alone._scores(part, WATCH) == {}
+    assert alone._shown(part) == {}
 
 
 def test_no_look_is_taken_where_none_is_due_or_nobody_looks() -> None:
