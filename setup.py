@@ -59,7 +59,7 @@ setup(
     ],
     extras_require={
         "test": ["diffusers>=0.36", "ftfy>=6.2", "hypothesis>=6.100", "ipykernel>=6.29", "mypy>=2.0", "nbclient>=0.10",
-                 "openai>=2.0", "pyarrow>=17",
+                 "openai>=2.0", "pyarrow>=17", "tensorboard>=2.20",
                  "pytest>=8.2", "pytest-benchmark>=5.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.12",
                  "liger-kernel>=0.8.5; platform_system == 'Linux'"],
         "bench": ["diffusers>=0.36", "liger-kernel>=0.8.5", "pytest>=8.2", "pytest-benchmark>=5.0"],
@@ -67,6 +67,8 @@ setup(
         "judges": ["openai>=2.0"],
         "liger": ["liger-kernel>=0.8.5"],
         "parquet": ["pyarrow>=17"],
+        "tensorboard": ["tensorboard>=2.20"],
+        "trackio": ["trackio>=0.40"],
         "wan": ["diffusers>=0.36", "ftfy>=6.2"],
         "wandb": ["wandb>=0.20"],
     },

@@ -29,6 +29,7 @@ from tempact.config import (
     NAME_PREFIXES,
     NAME_WRAPPERS,
     NOT_NEGATIVE,
+    REPLACED,
     RUN,
     Rule,
     RunConfig,
@@ -146,7 +147,7 @@ def parse_run(argv: Sequence[str] | None, program: str) -> tuple[RunConfig, RunO
         if name != positive and positive in keys and keys[positive].kind is bool and not words:
             name, words = positive, ["false"]
         if name not in keys and name not in others:
-            raise UserError(f"--{name}: unknown option; nearest: --{nearest(name, [*keys, *others])}")
+            raise UserError(f"--{name}: {_unknown('option', name, [*keys, *others], '--')}")
         kind = (keys | others)[name].kind
         words = words or (["true"] if kind is bool else [])
         # a file may give an empty list, but an option without a word is a mistake
@@ -283,6 +284,13 @@ def _read(kind: Any, raw: object) -> Any:
     return value
 
 
+def _unknown(what: str, name: str, choices: Iterable[str], before: str = "") -> str:
+    """What is wrong with an option or key of no such name."""
+    if name in REPLACED:
+        return f"is no {what} any more; accepted: {REPLACED[name]}"
+    return f"unknown {what}; nearest: {before}{nearest(name, choices)}"
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """The most similar choice; in dotted keys the last name counts as much as the whole."""
 
@@ -334,14 +342,14 @@ def from_yaml(path: Path, base: RunConfig | None = None) -> RunConfig:
     given = dict(dotted(data, sections))
     if path.name == RECORDED and (path.parent / "checkpoints").is_dir():
         gone = sorted(given.keys() - keys.keys() - sections.keys())
-        if gone:
-            log.warning("%s: passed over, as this version has no such keys: %s", path, ", ".join(gone))
+        if told := [name for name in gone if given[name] or name not in REPLACED]:
+            log.warning("%s: passed over, as this version has no such keys: %s", path, ", ".join(told))
         given = {name: raw for name, raw in given.items() if name not in gone}
         config = _with_defaults(config, [name for name in keys if name not in given and name != "preset"])
     for name, raw in given.items():
         if name not in keys:
             fault = f"found {raw!r}; accepted: a mapping" if name in sections else None
-            raise UserError(f"{path}: {name}: {fault or f'unknown key; nearest: {nearest(name, keys)}'}")
+            raise UserError(f"{path}: {name}: {fault or _unknown('key', name, keys)}")
         config = _put(config, name, raw, repr(raw), f"{path}: ")
     return config
 

@@ -38,6 +38,12 @@ TRAINING = "training"  # the training, but no video of given weights
 SPEED = "speed"  # time and memory: results are the same up to rounding
 RUN = "run"  # what is recorded and evaluated, how long a run goes on, when it gives up
 RESUME_MAY_CHANGE = (SPEED, RUN)
+REPLACED = {"wandb_project": "trackers, with wandb among them, and tracker_project"}  # keys of old, and those of now
+
+# histograms of metrics.jsonl: equal bins, an odd number so that 0 has one of its own, from -reach to reach; what lies
+# beyond is in the outermost. Units are clips, and those of ratios end at an edge.
+HISTOGRAM_BINS = 21
+HISTOGRAM_REACH = {"advantage_histogram": 1.0, "ratio_histogram": 3.0}
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ SERVER = Rule(
 )
 SILENCE = Rule("at least planner.server_attempt_s", POSITIVE.good)
 IMPORTANCE = at_least(1)
+PROJECT = Rule("a project", lambda name: bool(name.strip()))
 FOLDER = Rule("a folder", lambda name: bool(name.strip()))
 BETAS = Rule("each 0 to below 1", lambda betas: all(0 <= beta < 1 for beta in betas))
 FALLING = Rule(
@@ -122,6 +129,8 @@ SIZE = Rule(
 )
 REQUEST_FIELD = Rule("a name, or nothing", lambda name: re.fullmatch(r"\w*", name) is not None)
 NAME = r"[^\W\d]\w*"
+TRACKERS = ("tensorboard", "wandb", "trackio")
+TRACKED = Rule(f"each {', '.join(TRACKERS[:-1])} or {TRACKERS[-1]}", lambda names: set(names) <= set(TRACKERS))
 FUNCTIONS = Rule(
     "each module:function", lambda names: all(re.fullmatch(rf"({NAME}\.)*{NAME}:{NAME}", name) for name in names)
 )
@@ -353,6 +362,20 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class AlarmConfig:
+    """Alarms of reward hacking: what training never sees, of videos that it has made (docs/metrics.md)."""
+
+    every: int = key(4, RUN, "iterations between looks; 0: none", NOT_NEGATIVE)
+    continuations: int = key(1, RUN, "videos of every plan that are looked at", COUNT)
+    window: int = key(5, RUN, "looks at the start, and the latest, whose means are compared", at_least(2))
+    deviations: float = key(3.0, RUN, "standard errors that a change exceeds too where it is an alarm", NOT_NEGATIVE)
+    gap: float = key(0.1, RUN, "rise of the reward for temporal order above the held-out judge's score", POSITIVE)
+    held_out: float = key(0.1, RUN, "fall of the held-out judge's score", POSITIVE)
+    quality: float = key(0.05, RUN, "fall of the clearness of pictures", POSITIVE)
+    duplicates: float = key(0.1, RUN, "rise of the share of frames with an extra or a misplaced shape", POSITIVE)
+
+
+@dataclass(frozen=True)
 class TrainerConfig:
     """The loop."""
 
@@ -382,12 +405,14 @@ class RunConfig:
     rewards: RewardConfig = field(default_factory=RewardConfig)
     judges: JudgeSettings = field(default_factory=JudgeSettings)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    alarms: AlarmConfig = field(default_factory=AlarmConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: str = key("runs/shapeworld", RUN, "folder of the run", FOLDER)
     seed: int = key(0, VIDEO, "seed of every random draw", SEED)
     device: str = key("auto", SPEED, "a GPU if there is one (auto), or as named", choice("auto", "cpu", "cuda"))
     kernels: str = key("auto", SPEED, "Triton's on a GPU (auto), or as named", choice("torch", "triton", "auto"))
-    wandb_project: str = key("", RUN, "Weights & Biases project; nothing: none")
+    trackers: tuple[str, ...] = key((), RUN, "programs that show metrics and videos (docs/metrics.md)", TRACKED)
+    tracker_project: str = key("tempact", RUN, "project that wandb and trackio put the run into", PROJECT)
     threads: int = key(0, SPEED, "CPU threads; 0 leaves torch's choice", NOT_NEGATIVE)
     deterministic: bool = key(False, SPEED, "deterministic algorithms and a plan a batch: a GPU's bits repeat")
 

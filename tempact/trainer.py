@@ -46,6 +46,7 @@ from tempact.rl.advantages import (
     shuffled,
     sibling_advantages,
 )
+from tempact.rl.histograms import advantage_shares
 from tempact.rl.levels import levels_of
 from tempact.rl.planner_losses import LEAVE_ONE_OUT
 from tempact.seeds import derive_seed
@@ -331,6 +332,8 @@ class Trainer:
             videos.rollout.transition,
             rows,
         )
+        plan_metrics |= advantage_shares(plan, plan_mask, config.planner.advantage_clip)
+        execution_metrics |= advantage_shares(execution, execution_mask, config.executor.advantage_clip)
         metrics = prefixed("planner", plan_metrics) | prefixed("executor", execution_metrics)
         return batch, metrics | reward_metrics(scored)
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 from tempact.config import RunConfig, validate
 from tempact.errors import UserError
@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 
 SHAPEWORLD = "shapeworld"  # name of the shipped weights, of the grammar's prompts and of the usual evaluation
 STRICT = "shapeworld-strict"  # name of the evaluation on the stricter sets
+# of V instructions and uint8 frames [V, T, 3, height, width], a video each: V scores by name, "held_out" and others, by
+# judges that are no reward of training
+Watch: TypeAlias = "Callable[[list[str], torch.Tensor], dict[str, list[float]]]"
 RANDOM_PLANNER = "random"  # a planner of the shipped sizes without weights
 WEIGHTS = Path(__file__).parent / "shapeworld" / "weights"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -168,6 +171,10 @@ class World:
             judges.close()
             raise
 
+    def watch(self, device: torch.device) -> Watch | None:
+        """Judges beside the rewards, for alarms (docs/metrics.md); None where there are none at hand."""
+        return None
+
     def chosen_suite(self, asked: str | None) -> str:
         """The suite that `evaluate` runs: the one asked for, else the default; UserError for one of other videos."""
         if asked is not None and asked not in self.suites:
@@ -292,6 +299,12 @@ class ShapeWorld(World):
             judges = JudgeClient(JudgeConfig.from_environment(settings=settings, ledger=ledger).divided(processes))
             rewards = judged_rewards(judges, rewards.aesthetics, settings)
         return rewards.extended(custom)
+
+    def watch(self, device: torch.device) -> Watch | None:
+        """The matcher, clearness and duplicates."""
+        from tempact.shapeworld.watch import ShapeWorldWatch
+
+        return ShapeWorldWatch(device)
 
 
 class Wan(World):

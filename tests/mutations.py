@@ -1444,4 +1444,51 @@ MUTATIONS = [
             "METHODS",
         ),
     ),
+    *faults(
+        "tempact/reporting/alarms.py",
+        "tests/runs/test_alarms.py",
+        (
+            "test_an_alarm_exceeds_its_limit_and_the_error_of_its_change",
+            " and self.worse > self.deviations * self.error",
+            "",
+        ),
+        (
+            "test_an_alarm_exceeds_its_limit_and_the_error_of_its_change",
+            "first, latest = looks[: settings.window], looks[-settings.window :]",
+            "first, latest = looks[:1] * settings.window, looks[-settings.window :]",
+        ),
+    ),
+    *faults(
+        "tempact/runs/watching.py",
+        "tests/runs/test_alarms.py",
+        (
+            "test_a_resumed_run_knows_what_it_has_seen_and_tells_no_alarm_twice",
+            "if change.alarm and change.name not in before:",
+            "if change.alarm:",
+        ),
+        ("test_processes_see_together_what_one_would_see", "places = sorted(videos)", "places = list(videos)[:4]"),
+    ),
+    *faults(
+        "tempact/rl/sequences.py",
+        "tests/rl/test_histograms.py",
+        (
+            "test_sequences_are_counted_in_clips_of_their_side",
+            "torch.where(away > 0, high, low)",
+            "torch.where(away > 0, low, high)",
+        ),
+    ),
+    *faults(
+        "tempact/runs/trackers.py",
+        "tests/runs/test_trackers.py",
+        (
+            "test_a_tracker_is_given_the_configuration_every_row_and_the_videos",
+            'if row["step"] > step:',
+            'if row["step"]:',
+        ),
+        (
+            "test_trackers_that_hang_or_fail_are_one_warning_each_and_hold_up_nothing",
+            "except (Exception, SystemExit) as error:",
+            "except ValueError as error:",
+        ),
+    ),
 ]

@@ -63,7 +63,7 @@ def test_every_preset_is_valid_and_survives_yaml(name: str, write) -> None:
 
 def test_values_that_yaml_could_bend_come_back_equal(write) -> None:
     config = parse(
-        "--output", "1e-3", "--wandb_project", "no: ü #1", "--planner.optim.lr", "1e-22", "--seed", "3",
+        "--output", "1e-3", "--tracker_project", "no: ü #1", "--planner.optim.lr", "1e-22", "--seed", "3",
         "--executor.ema_decay", "0.1", "--executor.timesteps", "900", "800", "--planner.lora.targets", "null", "~",
     )  # fmt: skip
     again = from_yaml(write(to_yaml(config)))

@@ -36,6 +36,8 @@ VALUES = {
     "at least planner.server_attempt_s": (["0"], ["120"]),
     "an address http(s)://host[:port], or nothing": (["localhost:8000"], ["http://localhost:8000"], [""]),
     "each module:function": (["mine.score"], ["mine:score"]),
+    "each tensorboard, wandb or trackio": (["wandb", "mlflow"], ["tensorboard"], ["trackio", "wandb"]),
+    "a project": ([" "], ["films"]),
     "a name, or nothing": (["two words"], ["max_completion_tokens"], [""]),
     "falling numbers in (0, 1000]": (["5", "7"], ["1000", "7"]),
     "positive multiples of 16": (["30", "40"], ["16", "48"]),

@@ -9,11 +9,11 @@ from write_references import DOCS, PAGES
 
 from tempact.config import RunConfig, flatten, keys_of
 from tempact.presets import PRESETS
-from tempact.reporting import MEANINGS
+from tempact.reporting import MEANINGS, folded
 
 PLACES = {
     "POLICY": "(planner|executor)", "SIGMA": r"\d\.\d{3}", "REWARD": r"[\w.]+", "ROLE": r"\w+", "PHASE": r"\w+",
-    "DEPTH": r"depth\d+",
+    "DEPTH": r"depth\d+", "KIND": r"\w+", "ALARM": r"\w+",
 }  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def undocumented(row: dict[str, object]) -> list[str]:
         for place, words in PLACES.items():
             pattern = pattern.replace(place, words)
         patterns.append(pattern)
-    updates = {key: re.sub(r"(?<=^planner)(/.*)@\d+$|(?<=^executor)(/.*)@\d+$", r"\1\2", key) for key in row}
+    updates = {key: re.sub(r"(?<=^planner)(/.*)@\d+$|(?<=^executor)(/.*)@\d+$", r"\1\2", key) for key in folded(row)}
     return [key for key, name in updates.items() if not any(re.fullmatch(pattern, name) for pattern in patterns)]
 
 

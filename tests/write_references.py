@@ -74,17 +74,81 @@ def summary(name: str) -> str:
     return " ".join(str(PRESETS[name].__doc__).partition("\n\n")[0].split())
 
 
+HISTOGRAMS = """
+## Histograms
+
+A histogram is a list of 21 shares that add up to 1. The bins are fixed, so that iterations and runs compare, and have
+one unit, the clip: of an advantage `POLICY.advantage_clip`, of a ratio the largest distance from 1 that still has a
+gradient (`planner.clip_low` below 1, `planner.clip_high` above; of the executor what `executor.clip_velocity_rms`
+comes to). Ratios are binned less 1, from -3 to 3 clips, and -1 and 1 are edges; what lies beyond is in the outermost
+bins. In an iteration's first update all ratios are 1, so the report draws those of its last one. The numbers are the
+same on any number of processes, and a resumed run keeps them.
+
+- A dark middle row of advantages: groups without reward differences, which teach nothing (`frac_reward_zero_std`).
+- Advantages in the outermost bins: the clip cuts what the rewards say; `advantage_clip` is too small or one reward
+  rare.
+- Ratios that leave -1 to 1: steps are too large for what an iteration's samples can still tell.
+"""
+ALARMS = """
+## Alarms
+
+A policy that is trained on a reward may learn the reward's holes. Every `alarms.every` iterations the run shows
+videos that it has just made (`alarms.continuations` of every plan) to judges that are no reward. ShapeWorld has them:
+the matcher, the held-out judge of the evaluation, clearness of pictures and duplicates; other worlds have no alarms.
+No video is made for this, no random number drawn, and the training does not see what they say. By default a look
+takes less than a hundredth of the time of the iterations between two looks.
+
+A signal's change is the mean of its latest `alarms.window` looks less that of its first ones. An alarm is a change
+for the worse that exceeds its limit, and `alarms.deviations` standard errors of the difference. It is a line in the
+log when it begins, `alarms/ALARM` in the metrics, and a row and a note in the report. It stops nothing.
+
+| alarm | signal | worse | limit | look at |
+| --- | --- | --- | --- | --- |
+| `gap` | `watch/gap` | rises | `alarms.gap` | best samples: what is paid for that the judge does not see? |
+| `held_out` | `watch/held_out` | falls | `alarms.held_out` | the same, and the weights of the other rewards |
+| `quality` | `watch/clearness` | falls | `alarms.quality` | the weight of `rewards.aesthetics`, the learning rate |
+| `duplicates` | `watch/duplicates` | rises | `alarms.duplicates` | best samples: is a second shape paid for? |
+
+A judge that was right about the untrained policy's videos may be wrong about others; an alarm says where to look, not
+who is right.
+"""
+TRACKED = """
+## Trackers
+
+`--trackers tensorboard wandb trackio`, or any of the three, show a run while it goes on: metrics, histograms, and
+after the evaluation its videos. `--tracker_project` names the project of wandb and trackio.
+
+| tracker | install | where |
+| --- | --- | --- |
+| `tensorboard` | `pip install "tempact[tensorboard]"` | `RUN/tensorboard`; `tensorboard --logdir runs` |
+| `wandb` | `pip install "tempact[wandb]"` | the project, or `RUN/wandb` with `WANDB_MODE=offline` |
+| `trackio` | `pip install "tempact[trackio]"` | `trackio show`; a Space or server as its environment variables say |
+
+Each is a process of its own at low priority that reads metrics.jsonl, so that none can stop or slow a run: one that
+is not installed, fails or hangs costs a line in the log, and at the run's end at most 10 seconds (120 for videos). A
+resumed run goes on in the same run of its trackers; a new run in the same folder is another. The first process of a
+run starts them, whatever the number of processes. Trackio takes no pillow above 12, which constraints.txt has: it is
+installed without them.
+"""
+
+
 def metrics_page() -> str:
     """Every key of metrics.jsonl."""
     lines = ["# Metrics", "", NOTE, ""]
     lines += [
         "`metrics.jsonl` in a run's folder has one JSON object an iteration; null stands for no value.",
-        "Weights & Biases, if asked for (`wandb_project`), gets the same keys. POLICY is planner or executor; REWARD",
-        "is plan_quality, format_score, temporal_following, step_following, aesthetics or one of `rewards.custom`;",
-        "ROLE is that of a judge; SIGMA is a noise level of the sampler; DEPTH is depth2 for the second fork of a",
-        "tree, depth3 for its third, and so on.",
+        "POLICY is planner or executor; REWARD is plan_quality, format_score, temporal_following, step_following,",
+        "aesthetics or one of `rewards.custom`; ROLE is that of a judge; SIGMA is a noise level of the sampler; DEPTH",
+        "is depth2 for the second fork of a tree, depth3 for its third, and so on; KIND is that of an event of",
+        "ShapeWorld; ALARM is gap, held_out, quality or duplicates.",
         "",
         *table(("key", "meaning"), ((f"`{key}`", meaning) for key, meaning in MEANINGS.items())),
+        "",
+        *HISTOGRAMS.strip().splitlines(),
+        "",
+        *ALARMS.strip().splitlines(),
+        "",
+        *TRACKED.strip().splitlines(),
     ]
     return "\n".join(lines) + "\n"
 

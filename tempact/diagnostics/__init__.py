@@ -52,7 +52,9 @@ PACKAGES = {
     "diffusers": Package("0.36", "0.42.1", "wan"),
     "ftfy": Package("6.2", "6.3.1", "wan"),
     "openai": Package("2.0", "3.54.0", "judges"),
+    "tensorboard": Package("2.20", "2.21.0", "tensorboard"),
     "wandb": Package("0.20", "", "wandb"),
+    "trackio": Package("0.40", "", "trackio"),
 }
 
 

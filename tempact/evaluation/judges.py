@@ -22,6 +22,7 @@ from tempact import shapeworld
 from tempact.config import JudgeSettings
 from tempact.errors import UserError
 from tempact.evaluation import ROLES, Method
+from tempact.evaluation.events import VERIFIER, event_fields
 from tempact.evaluation.prompts import OrderPrompt
 from tempact.evaluation.statistics import CLEARNESS, DUPLICATES, NOT_TEMPORAL, PICKSCORE, PICTURE_QUALITY
 from tempact.rewards import spread
@@ -232,23 +233,34 @@ def shapeworld_judges(device: torch.device) -> list[VideoJudge]:
     """
     matcher = ShapeWorldJudge.load(device=device)
 
-    def judge(name: str, version: str, score: Callable[[Tensor, list[Story], list[str]], Tensor]) -> LocalJudge:
-        """score: from pixels [V, F, 3, height, width] in [0, 1], stories and instructions, all without bystanders."""
+    def shown(videos: Sequence[JudgedVideo]) -> tuple[Tensor, list[Story], list[str], Tensor]:
+        """Pixels [V, F, 3, height, width] in [0, 1], stories and instructions, all without bystanders; where [V] a
+        bystander stands."""
+        texts = [video.prompt.text for video in videos]
+        stories = [parse_instruction(text) for text in texts]
+        pixels = torch.stack([video.frames for video in videos]).to(device).float() / 255.0
+        pixels, standing = without_bystanders(pixels, stories)
+        return pixels, [*map(actors_only, stories)], [*map(in_trained_words, texts)], standing
 
+    def judge(name: str, version: str, score: Callable[[Tensor, list[Story], list[str]], Tensor]) -> LocalJudge:
         def verdicts(videos: Sequence[JudgedVideo]) -> list[Verdict]:
-            texts = [video.prompt.text for video in videos]
-            stories = [parse_instruction(text) for text in texts]
-            pixels = torch.stack([video.frames for video in videos]).to(device).float() / 255.0
-            pixels, standing = without_bystanders(pixels, stories)
-            found = score(pixels, [*map(actors_only, stories)], [*map(in_trained_words, texts)])
+            *given, standing = shown(videos)
+            found = score(*given)
             found = found if name in NOT_TEMPORAL else with_bystander(found, standing)
             return [Verdict({name: one}) for one in found.tolist()]
 
         return LocalJudge(name, version, verdicts)
 
+    def verified(videos: Sequence[JudgedVideo]) -> list[Verdict]:
+        pixels, stories, _, standing = shown(videos)
+        verdict = verify(pixels, stories)
+        scores = with_bystander(verdict.score, standing).tolist()
+        rows = zip(scores, stories, verdict.as_told.tolist(), strict=True)
+        return [Verdict({VERIFIER: score} | event_fields(story, as_told)) for score, story, as_told in rows]
+
     weights = file_hash(WEIGHTS / "judge.safetensors")[:12]
     return [
-        judge("verifier", "1", lambda pixels, stories, texts: verify(pixels, stories).score),
+        LocalJudge(VERIFIER, "1", verified),
         judge("matcher", weights, lambda pixels, stories, texts: matcher.score(pixels, texts)),
         judge(PICTURE_QUALITY, "1", lambda pixels, stories, texts: picture_quality(pixels).mean(1)),
         judge(CLEARNESS, "1", lambda pixels, stories, texts: clearness(pixels)),

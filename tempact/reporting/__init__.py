@@ -2,8 +2,8 @@
 
 What a run records while it goes: metrics.jsonl and the sample tables.
 
-The local file is the record. Weights & Biases, if asked for, is fed by a process of its own that reads that
-file (`runs/logs.py`), so that no tracker can slow, hang or fail a run.
+The local file is the record. Trackers, if asked for, are fed by processes of their own that read that file
+(`runs/trackers.py`), so that no tracker can slow, hang or fail a run.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ import logging
 import math
 import os
 import platform
+import re
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tempact.config import VIDEO, RunConfig, flatten, keys_of
+from tempact.config import HISTOGRAM_BINS, VIDEO, RunConfig, flatten, keys_of
 from tempact.files import reading, write_atomic
 from tempact.presets import get_preset
 
@@ -159,7 +161,8 @@ METRICS, SAMPLES = "metrics.jsonl", "samples"
 
 
 def read_metrics(run_folder: Path) -> list[dict]:
-    """Rows of metrics.jsonl in order: a whole number "step", a number "time_s", numbers or None elsewhere.
+    """Rows of metrics.jsonl in order: a whole number "step", a number "time_s", elsewhere numbers or None, and lists of
+    numbers for histograms.
 
     A last line cut by a kill and a tracker's end mark are left out; so are, with a warning, other rows without the two.
     """
@@ -174,7 +177,7 @@ def read_metrics(run_folder: Path) -> list[dict]:
             row = json.loads(line)
         except (ValueError, RecursionError):  # not only JSONDecodeError: of a number with too many digits
             row = None
-        row = {key: _number(value) for key, value in row.items()} if isinstance(row, dict) else {}
+        row = {key: _value(key, value) for key, value in row.items()} if isinstance(row, dict) else {}
         step, time = row.get("step"), row.get("time_s")
         if step is not None and time is not None and step >= 1 and step == int(step):
             rows.append(row | {"step": int(step)})
@@ -184,6 +187,30 @@ def read_metrics(run_folder: Path) -> list[dict]:
         accepted = "accepted: an object with a whole number step and a number time_s"
         log.warning("%s: row %d and %d others are left out; %s", path, odd[0], len(odd) - 1, accepted)
     return rows
+
+
+HISTOGRAM = re.compile(r"(.+_histogram)(@\d+)?")
+BIN = re.compile(r"(.+_histogram)/\d\d(@\d+)?")
+
+
+def folded(metrics: Mapping[str, float | None]) -> dict[str, float | list[float] | None]:
+    """Metrics with the bins of a histogram, NAME/00 and on, as one list NAME; None where a bin has no value."""
+    rows: dict[str, Any] = {}
+    for key, value in metrics.items():
+        if found := BIN.fullmatch(key):
+            rows.setdefault(found[1] + (found[2] or ""), []).append(value)
+        else:
+            rows[key] = value
+    return {key: None if isinstance(value, list) and None in value else value for key, value in rows.items()}
+
+
+def _value(key: str, value: object) -> float | list[float] | None:
+    """A finite number, of histograms a list of them, or None for anything else."""
+    if not HISTOGRAM.fullmatch(key):
+        return _number(value)
+    shares = [_number(share) for share in value] if isinstance(value, list) else []
+    known = [share for share in shares if share is not None]
+    return known if len(shares) == len(known) == HISTOGRAM_BINS else None
 
 
 def _number(value: object) -> float | None:
@@ -290,6 +317,8 @@ MEANINGS = {
     "executor/level": "number of the denoising call that was trained, from 0; with executor.levels drawn or sliding",
     "executor/clean_error": "of diffusion_nft: mean error with which clean chunks are predicted from new noise",
     "executor/velocity_change": "of diffusion_nft: mean square of what velocities have moved; 0 in the first update",
+    "POLICY/advantage_histogram": "shares of the advantages that count in 21 equal bins from -advantage_clip to it",
+    "POLICY/ratio_histogram": "of that update: shares of ratios less 1, in clips, in 21 equal bins from -3 to 3",
     "POLICY/grad_norm": "global norm of the gradient before its clip; null where it is not finite",
     "POLICY/skipped_updates": "updates in a row that were left out for gradients that are not finite",
     "POLICY/canary": "root mean square of what the trained policy and its start give for one input as they sample",
@@ -307,6 +336,14 @@ MEANINGS = {
     "rewards/REWARD/DEPTH/mean": "mean of a raw reward of continuations by the step that begins at a later fork",
     "rewards/REWARD/DEPTH/std": "deviation of it",
     "rewards/REWARD/DEPTH/missing": "share of its scores that are missing, as all of plans without such a fork are",
+    "events/KIND/success": "share of a kind's events that happen as told: the verifier gives each credit by half",
+    "events/KIND/count": "events of the kind in the iteration's videos",
+    "watch/reward": "mean reward for temporal order of the videos that alarms look at, every alarms.every iterations",
+    "watch/held_out": "mean score that the held-out judge gives them",
+    "watch/gap": "mean difference of the two",
+    "watch/clearness": "mean clearness of their pictures, a quality that training never sees",
+    "watch/duplicates": "share of their frames with an extra or a misplaced shape",
+    "alarms/ALARM": "1 where gap, held_out, quality or duplicates has moved for the worse beyond alarms.ALARM, else 0",
     "rewards/aesthetics/truncated": "share of prompts longer than PickScore reads",
     "judge/ROLE/calls": "calls of a judge that ended",
     "judge/ROLE/missing": "share of them without a valid reply",

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import yaml
 from markupsafe import Markup
 
 from tempact.cli import dotted
-from tempact.config import RunConfig, sections_of
+from tempact.config import AlarmConfig, RunConfig, sections_of
 from tempact.errors import UserError
 from tempact.evaluation import BOTH
+from tempact.evaluation.events import EventRate, read_events
 from tempact.evaluation.harness import Evaluation
 from tempact.evaluation.judges import COMBINED
 from tempact.evaluation.statistics import (
@@ -32,6 +32,8 @@ from tempact.evaluation.statistics import (
 )
 from tempact.evaluation.tables import METRICS as BENCHMARK_METRICS
 from tempact.evaluation.tables import (
+    ORDER,
+    Cell,
     Results,
     Table,
     average_change,
@@ -46,6 +48,8 @@ from tempact.evaluation.tables import (
 )
 from tempact.files import reading, write_atomic
 from tempact.reporting import ENVIRONMENT, METRICS, Session, duration, read_environment, read_metrics
+from tempact.reporting.alarms import ALARMS, changes
+from tempact.reporting.charts import BOTTOM, HEIGHT, KINDS, LEFT, RIGHT, TOP, WIDTH, charts, heats
 from tempact.reporting.strips import (
     SCORES,
     Film,
@@ -57,128 +61,6 @@ from tempact.reporting.strips import (
     scenes,
     sheet,
 )
-
-SMOOTHING = 0.15  # weight of the newest value in the thick line
-MOST_PARTS = 400  # of a line, each drawn by its least and its greatest value: about one a pixel
-MOST_VALUE = 1e30  # larger values are not drawn
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 200, 46, 4, 8, 20  # of a chart and its edges, in the SVG's units
-GAPS = 5  # between the marks of a chart's axis, about
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A chart of one or several metrics. A line is (label, metric name)."""
-
-    title: str
-    lines: tuple[tuple[str, str], ...]
-    stacked: bool = False
-
-
-POLICIES = ("executor", "planner")
-RAW = ("temporal_following", "step_following", "aesthetics", "plan_quality", "format_score")
-ENDS, PHASES = ("low", "high"), ("plan", "rollout", "rewards", "update")
-PANELS = (
-    Panel("Reward that is optimised", tuple((who, f"{who}/reward") for who in POLICIES)),
-    Panel("Raw rewards", tuple((name.replace("_", " "), f"rewards/{name}/mean") for name in RAW)),
-    Panel("KL to the start", tuple((who, f"{who}/kl") for who in POLICIES)),
-    Panel("Clipped fraction", tuple((f"{who}, {to}", f"{who}/clip_ratio/{to}") for who in POLICIES for to in ENDS)),
-    Panel("Groups without reward differences", tuple((who, f"{who}/frac_reward_zero_std") for who in POLICIES)),
-    Panel("Seconds an iteration", tuple((phase, f"timing_s/{phase}") for phase in PHASES), stacked=True),
-)
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of a chart: the number of its colour, and SVG paths of its values (or area) and of their running mean."""
-
-    label: str
-    colour: int
-    values: str
-    mean: str
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A chart in the SVG's units. marks: (y, text) of the horizontal lines. ends: the first and last iteration."""
-
-    title: str
-    marks: list[tuple[float, str]]
-    ends: tuple[int, int]
-    lines: list[Line]
-    stacked: bool
-
-
-def charts(rows: Sequence[dict]) -> list[Chart]:
-    """The PANELS that `rows` (of `read_metrics`) have values for; those that are 0 all the time are left out."""
-    steps = np.array([row["step"] for row in rows])
-    found = []
-    for panel in PANELS:
-        lines = {label: _values(rows, name) for label, name in panel.lines}
-        lines = {label: values for label, values in lines.items() if np.isfinite(values).any()}
-        if any(np.nan_to_num(values).any() for values in lines.values()):
-            found.append(_chart(panel, steps, lines))
-    return found
-
-
-def _chart(panel: Panel, steps: np.ndarray, lines: dict[str, np.ndarray]) -> Chart:
-    values = np.array(list(lines.values()))
-    if panel.stacked:
-        values = np.cumsum(np.nan_to_num(values), 0)
-    marks = _marks(0.0 if panel.stacked else float(np.nanmin(values)), float(np.nanmax(values)))
-    low, high, first, last = marks[0], marks[-1], int(steps.min()), int(steps.max())
-
-    def y(value: Any) -> Any:
-        return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (value - low) / (high - low)
-
-    def path(own: np.ndarray) -> str:
-        x = LEFT + (WIDTH - LEFT - RIGHT) * (steps - first) / max(1, last - first)
-        points = [f"{x[i]:.1f} {y(own[i]):.1f}" for i in thinned(own)]
-        return f"M{'L'.join(points)}" + ("h3" if len(points) == 1 else "")
-
-    drawn = []
-    for colour, (label, own) in enumerate(zip(lines, values, strict=True)):
-        area = f"L{WIDTH - RIGHT} {y(0)}L{LEFT} {y(0)}Z" if panel.stacked else ""
-        drawn.append(Line(label, colour, path(own) + area, "" if panel.stacked else path(smooth(own))))
-    return Chart(panel.title, [(y(mark), f"{mark:.4g}") for mark in marks], (first, last), drawn, panel.stacked)
-
-
-def _marks(low: float, high: float) -> list[float]:
-    """Round numbers, evenly spread from at most `low` to at least `high`."""
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # a flat line, in the middle
-        room = 0.1 * abs(high) or 1.0
-        low, high = low - room, high + room
-    unit = 10.0 ** math.floor(math.log10((high - low) / GAPS))
-    gap = next(unit * times for times in (1, 2, 5, 10) if unit * times * GAPS >= high - low)
-    return [gap * i + 0.0 for i in range(math.floor(low / gap), math.ceil(high / gap) + 1)]
-
-
-def thinned(values: np.ndarray) -> np.ndarray:
-    """Places of the finite values to draw: all, or of each of MOST_PARTS parts the least, the greatest, the ends."""
-    finite = np.flatnonzero(np.isfinite(values))
-    if len(finite) <= 2 * MOST_PARTS:
-        return finite
-    kept = {finite[0], finite[-1]}
-    for part in np.array_split(finite, MOST_PARTS):
-        kept |= {part[values[part].argmin()], part[values[part].argmax()]}
-    return np.array(sorted(kept))
-
-
-def smooth(values: np.ndarray) -> np.ndarray:
-    """Exponential mean without the bias of its start; a NaN leaves the mean where it was."""
-    total = weight = 0.0
-    means = []
-    for value in values:
-        if np.isfinite(value):
-            total = (1 - SMOOTHING) * total + SMOOTHING * value
-            weight = (1 - SMOOTHING) * weight + SMOOTHING
-        means.append(total / weight if weight else np.nan)
-    return np.array(means)
-
-
-def _values(rows: Sequence[dict], name: str) -> np.ndarray:
-    values = np.array([row.get(name) for row in rows], float)  # None becomes NaN
-    return np.where(np.abs(values) < MOST_VALUE, values, np.nan)
-
 
 log = logging.getLogger(__name__)
 
@@ -242,6 +124,7 @@ def write_report(run_folder: Path | str) -> Path:
     origin = read_origin(run)
     text = " ".join([text, *confirmed_text(comparisons), *([origin_text(origin)] if origin is not None else [])])
     table = build_table(rows, comparisons) if rows else None
+    found_alarms = _alarms(metrics, config)
     section = Section("Temporal order on held-out prompts", table, comparisons, text)
     return _write_page(
         run / REPORT,
@@ -253,8 +136,12 @@ def write_report(run_folder: Path | str) -> Path:
         missing=[one for one in read_evaluation(run, MethodScores) if one.missing],
         showcase=read_showcase(run),
         facts=[(label, config[key]) for key, label in SUMMARY.items() if key in config],
+        alarms=[line for line, _ in found_alarms if line],
+        events=_event_table(read_events(run)),
         run={
             "charts": charts(metrics),
+            "heats": heats(metrics),
+            "alarms": [row for _, row in found_alarms],
             "missing_rewards": _missing_rewards(metrics),
             "timings": _timings(metrics),
             "samples": read_extremes(run),
@@ -300,6 +187,8 @@ def write_results(evaluation: Evaluation, results: Results, strips: int) -> list
             tiles=(),
             sections=sections,
             missing=results.missing,
+            alarms=(),
+            events=None,
             showcase=list(_benchmark_strips(evaluation, strips)),
             facts=results.about.items(),
             run=None,
@@ -322,7 +211,7 @@ def _write_page(path: Path, **parts: object) -> Path:
     environment.filters["signed_span"] = lambda ends: span(ends, "{:+.3f}".format)
     environment.filters["percent_span"] = lambda ends: span(ends, percent)
     page = environment.get_template("report.html.j2").render(
-        own=BOTH, average=AVERAGE, scores=SCORES, box=(WIDTH, HEIGHT, LEFT, RIGHT), **parts
+        own=BOTH, average=AVERAGE, scores=SCORES, box=(WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM), **parts
     )
     write_atomic(path, page.encode("utf-8", "replace"))  # of texts from outside, half a surrogate pair
     return path
@@ -368,6 +257,33 @@ def _tiles(comparisons: Sequence[Comparison], metrics: Sequence[dict]) -> list[T
 
 def _before_after(one: Comparison) -> str:
     return "{:.3f} \u2192 {:.3f}".format(*one.means)
+
+
+def _alarms(metrics: Sequence[dict], config: dict[str, object]) -> list[tuple[str, dict[str, Any]]]:
+    """Of every signal that can be compared with its start: the alarm in words, if it is one now, and its row."""
+    prefix = "alarms."
+    given: dict[str, Any] = {key.removeprefix(prefix): v for key, v in config.items() if key.startswith(prefix)}
+    rows = []
+    for change in changes(metrics, AlarmConfig(**given)):
+        steps = [row["step"] for row in metrics if row.get(f"{ALARMS}{change.name}")]
+        told = f"iterations {steps[0]} to {steps[-1]}" if steps else "none"
+        rows.append((change.line() if change.alarm else "", {"change": change, "alarm": told}))
+    return rows
+
+
+def _event_table(rates: Sequence[EventRate]) -> Table | None:
+    """A row for every method, a column for every kind of event; None where nothing is known of events."""
+    kinds = {one.kind for one in rates}
+    methods = sorted(dict.fromkeys(one.method for one in rates), key=lambda name: (*ORDER, name).index(name))
+    found = {(one.method, one.kind): one for one in rates}
+
+    def cell(method: str, kind: str) -> Cell:
+        one = found.get((method, kind))
+        return Cell(f"{one.share:.2f}", span(one.ci95, "{:.2f}".format)) if one else Cell("\u2013")
+
+    columns = [kind for kind in KINDS if kind in kinds]
+    rows = tuple((method, tuple(cell(method, kind) for kind in columns)) for method in methods)
+    return Table(tuple(columns), rows) if rates else None
 
 
 def _missing_rewards(metrics: Sequence[dict]) -> list[tuple[str, float]]:

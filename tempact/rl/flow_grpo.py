@@ -8,6 +8,7 @@ from torch import Tensor
 from csrc_triton import flow_policy_loss_and_grad
 from csrc_triton.flow_sde import cps
 from tempact.config import ExecutorConfig
+from tempact.rl.histograms import ratio_bins
 from tempact.rl.levels import of_levels
 from tempact.rl.plain_ratio import plain_ratio_gradient, rectifying, scales
 
@@ -39,7 +40,8 @@ def flow_grpo_gradient(
     Returns:
         The gradient in `velocity`, [B, C, c, H, W], and metrics that add up over micro-batches: loss, kl, ratio,
         clip_ratio/low and /high (share of rows whose gradient the clip stopped), ratio_deviation (mean distance of the
-        ratio from 1). Metrics are fp64 scalars on the device of `velocity`; none of them is waited for.
+        ratio from 1), ratio_histogram/00 and on (`ratio_bins`). Metrics are fp64 scalars on the device of `velocity`;
+        none of them is waited for.
     """
     weight = mask.to(velocity.dtype) / terms
     each, gradient = flow_policy_loss_and_grad(
@@ -54,6 +56,7 @@ def flow_grpo_gradient(
         "ratio_deviation": torch.expm1(each.log_ratio).abs(),
         "clip_ratio/low": each.clipped & (advantage < 0),
         "clip_ratio/high": each.clipped & (advantage > 0),
+        **ratio_bins(torch.expm1(each.log_ratio) / clip),
     }
     # fp64, so that ratios of 1 have mean 1 after the micro-batches' shares are added
     return gradient, {name: torch.where(mask, value.double(), 0.0).sum() / terms for name, value in shares.items()}

@@ -35,5 +35,6 @@ def grpo_loss(
         "ratio_deviation": moves.by_token(away.abs()),
         "clip_ratio/low": moves.by_token(low.double()),
         "clip_ratio/high": moves.by_token(high.double()),
+        **moves.bins(away, clip_low, clip_high),
     }
     return moves.mean(moves.by_token(policy) + kl_weight * k3, metrics, terms)

@@ -31,5 +31,6 @@ def gspo_loss(
         "ratio_deviation": (ratio - 1).abs(),
         "clip_ratio/low": low,
         "clip_ratio/high": high,
+        **moves.bins(ratio - 1, clip_low, clip_high),
     }
     return moves.mean(policy + kl_weight * k3, metrics, terms)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton.flow_sde import cps
+from tempact.rl.histograms import ratio_bins
 
 
 def plain_ratio_gradient(
@@ -55,6 +56,7 @@ def plain_ratio_gradient(
         "ratio_deviation": torch.expm1(log_ratio).abs(),
         "clip_ratio/low": below,
         "clip_ratio/high": above,
+        **ratio_bins(torch.expm1(log_ratio) / clip),
     }
     gradient = torch.where(mask.view(wide), gradient / terms, 0.0)
     return gradient, {name: torch.where(mask, value.double(), 0.0).sum() / terms for name, value in shares.items()}

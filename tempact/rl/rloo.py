@@ -36,5 +36,6 @@ def rloo_loss(
         "ratio_deviation": (ratio - 1).abs(),
         "clip_ratio/low": low,
         "clip_ratio/high": high,
+        **moves.bins(ratio - 1, clip_low, clip_high),
     }
     return moves.mean(policy + kl_weight * k3, metrics, terms)

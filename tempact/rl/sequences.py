@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tempact.rl.histograms import ratio_bins
+
 
 class SequenceLoss(Protocol):
     """A clipped policy gradient plus the k3 divergence from the reference policy, a mean over sequences.
@@ -27,7 +29,7 @@ class SequenceLoss(Protocol):
 
     Returns:
         Scalar loss (0 with gradient 0 if nothing counts) and metrics loss, kl (mean nats a token), ratio,
-        ratio_deviation, clip_ratio/low, clip_ratio/high.
+        ratio_deviation, clip_ratio/low, clip_ratio/high, ratio_histogram/00 and on (`ratio_bins`).
     """
 
     def __call__(
@@ -72,6 +74,12 @@ class Moves:
         advantage = self.advantage if ratio.ndim == 1 else self.advantage[:, None]
         policy = -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
         return policy, (ratio < 1 - low) & (advantage < 0), (ratio > 1 + high) & (advantage > 0)
+
+    def bins(self, away: Tensor, low: float, high: float) -> dict[str, Tensor]:
+        """Bins of ratios less 1, `away` [P] or [P, L], in clips: of a sequence [P] whether it is there, or the share of
+        its tokens."""
+        inside = ratio_bins(away / torch.where(away > 0, high, low))
+        return inside if away.ndim == 1 else {name: self.by_token(own.double()) for name, own in inside.items()}
 
     def by_token(self, values: Tensor) -> Tensor:
         """Mean [P] over the counted tokens of values [P, L], 0 for a row without any."""

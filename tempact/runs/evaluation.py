@@ -15,10 +15,11 @@ from tempact.config import VIDEO, EvaluationConfig, RunConfig, flatten, keys_of
 from tempact.distributed import Ranks
 from tempact.errors import UserError
 from tempact.evaluation import BOTH, METHODS, OVERFITTING, SINGLE, STEP, BenchmarkOptions, Method
+from tempact.evaluation.events import event_rates, write_events
 from tempact.evaluation.harness import Evaluation
 from tempact.evaluation.judges import Suite, load_pickscore, served_judges, shapeworld_code, shapeworld_judges
 from tempact.evaluation.prompts import SETS, OrderPrompt
-from tempact.evaluation.statistics import Bootstrap, Origin, write_evaluation
+from tempact.evaluation.statistics import Bootstrap, Origin, plain, write_evaluation
 from tempact.evaluation.tables import export_vbench, gather, markdown
 from tempact.executor.sampler import gaussian_noise
 from tempact.files import claim_run_folder, write_atomic
@@ -89,6 +90,8 @@ def evaluate(
     if not (folder / CONFIG).is_file():
         write_atomic(folder / CONFIG, to_yaml(config))  # for the report
     write_evaluation(folder, evaluation.method_scores(), bootstrap, origin)
+    rates = event_rates(evaluation.scores, [method.name for method in methods], bootstrap.resamples, bootstrap.seed)
+    write_events(folder, rates, plain(origin))
     write_showcase(folder, evaluation.samples(settings.strips), SHOWN)
     write_report(folder)
     log.info("%s", folder / "evaluation.json")

@@ -1,23 +1,16 @@
-"""Progress of a run: a live bar on a terminal, plain log lines elsewhere. Its metrics, for Weights & Biases too.
-
-The tracker is a process of its own, `python -m tempact.runs.logs FOLDER PROJECT ID STEP|videos`. It follows
-metrics.jsonl until the end mark, or until the run that started it is gone.
-"""
+"""Progress of a run: a live bar on a terminal, plain log lines elsewhere. Its metrics, for trackers too."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-import yaml
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -25,7 +18,8 @@ from rich.progress import Progress as Bar
 
 from tempact.errors import UserError
 from tempact.files import disk_full, write_atomic
-from tempact.reporting import METRICS, duration, finite_or_none, read_metrics, record_environment
+from tempact.reporting import METRICS, duration, finite_or_none, folded, read_metrics, record_environment
+from tempact.runs.trackers import FINISHED, Started
 
 log = logging.getLogger(__name__)
 
@@ -123,42 +117,35 @@ class Progress:
         return float("nan") if self._mean_s is None else self._mean_s * max(0, self.total - self.done)
 
 
-TRACKER_ID, POLL_S = "wandb_id", 0.5
-FINISHED = {"finished": True}  # last row, tells a tracker that no more will come
-
-
 class MetricsLogger:
     """Appends one JSON object a step to `run_folder`/metrics.jsonl, flushed at once.
 
     Rows beyond `resumed_step` (0 for a new run) are those of iterations that the resumed run does again: they
-    are cut off. Non-finite values are written as null. `wandb_project` None starts no tracker. Also notes in
-    environment.json what the run goes on.
+    are cut off. Non-finite values are written as null. trackers: names of those that are started, for `project`. Also
+    notes in environment.json what the run goes on.
     """
 
-    def __init__(self, run_folder: Path, resumed_step: int = 0, wandb_project: str | None = None):
+    def __init__(self, run_folder: Path, resumed_step: int = 0, trackers: Sequence[str] = (), project: str = ""):
         self.path = Path(run_folder) / METRICS
-        kept = [row for row in read_metrics(run_folder) if row["step"] <= resumed_step]
-        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.kept = [row for row in read_metrics(run_folder) if row["step"] <= resumed_step]
+        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in self.kept))
         record_environment(run_folder, resumed_step)
-        self._before_s = max((row["time_s"] for row in kept), default=0.0)
+        self._before_s = max((row["time_s"] for row in self.kept), default=0.0)
         self._started = time.monotonic()
         self._file = self.path.open("a", encoding="utf-8")
-        self._tracker = None
-        if wandb_project:
-            identity = tracker_id(self.path.parent, new=not resumed_step)
-            self._tracker = _start_tracker(self.path.parent, wandb_project, identity, str(resumed_step))
+        self._trackers = Started.of(self.path.parent, trackers, project, resumed_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds a row; `time_s` counts over resumed parts. UserError when the disk is full."""
         elapsed = round(self._before_s + time.monotonic() - self._started, 3)
-        self._write({"step": step, "time_s": elapsed, **{key: finite_or_none(value) for key, value in metrics.items()}})
+        values = {key: finite_or_none(value) for key, value in metrics.items()}
+        self._write({"step": step, "time_s": elapsed, **folded(values)})
 
     def close(self, tracker_deadline_s: float = 10.0) -> None:
-        """Closes the file, and gives the tracker that long to finish before it is stopped."""
-        if self._tracker is not None:
+        """Closes the file, and gives the trackers that long to finish before they are stopped."""
+        if self._trackers.processes:
             self._write(FINISHED)
-            _finish(self._tracker, tracker_deadline_s)
-            self._tracker = None
+            self._trackers.finish(tracker_deadline_s)
         self._file.close()
 
     def _write(self, row: dict) -> None:
@@ -171,83 +158,3 @@ class MetricsLogger:
             raise UserError(
                 f"{self.path}: no space left on the disk; free some and go on with --resume auto"
             ) from error
-
-
-def tracker_id(folder: Path, *, new: bool = False) -> str:
-    """The run's identity at Weights & Biases, kept in its folder: a resumed run is the same run there."""
-    file = folder / TRACKER_ID
-    if new or not file.is_file():
-        write_atomic(file, uuid.uuid4().hex[:12] + "\n")
-    return file.read_text(encoding="utf-8").strip()
-
-
-def track_videos(folder: Path, project: str, deadline_s: float = 120.0) -> None:
-    """Sends the run's held-out videos to Weights & Biases, if there is a project, and waits that long at most."""
-    tracker = _start_tracker(folder, project, tracker_id(folder), "videos") if project else None
-    if tracker is not None:
-        _finish(tracker, deadline_s)
-
-
-def _start_tracker(folder: Path, project: str, identity: str, what: str) -> subprocess.Popen | None:
-    command = [sys.executable, "-m", "tempact.runs.logs", str(folder.absolute()), project, identity, what]
-    try:
-        # a session of its own: Ctrl-C goes to the run, which then closes the tracker in order
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
-    except OSError as error:
-        log.warning("wandb cannot be started (%s); metrics are in %s only", error, folder)
-        return None
-
-
-def _finish(tracker: subprocess.Popen, deadline_s: float) -> None:
-    try:
-        tracker.wait(deadline_s)
-    except subprocess.TimeoutExpired:
-        log.warning("wandb did not finish in %.0f s and is stopped; the run's folder is complete", deadline_s)
-        tracker.kill()
-        tracker.wait()
-
-
-def track(folder: Path, project: str, identity: str, what: str) -> int:
-    """The tracker's process. what: the step that the run went on from, whose rows are there already, or "videos"."""
-    logging.basicConfig(format="%(levelname)s %(message)s")
-    try:
-        import wandb
-    except ImportError:
-        log.warning('wandb is not installed (pip install "tempact[wandb]"); metrics are in %s only', folder)
-        return 1
-    file, index = folder / "config.yaml", folder / "videos" / "index.json"
-    config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    run = wandb.init(project=project, name=folder.name, dir=folder, id=identity, resume="allow", config=config)
-    if what != "videos":
-        for row in follow(folder / METRICS):
-            if row["step"] > int(what):
-                run.log({key: value for key, value in row.items() if value is not None}, step=row["step"])
-    elif index.is_file():
-        shown: dict[str, list] = {}
-        for entry in json.loads(index.read_text(encoding="utf-8")):
-            for video in entry["videos"]:
-                one = wandb.Video(str(index.with_name(video["mp4"])), caption=entry["prompt"], format="mp4")
-                shown.setdefault(f"videos/{video['title']}", []).append(one)
-        run.log(shown)
-    run.finish()
-    return 0
-
-
-def follow(path: Path) -> Iterator[dict]:
-    """Rows as they are written; ends at the mark that `MetricsLogger.close` writes or when the parent dies."""
-    parent = os.getppid()
-    with path.open(encoding="utf-8") as file:
-        line = ""
-        while os.getppid() == parent:
-            line += file.readline()
-            if not line.endswith("\n"):
-                time.sleep(POLL_S)
-                continue
-            row, line = json.loads(line), ""
-            if "finished" in row:
-                return
-            yield row
-
-
-if __name__ == "__main__":
-    sys.exit(track(Path(sys.argv[1]), *sys.argv[2:]))

@@ -10,7 +10,7 @@ import shutil
 from dataclasses import MISSING
 from pathlib import Path
 
-from tempact.config import RESUME_MAY_CHANGE, RunConfig, flatten, keys_of
+from tempact.config import REPLACED, RESUME_MAY_CHANGE, RunConfig, flatten, keys_of
 from tempact.errors import UserError
 from tempact.reporting import ENVIRONMENT, METRICS, SAMPLES
 from tempact.runs.checkpoint import ASIDE, FOLDER, Checkpoint, course_of, latest, listed, stem_of, step_of, verify
@@ -18,7 +18,9 @@ from tempact.runs.checkpoint import ASIDE, FOLDER, Checkpoint, course_of, latest
 log = logging.getLogger(__name__)
 
 # of a run's last evaluation, and the page that shows it
-EVALUATED = ("evaluation.json", "evaluation_scores.jsonl", "comparisons.json", "videos", "report.html")
+EVALUATED = (
+    "evaluation.json", "evaluation_scores.jsonl", "comparisons.json", "events.json", "videos", "report.html"
+)  # fmt: skip
 
 
 def resolve_resume(value: str, run_folder: Path) -> Checkpoint | None:
@@ -108,7 +110,7 @@ def check_config(checkpoint: Checkpoint, config: RunConfig) -> None:
         json.loads(json.dumps(values))
         for values in (flatten(config), {name: own.default for name, own in keys.items() if own.default is not MISSING})
     )
-    gone = sorted(then.keys() - now.keys())
+    gone = sorted(name for name in then.keys() - now.keys() if then[name] or name not in REPLACED)
     if gone:
         log.warning("%s: passed over, as this version has no such keys: %s", checkpoint.path, ", ".join(gone))
     before |= then

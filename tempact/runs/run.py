@@ -34,8 +34,10 @@ from tempact.runs.checkpoint import (
 )
 from tempact.runs.ending import Ending, RunFailed, quiet
 from tempact.runs.evaluation import evaluate
-from tempact.runs.logs import MetricsLogger, Progress, track_videos
+from tempact.runs.logs import MetricsLogger, Progress
 from tempact.runs.resume import check_config, continues, records_aside, resolve_resume
+from tempact.runs.trackers import track_videos
+from tempact.runs.watching import Watching
 from tempact.trainer import Iteration, Trainer
 from tempact.worlds import world_of
 
@@ -182,7 +184,7 @@ class Run:
             with self.trainer.ema.applied(self.policies.executor.parameters()):
                 evaluate(self.config, self.folder, self.policies, f"step-{self.trainer.done:06d}", ranks=ranks)
         if ranks.first:
-            track_videos(self.folder, self.config.wandb_project)
+            track_videos(self.folder, self.config.trackers, self.config.tracker_project)
         ranks.arrive()
 
     def iterate(self, stop: StopRequest, callbacks: Sequence[Callback]) -> bool:
@@ -191,8 +193,10 @@ class Run:
         The first rank records; of several, each gets the callbacks' calls with the videos that it has made.
         """
         settings, trainer, ranks = self.config.trainer, self.trainer, self.trainer.ranks
-        wandb = self.config.wandb_project or None
-        metrics = MetricsLogger(self.folder, trainer.done, wandb) if ranks.first else None
+        tracked = self.config.trackers, self.config.tracker_project
+        metrics = MetricsLogger(self.folder, trainer.done, *tracked) if ranks.first else None
+        watch = world_of(self.config).watch(self.policies.executor.device)
+        watching = Watching(self.config.alarms, watch, ranks, metrics.kept if metrics is not None else ())
 
         def phase(name: str) -> None:
             progress.phase(name)
@@ -208,6 +212,7 @@ class Run:
                     last = iteration.number == settings.iterations
                     stop.close(f"recording iteration {iteration.number}")  # nothing may have been learned from
                     ranks.phase(f"iteration {iteration.number}, recording")
+                    iteration.metrics |= watching.look(iteration)
                     for callback in callbacks:
                         callback(iteration)
                     if metrics is not None:

@@ -7,6 +7,7 @@ the exact verifier of videos, with the interface of `tempact.rewards`.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,7 @@ from tempact.rewards.judged import PlanVerdict
 from tempact.shapeworld import STRICT_SETS
 from tempact.shapeworld.crowd import actors_only, with_bystander, without_bystanders
 from tempact.shapeworld.grammar import parse_instruction, read_step, sample_story, write_instruction
-from tempact.shapeworld.story import CHUNK, Event, Story, apply_event, states
+from tempact.shapeworld.story import CHUNK, KINDS, Event, Story, apply_event, states
 from tempact.shapeworld.strict import strict_prompts
 from tempact.shapeworld.verifier import picture_quality, verify, verify_steps
 from tempact.types import Plan, Prompt
@@ -122,13 +123,36 @@ def plan_quality(prompts: list[str], plans: list[Plan], frames: Tensor, spans: l
     return torch.tensor([judge_plan(plan).score() for plan in plans])
 
 
-def temporal_following(prompts: list[str], plans: list[Plan], frames: Tensor, spans: list[Span | None]) -> Tensor:
-    """V [P, N] in [0, 1]: the verifier on whole videos; it knows the instruction and nothing of the plan."""
-    count = frames.shape[1]
-    stories = [story for plan in plans for story in [parse_instruction(plan.instruction)] * count]
-    pixels, standing = without_bystanders(frames.flatten(0, 1).float() / 255.0, stories)
-    score = verify(pixels, [*map(actors_only, stories)]).score
-    return with_bystander(score, standing).unflatten(0, (-1, count))
+class TemporalFollowing:
+    """The reward V, and how often events of each kind have happened as told in the videos that it has scored."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[list[Story], Tensor]] = []  # and which of their events, on the frames' device
+
+    def __call__(self, prompts: list[str], plans: list[Plan], frames: Tensor, spans: list[Span | None]) -> Tensor:
+        """V [P, N] in [0, 1]: the verifier on whole videos; it knows the instruction and nothing of the plan."""
+        count = frames.shape[1]
+        stories = [story for plan in plans for story in [parse_instruction(plan.instruction)] * count]
+        pixels, standing = without_bystanders(frames.flatten(0, 1).float() / 255.0, stories)
+        acting = [*map(actors_only, stories)]
+        verdict = verify(pixels, acting)
+        self._seen.append((acting, verdict.as_told))
+        return with_bystander(verdict.score, standing).unflatten(0, (-1, count))
+
+    def metrics(self) -> dict[str, float]:
+        """events/KIND/count and the share events/KIND/success since the last call, of kinds that were told."""
+        told: Counter[str] = Counter()
+        done: Counter[str] = Counter()
+        for stories, as_told in self._seen:
+            for story, row in zip(stories, as_told.tolist(), strict=True):
+                for event, good in zip(story.events, row, strict=False):  # rows are as long as the longest story
+                    told[event.kind] += 1
+                    done[event.kind] += good
+        self._seen.clear()
+        found: dict[str, float] = {}
+        for kind in filter(told.get, KINDS):
+            found |= {f"events/{kind}/count": float(told[kind]), f"events/{kind}/success": done[kind] / told[kind]}
+        return found
 
 
 def step_following(prompts: list[str], plans: list[Plan], frames: Tensor, spans: list[Span | None]) -> Tensor:
@@ -166,4 +190,5 @@ def aesthetics(prompts: list[str], plans: list[Plan], frames: Tensor, spans: lis
 
 def shapeworld_rewards() -> RewardSet:
     """All four; they run on the frames' device."""
-    return RewardSet(plan_quality, temporal_following, step_following, aesthetics)
+    following = TemporalFollowing()
+    return RewardSet(plan_quality, following, step_following, aesthetics, metrics=following.metrics)

@@ -33,6 +33,14 @@ def test_statistics_of_several_processes_are_those_of_one() -> None:
     assert merged_stats([own[0]]) == own[0] and merged_stats([own[2], own[2]]) == {}
 
 
+def test_events_of_several_processes_are_counted_as_those_of_one() -> None:
+    def counted(kind: str, done: int, told: int) -> dict[str, float]:
+        return {f"events/{kind}/count": float(told), f"events/{kind}/success": done / told}
+
+    own = [counted("move", 11, 49) | counted("turn", 1, 3), counted("move", 3, 7), {}]
+    assert merged_stats(own) == counted("move", 14, 56) | counted("turn", 1, 3)
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3, 32])
 def test_servers_are_not_asked_more_often_by_several_processes(processes: int) -> None:
     endpoints = (

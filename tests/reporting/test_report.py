@@ -28,7 +28,8 @@ from tempact.policies import build_policies
 from tempact.presets import get_preset
 from tempact.report import main
 from tempact.reporting import model_card, read_metrics, write_samples
-from tempact.reporting.report import PANELS, charts, leave_report, thinned, write_report
+from tempact.reporting.charts import PANELS, charts, thinned
+from tempact.reporting.report import leave_report, write_report
 from tempact.reporting.strips import videos_of_extremes, write_extremes, write_showcase
 from tempact.runs.logs import MetricsLogger
 from tempact.types import Batch, Plan, PlanBatch, Prompt, Scored, Step

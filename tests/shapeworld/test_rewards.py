@@ -189,3 +189,18 @@ def test_other_plans_do_not_change_a_score() -> None:
     beside = score(rewards, batch(other, good), rollout([[STILL, LATE], [RIGHT, LATE]], [3, 6]))
     for name in ("temporal_following", "step_following", "aesthetics"):
         torch.testing.assert_close(getattr(alone, name)[0], getattr(beside, name)[1], atol=1e-4, rtol=0.0)
+
+
+def test_events_are_counted_by_kind_in_videos_that_show_them_as_told() -> None:
+    """As told, without the last events, without any, and with one at another pace than it was told."""
+    rewards, good = shapeworld_rewards(), reference_plan(TEXT)
+    score(rewards, batch(good), rollout([[RIGHT, RIGHT, STILL, STILL]], [6]))
+    score(rewards, batch(good), rollout([[RIGHT, [RIGHT[0], RIGHT[1]], [RIGHT[0]], STILL]], [6]))
+    found = rewards.metrics()
+    success = {kind: found.pop(f"events/{kind}/success") for kind in ("move", "turn", "jump")}
+    assert success == {"move": 5 / 8, "turn": 4 / 8, "jump": 3 / 8}
+    assert found == dict.fromkeys(("events/move/count", "events/turn/count", "events/jump/count"), 8.0)
+    assert rewards.metrics() == {}
+    quick = [RIGHT[0], Cue(RIGHT[1].event, 6, 9), RIGHT[2]]  # the turn was to be slow
+    score(rewards, batch(good), rollout([[quick]], [6]))
+    assert rewards.metrics()["events/turn/success"] == 0.0

@@ -151,7 +151,8 @@ class JudgeStats:
 
 def merged_stats(processes: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """`JudgeStats.take` of several processes as one: counts are added, shares and mean latencies weighted by calls, of
-    the other latencies the largest is taken (for the 95th percentile a bound). Other metrics are those of the first."""
+    the other latencies the largest is taken (for the 95th percentile a bound). So it is with events, NAME/success being
+    a share of NAME/count. Other metrics are those of the first."""
     if len(processes) == 1:
         return dict(processes[0])
     merged: dict[str, float] = {}
@@ -159,7 +160,12 @@ def merged_stats(processes: Sequence[Mapping[str, float]]) -> dict[str, float]:
         values = {i: own[name] for i, own in enumerate(processes) if name in own}
         role, _, kind = name.rpartition("/")
         calls = {i: processes[i].get(f"{role}/calls", 0.0) for i in values}
-        if not role.startswith("judge/"):
+        if role.startswith("events/"):
+            count = {i: processes[i].get(f"{role}/count", 0.0) for i in values}
+            total = sum(count.values())
+            # events that have happened are whole numbers, and their share is that of one process, bit for bit
+            merged[name] = total if kind == "count" else sum(round(values[i] * count[i]) for i in values) / total
+        elif not role.startswith("judge/"):
             merged[name] = next(iter(values.values()))
         elif kind in ("calls", "retries", "requests", *TOKENS):
             merged[name] = sum(values.values())

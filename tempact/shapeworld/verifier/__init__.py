@@ -62,6 +62,7 @@ FREE_ERROR = 0.015  # root mean square error that comes from tracking alone, not
 ERROR_SCALE = 0.05  # beyond that, the error at which quality has fallen to 1/e
 EXTRA_INK = 2.0  # pixels of ink away from the tracked shapes that make a copy; the smallest shape has about 8
 STILL = 0.25  # pixels a frame, slower shapes stand
+AS_TOLD = 0.5  # credit of each kind from which an event counts as done as it was told
 
 
 def _ramp(values: Tensor, zero: float | Tensor, one: float | Tensor) -> Tensor:
@@ -93,6 +94,11 @@ class Verdict:
         worth = HAPPENED_SHARE + self.in_order * (ORDER_SHARE + TIME_SHARE * self.on_time)
         credit = self.happened * self.calm * worth
         return credit.sum(1) / self.events * _ramp(self.intact.mean(1), DAMAGED_BELOW, 1.0)
+
+    @property
+    def as_told(self) -> Tensor:
+        """[V, E] bool: the event happened, in its turn, at its pace and in a calm picture, each at least by half."""
+        return torch.stack([self.happened, self.in_order, self.on_time, self.calm]).amin(0) >= AS_TOLD
 
 
 @torch.no_grad()
