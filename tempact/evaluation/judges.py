@@ -244,8 +244,8 @@ def shapeworld_judges(device: torch.device) -> list[VideoJudge]:
 
     def judge(name: str, version: str, score: Callable[[Tensor, list[Story], list[str]], Tensor]) -> LocalJudge:
         def verdicts(videos: Sequence[JudgedVideo]) -> list[Verdict]:
-            *given, standing = shown(videos)
-            found = score(*given)
+            pixels, stories, texts, standing = shown(videos)
+            found = score(pixels, stories, texts)
             found = found if name in NOT_TEMPORAL else with_bystander(found, standing)
             return [Verdict({name: one}) for one in found.tolist()]
 
