@@ -123,7 +123,7 @@ def test_the_planner_may_sample_as_it_is_not_trained(tmp_path: Path, capsys: pyt
 
 def test_no_video_takes_the_place_of_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Names differ by seed, plan and settings; the same command writes the same file."""
-    common = ("shapeworld", "--prompt", INSTRUCTION, "--device", "cpu", "--output", tmp_path / "out", "--best-of", 1)
+    common = ("shapeworld", "--prompt", INSTRUCTION, "--device", "cpu", "--output", tmp_path / "out", "--plans", 1)
     plan = ("--plan", plan_file(tmp_path, [{"start": 0, "end": 24, "prompt": "A red circle is at the top left."}]))
     made = [
         run(capsys, *common, *more)[0].name
@@ -148,7 +148,7 @@ def test_the_best_of_several_plans_makes_the_video(
 
     monkeypatch.setattr(Planner, "sample", sample)
     common = ("--prompt", INSTRUCTION, "--device", "cpu", "--output", tmp_path / "out")
-    ends = [steps_of(run(capsys, *common, *more)[2])[0].end for more in ((), ("--best-of", 2), ("--best-of", 1))]
+    ends = [steps_of(run(capsys, *common, *more)[2])[0].end for more in ((), ("--best-of", 2), ("--plans", 1))]
     assert asked == [8, 2, 1] and ends == [12, 21, 24]
 
 
@@ -315,8 +315,8 @@ def test_the_planner_of_a_run_plans(
             ["--prompt", "x", "--frames", "161"],
             "executor.frames: found 161; accepted: a positive multiple",
         ),
-        (["--prompt", "x", "--best-of", "0"], "--best-of: found 0; accepted: at least 1"),
-        (["--prompt", "x", "--best-of", "2"], "--best-of: found 2; accepted: 1 here, as only ShapeWorld rates plans"),
+        (["--prompt", "x", "--plans", "0"], "--plans: found 0; accepted: at least 1"),
+        (["--prompt", "x", "--plans", "2"], "--plans: found 2; accepted: 1 here, as only ShapeWorld rates plans"),
         (
             ["--prompt", "x", "--preset", "longlive"],
             "accepted: python -m tempact.generate longlive ...",

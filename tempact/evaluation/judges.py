@@ -7,6 +7,7 @@ holds, so that anyone can score the files again.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -93,6 +94,7 @@ class Suite:
              in its set and to the seed: neither depends on the batch
     batch    videos made together
     batched  a judge is shown a batch at a time, and rounds as the batch has it; else one video
+    best_of  what the videos of methods with several continuations depend on beside all others; nothing without such
     """
 
     prompts: Mapping[str, Sequence[OrderPrompt]]
@@ -103,6 +105,7 @@ class Suite:
     seed: int
     batch: int
     batched: bool = False
+    best_of: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def all_prompts(self) -> list[OrderPrompt]:
@@ -117,6 +120,9 @@ class Suite:
             for prompt in prompts:
                 digest = hashlib.sha256(f"{prompt.set}\n{prompt.text}".encode()).hexdigest()[:12]
                 found[f"prompt.{prompt.prompt_id}"] = digest
+        if self.best_of:
+            counts = sorted({method.best_of for method in self.methods} - {1})
+            found |= {f"best_of.{count}": json.dumps(self.best_of, sort_keys=True) for count in counts}
         return found | {f"judge.{judge.name}": judge.version for judge in self.judges}
 
 

@@ -160,6 +160,11 @@ def _loaded(entry: str) -> Reward:
     return found if isinstance(found, Reward) else Reward(name, found)
 
 
+def unasked(prompts: list[str], plans: list[Plan], frames: Tensor, spans: list[Span | None]) -> Tensor:
+    """The `RewardFunction` of a reward that has no say: all scores are missing."""
+    return torch.full(frames.shape[:2] if frames.shape[1] else (len(plans),), float("nan"))
+
+
 @dataclass(frozen=True)
 class RewardSet:
     """The rewards of a run. The weights of the method's four are `rewards.<name>` in the configuration.
@@ -261,12 +266,17 @@ class Scoring:
         first = self.parts[-1][0].stop if self.parts else 0
         own = range(first, first + shape[0]) if own is None else own
         part = PlanBatch([self.plans.prompt_of(p) for p in own], [self.plans.plans[p] for p in own], 1)
-        prompts = [prompt.text for prompt in part.prompts]
-        given = prompts, part.plans, rollout.frames, switch_spans(part, rollout)
+        broken = torch.zeros(shape, dtype=torch.bool) if rollout.broken is None else rollout.broken
+        self.ask(own, rollout.frames, switch_spans(part, rollout), broken)
+
+    def ask(self, own: range, frames: Tensor, spans: list[Span | None], broken: Tensor) -> None:
+        """Starts to score videos of these plans by the steps in `spans`; frames and spans as a `RewardFunction` takes
+        them, broken [P, N]."""
+        prompts, plans = [self.plans.prompt_of(p).text for p in own], [self.plans.plans[p] for p in own]
         functions = {name: getattr(self.rewards, name) for name in VIDEO_REWARDS}
         functions |= {reward.name: reward.score for reward in self.rewards.custom}
-        self.parts.append((own, {name: function(*given) for name, function in functions.items()}))
-        self.broken.append(torch.zeros(shape, dtype=torch.bool) if rollout.broken is None else rollout.broken.cpu())
+        self.parts.append((own, {name: call(prompts, plans, frames, spans) for name, call in functions.items()}))
+        self.broken.append(broken.cpu())
 
     def scores(self) -> Scores:
         """Waits for the scores of this process. NaN where missing, as for a broken video.
