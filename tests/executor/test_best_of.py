@@ -1,12 +1,15 @@
-"""Continuations while a video is made: that of the choice goes on, and the cache holds no more than one video after it."""
+"""Continuations while a video is made: that of the choice goes on, and the cache holds one video's K/V after it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+from executor.test_cuda_graphs import CONFIG, DEVICE, calls  # noqa: F401  a fixture
+from executor.test_cuda_graphs import make_executor as graphed
 from executor.window_policies import POLICIES
 
 from tempact.executor.best_of import BestOf, Continuations
@@ -24,7 +27,7 @@ def plan(*bounds: int) -> Plan:
     return Plan("instruction", tuple(Step(a, b, f"step {a}") for a, b in pairwise(bounds)))
 
 
-PLAN = plan(0, 6, 15, 24)
+PLAN, SHORT = plan(0, 6, 15, 24), plan(0, 3, 9, 18)
 
 
 def source(executor: Executor, count: int) -> NoiseSource:
@@ -49,9 +52,10 @@ def chunks_of(made: Continuations) -> range:
     return range(made.start // CHUNK, made.end // CHUNK)
 
 
-@pytest.mark.parametrize("changes", POLICIES)
-@pytest.mark.parametrize(("chunks", "together"), [(1, 0), (2, 3), (0, 0)])
-def test_the_chosen_continuation_goes_on(make_executor: Make, changes: dict, chunks: int, together: int) -> None:
+@pytest.mark.parametrize(
+    ("chunks", "together", "changes"), [(1, 0, POLICIES[0]), *((2, 3, POLICIES[n]) for n in (1, 3, 5, 6))]
+)
+def test_the_chosen_continuation_goes_on(make_executor: Make, chunks: int, together: int, changes: dict) -> None:
     """And what the choice was shown are the videos of the continuations; inside the window, and beyond it."""
     executor = make_executor(frames=24, **changes)
     chosen: dict[int, int] = {}
@@ -65,15 +69,15 @@ def test_the_chosen_continuation_goes_on(make_executor: Make, changes: dict, chu
 
     best_of = BestOf(4, choose, chunks, together=together, whole=True)
     frames = whole(stream_frames(executor, PLAN, source(executor, 4), best_of))
-    ends = {1: [(6, 9), (15, 18)], 2: [(6, 12), (15, 21)], 0: [(6, 15), (15, 24)]}[chunks]
+    ends = {1: [(6, 9), (15, 18)], 2: [(6, 12), (15, 21)]}[chunks]
     assert [(made.start, made.end) for made in seen] == ends
     assert near(frames, following(executor, chosen)) and not near(frames, following(executor, {}))
     for made in seen:
         before = {chunk: own for chunk, own in chosen.items() if chunk * CHUNK < made.start}
         assert made.shared == made.start and made.frames.shape == (4, made.end, 3, 8, 8) and not made.broken.any()
-        for n in range(4):
-            alone = following(executor, before | dict.fromkeys(chunks_of(made), n))
-            assert near(made.frames[n].int(), alone[: made.end])
+        other = 3 if chosen[made.start // CHUNK] == 2 else 0
+        alone = following(executor, before | dict.fromkeys(chunks_of(made), other))
+        assert near(made.frames[other].int(), alone[: made.end])
     cache = executor.cache
     assert cache.rows_used == 0 and cache.branches == ()
 
@@ -150,3 +154,38 @@ def test_choices_are_made_outside_of_autocast(make_executor: Make, precision: to
     choose = lambda made: seen.append(torch.is_autocast_enabled("cpu")) or 0  # noqa: E731
     list(stream_frames(executor, PLAN, source(executor, 2), BestOf(2, choose)))
     assert seen == [False, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs an NVIDIA GPU: run `pytest -m gpu` on one")
+@pytest.mark.parametrize("window", ["full", "tempact-self-forcing"])
+def test_graphs_are_recorded_for_one_and_for_all(window: str) -> None:
+    """The video is that without graphs."""
+    plain, recorded = (graphed(replace(CONFIG, window=window)) for _ in range(2))
+    plain.runner.graphs, recorded.runner.warm_calls = False, 1
+    noise = gaussian_noise(3, plain.noise_shape(1, 4), DEVICE)
+    for together in (0, 3):
+        best_of = BestOf(4, lambda made: 2, chunks=2, together=together)
+        videos = [
+            [whole(stream_frames(executor, SHORT, noise, best_of)) for _ in range(3)] for executor in (plain, recorded)
+        ]
+        assert all(near(a, b) for a, b in zip(*videos, strict=True))
+    shapes = {key[4][0][0][0] for key, graph in recorded.runner._graphs.items() if graph.forward is not None}
+    assert shapes == {1, 3, 4}
+
+
+@pytest.mark.usefixtures("calls")  # without a model
+@pytest.mark.parametrize("window", ["full", "longlive", "tempact-self-forcing"])
+@pytest.mark.parametrize(("chunks", "together"), [(1, 0), (2, 0), (0, 3)])
+def test_a_cache_for_graphs_stays_where_it_is(window: str, chunks: int, together: int) -> None:
+    executor, places = graphed(replace(CONFIG, window=window)), []
+    executor.runner.graphs = True
+    noise = gaussian_noise(3, executor.noise_shape(1, 8), DEVICE)
+
+    def choose(made: Continuations) -> int:
+        places.append(executor.cache.addresses)
+        return 2
+
+    for _ in stream_frames(executor, SHORT, noise, BestOf(8, choose, chunks, together=together)):
+        places.append(executor.cache.addresses)
+    assert len(set(places)) == 1 and len(places) == 8
