@@ -376,6 +376,16 @@ class AlarmConfig:
 
 
 @dataclass(frozen=True)
+class BestOfConfig:
+    """Continuations at a video's switches, of which one goes on: `--best-of N` of generate and evaluate."""
+
+    rewards: tuple[str, ...] = key((), RUN, "rewards that choose; nothing: those of a continuation in training")
+    chunks: int = key(1, RUN, "chunks that they are made before one is chosen; 0: to the step's end", NOT_NEGATIVE)
+    first: bool = key(False, RUN, "the first chunk has continuations too")
+    together: int = key(0, SPEED, "continuations made together, which bounds memory", OR_ALL)
+
+
+@dataclass(frozen=True)
 class TrainerConfig:
     """The loop."""
 
@@ -407,6 +417,7 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    best_of: BestOfConfig = field(default_factory=BestOfConfig)
     output: str = key("runs/shapeworld", RUN, "folder of the run", FOLDER)
     seed: int = key(0, VIDEO, "seed of every random draw", SEED)
     device: str = key("auto", SPEED, "a GPU if there is one (auto), or as named", choice("auto", "cpu", "cuda"))

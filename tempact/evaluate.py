@@ -28,6 +28,7 @@ from tempact.evaluation import (
     STEP,
     BenchmarkOptions,
     Method,
+    with_best_of,
 )
 from tempact.evaluation.prompts import SETS, choose_prompts
 from tempact.worlds import SHAPEWORLD, STRICT, world_of
@@ -69,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: as the run")
     made.add_argument("--threads", type=int, help="CPU threads (default: as the run)")
     made.add_argument("--gpus", metavar="N", help=keys_of(RunOptions)["gpus"].about)
+    made.add_argument(
+        "--best-of", type=int, default=1, metavar="N",
+        help="further rows: step prompts and both trained policies with the best of N continuations at every switch",
+    )  # fmt: skip
     made.add_argument("--split", choices=("test", "validation"), help="of ShapeWorld's instructions (default: test)")
     order = made.add_argument_group(TEMPORAL_ORDER)
     order.add_argument("--output", type=Path, help="folder (default: temporal-order in the run's or preset's own)")
@@ -92,6 +97,8 @@ def _evaluate(argv: list[str]) -> int:
     if undotted:
         _parser().error(f"unrecognized arguments: {' '.join(undotted)}")
     config, run, processes = _configured(arguments, options)
+    if arguments.best_of < 1:
+        raise UserError(f"--best-of: found {arguments.best_of}; accepted: at least 1")
     world = world_of(config)
     asked = None
     if world.chosen_suite(arguments.suite) != TEMPORAL_ORDER:
@@ -113,12 +120,12 @@ def _evaluate(argv: list[str]) -> int:
     from tempact.runs import together
     from tempact.runs.evaluation import untrained_folder
 
-    act = partial(_together, config, run, asked, arguments.output)
+    act = partial(_together, config, run, asked, arguments.output, arguments.best_of)
     return together(config, arguments.output or run or untrained_folder(config), act, KEPT)
 
 
 def _together(
-    config: RunConfig, run: Path | None, asked: BenchmarkOptions | None, output: Path | None, ranks: Ranks
+    config: RunConfig, run: Path | None, asked: BenchmarkOptions | None, output: Path | None, best_of: int, ranks: Ranks
 ) -> int:
     """The benchmark as it is asked for, else ShapeWorld's own suite."""
     from tempact.runs.evaluation import evaluate_benchmark, evaluate_shapeworld
@@ -126,7 +133,7 @@ def _together(
 
     load = partial(_load, config, run, ranks)
     if asked is None:
-        return evaluate_shapeworld(config, run, load, ranks)
+        return evaluate_shapeworld(config, run, load, ranks, best_of)
     return evaluate_benchmark(judged_here(config, ranks), run, load, asked, output, ranks)
 
 
@@ -191,7 +198,7 @@ def _benchmark_options(
     return BenchmarkOptions(
         prompts=prompts,
         frames=_lengths(arguments.frames or (), frames, config.executor.chunk_frames),
-        methods=_methods(list(dict.fromkeys(arguments.conditions or ())), trained),
+        methods=_methods(list(dict.fromkeys(arguments.conditions or ())), trained, arguments.best_of),
         seeds=seeds,
         judges=judges,
         pickscore=pickscore,
@@ -200,13 +207,19 @@ def _benchmark_options(
     )
 
 
-def _methods(named: list[str], trained: bool) -> list[Method]:
+def _methods(named: list[str], trained: bool, best_of: int) -> list[Method]:
     untaught = next((name for name in named if CONDITIONS[name].trained and not trained), None)
     if untaught is not None:
         accepted = "single-prompt, step-prompt; the others need the folder of a training run"
         raise UserError(f"--conditions: found {untaught!r} for an untrained preset; accepted: {accepted}")
     usual = (SINGLE, STEP, BOTH) if trained else (SINGLE, STEP)
-    return [CONDITIONS[name] for name in named] or [one for one in CONDITIONS.values() if one.name in usual]
+    methods = [CONDITIONS[name] for name in named] or [one for one in CONDITIONS.values() if one.name in usual]
+    if best_of == 1:
+        return methods
+    forked = with_best_of(methods, best_of)
+    if len(forked) == len(methods):
+        raise UserError(f"--best-of: found {best_of}; accepted: with --conditions step-prompt or trained")
+    return forked
 
 
 def _lengths(given: Sequence[str], usual: dict[str, int], chunk: int) -> dict[str, int]:

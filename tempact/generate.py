@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from tempact.cli import (
     CONFIG,
+    EXIT_ABORTED,
     RunOptions,
     callable_command,
     check_whole,
@@ -36,23 +37,34 @@ PROGRAM = "python -m tempact.generate"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad input, 130 stopped; of several processes also 1, an unexpected exception."""
+    """Exit codes: 0 done, 2 bad input, 3 a judge that was silent for too long, 130 stopped; of several processes also
+    1, an unexpected exception."""
     return of_ranks(lambda: _generate(sys.argv[1:] if argv is None else argv))
 
 
 def parser() -> argparse.ArgumentParser:
-    usage = f"{PROGRAM} [PRESET|RUN] (--prompt TEXT | --prompts FILE) [option ...] [--section.key value ...]"
+    asked = "(--prompt TEXT | --prompts FILE | --again FILE)"
+    usage = f"{PROGRAM} [PRESET|RUN] {asked} [option ...] [--section.key value ...]"
     made = LineParser(prog=PROGRAM, usage=usage, description=__doc__, allow_abbrev=False)
-    asked = made.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--prompt", help="the instruction")
-    asked.add_argument(
+    source = made.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="the instruction")
+    source.add_argument(
         "--prompts", type=Path, help="CSV, TSV, JSONL, parquet or text: prompt, and category, prompt_id, plan, seed"
     )
+    source.add_argument(
+        "--again", type=Path, metavar="FILE",
+        help="a video's JSON: its instruction, plan, seed and chosen continuations make it again, unscored",
+    )  # fmt: skip
     made.add_argument("--plan", type=Path, help="a plan (JSON: steps with start, end, prompt) instead of the planner's")
     made.add_argument("--adapter", type=Path, help="a PEFT folder of the executor, in the place of a run's")
     made.add_argument(
-        "--best-of", type=int, metavar="N",
+        "--plans", type=int, metavar="N",
         help="plans sampled for a video; the best one makes it (default: 8 in ShapeWorld, which rates plans)",
+    )  # fmt: skip
+    made.add_argument(
+        "--best-of", type=int, default=1, metavar="N",
+        help="continuations made at each switch of a plan; the one that rewards rate best goes on (default: 1; keys "
+        "best_of.*). How many plans are sampled is --plans",
     )  # fmt: skip
     made.add_argument(
         "--inference", choices=("training", "backbone"), default="training",
@@ -91,21 +103,30 @@ def _generate(argv: Sequence[str]) -> int:
 
 def _made(config: RunConfig, arguments: argparse.Namespace, source: Path | None, ranks: Ranks) -> int:
     """Makes the videos; prints their paths, on rank 0."""
+    from tempact.rewards.judges import JudgeOutage
     from tempact.runs.generation import Asked, make_videos
 
     requests = ranks.from_first(partial(_requests, config, arguments))
-    asked = Asked(arguments.seed, arguments.count, arguments.best_of, arguments.output)
-    for path in make_videos(config, requests, asked, source, ranks):
-        sys.stdout.write(f"{path}\n")
+    asked = Asked(arguments.seed, arguments.count, arguments.plans, arguments.best_of, arguments.output)
+    try:
+        for path in make_videos(config, requests, asked, source, ranks):
+            sys.stdout.write(f"{path}\n")
+    except JudgeOutage as error:
+        if not ranks.alone:
+            raise
+        sys.stderr.write(f"stopped: {error}; what is written stays\n")
+        return EXIT_ABORTED
     return 0
 
 
 def _requests(config: RunConfig, arguments: argparse.Namespace) -> list[Request]:
-    from tempact.planner.plans import Request, read_plan, read_requests
+    from tempact.planner.plans import Request, read_made, read_plan, read_requests
     from tempact.types import Prompt
 
     executor = config.executor
     lengths = executor.frames, executor.chunk_frames, executor.switch_rounding
+    if arguments.again:
+        return [read_made(arguments.again, *lengths)]
     if arguments.prompts:
         return read_requests(arguments.prompts, *lengths)
     plan = read_plan(arguments.plan, arguments.prompt, *lengths) if arguments.plan else None
@@ -128,10 +149,11 @@ def _configured(
         raise UserError("--prompt: found an empty text; accepted: an instruction")
     if arguments.prompts and arguments.plan:
         raise UserError("--plan: found beside --prompts; accepted: a column `plan` in that file")
-    if arguments.count < 1:
-        raise UserError(f"--count: found {arguments.count}; accepted: at least 1")
-    if arguments.best_of is not None and arguments.best_of < 1:
-        raise UserError(f"--best-of: found {arguments.best_of}; accepted: at least 1")
+    if arguments.again:
+        _check_again(arguments)
+    for name in ("count", "plans", "best_of"):
+        if (found := getattr(arguments, name)) is not None and found < 1:
+            raise UserError(f"--{name.replace('_', '-')}: found {found}; accepted: at least 1")
     if arguments.adapter is not None:
         if run is not None:
             raise UserError(f"--adapter: found beside the run {run}, which has its own; accepted: one of the two")
@@ -145,6 +167,15 @@ def _configured(
     config, others = parse_run([*source, *frames, *options, *untrained, *processes], PROGRAM)
     check_whole(config)
     return backbone_inference(config) if arguments.inference == "backbone" else config, others
+
+
+def _check_again(arguments: argparse.Namespace) -> None:
+    """UserError for options that a video's own JSON has in their place."""
+    others = {"--plan": arguments.plan, "--plans": arguments.plans, "--seed": arguments.seed or None}
+    others |= {"--count": arguments.count != 1 or None, "--best-of": arguments.best_of != 1 or None}
+    given = next((name for name, value in others.items() if value is not None), None)
+    if given is not None:
+        raise UserError(f"{given}: found beside --again; accepted: --again alone, whose file tells plan and seed")
 
 
 callable_command(__name__, "tempact.runs.generation")

@@ -32,17 +32,18 @@ HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt")
 
 @dataclass
 class PolicyPair:
-    """Both policies, as trained and as they started."""
+    """Both policies, as trained and as they started, and the configuration that they were built by."""
 
     planner: Planner
     executor: Executor
+    config: RunConfig
 
 
 def build_policies(config: RunConfig) -> PolicyPair:
     """Planner and executor with fresh adapters, drawn from the run's seed."""
     device = device_of(config)
     executor = build_executor(config, device)
-    return PolicyPair(build_planner(config, device), executor)
+    return PolicyPair(build_planner(config, device), executor, config)
 
 
 def build_executor(config: RunConfig, device: torch.device, preview: bool = False) -> Executor:

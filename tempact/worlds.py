@@ -10,7 +10,7 @@ import importlib.util
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
@@ -39,6 +39,7 @@ Watch: TypeAlias = "Callable[[list[str], torch.Tensor], dict[str, list[float]]]"
 RANDOM_PLANNER = "random"  # a planner of the shipped sizes without weights
 WEIGHTS = Path(__file__).parent / "shapeworld" / "weights"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+REWARDS = ("plan_quality", "temporal_following", "step_following", "aesthetics")  # the method's own
 VAE_STRIDE = 8  # pixels along a latent's side, of Wan's VAE
 
 
@@ -149,26 +150,31 @@ class World:
             )
         return FilePrompts(Path(source), self.config.data.prompts_per_iteration)
 
-    def rewards(self, device: torch.device, processes: int = 1) -> RewardSet:
+    def rewards(self, device: torch.device, processes: int = 1, only: Collection[str] = REWARDS) -> RewardSet:
         """Rewards of training: served judges, PickScore on `device`, and the user's own. The caller closes them.
 
-        processes: of the run; each keeps to its part of the judges' limits.
+        processes: of the run; each keeps to its part of the judges' limits. only: those of the method's that are going
+        to be asked; what the others need may be missing.
 
         UserError for own rewards that cannot be imported, judges that the environment does not name and PickScore's
         weights.
         """
         from tempact.rewards import load_rewards
         from tempact.rewards.judges.client import JudgeClient
-        from tempact.rewards.judges.config import JudgeConfig
+        from tempact.rewards.judges.config import ROLES, JudgeConfig
         from tempact.rewards.pickscore import PickScorer, real_rewards
 
         settings, custom = self.config.judges, load_rewards(self.config.rewards.custom)
         ledger = Path(self.config.output) / LEDGER
-        judges = JudgeClient(JudgeConfig.from_environment(settings=settings, ledger=ledger).divided(processes))
+        roles = {role: fallback for role, fallback in ROLES.items() if role in only}
+        asked = JudgeConfig.from_environment(roles, settings, ledger=ledger).divided(processes)
+        judges = JudgeClient(asked) if roles else None
         try:
-            return real_rewards(judges, PickScorer.load(settings, device), settings).extended(custom)
+            scorer = PickScorer.load(settings, device) if "aesthetics" in only else None
+            return real_rewards(judges, scorer, settings).extended(custom)
         except UserError:
-            judges.close()
+            if judges is not None:
+                judges.close()
             raise
 
     def watch(self, device: torch.device) -> Watch | None:
@@ -284,7 +290,7 @@ class ShapeWorld(World):
             raise UserError(f"data.prompts: found {source!r}; accepted: {SHAPEWORLD}, as the executor knows no others")
         return ShapeWorldPrompts()
 
-    def rewards(self, device: torch.device, processes: int = 1) -> RewardSet:
+    def rewards(self, device: torch.device, processes: int = 1, only: Collection[str] = REWARDS) -> RewardSet:
         """ShapeWorld's four and the user's own; `judges.shapeworld`: served judges score all but picture quality."""
         from tempact.rewards import load_rewards
         from tempact.shapeworld.world import shapeworld_rewards
@@ -293,10 +299,13 @@ class ShapeWorld(World):
         if settings.shapeworld:
             from tempact.rewards.judged import judged_rewards
             from tempact.rewards.judges.client import JudgeClient
-            from tempact.rewards.judges.config import JudgeConfig
+            from tempact.rewards.judges.config import ROLES, JudgeConfig
 
             ledger = Path(self.config.output) / LEDGER
-            judges = JudgeClient(JudgeConfig.from_environment(settings=settings, ledger=ledger).divided(processes))
+            roles = {role: fallback for role, fallback in ROLES.items() if role in only}
+            if not roles:
+                return rewards.extended(custom)
+            judges = JudgeClient(JudgeConfig.from_environment(roles, settings, ledger=ledger).divided(processes))
             rewards = judged_rewards(judges, rewards.aesthetics, settings)
         return rewards.extended(custom)
 

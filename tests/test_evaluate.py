@@ -327,6 +327,11 @@ def test_shapeworlds_suite_refuses_other_weights(capsys: pytest.CaptureFixture[s
         (["shapeworld", "--evaluation.suite", "hard"], "evaluation.suite: found 'hard'; accepted: shapeworld, shape"),
         (["shapeworld", "--simple", "0"], "--simple: found 0; accepted: at least 1"),
         (["shapeworld", "--seed", "-1"], "evaluation.seed: found -1; accepted: 0 to 4611686018427387904"),
+        (["shapeworld", "--best-of", "0"], "--best-of: found 0; accepted: at least 1"),
+        (
+            ["self-forcing", "--best-of", "2", "--conditions", "single-prompt"],
+            "--best-of: found 2; accepted: with --con",
+        ),
         (["shapeworld", "--bogus"], "unrecognized arguments: --bogus"),
         (["shapeworld", "--evaluation.strip", "2"], "nearest: --evaluation.strips"),
         (["self-forcing", "--seeds", "0"], "--seeds: found 0"),

@@ -123,7 +123,7 @@ def test_the_planner_may_sample_as_it_is_not_trained(tmp_path: Path, capsys: pyt
 
 def test_no_video_takes_the_place_of_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Names differ by seed, plan and settings; the same command writes the same file."""
-    common = ("shapeworld", "--prompt", INSTRUCTION, "--device", "cpu", "--output", tmp_path / "out", "--best-of", 1)
+    common = ("shapeworld", "--prompt", INSTRUCTION, "--device", "cpu", "--output", tmp_path / "out", "--plans", 1)
     plan = ("--plan", plan_file(tmp_path, [{"start": 0, "end": 24, "prompt": "A red circle is at the top left."}]))
     made = [
         run(capsys, *common, *more)[0].name
@@ -148,7 +148,7 @@ def test_the_best_of_several_plans_makes_the_video(
 
     monkeypatch.setattr(Planner, "sample", sample)
     common = ("--prompt", INSTRUCTION, "--device", "cpu", "--output", tmp_path / "out")
-    ends = [steps_of(run(capsys, *common, *more)[2])[0].end for more in ((), ("--best-of", 2), ("--best-of", 1))]
+    ends = [steps_of(run(capsys, *common, *more)[2])[0].end for more in ((), ("--plans", 2), ("--plans", 1))]
     assert asked == [8, 2, 1] and ends == [12, 21, 24]
 
 
@@ -295,7 +295,7 @@ def test_the_planner_of_a_run_plans(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "one of the arguments --prompt --prompts is required"),
+        ([], "one of the arguments --prompt --prompts --again is required"),
         (["--prompt", "x", "--prompts", "p.csv"], "not allowed with argument"),
         (["--prompt", " "], "--prompt: found an empty text; accepted: an instruction"),
         (["--prompts", "p.csv", "--plan", "plan.json"], "--plan: found beside --prompts; accepted: a column `plan`"),
@@ -315,8 +315,22 @@ def test_the_planner_of_a_run_plans(
             ["--prompt", "x", "--frames", "161"],
             "executor.frames: found 161; accepted: a positive multiple",
         ),
+        (["--prompt", "x", "--plans", "0"], "--plans: found 0; accepted: at least 1"),
         (["--prompt", "x", "--best-of", "0"], "--best-of: found 0; accepted: at least 1"),
-        (["--prompt", "x", "--best-of", "2"], "--best-of: found 2; accepted: 1 here, as only ShapeWorld rates plans"),
+        (["--prompt", "x", "--best-of", "2"], "environment: found no address of the judge step_following; accepted"),
+        (
+            ["--prompt", "x", "--best-of", "2", "--best_of.rewards", "v"],
+            "best_of.rewards: found 'v'; accepted: temporal",
+        ),
+        (
+            ["--prompt", "x", "--best-of", "2", "--best_of.chunks", "-1"],
+            "best_of.chunks: found -1; accepted: at least 0",
+        ),
+        (["--again", "gone.json"], "gone.json: cannot be read"),
+        (["--again", "gone.json", "--best-of", "2"], "--best-of: found beside --again; accepted: --again alone"),
+        (["--again", "gone.json", "--plan", "plan.json"], "--plan: found beside --again; accepted: --again alone"),
+        (["--again", "gone.json", "--prompt", "x"], "not allowed with argument"),
+        (["--prompt", "x", "--plans", "2"], "--plans: found 2; accepted: 1 here, as only ShapeWorld rates plans"),
         (
             ["--prompt", "x", "--preset", "longlive"],
             "accepted: python -m tempact.generate longlive ...",
@@ -441,3 +455,75 @@ def test_a_locale_without_utf_8_changes_nothing(tmp_path: Path, capsys: pytest.C
     assert told.parent == tmp_path / "läufe" / "v" and json.loads(told.read_text("utf-8"))["instruction"] == text
     assert run(capsys, *arguments)[2] == told
     assert generate._typed("\ud83d.") == "?."
+
+
+def brightness(prompts, plans, frames, spans) -> torch.Tensor:
+    """A reward of real video: how bright the switched step is."""
+    (span,) = spans
+    return frames[:, :, span.first : span.last + 1].float().mean(dim=(2, 3, 4, 5)) / 255
+
+
+def test_the_best_of_several_continuations_is_made_again_from_its_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real video, by a reward of one's own: no judge and no PickScore is asked for."""
+    short = (*NO_PLANNER, "--frames", 6, "--output", tmp_path / "out")
+    steps = [{"start": 0, "end": 3, "prompt": "a cat"}, {"start": 3, "end": 6, "prompt": "a dog"}]
+    by = ("--rewards.custom", "test_generate:brightness", "--best_of.rewards", "brightness", "--best_of.chunks", 0)
+    made = run(
+        capsys, *short, "--prompt", "A cat.", "--plan", plan_file(tmp_path, steps), *by, "--best-of", 3, "--seed", 2
+    )
+    own = json.loads(made[2].read_text())["best_of"]
+    (choice,) = own["choices"]
+    scores = choice["scores"]["brightness"]
+    assert (choice["frame"], choice["frames"], own["continuations"]) == (3, 3, 3) and len(set(scores)) == 3
+    assert scores == choice["scores"]["total"] and scores[choice["continuation"]] == max(scores)
+    assert choice["continuation"] != 0  # or the test below would prove nothing
+    again = run(capsys, *short, "--again", made[2])
+    difference = np.abs(played(again[0])[1].astype(int) - played(made[0])[1])
+    assert difference.max() <= 2 and difference.mean() < 0.1  # of another batch
+    first = again[0].read_bytes()
+    twice = run(capsys, *short, "--again", again[2])
+    assert twice[0] == again[0] != made[0] and twice[0].read_bytes() == first
+
+
+def test_a_file_that_no_video_belongs_to_is_not_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = {"instruction": "A cat.", "steps": STEPS, "seed": 3, "latent_frames": 9}
+    wrong = [
+        (STEPS, "AttributeError"), ({**told, "seed": "x"}, "ValueError"),
+        ({**told, "latent_frames": 12}, "12 latent frames"),
+        ({**told, "seed": -1}, "seed -1"), ({**told, "best_of": {"choices": [{"frame": 3}]}}, "KeyError"),
+        ({**told, "best_of": {"choices": [{"frame": 3, "frames": 3, "continuation": -2}]}}, "no negative number"),
+    ]  # fmt: skip
+    for number, (content, words) in enumerate(wrong):
+        file = tmp_path / f"{number}.json"
+        file.write_text(json.dumps(content))
+        said = refused(capsys, *NO_PLANNER, "--again", file, "--output", tmp_path / "out")
+        assert f"{number}.json: found" in said and words in said and "accepted: " in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_best_of_n_from_python() -> None:
+    """One continuation is today's video to the bit; the verifier chooses of more."""
+    policies = build_policies(replace(get_preset("shapeworld"), device="cpu"))
+    gone = Step(6, 24, "The blue square vanishes.")
+    plan = Plan(INSTRUCTION, (Step(0, 6, INSTRUCTION.partition(" Then")[0]), gone))
+    today = rolled_out(policies, plan.steps, 3)
+    choices: list[dict] = []
+    videos = [
+        torch.cat([*generation.generate(policies, INSTRUCTION, plan=plan, seed=3, best_of=n, choices=choices)])
+        for n in (1, 4)
+    ]
+    assert torch.equal(videos[0], today)
+    (choice,) = choices
+    assert (choice["frame"], choice["frames"]) == (6, 6) and choice["scores"].keys() == {
+        "step_following", "aesthetics", "total"
+    }  # fmt: skip
+    total = choice["scores"]["total"]
+    assert total[choice["continuation"]] == max(total) and torch.equal(videos[1][:6], today[:6])
+    noise = gaussian_noise(3, policies.executor.noise_shape(1, 4), policies.executor.device)
+    chosen = noise.following(dict.fromkeys((2, 3), choice["continuation"]))
+    again = torch.cat([*stream_frames(policies.executor, plan, chosen)])
+    assert (videos[1].int() - again.int()).abs().max() <= 1
+    with pytest.raises(UserError, match="best_of: found 0; accepted: at least 1"):
+        next(generation.generate(policies, INSTRUCTION, best_of=0))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from tempact.evaluation.prompts import OrderPrompt
 
@@ -27,6 +28,7 @@ class Method:
     executor: str
     reworded: bool = False
     baseline: str = STEP
+    best_of: int = 1  # continuations at each switch, of which the best goes on
 
     @property
     def trained(self) -> bool:
@@ -47,8 +49,17 @@ OVERFITTING = (
     Method(REWORDED_AFTER, "start", "trained", reworded=True, baseline=REWORDED),
 )
 BASELINES = {method.name: method.baseline for method in OVERFITTING}  # those that are not step prompts among them
+FORKED = (STEP, BOTH)  # methods that `--best-of` adds rows of
 NAMES = ("single-prompt", "step-prompt", "planner-only", "executor-only", "trained")  # on the command line
 CONDITIONS = dict(zip(NAMES, METHODS, strict=True))
+
+
+def with_best_of(methods: Sequence[Method], count: int) -> list[Method]:
+    """The methods, and those of step prompts and of both policies among them with the best of `count` continuations at
+    every switch."""
+    again = [replace(one, name=f"{one.name}, best of {count}", best_of=count) for one in methods if one.name in FORKED]
+    return [*methods, *again]
+
 
 # names of the benchmark's judges and their roles at the judge client; training is rewarded by the in-domain judge
 ROLES = {"in-domain": "temporal_following", "held-out": "held_out"}

@@ -17,12 +17,12 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 
 SETTINGS, PLANS, VIDEOS, SCORES = "settings.json", "plans.jsonl", "videos.jsonl", "scores.jsonl"
 DONE = "done"  # what is posted beside rows of VIDEOS and SCORES: how many videos are done
+# makes a plan's video with continuations: its frames, and what was chosen at every switch
+BestVideo: TypeAlias = Callable[["Executor", Plan, "NoiseSource"], tuple[Tensor, list[dict[str, Any]]]]
 WAITING = 128  # verdicts on their way before the next video is made: their frames are held in memory
 
 
@@ -79,19 +81,20 @@ class Evaluation:
     """A suite in a folder: makes and scores what is missing there, and gives what is done.
 
     noise: `executor.sampler.gaussian_noise`, from seed, shape and device. again: missing scores are asked for again.
-    ranks: the processes that make and score; rank 0 alone has all that is done.
+    ranks: the processes that make and score; rank 0 alone has all that is done. best_of: makes a plan's video where a
+    method has several continuations: frames uint8 [T, 3, height, width], and what was chosen.
     """
 
     def __init__(
         self, folder: Path, suite: Suite, planner: Planner, executor: Executor,
         noise: Callable[[int, tuple[int, ...], torch.device], NoiseSource], files: VideoFormat, again: bool = False,
-        ranks: Ranks | None = None,
+        ranks: Ranks | None = None, best_of: BestVideo | None = None,
     ):  # fmt: skip
         """UserError for a ledger in `folder` that cannot be read."""
         self.folder, self.suite, self.files = folder, suite, files
         self.planner, self.executor, self.noise = planner, executor, noise
         self._waiting: dict[Future[Verdict], Row] = {}
-        self._again, self.ranks = again, ranks or Ranks()
+        self._again, self.ranks, self._best_of = again, ranks or Ranks(), best_of
         self.ranks.from_first(self._open)  # first: it mends what a kill has cut off
         if not self.ranks.first:
             self._open()
@@ -280,22 +283,34 @@ class Evaluation:
         if not (missing := self._missing(method, prompts, seed)):
             return
         chosen = self._planned(method, missing, seed)
-        shape, device = self.executor.noise_shape(1, 1), self.executor.device
+        shape, device = self.executor.noise_shape(1, method.best_of), self.executor.device
         seeds = [derive_seed(self.suite.seed, seed, f"{prompt.prompt_id} noise") for prompt in missing]
         sources = [self.noise(own, shape, device) for own in seeds]
         noise = NoiseSource((len(missing), *shape[1:]), lambda plan, *video: sources[plan].draw(0, *video))
         with self.executor.reference() if method.executor == "start" else nullcontext():
+            if method.best_of > 1:
+                assert self._best_of is not None, method
+                for prompt, plan, source in zip(missing, chosen, sources, strict=True):
+                    own, choices = self._best_of(self.executor, plan, source)
+                    self._keep(method, seed, [(prompt, plan, own, False)], choices=choices)
+                return
             made = self.executor.rollout(chosen, [0] * len(chosen), noise)
         broken = [False] * len(chosen) if made.broken is None else made.broken[:, 0].tolist()
+        self._keep(method, seed, zip(missing, chosen, made.frames[:, 0], broken, strict=True))
+
+    def _keep(
+        self, method: Method, seed: int, made: Iterable[tuple[OrderPrompt, Plan, Tensor, bool]], **more: Any
+    ) -> None:
+        """Writes videos and their rows; `more` stands in each of these rows."""
         rows = []
-        for prompt, plan, frames, bad in zip(missing, chosen, made.frames[:, 0], broken, strict=True):
+        for prompt, plan, frames, bad in made:
             name = f"videos/{safe_name(method.name)}/{prompt.prompt_id}-{seed}{self.files.suffix}"
             self.files.save(frames, self.folder / name)
             rows.append(
                 {
                     "prompt_id": prompt.prompt_id, "condition": method.name, "seed": seed, "file": name,
                     "frames": len(frames), "sha256": file_hash(self.folder / name), "prompt": prompt.text,
-                    "steps": [asdict(step) for step in plan.steps], "broken": bad,
+                    "steps": [asdict(step) for step in plan.steps], "broken": bad, **more,
                 }
             )  # fmt: skip
         self._videos.add(rows, again=True)  # a file may have been removed or changed

@@ -7,6 +7,7 @@ holds, so that anyone can score the files again.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -100,6 +101,7 @@ class Suite:
     batch    videos made together
     batched  a judge is shown a batch at a time, and rounds as the batch has it; else one video
     reword   gives a plan in words that training never has, for the methods that are `reworded`
+    best_of  what the videos of methods with several continuations depend on beside all others; nothing without such
     """
 
     prompts: Mapping[str, Sequence[OrderPrompt]]
@@ -111,6 +113,7 @@ class Suite:
     batch: int
     batched: bool = False
     reword: Callable[[Plan], Plan] = lambda plan: plan
+    best_of: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def all_prompts(self) -> list[OrderPrompt]:
@@ -122,6 +125,9 @@ class Suite:
         found |= {"batch": self.batch} if self.batched else {"frames.PickScore": PICKSCORE_FRAMES}
         for name in self.prompts:
             found |= {f"latent_frames.{name}": self.frames[name], f"judged_frames.{name}": judged_frames(name)}
+        if self.best_of:
+            counts = sorted({method.best_of for method in self.methods} - {1})
+            found |= {f"best_of.{count}": json.dumps(self.best_of, sort_keys=True) for count in counts}
         return found | self.tests
 
     @property

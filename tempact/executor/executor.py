@@ -118,12 +118,13 @@ class Executor:
             device=self.device, page=page,
         )  # fmt: skip
 
-    def history(self, plans: int = 0, continuations: int = 1) -> KVHistory:
+    def history(self, plans: int = 0, continuations: int = 1, more: int = 0) -> KVHistory:
         """An empty history; for CUDA graphs, which read the cache where it lies, the cache grows at once to what the
-        videos of so many plans x continuations need at most."""
+        videos of so many plans x continuations need at most, and `more` latent frames."""
         if plans and self.runner.graphs:
             earliest = self.settings.chunk  # of the forks, which takes most
-            self.cache.grow(enough_rows(self.settings, plans, continuations, earliest, self.frame_tokens))
+            rows = enough_rows(self.settings, plans, continuations, earliest, self.frame_tokens)
+            self.cache.grow(rows + more * self.frame_tokens)
         return KVHistory(self.runner, self.cache, self.settings, self.frame_tokens)
 
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -55,6 +55,12 @@ class KVHistory(AbstractContextManager["KVHistory"]):
         self.branches += forks
         return forks
 
+    def release(self, branches: Sequence[int]) -> None:
+        """Gives branches back that no video goes on from."""
+        for branch in branches:
+            self.cache.release(branch)
+            self.branches.remove(branch)
+
     def frames(self, branch: int) -> int:
         """Latent frames committed so far."""
         return self.cache.length(branch) // self.frame_tokens

@@ -13,7 +13,7 @@ The sampler of a few-step distilled model: settings of a roll-out, noise levels,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -186,6 +186,15 @@ class NoiseSource:
             return own
 
         return replace(self, draw=draw)
+
+    def following(self, chosen: Mapping[int, int]) -> NoiseSource:
+        """The source of one continuation of every plan, whose chunks follow the noise of the continuations `chosen` (by
+        chunk), else that of the first."""
+
+        def draw(plan: int, _: int, chunk: int) -> Tensor:
+            return self.draw(plan, chosen.get(chunk, 0), chunk)
+
+        return replace(self, shape=(self.shape[0], 1, *self.shape[2:]), draw=draw)
 
     def block(self, own: range, forks: Sequence[int]) -> NoiseSource:
         """The source of consecutive continuations of every plan; until its fork each follows the noise of the plan's

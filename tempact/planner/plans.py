@@ -36,8 +36,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -299,12 +299,43 @@ def _counts(key: str, steps: list[dict[str, Any]]) -> bool:
 
 @dataclass(frozen=True)
 class Request:
-    """An instruction to make videos of: its name in messages, and its own plan and seed (None: not given)."""
+    """An instruction to make videos of: its name in messages, and its own plan and seed (None: not given).
+
+    chosen: of a video that is made again, the continuation whose noise a chunk follows, by chunk; else 0.
+    """
 
     where: str
     prompt: Prompt
     plan: Plan | None = None
     seed: int | None = None
+    chosen: Mapping[int, int] = field(default_factory=dict)
+
+
+def read_made(path: Path, frames: int, chunk: int, rounding: str = "nearest") -> Request:
+    """The request that makes a video again, from the JSON that was written beside the video: its instruction, plan,
+    seed and the continuations that were chosen at its switches.
+
+    `frames`, `chunk` and `rounding` are those of `parse_plan`. Raises UserError for a file that is no such JSON, and
+    for a video of another length.
+    """
+    accepted = "the JSON of a video that generate has made"
+    text = decoded_text(path, accepted)
+    try:
+        told = json.loads(text)
+        prompt = Prompt(str(told.get("prompt_id", "")), str(told["instruction"]), str(told.get("category", "")))
+        seed, length = int(told["seed"]), int(told["latent_frames"])
+        chosen = {
+            first: int(choice["continuation"])
+            for choice in told.get("best_of", {}).get("choices", ())
+            for first in range(choice["frame"] // chunk, (choice["frame"] + choice["frames"]) // chunk)
+        }
+        steps = json.dumps(told["steps"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: found {type(error).__name__}: {error}; accepted: {accepted}") from error
+    if length != frames or not 0 <= seed <= LARGEST_SEED or any(number < 0 for number in chosen.values()):
+        found = f"{length} latent frames, seed {seed}, continuations {sorted(set(chosen.values()))}"
+        raise UserError(f"{path}: found {found}; accepted: {frames} latent frames here, and no negative number")
+    return Request(str(path), prompt, _given_plan(steps, str(path), prompt.text, frames, chunk, rounding), seed, chosen)
 
 
 def read_requests(path: Path, frames: int, chunk: int, rounding: str = "nearest") -> list[Request]:

@@ -183,6 +183,11 @@ def _loaded(entry: str) -> Reward:
     return found if isinstance(found, Reward) else Reward(name, found)
 
 
+def unasked(prompts: list[str], plans: list[Plan], frames: Tensor, spans: list[Span | None]) -> Tensor:
+    """The `RewardFunction` of a reward that has no say: all scores are missing."""
+    return torch.full(frames.shape[:2] if frames.shape[1] else (len(plans),), float("nan"))
+
+
 @dataclass(frozen=True)
 class RewardSet:
     """The rewards of a run. The weights of the method's four are `rewards.<name>` in the configuration.

@@ -17,7 +17,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from tempact.config import JudgeSettings
 from tempact.errors import UserError
-from tempact.rewards import RewardSet, Span, spread
+from tempact.rewards import RewardSet, Span, spread, unasked
 from tempact.rewards.judged import judged_rewards
 from tempact.rewards.judges import Judges
 from tempact.types import Plan
@@ -139,7 +139,11 @@ class Aesthetics:
         return scores.clamp(0, 1)
 
 
-def real_rewards(client: Judges, scorer: PickScorer, settings: JudgeSettings) -> RewardSet:
+def real_rewards(client: Judges | None, scorer: PickScorer | None, settings: JudgeSettings) -> RewardSet:
     """The four rewards for real video: three judges and PickScore, which runs while they work. Closing them closes the
-    client; waiting for their scores may raise JudgeOutage."""
-    return judged_rewards(client, Aesthetics(scorer, settings.aesthetics_frames), settings, scorer.stats)
+    client; waiting for their scores may raise JudgeOutage. None: what needs it is not going to be asked."""
+    aesthetics = unasked if scorer is None else Aesthetics(scorer, settings.aesthetics_frames)
+    stats = dict if scorer is None else scorer.stats
+    if client is None:
+        return RewardSet(unasked, unasked, unasked, aesthetics, metrics=stats)
+    return judged_rewards(client, aesthetics, settings, stats)

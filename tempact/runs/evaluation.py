@@ -8,13 +8,14 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from tempact.cli import EXIT_ABORTED, from_yaml, to_yaml
 from tempact.config import VIDEO, EvaluationConfig, RunConfig, flatten, keys_of
 from tempact.distributed import Ranks
 from tempact.errors import UserError
-from tempact.evaluation import BOTH, METHODS, OVERFITTING, SINGLE, STEP, BenchmarkOptions, Method
+from tempact.evaluation import BOTH, METHODS, OVERFITTING, SINGLE, STEP, BenchmarkOptions, Method, with_best_of
 from tempact.evaluation.events import event_rates, write_events
 from tempact.evaluation.harness import Evaluation
 from tempact.evaluation.judges import Suite, load_pickscore, served_judges, shapeworld_code, shapeworld_judges
@@ -27,6 +28,7 @@ from tempact.policies import PolicyPair, device_of
 from tempact.reporting.report import leave_report, write_report, write_results
 from tempact.reporting.strips import write_showcase
 from tempact.rewards.judges import JudgeOutage
+from tempact.runs.best_of import Selection, selecting
 from tempact.runs.logs import Progress, setup_logging
 from tempact.shapeworld import STRICT_SETS
 from tempact.shapeworld.strict import reword
@@ -41,13 +43,19 @@ SHOWN = {SINGLE: "single prompt", STEP: "before: step prompts", BOTH: "after: + 
 Load = Callable[[], tuple[PolicyPair, str]]  # the policies, and the name of their weights
 
 
-def evaluate_shapeworld(config: RunConfig, run: Path | None, load: Load, ranks: Ranks) -> int:
-    """ShapeWorld's own table, beside the run (or, for a preset, beside its runs); returns the exit code."""
+def evaluate_shapeworld(config: RunConfig, run: Path | None, load: Load, ranks: Ranks, best_of: int = 1) -> int:
+    """ShapeWorld's own table, beside the run (or, for a preset, beside its runs); returns the exit code.
+
+    best_of: continuations at switches of further rows, which then stand beside those of single and step prompts and of
+    both trained policies alone.
+    """
     setup_logging()
     policies, weights = load()
     with ExitStack() as opened:
         folder = claimed(run or untrained_folder(config), opened, ranks)
         methods = [method for method in methods_of(config) if run or not method.trained]
+        if best_of > 1:
+            methods = with_best_of([method for method in methods if method.name in (SINGLE, STEP, BOTH)], best_of)
         table = evaluate(config, folder, policies, weights.partition(" ")[0], methods, ranks)
     if ranks.first:
         sys.stdout.write("".join(f"{line}\n" for line in leave_report(table)))
@@ -73,15 +81,19 @@ def evaluate(
     with any number of ranks; all of them make and score videos, rank 0 writes. methods: all of the suite for none.
     """
     ranks = ranks or Ranks()
-    folder = ranks.from_first(lambda: table_folder(config, run))
-    suite = shapeworld_suite(config, policies, methods or methods_of(config))
-    weights, settings = adapters_digest(policies), config.evaluation
-    known = f"adapters {weights}, settings {policy_digest(config)}"
-    own = digest(suite.settings(known))
-    evaluation = Evaluation(
-        folder / "evaluation" / own, suite, policies.planner, policies.executor, gaussian_noise, LOSSLESS, ranks=ranks
-    )
-    run_shown(evaluation, known)
+    methods = methods or methods_of(config)
+    count = max(method.best_of for method in methods)
+    with selecting(count, replace(config, output=str(run)), policies.executor.device, ranks.size) as selection:
+        folder = ranks.from_first(lambda: table_folder(config, run, selection))
+        suite = replace(shapeworld_suite(config, policies, methods), best_of=selection.settings)
+        weights, settings = adapters_digest(policies), config.evaluation
+        known = f"adapters {weights}, settings {policy_digest(config)}"
+        own = digest(suite.settings(known))
+        evaluation = Evaluation(
+            folder / "evaluation" / own, suite, policies.planner, policies.executor, gaussian_noise, LOSSLESS,
+            ranks=ranks, best_of=selection.video,
+        )  # fmt: skip
+        run_shown(evaluation, known)
     if not ranks.first:
         return folder
     sizes = {name: len(prompts) for name, prompts in suite.prompts.items()}
@@ -114,15 +126,17 @@ def alike(ranks: Ranks, weights: object) -> None:
         raise UserError("ranks: found different weights on them; accepted: a run that is finished, the same files")
 
 
-def table_folder(config: RunConfig, run: Path) -> Path:
+def table_folder(config: RunConfig, run: Path, selection: Selection | None = None) -> Path:
     """Where the table of these settings goes: into `run` itself where they are those of its config.yaml, or where it
-    has none yet; else into a folder in it that is named after them. So no table takes the place of another one."""
-    own = run / CONFIG
-    if not own.is_file() or table_settings(from_yaml(own)) == table_settings(config):
+    has none yet; else, and with rows of best-of-N, into a folder in it that is named after them. So no table takes the
+    place of another one."""
+    own, count = run / CONFIG, 1 if selection is None else selection.count
+    if count == 1 and (not own.is_file() or table_settings(from_yaml(own)) == table_settings(config)):
         return run
-    told = config.evaluation
-    sets = "-".join(f"{name}-{count}" for name, count in sets_of(told).items())
-    name = f"{told.split}-seed-{told.seed}-{sets}-{digest(table_settings(config), 8)}"
+    told, settings = config.evaluation, table_settings(config) | ({} if selection is None else selection.settings)
+    sets = "-".join(f"{name}-{number}" for name, number in sets_of(told).items())
+    name = f"{told.split}-seed-{told.seed}-{sets}-{digest(settings, 8)}"
+    name += f"-best-of-{count}" if count > 1 else ""
     folder = run / "evaluations" / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -197,9 +211,13 @@ def evaluate_benchmark(
             options.prompts, options.frames, options.methods, options.seeds, judges, settings.seed, settings.batch
         )
         files = mp4_format(policies.executor.codec.fps)
+        count, own = max(method.best_of for method in options.methods), replace(config, output=str(folder))
+        selection = opened.enter_context(selecting(count, own, policies.executor.device, ranks.size))
+        suite = replace(suite, best_of=selection.settings)
         evaluation = Evaluation(
-            folder, suite, policies.planner, policies.executor, gaussian_noise, files, options.retry_missing, ranks
-        )
+            folder, suite, policies.planner, policies.executor, gaussian_noise, files, options.retry_missing, ranks,
+            selection.video,
+        )  # fmt: skip
         named = world_of(config).note or weights
         known = f"{config.preset}, {named}, settings {policy_digest(config)}"
         try:

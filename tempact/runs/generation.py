@@ -9,10 +9,11 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from tempact.planner.planner import Planner
 from tempact.planner.plans import Request
 from tempact.policies import PolicyPair, build_executor, build_planner, device_of
 from tempact.reporting.strips import COLUMNS, StripRow, film_strip, save_strip, shown_frames
+from tempact.runs.best_of import Selection, selecting
 from tempact.runs.checkpoint import Checkpoint
 from tempact.runs.ending import quiet
 from tempact.runs.evaluation import alike, claimed
@@ -41,16 +43,21 @@ from tempact.worlds import World, world_of
 
 log = logging.getLogger(__name__)
 
-BEST_OF = 8  # plans sampled for a video, of which the best makes it, where the world rates plans
+PLANS = 8  # plans sampled for a video, of which the best makes it, where the world rates plans
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What `make_videos` makes of every request. seed: of the first video. best_of: None for the world's default."""
+    """What `make_videos` makes of every request.
+
+    seed: of the first video. plans: sampled for a video, of which the best makes it; None for the world's default.
+    best_of: continuations made at each switch, of which the best goes on.
+    """
 
     seed: int = 0
     count: int = 1
-    best_of: int | None = None
+    plans: int | None = None
+    best_of: int = 1
     output: Path = Path("videos")
 
 
@@ -96,21 +103,33 @@ def write_video(
 
 
 def generate(
-    policies: PolicyPair | str | Path, prompt: str, *, plan: Plan | None = None, seed: int = 0
-) -> Iterator[Tensor]:
+    policies: PolicyPair | str | Path, prompt: str, *, plan: Plan | None = None, seed: int = 0, best_of: int = 1,
+    choices: list[dict[str, Any]] | None = None,
+) -> Iterator[Tensor]:  # fmt: skip
     """One video of an instruction, chunk by chunk: uint8 frames [t, 3, height, width] on the host.
 
     Args:
         policies: as `load_policies` returns them, or a run folder.
         plan: steps over the whole video; None asks the planner for one.
         seed: of the noise, and of the plan that is sampled.
+        best_of: continuations made at each switch of the plan, of which the one goes on that the rewards of the
+            policies' configuration rate best (its keys `best_of` and `rewards`). 1: no continuations, nothing is rated.
+        choices: a list that gets what was chosen at each switch, as it stands in the JSON of a generated video.
+
+    UserError for fewer than one continuation and for rewards that cannot be had; JudgeOutage of silent judges.
     """
+    if best_of < 1:
+        raise UserError(f"best_of: found {best_of}; accepted: at least 1")
     pair = policies if isinstance(policies, PolicyPair) else load_policies(policies)
     request = Request("prompt", Prompt("", prompt), plan)
     own = plan or _planned(pair.planner, request, seed)
     _warn_of_unseen(pair.executor, request)
-    noise = gaussian_noise(seed, pair.executor.noise_shape(1, 1), pair.executor.device)
-    yield from stream_frames(pair.executor, own, noise)
+    noise = gaussian_noise(seed, pair.executor.noise_shape(1, best_of), pair.executor.device)
+    if best_of == 1:
+        yield from stream_frames(pair.executor, own, noise)
+        return
+    with selecting(best_of, pair.config, pair.executor.device) as selection:
+        yield from selection.stream(pair.executor, own, noise, [] if choices is None else choices)
 
 
 def make_videos(
@@ -126,8 +145,10 @@ def make_videos(
     """
     world, ranks = world_of(config), ranks or Ranks()
     checkpoint = ranks.from_first(partial(_checked, world, requests, asked, source))
-    best_of = 1 if world.real_video else asked.best_of or BEST_OF
+    plans = 1 if world.real_video else asked.plans or PLANS
     with ExitStack() as opened:
+        own = replace(config, output=str(asked.output))
+        selection = opened.enter_context(selecting(asked.best_of, own, device_of(config), ranks.size))
         folder = claimed(asked.output, opened, ranks)
         planned = any(each.plan is None for each in requests)
         with quiet(not ranks.first):
@@ -143,11 +164,11 @@ def make_videos(
             named = f"{number:03d}-" if len(requests) > 1 and not request.prompt.prompt_id else ""
             stem = named + safe_name(request.prompt.prompt_id or request.prompt.text)
             note = note_of(config, planned=request.plan is None)
-            plan = request.plan or _planned(planner, request, seed, best_of, world)
-            name = f"{stem}-seed{seed}-{_digest(config, plan, weights)}"
-            facts = _facts(config, executor, request, seed, adapter)
-            frames = _streamed(executor, plan, seed, progress)
-            return write_video(folder, name, plan, frames, latents, executor.codec.fps, facts, note)
+            plan = request.plan or _planned(planner, request, seed, plans, world)
+            name = f"{stem}-seed{seed}-{_digest(config, plan, weights, selection, request)}"
+            frames, more = _begun(executor, plan, seed, request, selection)
+            facts = _facts(config, executor, request, seed, adapter) | more
+            return write_video(folder, name, plan, _counted(frames, progress), latents, executor.codec.fps, facts, note)
 
         firsts = [asked.seed if request.seed is None else request.seed for request in requests]
         videos = [(number, first + n) for number, first in enumerate(firsts) for n in range(asked.count)]
@@ -170,8 +191,9 @@ def _checked(world: World, requests: Sequence[Request], asked: Asked, source: Pa
     """The checkpoint of a run; UserError for what `make_videos` refuses."""
     if not 0 <= asked.seed <= LARGEST_SEED:
         raise UserError(f"--seed: found {asked.seed}; accepted: 0 to {LARGEST_SEED}")
-    if world.real_video and (asked.best_of or 1) > 1:
-        raise UserError(f"--best-of: found {asked.best_of}; accepted: 1 here, as only ShapeWorld rates plans by rules")
+    if world.real_video and (asked.plans or 1) > 1:
+        rules = "1 here, as only ShapeWorld rates plans by rules (continuations at switches are --best-of)"
+        raise UserError(f"--plans: found {asked.plans}; accepted: {rules}")
     for request in requests:
         _check_instruction(world, request)
     return None if source is None or (source / CONFIG).is_file() else newest(source)
@@ -206,7 +228,7 @@ def _hashes(adapter: Path) -> list[str]:
     return [file_hash(file) for file in sorted(adapter.glob("adapter_model.*"))]
 
 
-def _digest(config: RunConfig, plan: Plan, weights: list[str]) -> str:
+def _digest(config: RunConfig, plan: Plan, weights: list[str], selection: Selection, request: Request) -> str:
     """Short hash of a plan, the adapter's weights and the settings that decide a video, but for its seed."""
     keys = keys_of(RunConfig)
     settings = {
@@ -214,7 +236,11 @@ def _digest(config: RunConfig, plan: Plan, weights: list[str]) -> str:
         for name, value in flatten(config).items()
         if keys[name].sets == VIDEO and not name.startswith("planner.")  # the plan is what the planner decides
     }
-    told = [plan.instruction, [asdict(step) for step in plan.steps], weights, settings]
+    told: list[object] = [plan.instruction, [asdict(step) for step in plan.steps], weights, settings]
+    if selection.count > 1:
+        told.append(selection.settings)
+    if request.chosen:
+        told.append(sorted(request.chosen.items()))
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -236,15 +262,13 @@ def _check_instruction(world: World, request: Request) -> None:
         raise UserError(f"{request.where}: {error}") from error
 
 
-def _planned(
-    planner: Planner | None, request: Request, seed: int, best_of: int = 1, world: World | None = None
-) -> Plan:
+def _planned(planner: Planner | None, request: Request, seed: int, count: int = 1, world: World | None = None) -> Plan:
     """The best of several sampled plans: of equal plan quality that whose shortest step is the longest."""
     assert planner is not None
-    plans = planner.sample([request.prompt], best_of, seed).plans
-    scores = world.plan_scores(plans) if world is not None and best_of > 1 else [0.0]
+    plans = planner.sample([request.prompt], count, seed).plans
+    scores = world.plan_scores(plans) if world is not None and count > 1 else [0.0]
     shortest = [min(step.end - step.start for step in plan.steps) for plan in plans]
-    plan = plans[max(range(best_of), key=lambda i: (scores[i], shortest[i]))]
+    plan = plans[max(range(count), key=lambda i: (scores[i], shortest[i]))]
     if plan.repairs:
         log.warning("%s: the planner's answer: %s", request.where, ", ".join(plan.repairs))
     return plan
@@ -257,11 +281,27 @@ def _warn_of_unseen(executor: Executor, request: Request) -> None:
             log.warning("%s: step %d: the text encoder does not see its last words: %s", request.where, number, unseen)
 
 
-def _streamed(executor: Executor, plan: Plan, seed: int, progress: Progress) -> Iterator[Tensor]:
+def _begun(
+    executor: Executor, plan: Plan, seed: int, request: Request, selection: Selection
+) -> tuple[Iterator[Tensor], dict[str, object]]:
+    """The frames of one video; and what its JSON tells of its continuations, all of it when the last frame is there."""
+    chunk = executor.settings.chunk
+    choices: list[dict[str, Any]] = [
+        {"frame": number * chunk, "frames": chunk, "continuation": chosen} for number, chosen in request.chosen.items()
+    ]
+    told: dict[str, object] = {}
+    if choices or selection.count > 1:
+        told["best_of"] = {**selection.settings, "choices": choices}
+    noise = gaussian_noise(seed, executor.noise_shape(1, selection.count), executor.device)
+    if request.chosen:
+        noise = noise.following(request.chosen)
+    return selection.stream(executor, plan, noise, choices), told
+
+
+def _counted(video: Iterator[Tensor], progress: Progress) -> Iterator[Tensor]:
     """The frames of one video; reports progress."""
     began, frames = time.monotonic(), 0
-    noise = gaussian_noise(seed, executor.noise_shape(1, 1), executor.device)
-    for chunk in stream_frames(executor, plan, noise):
+    for chunk in video:
         frames += len(chunk)
         progress.step({"frames_per_s": frames / (time.monotonic() - began)})
         yield chunk

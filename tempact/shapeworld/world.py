@@ -21,7 +21,7 @@ from tempact.shapeworld.crowd import actors_only, with_bystander, without_bystan
 from tempact.shapeworld.grammar import parse_instruction, read_step, sample_story, write_instruction
 from tempact.shapeworld.story import CHUNK, KINDS, Event, Story, apply_event, states
 from tempact.shapeworld.strict import strict_prompts
-from tempact.shapeworld.verifier import picture_quality, verify, verify_steps
+from tempact.shapeworld.verifier import picture_quality, verify, verify_opening, verify_steps
 from tempact.types import Plan, Prompt
 
 HARD_SHARE = 0.5  # of training prompts
@@ -156,14 +156,19 @@ class TemporalFollowing:
 
 
 def step_following(prompts: list[str], plans: list[Plan], frames: Tensor, spans: list[Span | None]) -> Tensor:
-    """L [P, N] in [0, 1]: the verifier on the switched step. NaN where no step begins at the switch frame, and where
-    the step's prompt cannot be read."""
+    """L [P, N] in [0, 1]: the verifier on the switched step; on the first one, which only best-of-N asks about, how
+    intact the story's opening is. NaN where no step begins at the switch frame, and where the step's prompt cannot be
+    read."""
     count = frames.shape[1]
     scores = torch.full(frames.shape[:2], float("nan"))
     rows: list[int] = []
     told: list[tuple[Story, tuple[int, int], list[Event]]] = []
     for p, (plan, span) in enumerate(zip(plans, spans, strict=True)):
         story = parse_instruction(plan.instruction)
+        if span is not None and span.step.start == 0:
+            opening, _ = without_bystanders(frames[p].float() / 255.0, [story] * count)
+            scores[p] = verify_opening(opening, [actors_only(story)] * count).cpu()
+            continue
         reading = read_step(span.step.prompt, actors_only(story).entities) if span is not None else None
         if span is not None and reading is not None:
             rows.append(p)

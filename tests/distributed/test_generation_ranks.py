@@ -25,7 +25,7 @@ PROMPTS = (
 )
 FAST = (
     "--device", "cpu", "--threads", "1", "--executor.timesteps", "1000",
-    "--planner.max_new_tokens", "48", "--best-of", "2",
+    "--planner.max_new_tokens", "48", "--plans", "2",
 )  # fmt: skip
 
 

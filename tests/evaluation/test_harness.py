@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tempact.distributed import Ranks
 from tempact.errors import Stopped, UserError
-from tempact.evaluation import METHODS, OVERFITTING, Method, harness
+from tempact.evaluation import METHODS, OVERFITTING, Method, harness, with_best_of
 from tempact.evaluation import tables as vbench
 from tempact.evaluation.harness import Evaluation
 from tempact.evaluation.judges import JudgedVideo, Suite, Verdict
@@ -697,3 +697,35 @@ def test_evaluation_leaves_random_state_untouched(bench: Bench) -> None:
     before: Tensor = torch.get_rng_state()
     bench.run()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_rows_of_best_of_n_stand_beside_those_of_one(bench: Bench) -> None:
+    """Their videos are made one by one, with the noise of all others, and their rows say what was chosen."""
+    made: list[tuple[str, tuple[int, ...], float, bool]] = []
+
+    def best(executor: FakeExecutor, plan: Plan, noise) -> tuple[Tensor, list[dict]]:
+        made.append((plan.instruction, noise.shape, noise.draw(0, 0, 0).item(), executor.started))
+        return torch.full((6, 3, SIDE, SIDE), 200, dtype=torch.uint8), [{"frame": 3, "continuation": len(made)}]
+
+    methods = with_best_of([SINGLE, STEP, BOTH], 4)
+    assert [method.name for method in methods[3:]] == ["step-prompt, best of 4", "+ TempAct, best of 4"]
+    assert with_best_of([SINGLE, PLANNER_ONLY], 4) == [SINGLE, PLANNER_ONLY]
+    bench.run(suite=replace(bench.suite, methods=methods[:3]))
+    alone = len(bench.executor.made)
+    suite = replace(bench.suite, methods=methods, best_of={"chunks": 1})
+    evaluation = Evaluation(bench.folder, suite, bench.planner, bench.executor, gaussian_noise, PLAIN, best_of=best)
+    evaluation.run("w", lambda told: None)
+    assert len(bench.executor.made) == alone  # nothing is made a second time
+    expected = 2 * len(suite.all_prompts) * suite.seeds
+    assert len(made) == expected and {shape for _, shape, _, _ in made} == {bench.executor.noise_shape(1, 4)}
+    assert [started for *_, started in made].count(True) == expected // 2
+    assert len({(text, level) for text, _, level, _ in made}) == expected // 2  # both methods share noise
+    row = evaluation.video(methods[3], suite.all_prompts[0], 0)
+    assert row is not None and row["choices"] == [{"frame": 3, "continuation": 1}]
+    assert evaluation.score(suite.all_prompts[0].prompt_id, methods[4], 0, suite.judges[0].name, "combined") > 0.7
+    assert suite.settings("w")["best_of.4"] == '{"chunks": 1}'
+    with pytest.raises(UserError, match="best_of.4"):
+        Evaluation(
+            bench.folder, replace(suite, best_of={"chunks": 2}), bench.planner, bench.executor, gaussian_noise, PLAIN,
+            best_of=best,
+        ).run("w", lambda told: None)  # fmt: skip

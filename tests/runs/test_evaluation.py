@@ -113,6 +113,24 @@ def test_other_settings_have_a_folder_of_their_own(
     folder.rmdir()
 
 
+def test_rows_of_best_of_n_have_a_table_of_their_own(copied: Path) -> None:
+    kept = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    assert evaluate.main([str(copied), "--best-of", "2", "--simple", "1"]) == 0
+    assert all(path.read_bytes() == data for path, data in kept.items())
+    (folder,) = (copied / "evaluations").iterdir()
+    assert folder.name.endswith("-best-of-2") and from_yaml(folder / "config.yaml").best_of.chunks == 2
+    scores = by_cell(folder)
+    assert list(dict.fromkeys(method for method, _, _ in scores)) == [
+        "single-prompt", "step-prompt", "+ TempAct", "step-prompt, best of 2", "+ TempAct, best of 2"
+    ]  # fmt: skip
+    videos = [json.loads(line) for line in next(folder.glob("evaluation/*/videos.jsonl")).read_text().splitlines()]
+    told = {row["condition"]: "choices" in row for row in videos}
+    assert told == {method: "best of" in method for method in told} and len(told) == 5
+    again = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "report.html"}
+    assert evaluate.main([str(copied), "--best-of", "2", "--simple", "1"]) == 0
+    assert all(path.read_bytes() == data for path, data in again.items())
+
+
 def test_an_evaluation_with_another_seed_leaves_the_runs_own_alone(copied: Path) -> None:
     kept = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
     assert evaluate.main([str(copied), "--seed", "9", "--simple", "1"]) == 0

@@ -10,7 +10,7 @@ import torch
 from rewards.reward_cases import result, score
 from shapeworld_films import reference_cues, shape_indices, tell
 
-from tempact.rewards import Judging
+from tempact.rewards import Judging, Span
 from tempact.shapeworld.grammar import parse_instruction, reference_plan
 from tempact.shapeworld.pretraining.clips import Cue
 from tempact.shapeworld.story import CHUNK, FRAMES, draw
@@ -204,3 +204,32 @@ def test_events_are_counted_by_kind_in_videos_that_show_them_as_told() -> None:
     quick = [RIGHT[0], Cue(RIGHT[1].event, 6, 9), RIGHT[2]]  # the turn was to be slow
     score(rewards, batch(good), rollout([[quick]], [6]))
     assert rewards.metrics()["events/turn/success"] == 0.0
+
+
+def test_a_step_in_the_making_is_scored_by_its_frames_and_the_chunk_before() -> None:
+    """As best-of-N shows it: cut off where it ends so far, or with the whole video before it."""
+    good, rewards = reference_plan(TEXT), shapeworld_rewards()
+    step = good.steps[2]
+    frames = rollout([[RIGHT, LATE, STILL]], [step.start]).frames
+    assert (step.start, step.end) == (6, 15)
+    for end in (9, 12, 15):
+        whole = Span(6, end - 1, Step(6, end, step.prompt))
+        cut = Span(CHUNK, end - 4, Step(CHUNK, end - 3, step.prompt))
+        for name, atol in (("step_following", 1e-4), ("aesthetics", 1e-4)):
+            function = getattr(rewards, name)
+            a, b = (
+                function([TEXT], [good], frames[:, :, first:end], [span]) for first, span in ((0, whole), (CHUNK, cut))
+            )
+            torch.testing.assert_close(a, b, atol=atol, rtol=0.0)
+        right, late, still = rewards.step_following([TEXT], [good], frames[:, :, :end], [whole])[0].tolist()
+        assert right > 0.45 and right > late + 0.1 and right > still + 0.1
+
+
+def test_a_first_step_is_followed_where_the_opening_stands() -> None:
+    good = reference_plan(TEXT)
+    span = Span(0, CHUNK - 1, Step(0, CHUNK, OPENING))
+    frames = rollout([[RIGHT, RIGHT, RIGHT]], [6]).frames[:, :, :CHUNK]
+    frames[0, 1] = frames[0, 1].flip(-1)  # everything at the wrong side
+    frames[0, 2, 1:] = 0
+    step = shapeworld_rewards().step_following([TEXT], [good], frames, [span])[0].tolist()
+    assert step[0] > 0.95 and step[1] < 0.05 and 0.2 < step[2] < 0.4

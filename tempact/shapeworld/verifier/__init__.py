@@ -286,6 +286,17 @@ def verify_steps(
     return score * (verdict.intact * inside).sum(1) / length
 
 
+@torch.no_grad()
+def verify_opening(frames: Tensor, stories: Sequence[Story]) -> Tensor:
+    """Share of intact frames of videos in which the story's opening stands and nothing happens: [V] in [0, 1].
+
+    frames [V, F, 3, SIZE, SIZE] in [0, 1].
+    """
+    openings = [timeline.opening(story.entities)[0] for story in stories]
+    script = timeline.write_script(openings, stories, [()] * len(stories), frames.device)
+    return _judge(track(frames, script.shapes), script, to_be_continued=True).intact.mean(1)
+
+
 def _idle(script: Script) -> Tensor:
     """[V, E] bool, True for an event that asks for a state that is there already."""
     tolerance = torch.tensor(TOLERANCE, device=script.held.device)
