@@ -43,6 +43,10 @@ ROWS: dict[str, tuple[str, ...]] = {
     "one level, in turn": ("--executor.levels", "sliding"),
     "executor: group's std": ("--executor.advantage_std", "group"),
     "executor: no std": ("--executor.advantage_std", "none"),
+    # where its continuations begin, and from what
+    "tree of 2 x 4": ("--executor.forks", "tree", "--executor.branching", "2", "4"),
+    "random chunk": ("--executor.forks", "random_chunk"),
+    "seed groups": ("--executor.seed_group", "true"),
     # the planner's
     "GRPO": ("--planner.loss", "grpo", "--planner.clip_low", "0.2", "--planner.clip_high", "0.2"),
     "RLOO": ("--planner.loss", "rloo", "--planner.advantage_std", "none"),
