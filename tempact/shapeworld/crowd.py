@@ -1,8 +1,8 @@
 """A third shape in the scene: it stands still, and another one of its row passes in front of it.
 
-Nothing of it is in any training, pretraining or validation instruction. Of two shapes in a row one, the bystander, has
-no event; the other one moves past it, in front of it. Both judges of a video see the picture without the bystander, which
-`without_bystanders` takes out exactly, and the instruction without its words; whether it is there is `standing`.
+No instruction of training has it. Of two shapes in a row one, the bystander, has no event; the other one moves past it
+and in front of it. Both judges of a video see the picture without the bystander, which `without_bystanders` takes out
+exactly, and the instruction without its words; whether it is there is `standing`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Words of ShapeWorld's instructions: those of training, and others that no training or validation instruction has.
+"""Words of ShapeWorld's instructions: those of training, and held-out ones that no instruction of training has.
 
 The held-out wording is made of the words of training alone, put together as training never does, because the text
 encoder, the planner and the matcher know no others. Each of its sentences differs from all sentences of training: by
