@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,17 @@ from tempact.config import RunConfig
 from tempact.errors import UserError, guarded
 from tempact.evaluation import FORKED
 from tempact.evaluation.ledger import Ledger
-from tempact.evaluation.statistics import Bootstrap, Comparison, MethodScores, Row, plain, read_evaluation, read_origin
+from tempact.evaluation.statistics import (
+    AVERAGE,
+    NOT_TEMPORAL,
+    Bootstrap,
+    Comparison,
+    MethodScores,
+    Row,
+    plain,
+    read_evaluation,
+    read_origin,
+)
 from tempact.files import write_atomic
 from tempact.presets import DEFAULT, get_preset
 
@@ -49,12 +60,16 @@ def evaluated(target: str, count: int, keys: Sequence[str]) -> Path:
 
 
 def against_one(folder: Path, count: int, config: RunConfig) -> list[Comparison]:
-    """Every method of N continuations against the same one of one."""
+    """Every method of N continuations against the same one of one: as the table, and the average of each of the judges
+    of temporal order by itself."""
     scores, found = read_evaluation(folder, MethodScores), list[Comparison]()
     bootstrap = Bootstrap(config.evaluation.bootstrap, config.evaluation.seed)
     for name in FORKED:
         pair = [one for one in scores if one.method in (name, f"{name}, best of {count}")]
         found += bootstrap.compare(pair, baseline=name)
+        for judge in dict.fromkeys(one.judge for one in pair if one.judge not in NOT_TEMPORAL):
+            alone = bootstrap.compare([one for one in pair if one.judge == judge], baseline=name)
+            found += [replace(one, judge=judge) for one in alone if one.set == AVERAGE]
     return found
 
 
@@ -113,6 +128,7 @@ def results(given: argparse.Namespace, keys: Sequence[str]) -> dict[str, Any]:
         "command": report.command("bench.bench_best_of"),
         "commit": report.commit(),
         "hardware": given.hardware,
+        "note": given.note,
         "load": [round(before, 1), round(os.getloadavg()[0], 1)],
         "notes": list(NOTES),
         "best_of": plain(config.best_of) | {"continuations": given.best_of},
@@ -129,12 +145,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--best-of", type=int, default=8, help="continuations at a switch")
     parser.add_argument("--videos", type=int, default=16, help="videos whose seconds are taken")
     parser.add_argument("--hardware", default="", help="a line for the results file")
+    parser.add_argument("--note", default="", help="what else is to be said in the results file")
     parser.add_argument("--save", type=Path, help="results file")
     given, keys = parser.parse_known_args(argv)
     found = results(given, keys)
     print(json.dumps(found["seconds"]))
     for one in found["against_one"]:
-        if one["set"] == "average":
+        if one["set"] == AVERAGE:
             print(one["method"], one["judge"], one["difference"], one["ci95"], one["relative"])
     if given.save:
         write_atomic(given.save, rows_on_lines(found) + "\n")

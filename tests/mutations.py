@@ -9,7 +9,7 @@ RESUME = "tempact/runs/resume.py"
 CHECKPOINTS, ENDINGS, TRAINING = "tests/runs/test_checkpoint.py", "tests/runs/test_endings.py", "tests/test_trainer.py"
 
 EQUAL, BITS = "tests/distributed/test_equal.py", "test_several_processes_have_the_bits_of_one"
-GROUPS = "tests/distributed/test_groups.py"
+GROUPS, BEST_OF = "tests/distributed/test_groups.py", "tests/executor/test_best_of.py"
 
 
 def faults(file: str, tests: str, *pairs: tuple[str, str, str]) -> list[Mutation]:
@@ -976,7 +976,7 @@ MUTATIONS = [
     ),
     Mutation(
         "tempact/runs/evaluation.py",
-        "folder = ranks.from_first(lambda: table_folder(config, run))",
+        "folder = ranks.from_first(lambda: table_folder(config, run, selection))",
         "folder = run",
         ("tests/runs/test_evaluation.py::test_an_evaluation_with_another_seed_leaves_the_runs_own_alone",),
     ),
@@ -1490,5 +1490,40 @@ MUTATIONS = [
             "except (Exception, SystemExit) as error:",
             "except ValueError as error:",
         ),
+    ),
+    *faults(
+        "tempact/executor/best_of.py",
+        BEST_OF,
+        ("test_the_chosen_continuation_goes_on", "latents[chosen : chosen + 1].clone()", "latents[:1].clone()"),
+        ("test_the_cache_holds_one_context_for_all", "        history.release(forks)\n", ""),
+        ("test_the_cache_holds_one_context_for_all", "if at + history.chunk < end:", "if at < end:"),
+        (
+            "test_where_there_are_continuations",
+            "min(step.end, start + self.chunks * chunk)",
+            "start + self.chunks * chunk",
+        ),
+        ("test_choices_are_made_outside_of_autocast", "enabled=False", "enabled=torch.is_autocast_enabled('cpu')"),
+    ),
+    *faults(
+        "tempact/executor/executor.py",
+        BEST_OF,
+        ("test_a_cache_for_graphs_stays_where_it_is", "rows + more * self.frame_tokens", "rows"),
+    ),
+    *faults(
+        "tempact/executor/sampler.py",
+        BEST_OF,
+        ("test_the_chosen_continuation_goes_on", "chosen.get(chunk, 0)", "0"),
+    ),
+    *faults(
+        "tempact/rewards/choice.py",
+        "tests/rewards/test_choice.py",
+        ("test_missing_scores_never_win", "        total = total.masked_fill(broken.cpu(), math.nan)\n", ""),
+        ("test_missing_scores_never_win", "if not torch.isnan(scores[name]).all():", "if True:"),
+        ("test_the_weighted_sum_of_trainings_rewards_chooses", "total + weight * scores[name]", "total + scores[name]"),
+    ),
+    *faults(
+        "tempact/runs/best_of.py",
+        "tests/test_generate.py",
+        ("test_best_of_n_from_python", "Step(before, before + made.end - made.start,", "Step(before, before + 1,"),
     ),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tempact.executor.sampler import WINDOWS, gaussian_noise
 from tempact.models.wan.random_weights import RANDOM, RandomText
 from tempact.policies import build_policies, build_trainer
 from tempact.presets import PRESETS, backbone_inference, get_preset
+from tempact.rewards import unasked
 from tempact.rewards.judges import JudgeCall
 from tempact.rewards.pickscore import Aesthetics, PickScorer, real_rewards
 from tempact.types import Batch, Plan, PlanBatch, Prompt, Step
@@ -222,11 +224,16 @@ def test_rewards_of_real_video_are_judges_and_pickscore(tmp_path: Path, monkeypa
     config = replace(base, judges=replace(base.judges, cache="", video_frames=4, **weights))
     with pytest.raises(UserError, match="found no address of the judge plan_quality"):
         world_of(config).rewards(CPU)
+    pictures = world_of(config).rewards(CPU, only=("aesthetics",))  # what is not asked need not be there
+    assert isinstance(pictures.aesthetics, Aesthetics) and pictures.step_following is unasked
     monkeypatch.setenv("TEMPACT_JUDGE_BASE_URL", "http://127.0.0.1:9/v1")
     monkeypatch.setenv("TEMPACT_JUDGE_MODEL", "m")
     rewards = world_of(config).rewards(CPU)
     assert rewards.temporal_following.pictures == 4 and isinstance(rewards.aesthetics, Aesthetics)
     rewards.close()
+    without = replace(config, judges=replace(config.judges, aesthetics_weights="none"))
+    with closing(world_of(without).rewards(CPU, only=("step_following",))) as judged:
+        assert judged.aesthetics is unasked and set(judged.step_following.judges.config.roles) == {"step_following"}
     before = threading.active_count()
     with pytest.raises(UserError, match=r"judges\.aesthetics_weights: none cannot be loaded"):
         world_of(replace(config, judges=replace(config.judges, aesthetics_weights="none"))).rewards(CPU)

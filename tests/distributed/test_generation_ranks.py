@@ -77,7 +77,8 @@ def test_files_and_printed_paths_are_those_of_one_process(
 
 
 def test_more_ranks_than_videos(line: list[str], capfd: pytest.CaptureFixture[str]) -> None:
-    line = ["shapeworld-smoke", "--prompt", PROMPTS[0], *FAST]
+    """Also where each takes the best of several continuations."""
+    line = ["shapeworld-smoke", "--prompt", PROMPTS[0], *FAST, "--best-of", "2"]
     assert generate.main([*line, "--output", "1"]) == 0
     printed, _ = told(capfd)
     assert in_ranks(3, lambda: generate.main([*line, "--output", "3"])) == [0, 0, 0]

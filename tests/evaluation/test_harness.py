@@ -704,7 +704,7 @@ def test_rows_of_best_of_n_stand_beside_those_of_one(bench: Bench) -> None:
     made: list[tuple[str, tuple[int, ...], float, bool]] = []
 
     def best(executor: FakeExecutor, plan: Plan, noise) -> tuple[Tensor, list[dict]]:
-        made.append((plan.instruction, noise.shape, noise.draw(0, 0, 0).item(), executor.started))
+        made.append((plan.instruction, noise.shape, noise.draw(0, 0, 0).sum().item(), executor.started))
         return torch.full((6, 3, SIDE, SIDE), 200, dtype=torch.uint8), [{"frame": 3, "continuation": len(made)}]
 
     methods = with_best_of([SINGLE, STEP, BOTH], 4)
