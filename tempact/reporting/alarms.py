@@ -8,7 +8,7 @@ error `alarms.deviations` times, so that an iteration of hard prompts is none.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,19 +19,23 @@ WATCH, ALARMS = "watch/", "alarms/"  # metrics of the signals, and 1 where one i
 
 @dataclass(frozen=True)
 class Signal:
-    """metric: its name. worse: 1 where a rise is for the worse, -1 where a fall is. words: of what rises or falls."""
+    """metric: its name. worse: 1 where a rise is for the worse, -1 where a fall is. words: of what rises or falls.
+    limit: the key that says which change for the worse is accepted."""
 
     metric: str
     worse: int
     words: str
+    limit: Callable[[AlarmConfig], float]
 
 
-# by the key of `alarms` that holds the limit
+# by the key of `alarms` that is the limit
 SIGNALS = {
-    "gap": Signal(f"{WATCH}gap", 1, "the reward's distance above the held-out judge's score"),
-    "held_out": Signal(f"{WATCH}held_out", -1, "the held-out judge's score"),
-    "quality": Signal(f"{WATCH}clearness", -1, "the clearness of pictures"),
-    "duplicates": Signal(f"{WATCH}duplicates", 1, "the share of frames with an extra or a misplaced shape"),
+    "gap": Signal(f"{WATCH}gap", 1, "the reward's distance above the held-out judge's score", lambda own: own.gap),
+    "held_out": Signal(f"{WATCH}held_out", -1, "the held-out judge's score", lambda own: own.held_out),
+    "quality": Signal(f"{WATCH}clearness", -1, "the clearness of pictures", lambda own: own.quality),
+    "duplicates": Signal(
+        f"{WATCH}duplicates", 1, "the share of frames with an extra or a misplaced shape", lambda own: own.duplicates
+    ),
 }
 
 
@@ -80,7 +84,7 @@ def changes(rows: Sequence[Mapping[str, Any]], settings: AlarmConfig) -> list[Ch
             continue
         first, latest = looks[: settings.window], looks[-settings.window :]
         (start, before), (now, after) = (_mean([value for _, value in some]) for some in (first, latest))
-        limit = getattr(settings, name)
+        limit = signal.limit(settings)
         spans = [(some[0][0], some[-1][0]) for some in (first, latest)]
         found.append(Change(name, start, now, math.hypot(before, after), limit, settings.deviations, *spans))
     return found

@@ -38,9 +38,10 @@ VIDEOS = "videos"  # what is sent in place of rows
 
 
 class Shown(NamedTuple):
-    """A video to show: its place in the tracker, its prompt, and its files."""
+    """A video to show: its method's place in the tracker, number and text of its prompt, and its files."""
 
     key: str
+    number: int
     prompt: str
     mp4: Path
     gif: Path
@@ -108,9 +109,9 @@ class TensorBoard:
         """GIFs, as `add_video` writes them, which would make them anew with moviepy."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        for number, video in enumerate(videos):
+        for video in videos:
             picture = Summary.Image(encoded_image_string=video.gif.read_bytes(), colorspace=3)
-            value = Summary.Value(tag=f"{video.key}/{number:02d} {video.prompt}", image=picture)
+            value = Summary.Value(tag=f"{video.key}/{video.number:02d} {video.prompt}", image=picture)
             self.writer.file_writer.add_summary(Summary(value=[value]), self.step)
 
     def finish(self) -> None:
@@ -157,13 +158,11 @@ class Trackio(Wandb):
         return self.module.init(project=run.project, name=name, resume="allow", config=run.config)
 
     def show(self, videos: Sequence[Shown]) -> None:
-        films = enumerate(videos)
-        self.run.log(
-            {
-                f"{video.key}/{number:02d}": self.module.Video(str(video.mp4), caption=video.prompt, format="mp4")
-                for number, video in films
-            }
-        )
+        films = {
+            f"{video.key}/{video.number:02d}": self.module.Video(str(video.mp4), caption=video.prompt, format="mp4")
+            for video in videos
+        }
+        self.run.log(films)
 
 
 TRACKERS: dict[str, type[TensorBoard] | type[Wandb]] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
@@ -268,10 +267,11 @@ def _send(tracker: Tracker, row: dict[str, Any]) -> None:
 
 
 def _shown(index: Path) -> Iterator[Shown]:
-    for entry in json.loads(index.read_text(encoding="utf-8")) if index.is_file() else []:
+    entries = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else []
+    for number, entry in enumerate(entries):
         for video in entry["videos"]:
             files = index.with_name(video["mp4"]), index.with_name(video["gif"])
-            yield Shown(f"videos/{video['title']}", entry["prompt"], *files)
+            yield Shown(f"videos/{video['title']}", number, entry["prompt"], *files)
 
 
 def follow(path: Path, parent: int) -> Iterator[dict]:

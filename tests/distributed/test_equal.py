@@ -35,7 +35,7 @@ CASES = {
     "missing rewards": Case((*MANY, *PATCHY), seen=("rewards/patchy/missing", lambda share: 0 < share < 1)),
     "one-step plans": Case(MANY, faulty.one_step_plans, ("executor/missing", lambda share: share > 0)),
     "missing rewards, one-step plans, two updates": Case(
-        (*HALVES, *SMALL_BATCHES, *PATCHY), faulty.one_step_plans,
+        (*HALVES, *SMALL_BATCHES, *PATCHY, "--alarms.every", "1"), faulty.one_step_plans,
         ("rewards/patchy/missing", lambda share: 0 < share < 1), (3,),
     ),
     "gradients that are not finite": Case(

@@ -221,7 +221,7 @@ def test_shapeworlds_judges_score_renderings_high_and_noise_low() -> None:
     scores = {}
     for judge in judges:
         verdicts = [future.result() for future in judge.submit([*videos, JudgedVideo(prompts[0], noise)])]
-        assert all(list(verdict.scores) == [judge.name] and not verdict.missing for verdict in verdicts)
+        assert all(next(iter(verdict.scores)) == judge.name and not verdict.missing for verdict in verdicts)
         scores[judge.name] = [verdict.scores[judge.name] for verdict in verdicts]
     assert scores["verifier"][:3] == pytest.approx(verify(pixels, stories).score.tolist(), abs=1e-6)
     for name in ("verifier", "matcher", PICTURE_QUALITY, CLEARNESS):

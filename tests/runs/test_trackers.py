@@ -69,8 +69,8 @@ def train(run: Path, names: tuple[str, ...], resumed: int, last: int) -> None:
 def film(run: Path) -> None:
     (run / "videos").mkdir()
     (run / "videos" / "a.gif").write_bytes(GIF)
-    video = {"title": "after", "mp4": "a.mp4", "gif": "a.gif"}
-    (run / "videos" / "index.json").write_text(json.dumps([{"prompt": "é", "videos": [video]}]))
+    videos = [{"title": title, "mp4": "a.mp4", "gif": "a.gif"} for title in ("before", "after")]
+    (run / "videos" / "index.json").write_text(json.dumps([{"prompt": "é", "videos": videos}]))
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
@@ -99,9 +99,9 @@ def test_a_tracker_is_given_the_configuration_every_row_and_the_videos(
     for step, row in rows[:-1]:
         assert row.keys() == {"time_s", "reward", "executor/ratio_histogram"} and row["reward"] == step / 2
         assert row["executor/ratio_histogram"] == drawn
-    (shown,) = rows[-1][1].values()
     told = {"name": "a.mp4", "caption": "é", "format": "mp4"}
-    assert [*rows[-1][1]] == (["videos/after"] if more else ["videos/after/00"]) and shown in ([told], told)
+    keys = ("videos/before", "videos/after")
+    assert rows[-1][1] == ({key: [told] for key in keys} if more else {f"{key}/00": told for key in keys})
     train(run, (name,), 0, 0)
     assert tracker_id(run) != identity and tracker_id(run) in str(sent()[-1])
 
