@@ -34,9 +34,10 @@ from tempact.types import Plan, Step
 
 SPLITS = ("validation", "test")
 VIDEOS = 24  # a kind of fault
-# kind of fault -> most that exact drawings with it may score on average, by verifier and by matcher
+# kind of fault -> most that exact drawings with it may score on average, by verifier and by matcher; a copy that comes
+# where its shape has moved to is none that could be seen
 MOST = {
-    "shuffled": (0.35, 0.6), "missing": (0.5, 0.6), "cut": (0.15, 0.8), "duplicated": (0.1, 0.45),
+    "shuffled": (0.35, 0.6), "missing": (0.5, 0.6), "cut": (0.15, 0.8), "duplicated": (0.2, 0.45),
     "misplaced": (0.1, 0.45), "frozen": (0.01, 0.01),
 }  # fmt: skip
 # set -> least mean of the matcher on exact drawings, and least correlation with the share that is told right
