@@ -41,6 +41,7 @@ VALUES = {
     "a name, or nothing": (["two words"], ["max_completion_tokens"], [""]),
     "falling numbers in (0, 1000]": (["5", "7"], ["1000", "7"]),
     "positive multiples of 16": (["30", "40"], ["16", "48"]),
+    "each at least 2": (["4", "1"], ["2", "2"], ["4"]),
 }
 UNSAID = ("at least one", "two or more, or one where the executor is not trained")  # an empty list, in files alone
 
@@ -64,6 +65,8 @@ def test_a_key_accepts_what_its_message_names(name: str, words: str, bad: list[s
     needed = {
         "executor.window": ["--executor.frames", "21"],  # as long as every window allows
         "planner.sampler": ["--planner.server", "http://localhost:8000"],
+        "executor.forks": ["--executor.branching", "2", "2"] if good == ["tree"] else [],
+        "executor.branching": ["--executor.forks", "tree"],
     }
     with pytest.raises(UserError) as caught:
         parse_run([f"--{name}", *bad], "program")
@@ -71,8 +74,25 @@ def test_a_key_accepts_what_its_message_names(name: str, words: str, bad: list[s
     parse_run([*needed.get(name, []), f"--{name}", *good], "program")
 
 
+TREE = ["--executor.forks", "tree"]
 SHARDED = ["--executor.shard", "2", "--executor.cuda_graphs", "false"]
 FOLLOWED = [  # a command line, the end of what it says, and the command lines that do what that says
+    (
+        [*TREE, "--executor.branching", "3"],
+        "at most 7 numbers whose product is executor.continuations (4) with executor.forks tree",
+        [*TREE, "--executor.branching", "2", "2"],
+    ),
+    (["--executor.branching", "4"], "nothing with executor.forks one", ["--executor.forks", "one"]),
+    (
+        [*TREE, "--executor.branching", "4", *SHARDED],
+        "1 with executor.forks tree, whose branches one process makes",
+        [*TREE, "--executor.branching", "4", "--executor.shard", "1"],
+    ),
+    (
+        ["--executor.forks", "random_chunk", "--executor.frames", "3"],
+        "two chunks or more with executor.forks random_chunk",
+        ["--executor.forks", "random_chunk", "--executor.frames", "6"],
+    ),
     (
         ["--executor.reweight", "true"],
         "False with executor.ratio_norm, whose gradients have one scale",
