@@ -323,15 +323,8 @@ class Trainer:
         if weights.shuffle_advantages:
             generator = torch.Generator().manual_seed(self._seed("shuffle"))
             plan, execution = (shuffled(*each, generator) for each in ((plan, plan_mask), (execution, execution_mask)))
-        batch = Batch(
-            plan.flatten(),
-            plan_mask.flatten(),
-            execution,
-            execution_mask,
-            plans.tokens,
-            videos.rollout.transition,
-            rows,
-        )
+        flat, transition = (plan.flatten(), plan_mask.flatten()), videos.rollout.transition
+        batch = Batch(*flat, execution, execution_mask, plans.tokens, transition, rows)
         plan_metrics |= advantage_shares(plan, plan_mask, config.planner.advantage_clip)
         execution_metrics |= advantage_shares(execution, execution_mask, config.executor.advantage_clip)
         metrics = prefixed("planner", plan_metrics) | prefixed("executor", execution_metrics)
