@@ -158,7 +158,7 @@ class Bootstrap:
                 drawn = np.mean(self._drawn(gains), axis=0)
                 if _interval(drawn[1])[0] > 0:
                     share = float(held_out / rewarded)
-                    shares = np.divide(*drawn, out=np.full_like(drawn[0], NAN), where=drawn[1] != 0)
+                    shares = np.divide(drawn[0], drawn[1], out=np.full_like(drawn[0], NAN), where=drawn[1] != 0)
                     return replace(found, confirmed=share, confirmed_ci95=_interval(shares))
         return found
 
