@@ -1524,6 +1524,10 @@ MUTATIONS = [
     *faults(
         "tempact/runs/best_of.py",
         "tests/test_generate.py",
-        ("test_best_of_n_from_python", "Step(before, before + made.end - made.start,", "Step(before, before + 1,"),
+        (
+            "test_a_step_in_the_making_ends_where_its_frames_end",
+            "Step(before, before + made.end - made.start,",
+            "Step(before, before + 1,",
+        ),
     ),
 ]

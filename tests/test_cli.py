@@ -36,7 +36,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["train", "--planner.plans_per_prompt", "1"], "accepted: at least 2"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["train", "shapeworld-smoke", "--output", "/proc/run"], "accepted: a writable folder"),
-        (["generate", "--promt", "x"], "--prompt --prompts is required; accepted: python -m tempact.generate"),
+        (["generate", "--promt", "x"], "--prompt --prompts --again is required; accepted: python -m tempact.generate"),
         (["generate", "--prompt", "A cat sings."], "accepted"),
         (["evaluate", "--bogus", "runs/none"], "unrecognized arguments: --bogus"),
         (["evaluate", "nowhere"], "nowhere: holds no config.yaml"),

@@ -23,13 +23,16 @@ from tempact import generate
 from tempact.cli import to_yaml
 from tempact.config import LoraConfig, RunConfig
 from tempact.errors import UserError
+from tempact.executor.best_of import Continuations
 from tempact.executor.sampler import gaussian_noise
 from tempact.executor.stream import stream_frames
 from tempact.models.wan.codec import PixelCodec
 from tempact.planner.planner import Planner
 from tempact.policies import PolicyPair, build_policies
 from tempact.presets import get_preset
+from tempact.rewards import Span
 from tempact.runs import generation
+from tempact.runs.best_of import span_of
 from tempact.runs.checkpoint import save
 from tempact.types import Plan, PlanBatch, Prompt, Step
 from tempact.video import enlarge
@@ -527,3 +530,11 @@ def test_best_of_n_from_python() -> None:
     assert (videos[1].int() - again.int()).abs().max() <= 1
     with pytest.raises(UserError, match="best_of: found 0; accepted: at least 1"):
         next(generation.generate(policies, INSTRUCTION, best_of=0))
+
+
+def test_a_step_in_the_making_ends_where_its_frames_end() -> None:
+    """Among the frames of the chunk before and its own, and among all."""
+    plan, nothing = Plan("i", (Step(0, 6, "a"), Step(6, 15, "b"))), torch.zeros(2, dtype=torch.bool)
+    for before, shared, frames in ((3, 3, 9), (6, 6, 12)):
+        made = Continuations(6, 12, torch.zeros(2, frames, 3, 1, 1, dtype=torch.uint8), shared, nothing)
+        assert span_of(plan, made, before) == Span(shared, frames - 1, Step(before, before + 6, "b"))

@@ -67,6 +67,7 @@ def test_missing_scores_never_win() -> None:
     nothing = scoring(NAN, NAN, NAN, NAN)
     assert chosen(nothing, scoring(0.1, 0.2, 0.3, 0.1)).chosen == 2  # a reward that nobody has is left out
     assert chosen(nothing, nothing).chosen == 0
+    assert chosen(nothing, nothing, broken=torch.tensor([True, False, False, False])).chosen == 1
     broken = torch.tensor([False, False, False, True])
     assert chosen(step, pictures, broken=broken).chosen == 1
     assert chosen(step, pictures, broken=torch.ones(4, dtype=torch.bool)).chosen == 0
