@@ -97,7 +97,7 @@ def seconds(target: str, folder: Path, count: int, videos: int, config: RunConfi
             for selection in (one, best) if number else (one, best, one, best):  # the first of each is not counted
                 noise = gaussian_noise(number, executor.noise_shape(1, selection.count), executor.device)
                 cpu, wall = time.process_time(), time.perf_counter()
-                _, choices = selection.video(executor, plan, noise)
+                *_, choices = selection.video(executor, plan, noise)
                 told[selection.count].append((time.process_time() - cpu, time.perf_counter() - wall))
             switches += len(choices)
     counted = {n: own[1:] for n, own in told.items()}

@@ -343,7 +343,8 @@ def from_yaml(path: Path, base: RunConfig | None = None) -> RunConfig:
     if path.name == RECORDED and (path.parent / "checkpoints").is_dir():
         gone = sorted(given.keys() - keys.keys() - sections.keys())
         if told := [name for name in gone if given[name] or name not in REPLACED]:
-            log.warning("%s: passed over, as this version has no such keys: %s", path, ", ".join(told))
+            named = (f"{name} (now {REPLACED[name]})" if name in REPLACED else name for name in told)
+            log.warning("%s: passed over, as this version has no such keys: %s", path, ", ".join(named))
         given = {name: raw for name, raw in given.items() if name not in gone}
         config = _with_defaults(config, [name for name in keys if name not in given and name != "preset"])
     for name, raw in given.items():

@@ -481,6 +481,9 @@ def validate(config: RunConfig) -> None:
         refuse("planner.server_outage_s", planner.server_outage_s, accepted)
     if config.trainer.alternate and not (planner.train and executor.train):
         refuse("trainer.alternate", config.trainer.alternate, "0 where one policy alone is trained")
+    if config.trainer.alternate >= config.trainer.iterations > 1:
+        accepted = f"fewer than trainer.iterations ({config.trainer.iterations}), or the executor has no turn"
+        refuse("trainer.alternate", config.trainer.alternate, accepted)
     if planner.liger == "all" and planner.loss != "gspo":
         refuse("planner.liger", "all", f"auto, off, model with planner.loss {planner.loss}: Liger's is GSPO")
     if executor.train and len(executor.timesteps) < 2:
@@ -508,6 +511,8 @@ def _check_forks(executor: ExecutorConfig) -> None:
         if executor.forks == "random_chunk" and chunks < 2:
             refuse("executor.frames", executor.frames, "two chunks or more with executor.forks random_chunk")
         return
+    if chunks < 2:
+        refuse("executor.frames", executor.frames, "two chunks or more with executor.forks tree")
     if math.prod(numbers) != executor.continuations or len(numbers) >= chunks:
         product = f"whose product is executor.continuations ({executor.continuations})"
         refuse("executor.branching", numbers, f"at most {chunks - 1} numbers {product} with executor.forks tree")

@@ -241,8 +241,9 @@ def _fit(run: Run, needs: Needs, budget: Budget) -> Iterator[str]:
     def taken(own: Run) -> int:
         return budget.taken(needs_of(own, planning=False))
 
+    least = LEAST_CONTINUATIONS * (run.multiple if run.config.executor.branching else 1)
+
     def most(own: Run) -> int:
-        least = LEAST_CONTINUATIONS * (run.multiple if run.config.executor.branching else 1)
         some = least, _most(own), run.multiple
         return largest(lambda n: taken(own.changed(continuations=n)), budget.usable, *some)
 
@@ -250,7 +251,7 @@ def _fit(run: Run, needs: Needs, budget: Budget) -> Iterator[str]:
     if found:
         yield f"  largest N at {prompts} x {plans} plans: {_count(found, run)}"
     else:
-        yield f"  largest N at {prompts} x {plans} plans: none, not even {LEAST_CONTINUATIONS} continuations fit"
+        yield f"  largest N at {prompts} x {plans} plans: none, not even {least} continuations fit"
     if found < n:
         fewer = largest(lambda count: taken(run.changed(prompts=count)), budget.usable, 1, prompts)
         yield f"  most prompts an iteration at {plans} plans x {n} continuations: {fewer or 'none, not even 1 fits'}"

@@ -300,7 +300,7 @@ def _weights(run: Run) -> list[Item]:
     own = parameters.weight_bytes - parameters.shared_bytes * (share - 1) // share
     items = [Item("executor's weights" + f", 1 / {share} of its blocks" * (share > 1), own, EXACT)]
     items += _adapter("executor", parameters.trained * FP32, ema=True)
-    if run.on_gpu and run.sizes.kernels and share == 1:
+    if (run.sizes.kernels if run.on_gpu else run.config.kernels == "auto") and share == 1:
         items.append(Item("executor's weights with the adapter merged", parameters.adapted_bytes, EXACT))
     if run.planner is not None:
         items += [] if run.planner_waits else [Item("planner's weights", run.planner.weights, EXACT)]
@@ -371,7 +371,7 @@ def _rollout(run: Run) -> list[Item]:
     plans = run.together // run.continuations
     prompts = plans * run.texts
     # a graph reads copies of its own; there are two of each batch, for denoiser calls and for context passes
-    copies = run.together + (2 * (run.together + plans) if run.graphs else 0)
+    copies = run.together + (2 * (run.recorded + 1) * plans if run.graphs else 0)
     noise = run.together * 2 * steps * sizes.latent_bytes(settings.chunk)
     return [
         Item("K/V of the prompts, and copies a branch", (prompts + copies) * sizes.text_bytes, ESTIMATED),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tempact.evaluation.ledger import Row
-from tempact.evaluation.statistics import plain
+from tempact.evaluation.statistics import NAN, interval, plain
 from tempact.files import reading, write_atomic
 from tempact.shapeworld.story import KINDS, Story
 
@@ -47,13 +47,12 @@ def event_rates(rows: Iterable[Row], methods: Sequence[str], resamples: int, see
     rates = []
     for method, counts in zip(methods, counted, strict=True):
         for kind, (done, told) in counts.items():
-            # every draw is of whole videos, the same for all methods
+            # every draw is of whole videos, the same for all methods that have the verdicts of all videos
             drawn = np.random.default_rng(seed).integers(0, len(told), (resamples, len(told)))
             total = told[drawn].sum(1)
             shares = done[drawn].sum(1)[total > 0] / total[total > 0]
-            low, high = np.percentile(shares, [2.5, 97.5])
             share = float(done.sum() / told.sum())
-            rates.append(EventRate(method, kind, share, (float(low), float(high)), int(told.sum())))
+            rates.append(EventRate(method, kind, share, interval(shares), int(told.sum())))
     return rates
 
 
@@ -79,4 +78,7 @@ def read_events(run_folder: Path) -> list[EventRate]:
         return []
     with reading(path):
         rows = json.loads(path.read_text(encoding="utf-8"))
-        return [EventRate(r["method"], r["kind"], r["share"], tuple(r["ci95"]), r["n"]) for r in rows]
+        spans = [tuple(NAN if end is None else end for end in row["ci95"]) for row in rows]
+        return [
+            EventRate(r["method"], r["kind"], r["share"], (a, b), r["n"]) for r, (a, b) in zip(rows, spans, strict=True)
+        ]

@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 SETTINGS, PLANS, VIDEOS, SCORES = "settings.json", "plans.jsonl", "videos.jsonl", "scores.jsonl"
 DONE = "done"  # what is posted beside rows of VIDEOS and SCORES: how many videos are done
 # makes a plan's video with continuations: its frames, and what was chosen at every switch
-BestVideo: TypeAlias = Callable[["Executor", Plan, "NoiseSource"], tuple[Tensor, list[dict[str, Any]]]]
+BestVideo: TypeAlias = Callable[["Executor", Plan, "NoiseSource"], tuple[Tensor, bool, list[dict[str, Any]]]]
 WAITING = 128  # verdicts on their way before the next video is made: their frames are held in memory
 
 
@@ -291,8 +291,8 @@ class Evaluation:
             if method.best_of > 1:
                 assert self._best_of is not None, method
                 for prompt, plan, source in zip(missing, chosen, sources, strict=True):
-                    own, choices = self._best_of(self.executor, plan, source)
-                    self._keep(method, seed, [(prompt, plan, own, False)], choices=choices)
+                    own, bad, choices = self._best_of(self.executor, plan, source)
+                    self._keep(method, seed, [(prompt, plan, own, bad)], choices=choices)
                 return
             made = self.executor.rollout(chosen, [0] * len(chosen), noise)
         broken = [False] * len(chosen) if made.broken is None else made.broken[:, 0].tolist()

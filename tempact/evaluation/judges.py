@@ -46,8 +46,11 @@ if TYPE_CHECKING:  # it needs transformers' CLIP
 JUDGED_FRAMES = {"simple": 6, "hard": 10}
 PICKSCORE_FRAMES = 8
 DRAWS, DRAWS_OF_OLD = {"draws": "a seed a video"}, {"draws": "a seed a batch"}  # of a folder that does not name them
-# of ShapeWorld's package: its instructions, pictures and judges
-CODE = ("story.py", "wording.py", "grammar.py", "crowd.py", "strict.py", "world.py", "matcher.py", "verifier/*.py")
+# of ShapeWorld's package: what its instructions mean, its pictures, its judges and what they read texts by
+CODE = (
+    "story.py", "wording.py", "grammar.py", "crowd.py", "strict.py", "matcher.py", "verifier/*.py",
+    "weights/judge/*.json",
+)  # fmt: skip
 COMBINED, TEMPORAL_ORDER = "combined", "temporal_order"
 CUT = "cut"  # beside a PickScore: 1 where CLIP did not read all of the prompt, else 0
 

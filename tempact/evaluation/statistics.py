@@ -122,7 +122,7 @@ class Bootstrap:
         for method in _unique(one.method for one in scores):
             for set_name, judge, cell in _cells([one for one in scores if one.method == method]):
                 sets = _by_set(cell)
-                interval = _interval(self._means(sets))
+                interval = interval(self._means(sets))
                 rows.append(Row(method, set_name, judge, _mean(sets), interval, _videos(sets)))
         return rows
 
@@ -156,10 +156,12 @@ class Bootstrap:
                 gains = [_gains(np.array([cells[key].scores for key in own], float)) for own in keys]
                 held_out, rewarded = np.mean([_present_mean(values) for values in gains], axis=0)
                 drawn = np.mean(self._drawn(gains), axis=0)
-                if _interval(drawn[1])[0] > 0:
+                if interval(drawn[1])[0] > 0:
                     share = float(held_out / rewarded)
-                    shares = np.divide(drawn[0], drawn[1], out=np.full_like(drawn[0], NAN), where=drawn[1] != 0)
-                    return replace(found, confirmed=share, confirmed_ci95=_interval(shares))
+                    # without a gain in a draw its share has no bound; such draws are too few to be an end
+                    shares = np.divide(drawn[0], drawn[1], out=np.full_like(drawn[0], np.inf), where=drawn[1] > 0)
+                    low, high = np.percentile(shares, [2.5, 97.5], method="lower")
+                    return replace(found, confirmed=share, confirmed_ci95=(float(low), float(high)))
         return found
 
     def _comparison(
@@ -172,8 +174,8 @@ class Bootstrap:
         own_means, base_means = self._means(own), self._means(base)  # one seed draws the same videos for both
         relative = np.divide(own_means, base_means, out=np.full_like(own_means, np.nan), where=base_means != 0) - 1
         means = _mean(base), _mean(own)
-        differences = means[1] - means[0], _interval(own_means - base_means)
-        return Comparison(*names, *differences, relative_change(*means[::-1]), _interval(relative), _videos(own), means)
+        differences = means[1] - means[0], interval(own_means - base_means)
+        return Comparison(*names, *differences, relative_change(*means[::-1]), interval(relative), _videos(own), means)
 
     def _means(self, sets: Sets) -> np.ndarray:
         """[resamples]: `_mean` with each set's prompts drawn anew with replacement, alike for all its judges."""
@@ -304,7 +306,7 @@ def _present_mean(values: np.ndarray) -> np.ndarray:
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
-def _interval(means: np.ndarray) -> tuple[float, float]:
+def interval(means: np.ndarray) -> tuple[float, float]:
     means = means[np.isfinite(means)]
     if not len(means):
         return NAN, NAN

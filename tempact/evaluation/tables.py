@@ -78,8 +78,8 @@ class Table:
 
 
 def build_table(rows: Sequence[Row], comparisons: Sequence[Comparison] = ()) -> Table:
-    """Columns: simple and hard under each judge, the average with its change against step-prompt, quality and
-    duplicates averaged over the sets. A cell that nobody measured is a dash.
+    """Columns: simple and hard under each judge, the average with its change against step-prompt, or the method's own
+    baseline of BASELINES, quality and duplicates averaged over the sets. A cell that nobody measured is a dash.
 
     Changes are those of the paired `comparisons`: over the videos that both methods have scores of.
     """
@@ -111,7 +111,9 @@ def narrow_table(rows: Sequence[Row], comparisons: Sequence[Comparison]) -> list
         if math.isnan(one.relative):  # of a baseline of 0
             change = ranged(f"{one.difference:+.3f}", span(one.ci95, "{:+.3f}".format))
         shown.append(f"{BOTH} against {one.baseline}, video by video: {change}")
-    return [*shown, *confirmed_text(comparisons)]
+    others = [f"{name}: change against {BASELINES[name]}" for name, _ in table.rows if name in BASELINES]
+    others = [name for name in others if not name.endswith(f"against {STEP}")]
+    return [*shown, *others, *confirmed_text(comparisons)]
 
 
 def _side_by_side(columns: Sequence[str], rows: Sequence[tuple[str, tuple[Cell, ...]]]) -> list[str]:

@@ -77,7 +77,7 @@ class BestOf:
         return max(0, longest - chunk) * len(self.groups[0])
 
 
-class Forks:
+class ChosenChunks:
     """Makes the chunks of one video, with continuations where `best_of` says so.
 
     states: the decoder's state, a list of one, of all that has been yielded and decoded; it is read and never moved.

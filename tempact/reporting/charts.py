@@ -14,6 +14,7 @@ from PIL import Image
 from tempact.config import HISTOGRAM_BINS, HISTOGRAM_REACH
 from tempact.reporting import HISTOGRAM
 from tempact.reporting.strips import data_uri
+from tempact.shapeworld.story import KINDS
 
 SMOOTHING = 0.15  # weight of the newest value in the thick line
 MOST_PARTS = 400  # of a line, each drawn by its least and its greatest value: about one a pixel
@@ -33,7 +34,6 @@ class Panel:
 
 
 POLICIES = ("executor", "planner")
-KINDS = ("move", "turn", "grow", "shrink", "vanish", "appear", "jump", "blink")  # of ShapeWorld's events
 RAW = ("temporal_following", "step_following", "aesthetics", "plan_quality", "format_score")
 ENDS, PHASES = ("low", "high"), ("plan", "rollout", "rewards", "update")
 PANELS = (

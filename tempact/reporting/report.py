@@ -17,7 +17,7 @@ from markupsafe import Markup
 from tempact.cli import dotted
 from tempact.config import AlarmConfig, RunConfig, sections_of
 from tempact.errors import UserError
-from tempact.evaluation import BOTH
+from tempact.evaluation import BOTH, STEP
 from tempact.evaluation.events import EventRate, read_events
 from tempact.evaluation.harness import Evaluation
 from tempact.evaluation.judges import COMBINED
@@ -49,7 +49,7 @@ from tempact.evaluation.tables import (
 from tempact.files import reading, write_atomic
 from tempact.reporting import ENVIRONMENT, METRICS, Session, duration, read_environment, read_metrics
 from tempact.reporting.alarms import ALARMS, changes
-from tempact.reporting.charts import BOTTOM, HEIGHT, KINDS, LEFT, RIGHT, TOP, WIDTH, charts, heats
+from tempact.reporting.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, charts, heats
 from tempact.reporting.strips import (
     SCORES,
     Film,
@@ -61,6 +61,7 @@ from tempact.reporting.strips import (
     scenes,
     sheet,
 )
+from tempact.shapeworld.story import KINDS
 
 log = logging.getLogger(__name__)
 
@@ -211,7 +212,7 @@ def _write_page(path: Path, **parts: object) -> Path:
     environment.filters["signed_span"] = lambda ends: span(ends, "{:+.3f}".format)
     environment.filters["percent_span"] = lambda ends: span(ends, percent)
     page = environment.get_template("report.html.j2").render(
-        own=BOTH, average=AVERAGE, scores=SCORES, box=(WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM), **parts
+        own=BOTH, step=STEP, average=AVERAGE, scores=SCORES, box=(WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM), **parts
     )
     write_atomic(path, page.encode("utf-8", "replace"))  # of texts from outside, half a surrogate pair
     return path

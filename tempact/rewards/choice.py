@@ -52,7 +52,7 @@ class Chooser:
         chosen = {name: own[name].weight if name in own else getattr(weights, name) for name in names or usual}
         chosen = {name: weight for name, weight in chosen.items() if weight}
         if not chosen:
-            raise UserError("best_of.rewards: found none with a weight; accepted: rewards with weights above 0")
+            raise UserError("best_of.rewards: found none with a weight; accepted: rewards with weights other than 0")
         following, step, pictures = (getattr(rewards, n) if n in chosen else unasked for n in VIDEO_REWARDS)
         asked = replace(
             rewards, plan_quality=unasked, temporal_following=following, step_following=step, aesthetics=pictures,
@@ -79,10 +79,9 @@ class Chooser:
         scoring.ask(range(1), frames[None], [span], broken[None])
         found = scoring.scores()[1][2]
         scores = {name: found[name].expand(1, len(frames))[0].double() for name in self.weights}
-        total = torch.zeros(len(frames), dtype=torch.float64)
-        for name, weight in self.weights.items():
-            if not torch.isnan(scores[name]).all():
-                total = total + weight * scores[name]
+        self.rewards.metrics()  # of an iteration: here nobody asks for them, and they would add up
+        counted = [weight * scores[name] for name, weight in self.weights.items() if not scores[name].isnan().all()]
+        total = torch.stack(counted or [torch.full((len(frames),), math.nan, dtype=torch.float64)]).sum(0)
         total = total.masked_fill(broken.cpu(), math.nan)
         chosen = int(total.nan_to_num(-math.inf).argmax()) if not torch.isnan(total).all() else 0
         return Choice(chosen, {name: own.tolist() for name, own in (scores | {TOTAL: total}).items()})

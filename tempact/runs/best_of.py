@@ -43,19 +43,21 @@ class Selection:
         told = {name: value for name, value in keys if name.startswith("best_of.") and name != TOGETHER}
         return {"continuations": self.count, "weights": self.chooser.weights, **told}
 
-    def video(self, executor: Executor, plan: Plan, noise: NoiseSource) -> tuple[Tensor, list[dict[str, Any]]]:
-        """All frames of a plan's video, and what was chosen."""
+    def video(self, executor: Executor, plan: Plan, noise: NoiseSource) -> tuple[Tensor, bool, list[dict[str, Any]]]:
+        """All frames of a plan's video, whether latents of it are not finite, and what was chosen."""
         choices: list[dict[str, Any]] = []
-        return torch.cat([*self.stream(executor, plan, noise, choices)]), choices
+        broken: list[bool] = []
+        return torch.cat([*self.stream(executor, plan, noise, choices, broken)]), any(broken), choices
 
     def stream(
-        self, executor: Executor, plan: Plan, noise: NoiseSource, choices: list[dict[str, Any]]
-    ) -> Iterator[Tensor]:
+        self, executor: Executor, plan: Plan, noise: NoiseSource, choices: list[dict[str, Any]],
+        broken: list[bool] | None = None,
+    ) -> Iterator[Tensor]:  # fmt: skip
         """The frames of a plan's video, as `stream_frames`. `choices` gets what was chosen, switch by switch: first
         latent frame and number of latent frames of the continuations, the number of the one that goes on, all scores.
         """
         if self.chooser is None:
-            yield from stream_frames(executor, plan, noise)
+            yield from stream_frames(executor, plan, noise, broken=broken)
             return
         chooser, settings = self.chooser, self.config.best_of
 
@@ -68,7 +70,7 @@ class Selection:
             return choice.chosen
 
         given = settings.chunks, settings.first, settings.together, not chooser.local
-        yield from stream_frames(executor, plan, noise, BestOf(self.count, choose, *given))
+        yield from stream_frames(executor, plan, noise, BestOf(self.count, choose, *given), broken)
 
 
 def span_of(plan: Plan, made: Continuations, before: int) -> Span:

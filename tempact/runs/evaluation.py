@@ -38,6 +38,8 @@ from tempact.worlds import STRICT, world_of
 
 log = logging.getLogger(__name__)
 
+LATER = ("planner.spans",)
+
 CONFIG = "config.yaml"
 SHOWN = {SINGLE: "single prompt", STEP: "before: step prompts", BOTH: "after: + TempAct"}  # rows of the film strips
 Load = Callable[[], tuple[PolicyPair, str]]  # the policies, and the name of their weights
@@ -147,7 +149,15 @@ def table_settings(config: RunConfig) -> dict[str, object]:
     keys = keys_of(RunConfig)
     chosen = {name for name in keys if name.startswith("evaluation.")} - {"evaluation.strips"}
     chosen -= {f"evaluation.{name}" for name in (SETS if is_strict(config) else ("suite", "strict"))}
-    return {name: value for name, value in flatten(config).items() if keys[name].sets == VIDEO or name in chosen}
+    return video_settings(config) | {name: value for name, value in flatten(config).items() if name in chosen}
+
+
+def video_settings(config: RunConfig) -> dict[str, object]:
+    """The values that videos of given weights depend on, beyond rounding. Keys of LATER are among them where they are
+    not as they were before there was such a key, so that what was made then goes on."""
+    keys = keys_of(RunConfig)
+    told = {name: value for name, value in flatten(config).items() if keys[name].sets == VIDEO}
+    return {name: value for name, value in told.items() if name not in LATER or value != keys[name].default}
 
 
 def is_strict(config: RunConfig) -> bool:
@@ -241,9 +251,7 @@ def evaluate_benchmark(
 
 def policy_digest(config: RunConfig) -> str:
     """Short hash of the values that videos of given weights depend on, beyond rounding."""
-    keys = keys_of(RunConfig)
-    told = {name: value for name, value in flatten(config).items() if keys[name].sets == VIDEO}
-    return digest(told)
+    return digest(video_settings(config))
 
 
 def adapters_digest(policies: PolicyPair) -> str:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -128,8 +129,10 @@ def generate(
     if best_of == 1:
         yield from stream_frames(pair.executor, own, noise)
         return
-    with selecting(best_of, pair.config, pair.executor.device) as selection:
-        yield from selection.stream(pair.executor, own, noise, [] if choices is None else choices)
+    with TemporaryDirectory() as folder:  # of the books on judges: a run's own are not charged
+        own_books = replace(pair.config, output=folder)
+        with selecting(best_of, own_books, pair.executor.device) as selection:
+            yield from selection.stream(pair.executor, own, noise, [] if choices is None else choices)
 
 
 def make_videos(

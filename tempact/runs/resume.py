@@ -112,7 +112,8 @@ def check_config(checkpoint: Checkpoint, config: RunConfig) -> None:
     )
     gone = sorted(name for name in then.keys() - now.keys() if then[name] or name not in REPLACED)
     if gone:
-        log.warning("%s: passed over, as this version has no such keys: %s", checkpoint.path, ", ".join(gone))
+        told = (f"{name} (now {REPLACED[name]})" if name in REPLACED else name for name in gone)
+        log.warning("%s: passed over, as this version has no such keys: %s", checkpoint.path, ", ".join(told))
     before |= then
     changed = {
         name: f"{name} ({json.dumps(before.get(name))} -> {json.dumps(value)})"

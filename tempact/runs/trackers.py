@@ -258,6 +258,8 @@ def _end_alone(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(POLL_S)
     time.sleep(ORPHAN_S)
+    if os.getpgrp() == os.getpid():  # it leads a session of its own, with what the package has started
+        os.killpg(os.getpgrp(), signal.SIGKILL)
     os._exit(1)
 
 

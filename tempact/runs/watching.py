@@ -44,17 +44,22 @@ class Watching:
         return self.ranks.from_first(lambda: self._seen(iteration, watch, videos))
 
     def _shown(self, iteration: Iteration) -> dict[tuple[int, int], Tensor]:
-        """The videos that are looked at and that this process has made, by plan and continuation, on the host."""
-        numbers = [n for n in iteration.continuations if n < self.settings.continuations]
-        return {
-            (plan, n): iteration.rollout.frames[plan, iteration.continuations.index(n)].cpu()
+        """The videos that are looked at and that this process has made, by plan and continuation, on the host; none
+        that is broken."""
+        frames, broken = iteration.rollout.frames, iteration.rollout.broken
+        places = {
+            (plan, n): (plan, iteration.continuations.index(n))
             for plan in iteration.own
-            for n in numbers
+            for n in iteration.continuations
+            if n < self.settings.continuations
         }
+        return {own: frames[at].cpu() for own, at in places.items() if broken is None or not bool(broken[at])}
 
     def _seen(self, iteration: Iteration, watch: Watch, videos: Mapping[tuple[int, int], Tensor]) -> dict[str, float]:
         """Means over the videos, and the alarms that follow."""
         places = sorted(videos)
+        if not places:
+            return {}
         texts = [iteration.plans.prompt_of(plan).text for plan, _ in places]
         scores = watch(texts, torch.stack([videos[place] for place in places]))
         scores["reward"] = [iteration.scored.temporal_following[place].item() for place in places]

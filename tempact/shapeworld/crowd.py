@@ -25,7 +25,10 @@ from tempact.shapeworld.story import (
     states,
 )
 
-ACCEPTED = "one shape a row, or a second one that stands still and is only passed by the first, which keeps its colour"
+ACCEPTED = (
+    "one shape a row, or a second one of another colour that stands still and is only passed by the first, which keeps "
+    "its colour"
+)
 COVERED = 0.75  # share of the bystander behind another shape from which a frame says nothing about it
 THERE, GONE = 0.9, 0.75  # shares of its ink, of what is due, at which it is seen well and not at all
 TIDY, SMEARED = 0.15, 0.35  # the same of ink in its colour next to it
@@ -37,7 +40,7 @@ def find_bystander(story: Story) -> int | None:
     """Number of the entity that shares its row and has no event; None where every entity has a row of its own.
 
     UserError where both entities of a row have events or none has, and where the other one stops in front of the
-    bystander or turns a colour (its colour tells it from the bystander while it passes).
+    bystander, turns a colour or has the bystander's (its colour tells it from the bystander while it passes).
     """
     for row in range(len(ROWS)):
         own = [i for i, entity in enumerate(story.entities) if entity.row == row]
@@ -49,7 +52,8 @@ def find_bystander(story: Story) -> int | None:
         stops = actor is not None and any(
             scene[actor].column == story.entities[still[0]].column for scene in states(story) if still
         )
-        if len(own) > 2 or len(still) != 1 or turns or stops:
+        alike = len({story.entities[i].colour for i in own}) < len(own)
+        if len(own) > 2 or len(still) != 1 or turns or stops or alike:
             raise UserError(f"instruction: found {len(own)} shapes in the {ROWS[row]} row; accepted: {ACCEPTED}")
         return still[0]
     return None

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
+from tempact.config import refuse
 from tempact.errors import UserError
 from tempact.shapeworld.crowd import actors_only, find_bystander
 from tempact.shapeworld.grammar import (
@@ -29,24 +30,29 @@ from tempact.shapeworld.wording import HELD_OUT, TRAINED
 from tempact.types import Plan, Prompt
 
 MIDDLE = COLUMNS.index("middle")  # the place of a bystander: what moves from one side to the other passes it
-# number of events -> share of the stories
+# number of events -> share of the stories that are drawn. Those whose sequence stands there are drawn anew, so that short
+# ones, of which there are few, become fewer the larger a set is
 PARAPHRASED = {1: 0.15, 2: 0.35, 3: 0.3, 4: 0.2}  # as in the simple and the hard set together
 LONG = {5: 0.5, 6: 0.5}
+TRIES = 1000  # stories drawn for an instruction before there is none of a new sequence
 CROWDED = {2: 0.5, 3: 0.5}
 
 
 def strict_prompts(category: str, count: int, seed: int, split: str) -> list[Prompt]:
-    """`count` instructions of one of STRICT_SETS; the first ones are the same for any count."""
+    """`count` instructions of one of STRICT_SETS; the first ones are the same for any count. UserError for more than
+    the split has sequences of."""
     rng = random.Random(f"{seed}/{category}")
     sample, wording = SETS[category]
     prompts: list[Prompt] = []
     told: set[str] = set()
     while len(prompts) < count:
-        story = sample(rng, split)
-        if event_sequence(story) not in told:
-            told.add(event_sequence(story))
-            text = write_instruction(story, rng, wording)
-            prompts.append(Prompt(f"{split}-{category}-{len(prompts)}", text, category))
+        drawn = (sample(rng, split) for _ in range(TRIES))
+        story = next((story for story in drawn if event_sequence(story) not in told), None)
+        if story is None:
+            refuse("evaluation.strict", count, f"at most {len(prompts)}, the sequences of {category} in {split}")
+        told.add(event_sequence(story))
+        text = write_instruction(story, rng, wording)
+        prompts.append(Prompt(f"{split}-{category}-{len(prompts)}", text, category))
     return prompts
 
 

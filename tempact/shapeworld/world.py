@@ -156,21 +156,23 @@ class TemporalFollowing:
 
 
 def step_following(prompts: list[str], plans: list[Plan], frames: Tensor, spans: list[Span | None]) -> Tensor:
-    """L [P, N] in [0, 1]: the verifier on the switched step; on the first one, which only best-of-N asks about, how
-    intact the story's opening is. NaN where no step begins at the switch frame, and where the step's prompt cannot be
-    read."""
+    """L [P, N] in [0, 1]: the verifier on the switched step; on a first one without events, which best-of-N and random
+    chunks ask about, how intact the story's opening is in its frames. NaN where no step begins at the switch frame, and
+    where the step's prompt cannot be read."""
     count = frames.shape[1]
     scores = torch.full(frames.shape[:2], float("nan"))
     rows: list[int] = []
     told: list[tuple[Story, tuple[int, int], list[Event]]] = []
     for p, (plan, span) in enumerate(zip(plans, spans, strict=True)):
         story = parse_instruction(plan.instruction)
-        if span is not None and span.step.start == 0:
-            opening, _ = without_bystanders(frames[p].float() / 255.0, [story] * count)
-            scores[p] = verify_opening(opening, [actors_only(story)] * count).cpu()
-            continue
         reading = read_step(span.step.prompt, actors_only(story).entities) if span is not None else None
-        if span is not None and reading is not None:
+        if span is None or reading is None:
+            continue
+        if span.step.start == 0 and not reading.events:
+            own = frames[p, :, : span.last + 1].float() / 255.0
+            opening, _ = without_bystanders(own, [story] * count)
+            scores[p] = verify_opening(opening, [actors_only(story)] * count).cpu()
+        else:
             rows.append(p)
             start = max(1, span.step.start)  # before a video's first frame there is no state to begin with
             told.append((story, (start, span.step.end), list(reading.events)))

@@ -703,9 +703,10 @@ def test_rows_of_best_of_n_stand_beside_those_of_one(bench: Bench) -> None:
     """Their videos are made one by one, with the noise of all others, and their rows say what was chosen."""
     made: list[tuple[str, tuple[int, ...], float, bool]] = []
 
-    def best(executor: FakeExecutor, plan: Plan, noise) -> tuple[Tensor, list[dict]]:
+    def best(executor: FakeExecutor, plan: Plan, noise) -> tuple[Tensor, bool, list[dict]]:
         made.append((plan.instruction, noise.shape, noise.draw(0, 0, 0).sum().item(), executor.started))
-        return torch.full((6, 3, SIDE, SIDE), 200, dtype=torch.uint8), [{"frame": 3, "continuation": len(made)}]
+        frames = torch.full((6, 3, SIDE, SIDE), 200, dtype=torch.uint8)
+        return frames, False, [{"frame": 3, "continuation": len(made)}]
 
     methods = with_best_of([SINGLE, STEP, BOTH], 4)
     assert [method.name for method in methods[3:]] == ["step-prompt, best of 4", "+ TempAct, best of 4"]
