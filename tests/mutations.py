@@ -709,7 +709,7 @@ MUTATIONS = [
     ),
     Mutation(
         "tempact/rewards/__init__.py",
-        "step = None if start is None else plan.steps[plan.step_at(start)]",
+        "step = next((s for s in plan.steps if start is not None and s.start <= start < s.end), None)",
         "step = None if start is None else plan.steps[0]",
         ("tests/rewards/test_step_following.py",),
     ),

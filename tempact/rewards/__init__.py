@@ -69,7 +69,7 @@ def switch_spans(plans: PlanBatch, rollout: Rollout, depth: int = 0, *, within: 
     spans: list[Span | None] = []
     for number, plan in enumerate(plans.plans):
         start = starts.get(number)
-        step = None if start is None else plan.steps[plan.step_at(start)]
+        step = next((s for s in plan.steps if start is not None and s.start <= start < s.end), None)
         if start is None or step is None or not (within or step.start == start):
             spans.append(None)
             continue
