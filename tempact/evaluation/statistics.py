@@ -122,8 +122,8 @@ class Bootstrap:
         for method in _unique(one.method for one in scores):
             for set_name, judge, cell in _cells([one for one in scores if one.method == method]):
                 sets = _by_set(cell)
-                interval = interval(self._means(sets))
-                rows.append(Row(method, set_name, judge, _mean(sets), interval, _videos(sets)))
+                ci95 = interval(self._means(sets))
+                rows.append(Row(method, set_name, judge, _mean(sets), ci95, _videos(sets)))
         return rows
 
     def compare(self, scores: Sequence[MethodScores], baseline: str = STEP) -> list[Comparison]:
@@ -158,6 +158,7 @@ class Bootstrap:
                 drawn = np.mean(self._drawn(gains), axis=0)
                 if interval(drawn[1])[0] > 0:
                     share = float(held_out / rewarded)
+                    drawn = drawn[:, np.isfinite(drawn).all(0)]
                     # without a gain in a draw its share has no bound; such draws are too few to be an end
                     shares = np.divide(drawn[0], drawn[1], out=np.full_like(drawn[0], np.inf), where=drawn[1] > 0)
                     low, high = np.percentile(shares, [2.5, 97.5], method="lower")
@@ -307,6 +308,7 @@ def _present_mean(values: np.ndarray) -> np.ndarray:
 
 
 def interval(means: np.ndarray) -> tuple[float, float]:
+    """The 95% percentile interval of draws; NaN where there are none. Draws that are not finite are left out."""
     means = means[np.isfinite(means)]
     if not len(means):
         return NAN, NAN

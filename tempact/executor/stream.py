@@ -27,8 +27,8 @@ def stream_latents(
 ) -> Iterator[Tensor]:
     """The clean latents of a plan's video, fp32 [C, c, H, W] a chunk.
 
-    noise: of one plan, and of one continuation or those that are chosen from. The plan is as long as the executor's videos. An
-    iterator that is dropped half-way gives its cache rows back.
+    noise: of one plan, and of one continuation or those that are chosen from. The plan is as long as the executor's
+    videos. An iterator that is dropped half-way gives its cache rows back.
     """
     settings = executor.settings
     assert plan.frames == settings.frames, (plan.frames, settings.frames)

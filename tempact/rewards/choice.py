@@ -81,7 +81,8 @@ class Chooser:
         scores = {name: found[name].expand(1, len(frames))[0].double() for name in self.weights}
         self.rewards.metrics()  # of an iteration: here nobody asks for them, and they would add up
         counted = [weight * scores[name] for name, weight in self.weights.items() if not scores[name].isnan().all()]
-        total = torch.stack(counted or [torch.full((len(frames),), math.nan, dtype=torch.float64)]).sum(0)
+        total = torch.stack([torch.zeros(len(frames), dtype=torch.float64), *counted]).sum(0)
         total = total.masked_fill(broken.cpu(), math.nan)
         chosen = int(total.nan_to_num(-math.inf).argmax()) if not torch.isnan(total).all() else 0
+        total = total if counted else torch.full_like(total, math.nan)
         return Choice(chosen, {name: own.tolist() for name, own in (scores | {TOTAL: total}).items()})

@@ -30,8 +30,8 @@ from tempact.shapeworld.wording import HELD_OUT, TRAINED
 from tempact.types import Plan, Prompt
 
 MIDDLE = COLUMNS.index("middle")  # the place of a bystander: what moves from one side to the other passes it
-# number of events -> share of the stories that are drawn. Those whose sequence stands there are drawn anew, so that short
-# ones, of which there are few, become fewer the larger a set is
+# number of events -> share of the stories that are drawn. Those whose sequence stands there are drawn anew, so that
+# short ones, of which there are few, become fewer the larger a set is
 PARAPHRASED = {1: 0.15, 2: 0.35, 3: 0.3, 4: 0.2}  # as in the simple and the hard set together
 LONG = {5: 0.5, 6: 0.5}
 TRIES = 1000  # stories drawn for an instruction before there is none of a new sequence

@@ -57,3 +57,16 @@ def test_shares_are_of_events_and_intervals_over_videos(tmp_path: Path) -> None:
     assert read_events(tmp_path) == [replace(one, share=round(one.share, 6)) for one in found]
     assert read_events(tmp_path / "none") == []
     assert event_rates([row("a", "step-prompt", verifier=0.5)], ["step-prompt"], 10, 1) == []
+
+
+def test_a_draw_without_the_kind_says_nothing(tmp_path: Path) -> None:
+    """With one draw of ten videos the only one that tells a turn may not be among them."""
+    rows = [row(f"{n}", "step-prompt", verifier=0.5, **{f"0 {'turn' if n == 9 else 'move'}": 1.0}) for n in range(10)]
+    spans = []
+    for seed in range(8):
+        found = {one.kind: one for one in event_rates(rows, ["step-prompt"], 1, seed)}
+        assert found["turn"].share == 1.0 and found["move"].ci95 == (1.0, 1.0)
+        write_events(tmp_path, list(found.values()), {})
+        assert repr(read_events(tmp_path)) == repr(list(found.values()))
+        spans.append(found["turn"].ci95)
+    assert (1.0, 1.0) in spans and any(low != low for low, _ in spans)

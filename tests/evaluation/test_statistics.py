@@ -337,3 +337,19 @@ def test_rows_of_overfitting_are_against_their_own_untrained_ones() -> None:
     }  # fmt: skip
     assert compared["single-prompt, trained executor"].relative == pytest.approx(0.5)
     assert compared["reworded steps, trained executor"].relative == pytest.approx(0.5)
+
+
+def test_draws_without_a_gain_have_no_upper_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2% of the draws have none: they are the largest shares, not the smallest."""
+    rewarded = np.concatenate([np.linspace(-0.01, 0.0, 20), np.linspace(0.02, 0.1, 980)])
+    drawn = np.stack([np.full(1000, 0.06), rewarded])
+    monkeypatch.setattr(Bootstrap, "_drawn", lambda self, gains: [drawn])
+    scores = [
+        MethodScores(method, "simple", judge, [level, level + 0.1])
+        for method, levels in (("step-prompt", (0.2, 0.3)), ("+ TempAct", (0.26, 0.36)))
+        for judge, level in zip(("verifier", "matcher"), levels, strict=True)
+    ]
+    one = next(one for one in Bootstrap(1000, 0).compare(scores) if (one.set, one.judge) == ("simple", "matcher"))
+    assert one.confirmed == pytest.approx(1.0)
+    low, high = one.confirmed_ci95
+    assert low == pytest.approx(0.06 / rewarded[975], rel=0.01) and high == pytest.approx(0.06 / rewarded[25], rel=0.03)

@@ -66,7 +66,8 @@ def test_missing_scores_never_win() -> None:
     assert found.chosen == 3 and [math.isnan(one) for one in found.scores[TOTAL]] == [True, False, True, False]
     nothing = scoring(NAN, NAN, NAN, NAN)
     assert chosen(nothing, scoring(0.1, 0.2, 0.3, 0.1)).chosen == 2  # a reward that nobody has is left out
-    assert chosen(nothing, nothing).chosen == 0
+    none = chosen(nothing, nothing)
+    assert none.chosen == 0 and all(map(math.isnan, none.scores[TOTAL]))
     assert chosen(nothing, nothing, broken=torch.tensor([True, False, False, False])).chosen == 1
     broken = torch.tensor([False, False, False, True])
     assert chosen(step, pictures, broken=broken).chosen == 1

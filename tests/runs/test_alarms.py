@@ -28,7 +28,7 @@ from tempact.runs.watching import Watching
 from tempact.shapeworld.grammar import parse_instruction
 from tempact.shapeworld.verifier import verify
 from tempact.shapeworld.watch import ShapeWorldWatch
-from tempact.types import Prompt
+from tempact.types import Prompt, Rollout
 from tempact.worlds import ShapeWorld, Wan, world_of
 
 SETTINGS = AlarmConfig(every=2, continuations=2, window=4)
@@ -99,7 +99,7 @@ def iterations(name: str) -> list[Any]:
             SimpleNamespace(
                 number=2 * (look + 1),
                 plans=SimpleNamespace(prompt_of=prompts.__getitem__),
-                rollout=SimpleNamespace(frames=(frames * 255).round().to(torch.uint8)),
+                rollout=Rollout((frames * 255).round().to(torch.uint8)),
                 scored=SimpleNamespace(temporal_following=torch.tensor(paid).view(4, 2)),
                 own=frozenset(range(4)),
                 continuations=range(2),
@@ -168,6 +168,17 @@ def test_processes_see_together_what_one_would_see() -> None:
     # of processes that share weights one has the first continuations
     part = SimpleNamespace(**vars(iteration) | {"continuations": range(2, 4)})
     assert alone._shown(part) == {}
+
+
+def test_broken_videos_are_not_looked_at() -> None:
+    (iteration, *_) = iterations("honest")
+    alone = Watching(SETTINGS, WATCH, Ranks())
+    broken = torch.zeros(4, 2, dtype=torch.bool)
+    broken[2, 0] = True
+    iteration.rollout.broken = broken
+    assert {(plan, n) for plan in range(4) for n in range(2)} - alone._shown(iteration).keys() == {(2, 0)}
+    iteration.rollout.broken = torch.ones(4, 2, dtype=torch.bool)
+    assert alone.look(iteration) == {}
 
 
 def test_no_look_is_taken_where_none_is_due_or_nobody_looks() -> None:

@@ -19,7 +19,7 @@ from tempact.shapeworld.pretraining.matcher import corrupt, corrupted_tracks
 from tempact.shapeworld.story import CHUNK, COLOUR, FRAMES, OPACITY, SHAPES, Entity, Event, Story, X, draw
 from tempact.shapeworld.strict import sample_crowded
 from tempact.shapeworld.verifier import picture_quality, verify
-from tempact.shapeworld.world import judge_plan, step_following, temporal_following
+from tempact.shapeworld.world import TemporalFollowing, judge_plan, step_following
 
 SCENE = (
     "A green square is at the top middle and a red circle is at the top left and a blue cross is at the bottom right."
@@ -85,7 +85,7 @@ def test_only_a_story_of_three_has_steps_with_three() -> None:
 def test_what_cannot_be_told_apart_is_refused(events: str, found: str) -> None:
     with pytest.raises(UserError, match=found) as error:
         parse_instruction(f"{SCENE} {events}")
-    assert "accepted: one shape a row, or a second one that stands still" in str(error.value)
+    assert "accepted: one shape a row, or a second one of another colour that stands still" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,14 @@ def test_rewards_take_the_bystander_for_granted_in_a_step_and_ask_for_it_in_a_vi
     frames = (255 * torch.cat(videos)).round().to(torch.uint8)[None]
     step = plan.steps[2]
     span = Span(step.start, step.start + CHUNK - 1, step)
-    whole = temporal_following([TEXT], [plan], frames, [span])[0].tolist()
+    whole = TemporalFollowing()([TEXT], [plan], frames, [span])[0].tolist()
     assert whole[0] > 0.95 and whole[1] == pytest.approx(whole[0] / 2, abs=1e-3)
     assert step_following([TEXT], [plan], frames, [span])[0].min() > 0.95
     assert judge_plan(plan).score() == pytest.approx(0.9)
+
+
+def test_a_bystander_is_told_from_what_passes_it_by_its_colour() -> None:
+    text = "A {} circle is at the top left and a red square is at the top middle. The circle moves to the right."
+    assert find_bystander(parse_instruction(text.format("blue"))) == 1
+    with pytest.raises(UserError, match=r"found 2 shapes in the top row; accepted: .* a second one of another colour"):
+        parse_instruction(text.format("red"))

@@ -233,3 +233,16 @@ def test_a_first_step_is_followed_where_the_opening_stands() -> None:
     frames[0, 2, 1:] = 0
     step = shapeworld_rewards().step_following([TEXT], [good], frames, [span])[0].tolist()
     assert step[0] > 0.95 and step[1] < 0.05 and 0.2 < step[2] < 0.4
+
+
+@pytest.mark.parametrize(("fork", "last"), [(3, 8), (6, 8)])
+def test_a_first_step_that_tells_an_event_is_followed_by_its_event(fork: int, last: int) -> None:
+    """As a random chunk in it asks: standing still is no way to follow it."""
+    good, rewards = reference_plan(TEXT), shapeworld_rewards()
+    story = parse_instruction(TEXT)
+    first = Step(0, last + 1, f"{good.steps[0].prompt} {good.steps[1].prompt}")
+    assert story.events and good.steps[1].start == CHUNK
+    span = Span(0, last, first, fork)
+    frames = rollout([[RIGHT, STILL]], [fork]).frames
+    followed, still = rewards.step_following([TEXT], [good], frames, [span])[0].tolist()
+    assert followed > 0.4 and followed > still + 0.2
