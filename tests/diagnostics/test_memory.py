@@ -424,6 +424,15 @@ def test_a_rank_has_its_share_of_the_plans_and_the_first_one_the_text_encoder() 
     )
 
 
+def test_on_a_cpu_the_adapter_is_merged_unless_the_torch_path_is_asked_for() -> None:
+    config, what = replace(get_preset("shapeworld-smoke"), device="cpu"), "executor's weights with the adapter merged"
+    auto, torch_path = (
+        kept_of(needs_of(run_of(replace(config, kernels=kernels), on_gpu=False), planning=False))
+        for kernels in ("auto", "torch")
+    )
+    assert auto.pop(what) > 0 and auto == torch_path
+
+
 def test_the_plan_of_several_ranks_says_whose_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "MOST_BRANCHES", 4)
     config = replace(get_preset("shapeworld-smoke"), output=str(tmp_path / "run"), device="cpu")

@@ -19,6 +19,7 @@ from tempact.evaluation import METHODS, OVERFITTING
 from tempact.evaluation.harness import Evaluation
 from tempact.evaluation.judges import Suite
 from tempact.evaluation.statistics import MethodScores, read_evaluation, read_origin
+from tempact.presets import get_preset
 from tempact.runs import evaluation, run
 from tempact.runs.checkpoint import Checkpoint, save, verify
 from tempact.shapeworld import STRICT_SETS
@@ -289,3 +290,13 @@ def test_the_split_decides_the_instructions(finished: Path) -> None:
     other = replace(config, evaluation=replace(config.evaluation, split="validation"))
     texts = [[p.text for p in evaluation.instructions(one.evaluation)["simple"]] for one in (config, other)]
     assert len(texts[0]) == len(texts[1]) == 2 and not set(texts[0]) & set(texts[1])
+
+
+def test_a_key_that_older_versions_had_not_changes_no_hash_at_its_default() -> None:
+    plain = get_preset("shapeworld-smoke")
+    uniform = replace(plain, planner=replace(plain.planner, spans="uniform"))
+    assert (
+        evaluation.policy_digest(plain) == "9db5b53d568b" != evaluation.policy_digest(uniform)
+    )  # as before planner.spans
+    told = evaluation.table_settings(uniform)
+    assert "planner.spans" not in evaluation.table_settings(plain) and told["planner.spans"] == "uniform"
