@@ -126,8 +126,9 @@ after the evaluation its videos. `--tracker_project` names the project of wandb 
 
 Each is a process of its own at low priority that reads metrics.jsonl, so that none can stop or slow a run: one that
 is not installed, fails or hangs costs a line in the log, and at the run's end at most 10 seconds (120 for videos). A
-resumed run goes on in the same run of its trackers; a new run in the same folder is another. The first process of a
-run starts them, whatever the number of processes. Trackio takes no pillow above 12, which constraints.txt has: it is
+resumed run goes on in the same run of its trackers, without a row twice; one that is asked for late gets all rows. A
+new run in the same folder is another. The first process of a run starts them, whatever the number of processes. Trackio
+takes no pillow above 12, which constraints.txt has: it is
 installed without them.
 """
 

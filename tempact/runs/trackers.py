@@ -35,6 +35,7 @@ POLL_S, ORPHAN_S = 0.5, 60.0  # between looks at the file, and what a tracker ha
 NICENESS = 10  # of a tracker's process: the run's own goes first
 FINISHED = {"finished": True}  # last row, tells a tracker that no more will come
 VIDEOS = "videos"  # what is sent in place of rows
+SENT = "tracker_sent_{}"  # file in a run's folder: the last row that the tracker of this name was sent
 
 
 class Shown(NamedTuple):
@@ -49,8 +50,8 @@ class Shown(NamedTuple):
 
 @dataclass(frozen=True)
 class Tracked:
-    """The run that is tracked. identity: the same for a run that is resumed. step: iterations done before, 0 for a new
-    run; None where videos alone are sent."""
+    """The run that is tracked. identity: the same for a run that is resumed. step: the last row that the tracker keeps
+    of those it has, 0 for a new run; None where videos alone are sent."""
 
     folder: Path
     project: str
@@ -60,7 +61,13 @@ class Tracked:
 
 
 class Tracker(Protocol):
-    """Made with a `Tracked`, in a process of its own. What it raises ends it in one line."""
+    """Made with a `Tracked`, in a process of its own. What it raises ends it in one line.
+
+    purges: rows beyond `Tracked.step` that it has already, of a run that was killed after its checkpoint, give way to
+    those that are sent now; else they stay, and are not sent once more.
+    """
+
+    purges: bool
 
     def log(self, step: int, values: dict[str, float], histograms: dict[str, list[float]]) -> None:
         """An iteration's metrics; histograms: shares of the bins between `edges`."""
@@ -79,6 +86,8 @@ def edges(name: str) -> list[float]:
 
 class TensorBoard:
     """Event files in the run's own folder `tensorboard`: `tensorboard --logdir runs` shows all runs."""
+
+    purges = True
 
     def __init__(self, run: Tracked):
         from torch.utils.tensorboard import SummaryWriter
@@ -121,7 +130,7 @@ class TensorBoard:
 class Wandb:
     """Weights & Biases, or any package of its interface."""
 
-    package = "wandb"
+    package, purges = "wandb", False
 
     def __init__(self, run: Tracked):
         self.module = __import__(self.package)
@@ -225,8 +234,8 @@ def track_videos(folder: Path, names: Sequence[str], project: str, deadline_s: f
 
 
 def track(name: str, folder: Path, project: str, identity: str, run: str, what: str) -> int:
-    """A tracker's process; its exit code. run: number of the run's process. what: the step that the run went on from,
-    whose rows are there already, or VIDEOS."""
+    """A tracker's process; its exit code. run: number of the run's process. what: the step that the run went on from, 0
+    for a new one, or VIDEOS."""
     logging.basicConfig(format="%(levelname)s %(message)s")
     parent = int(run)
     threading.Thread(target=_end_alone, args=(parent,), daemon=True).start()
@@ -234,7 +243,8 @@ def track(name: str, folder: Path, project: str, identity: str, run: str, what: 
         os.nice(NICENESS)
         file = folder / "config.yaml"
         config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        step = None if what == VIDEOS else int(what)
+        sent = folder / SENT.format(name)
+        step = None if what == VIDEOS else _kept(TRACKERS[name], sent, int(what))
         tracker = TRACKERS[name](Tracked(folder, project, identity, step, config))
         if step is None:
             tracker.show(list(_shown(folder / "videos" / "index.json")))
@@ -242,6 +252,7 @@ def track(name: str, folder: Path, project: str, identity: str, run: str, what: 
             for row in follow(folder / METRICS, parent):
                 if row["step"] > step:
                     _send(tracker, row)
+                    write_atomic(sent, f"{row['step']}\n")
         tracker.finish()
     except ImportError as error:
         log.warning('%s: %s (pip install "tempact[%s]"); metrics are in %s only', name, error, name, folder)
@@ -261,6 +272,17 @@ def _end_alone(parent: int) -> None:
     if os.getpgrp() == os.getpid():  # it leads a session of its own, with what the package has started
         os.killpg(os.getpgrp(), signal.SIGKILL)
     os._exit(1)
+
+
+def _kept(kind: type[TensorBoard] | type[Wandb], sent: Path, resumed: int) -> int:
+    """The last row that a tracker keeps of a run that went on from row `resumed`, 0 if the run is new.
+
+    sent: a file with the number of the last row that the tracker was sent; none where it was not asked for before.
+    """
+    if not resumed or not sent.is_file():
+        return 0
+    known = int(sent.read_text(encoding="utf-8"))
+    return min(known, resumed) if kind.purges else known
 
 
 def _send(tracker: Tracker, row: dict[str, Any]) -> None:

@@ -93,17 +93,38 @@ def test_a_tracker_is_given_the_configuration_every_row_and_the_videos(
     config, identity = {"seed": 3, "planner": {"weights": "shapeworld"}}, tracker_id(run)
     more = {"dir": str(run), "id": identity} if name == "wandb" else {}
     assert first == ["films", "run" if more else f"run-{identity}", "allow", config, more]
-    assert rows.pop(3) == rows.pop(5) == first
+    assert rows.pop(3) == rows.pop(4) == first
     drawn = {"shares": SHARES, "edges": edges("executor/ratio_histogram")}
-    assert [step for step, _ in rows[:-1]] == [1, 2, 3, 3, 4]
+    assert [step for step, _ in rows[:-1]] == [1, 2, 3, 4]  # row 3 is there, though the run has made it once more
     for step, row in rows[:-1]:
         assert row.keys() == {"time_s", "reward", "executor/ratio_histogram"} and row["reward"] == step / 2
         assert row["executor/ratio_histogram"] == drawn
     told = {"name": "a.mp4", "caption": "é", "format": "mp4"}
     keys = ("videos/before", "videos/after")
     assert rows[-1][1] == ({key: [told] for key in keys} if more else {f"{key}/00": told for key in keys})
-    train(run, (name,), 0, 0)
-    assert tracker_id(run) != identity and tracker_id(run) in str(sent()[-1])
+    train(run, (name,), 0, 1)
+    assert tracker_id(run) != identity and tracker_id(run) in str(sent()[-2]) and sent()[-1][0] == 1
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_tracker_that_comes_late_is_sent_what_was_before(
+    name: str, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for when a run is resumed, and again after sessions without it."""
+    pytest.importorskip("tensorboard", reason="needs pip install tensorboard")
+    train(run, (), 0, 2)
+    if name == "wandb":
+        stands_in(name, STAND_IN, tmp_path, monkeypatch)
+    for resumed, names in ((2, (name,)), (3, ()), (4, (name,))):
+        train(run, names, resumed, resumed + 1)
+    if name == "wandb":
+        rows = [json.loads(line) for line in (tmp_path / "sent").read_text().splitlines()]
+        assert [row[0] for row in rows if row[0] != "films"] == [1, 2, 3, 4, 5]
+        return
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(run / "tensorboard"), {"scalars": 0}).Reload()
+    assert [one.step for one in found.Scalars("reward")] == [1, 2, 3, 4, 5]
 
 
 def test_tensorboard_shows_a_resumed_run_once_with_histograms_and_films(run: Path) -> None:
