@@ -38,6 +38,11 @@ class Stopped(BaseException):
     """A signal ended what was being done. The value is the signal's name. Entry points exit with code 130."""
 
 
+def _without_stops(told: Callable[[Any], object]) -> Callable[[Any], object]:
+    """A hook of `sys.unraisablehook` that says nothing of `Stopped` in a destructor, which is raised again."""
+    return lambda ignored: None if isinstance(ignored.exc_value, Stopped) else told(ignored)
+
+
 class StopRequest:
     """Set by a signal that asks a process to end: Ctrl-C, a scheduler's SIGTERM or SIGUSR1, a closed terminal's SIGHUP.
 
@@ -98,10 +103,12 @@ class StopRequest:
             return
         taken = {each: self._note for each in self.SIGNALS if signal.getsignal(each) is not signal.SIG_IGN}
         before = {each: signal.signal(each, act) for each, act in {**taken, signal.SIGALRM: self._remind}.items()}
+        told, sys.unraisablehook = sys.unraisablehook, _without_stops(sys.unraisablehook)
         try:
             yield self
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            sys.unraisablehook = told
             for each, handler in before.items():
                 signal.signal(each, handler)
 

@@ -67,8 +67,9 @@ class Mp4Writer:
         if self._ffmpeg is None:
             size = (pictures.shape[2], pictures.shape[1])
             self._ffmpeg = imageio_ffmpeg.write_frames(
-                str(self._partial), size, fps=self.fps, quality=8, macro_block_size=2
-            )
+                str(self._partial), size, fps=self.fps, quality=8, macro_block_size=2,
+                ffmpeg_log_level="error",  # it warns of a video that is given up
+            )  # fmt: skip
             self._ffmpeg.send(None)
             self._line = _caption(self.caption, size[0]) if self.caption else None
         if self._line is not None:

@@ -56,6 +56,7 @@ def test_the_console_script_passes_arguments_and_exit_code_on() -> None:
     assert (done.returncode, done.stderr) == (2, "error: --seed: found 'x'; accepted: a whole number\n")
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_the_configuration_that_a_run_would_have(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = command("-m", "tempact.train", "shapeworld-full", "--seed", "5", "--output", str(folder), "--dry-run")

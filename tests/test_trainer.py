@@ -14,7 +14,7 @@ from test_references import undocumented
 from torch import Tensor
 
 from tempact.config import RunConfig, TrainerConfig
-from tempact.evaluation import BOTH, EXECUTOR_ONLY, PLANNER_ONLY, SINGLE, STEP
+from tempact.evaluation import BOTH, EXECUTOR_ONLY, METHODS, PLANNER_ONLY, SINGLE, STEP
 from tempact.evaluation.harness import Evaluation
 from tempact.evaluation.statistics import MethodScores
 from tempact.executor import rollout as rollout_module
@@ -515,7 +515,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evaluated]:
     policies = build_policies(config)
     trainer = build_trainer(config, policies)
     start, before = weights(trainer), global_rng()
-    suite = shapeworld_suite(config, policies)
+    suite = shapeworld_suite(config, policies, METHODS)
     folder = tmp_path_factory.mktemp("evaluation")
     evaluation = Evaluation(folder, suite, policies.planner, policies.executor, gaussian_noise, LOSSLESS)
     evaluation.run("w", lambda word: None)

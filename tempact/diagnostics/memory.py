@@ -300,7 +300,8 @@ def _weights(run: Run) -> list[Item]:
     own = parameters.weight_bytes - parameters.shared_bytes * (share - 1) // share
     items = [Item("executor's weights" + f", 1 / {share} of its blocks" * (share > 1), own, EXACT)]
     items += _adapter("executor", parameters.trained * FP32, ema=True)
-    if (run.sizes.kernels if run.on_gpu else run.config.kernels == "auto") and share == 1:
+    plain = run.config.kernels == "auto" and run.config.executor.precision == "fp32"  # on a CPU
+    if (run.sizes.kernels if run.on_gpu else plain) and share == 1:
         items.append(Item("executor's weights with the adapter merged", parameters.adapted_bytes, EXACT))
     if run.planner is not None:
         items += [] if run.planner_waits else [Item("planner's weights", run.planner.weights, EXACT)]

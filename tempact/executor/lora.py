@@ -1,4 +1,4 @@
-"""PEFT's LoRA linear in fewer passes over memory, and merged for generation: on a CPU, and where kernels serve.
+"""PEFT's LoRA linear in fewer passes over memory, and merged for generation: on a CPU in fp32, and where kernels serve.
 
 PEFT computes W x + b, then casts x to the adapter's fp32, scales and adds in separate passes, and autograd keeps the
 cast copy. Here the adapter is cast to the precision of the weights and its product is accumulated onto the output; the
@@ -67,13 +67,14 @@ class LoraLinear(Linear):
 
     def _served(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, float] | None:
         """Weight, bias, A, B and alpha / r, if these passes serve and one plain adapter is active."""
-        if runtime.choose("lora_linear", x.device, torch.float32) == "torch" and not _on_cpu(x.device):
+        base = self.get_base_layer()
+        if runtime.choose("lora_linear", x.device, torch.float32) == "torch" and not _on_cpu(base.weight):
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(active) != 1 or active[0] in self.lora_variant:
             return None
         (name,) = active
-        base, a, b = self.get_base_layer(), self.lora_A[name], self.lora_B[name]
+        a, b = self.lora_A[name], self.lora_B[name]
         plain = isinstance(self.lora_dropout[name], nn.Identity) and base.bias is not None
         if not plain or a.bias is not None or b.bias is not None or _cast_otherwise(base.weight):
             return None
@@ -132,9 +133,10 @@ def merged(model: nn.Module) -> Iterator[None]:
             layer.merging = merging
 
 
-def _on_cpu(device: torch.device) -> bool:
-    """Whether a CPU serves these passes, which need no kernels: unless the torch path is asked for by name."""
-    return device.type == "cpu" and runtime.get_backend() == "auto"
+def _on_cpu(weight: Tensor) -> bool:
+    """Whether a CPU serves these passes, which need no kernels: of fp32 weights, into which an adapter is merged
+    without a loss, unless the torch path is asked for by name."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and runtime.get_backend() == "auto"
 
 
 def _cast_otherwise(weight: Tensor) -> bool:

@@ -169,7 +169,11 @@ def test_the_decoder_takes_what_backbones_section_5_says() -> None:
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("Qwen/Qwen3-1.7B", 1_720_574_976), ("Qwen/Qwen3-4B", 4_022_468_096), ("Qwen/Qwen3-8B", 8_190_735_360)],
+    [
+        ("Qwen/Qwen3-1.7B", 1_720_574_976),
+        pytest.param("Qwen/Qwen3-4B", 4_022_468_096, marks=pytest.mark.slow),
+        pytest.param("Qwen/Qwen3-8B", 8_190_735_360, marks=pytest.mark.slow),
+    ],
 )
 def test_published_planners_have_their_sizes(name: str, count: int) -> None:
     sizes = PlannerSizes.of(PLANNERS[name], get_preset("self-forcing").planner, 256)
@@ -241,6 +245,7 @@ def test_fake_tensors_keep_what_real_ones_keep(kernels: bool) -> None:
         assert planned == pytest.approx(found, rel=0.03)
 
 
+@pytest.mark.slow
 def test_blocks_and_rows_are_extrapolated_to_the_bytes_of_the_whole() -> None:
     five = replace(TINY, model=replace(SMALL, layers=5))
     pairs = [(footprint.denoise(five, 4, 6, 3), footprint.trace_denoise(five, 4, 6, 3, True))]
@@ -253,6 +258,7 @@ def test_blocks_and_rows_are_extrapolated_to_the_bytes_of_the_whole() -> None:
     assert pairs[1][0].bytes > 1.5 * pairs[2][0].bytes
 
 
+@pytest.mark.slow
 def test_a_planners_layers_and_tokens_are_extrapolated() -> None:
     for layers, again in ((5, False), (5, True), (2, False)):
         sizes = qwen3(2048, 6144, layers, 16, True)
@@ -433,6 +439,7 @@ def test_on_a_cpu_the_adapter_is_merged_unless_the_torch_path_is_asked_for() -> 
     assert auto.pop(what) > 0 and auto == torch_path
 
 
+@pytest.mark.slow
 def test_the_plan_of_several_ranks_says_whose_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "MOST_BRANCHES", 4)
     config = replace(get_preset("shapeworld-smoke"), output=str(tmp_path / "run"), device="cpu")

@@ -58,7 +58,7 @@ def made(backend: str, config: ExecutorConfig) -> tuple[Tensor, dict[str, float]
 
 @pytest.mark.parametrize(
     ("window", "text_switch"),
-    [("tempact-self-forcing", "cross_attention"), ("longlive", "recache")],
+    [pytest.param("tempact-self-forcing", "cross_attention", marks=pytest.mark.slow), ("longlive", "recache")],
 )
 def test_videos_and_gradients_are_those_of_the_torch_path(window: str, text_switch: str) -> None:
     config = replace(CONFIG, window=window, text_switch=text_switch)

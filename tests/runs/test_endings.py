@@ -397,3 +397,21 @@ def test_a_run_that_goes_on_from_another_run_keeps_its_records_apart(
     assert "-99" in (other / "checkpoints" / "aside" / "records-1" / "metrics.jsonl").read_text()
     code = start(other, "--resume", str(one / "checkpoints" / "step-000002"))
     assert code == EXIT_USER_ERROR and "holds step-000003 of its own" in capsys.readouterr().err
+
+
+def test_a_stop_in_a_destructor_is_no_traceback() -> None:
+    class Failing:
+        def __del__(self) -> None:
+            raise ValueError("planted")
+
+    hook = sys.unraisablehook
+    seen: list[object] = []
+    sys.unraisablehook = seen.append  # type: ignore[assignment]
+    try:
+        with pytest.raises(Stopped, match="SIGTERM"), StopRequest().listening():
+            Failing()
+            Swallowing()
+            time.sleep(20)
+    finally:
+        sys.unraisablehook = hook
+    assert [type(ignored.exc_value) for ignored in seen] == [ValueError]  # type: ignore[attr-defined]

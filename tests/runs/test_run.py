@@ -148,7 +148,7 @@ def test_videos_play_and_strips_compare_the_methods(finished: Path) -> None:
 
 def test_evaluation_has_a_row_for_every_method_set_and_judge(finished: Path) -> None:
     rows = json.loads((finished / "evaluation.json").read_text())
-    told = {"split", "seed", "videos", "checkpoint", "weights", "suite"}
+    told = {"split", "seed", "videos", "checkpoint", "weights", "suite", "tests"}
     assert all(row.keys() == {"method", "set", "judge", "score", "ci95", "n"} | told for row in rows)
     cells = {(row["method"], row["set"], row["judge"]): row for row in rows}
     assert len(cells) == len(rows)
