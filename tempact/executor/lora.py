@@ -1,4 +1,4 @@
-"""PEFT's LoRA linear in fewer passes over memory, and merged for generation: on a CPU in fp32, and where kernels serve.
+"""PEFT's LoRA linear in fewer passes over memory where kernels serve; merged for generation there and on a CPU in fp32.
 
 PEFT computes W x + b, then casts x to the adapter's fp32, scales and adds in separate passes, and autograd keeps the
 cast copy. Here the adapter is cast to the precision of the weights and its product is accumulated onto the output; the
@@ -36,8 +36,8 @@ class _Merged:
 
 
 class LoraLinear(Linear):
-    """PEFT's layer; on the torch path of a GPU or by name, with anything but one plain adapter active, and under an
-    autocast to another precision than that of the weights, it computes as PEFT does."""
+    """PEFT's layer; on the torch path, with anything but one plain adapter active, and under an autocast to another
+    precision than that of the weights, it computes as PEFT does. A CPU merges on the torch path too."""
 
     merging = False  # use the merged weights where they are those of the active adapter
     _merged: _Merged | None = None
@@ -68,7 +68,7 @@ class LoraLinear(Linear):
     def _served(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, float] | None:
         """Weight, bias, A, B and alpha / r, if these passes serve and one plain adapter is active."""
         base = self.get_base_layer()
-        if runtime.choose("lora_linear", x.device, torch.float32) == "torch" and not _on_cpu(base.weight):
+        if runtime.choose("lora_linear", x.device, torch.float32) == "torch" and not self._merged_on_cpu(base.weight):
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(active) != 1 or active[0] in self.lora_variant:
@@ -79,6 +79,14 @@ class LoraLinear(Linear):
         if not plain or a.bias is not None or b.bias is not None or _cast_otherwise(base.weight):
             return None
         return base.weight, base.bias, a.weight, b.weight, self.scaling[name]
+
+    def _merged_on_cpu(self, weight: Tensor) -> bool:
+        """Whether a CPU merges, which needs no kernels: into fp32 weights, which lose nothing, unless the torch path is
+        asked for by name. Its training passes are PEFT's: to compute hidden rows again costs more than it saves."""
+        inside = self.merging and not torch.is_grad_enabled()
+        return (
+            inside and weight.device.type == "cpu" and weight.dtype == torch.float32 and runtime.get_backend() == "auto"
+        )
 
     @property
     def mode(self) -> tuple[object, ...]:
@@ -125,18 +133,12 @@ def merged(model: nn.Module) -> Iterator[None]:
     before = [layer.merging for layer in layers]
     try:
         for layer in layers:
-            layer.merge_beside()
             layer.merging = True
+            layer.merge_beside()
         yield
     finally:
         for layer, merging in zip(layers, before, strict=True):
             layer.merging = merging
-
-
-def _on_cpu(weight: Tensor) -> bool:
-    """Whether a CPU serves these passes, which need no kernels: of fp32 weights, into which an adapter is merged
-    without a loss, unless the torch path is asked for by name."""
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and runtime.get_backend() == "auto"
 
 
 def _cast_otherwise(weight: Tensor) -> bool:

@@ -47,7 +47,6 @@ CASES = [  # precision, adapted linears, blocks are recomputed, sharded before t
     ("bf16-fp32-gates", EXECUTOR_TARGETS, True, True),
     ("bf16-fp32-gates", SELF_FORCING_TARGETS, False, False),
 ]
-RUN_CASES = {"torch": CASES, "lora": CASES[2:], "auto": [("fp32", EXECUTOR_TARGETS, True, True)]}
 
 
 def make_model(precision: str) -> WanTransformer:
@@ -132,15 +131,15 @@ def check_gathers(executor: Executor) -> None:
 def compare(rank: int, port: int, folder: str, backend: str) -> None:
     """One member: all cases, sharded and whole. A file of its own says that it came to the end."""
     torch.set_num_threads(1)
-    runtime.set_backend("auto" if backend == "auto" else "torch")  # auto: the executor's own products, as on a GPU
+    runtime.set_backend("torch")
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(MEMBERS), "LOCAL_WORLD_SIZE": str(MEMBERS)}
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=MEMBERS)
     group = group_of(MEMBERS, torch.device("cpu"))
     assert group is group_of(MEMBERS, torch.device("cpu")) and dist.get_process_group_ranks(group) == [0, 1]
-    if backend == "lora":  # these in bf16, which a CPU leaves to PEFT
+    if backend == "lora":  # the executor's own products, as on a GPU
         plain = runtime.choose
         runtime.choose = lambda op, *rest, **more: "triton" if op == "lora_linear" else plain(op, *rest, **more)
-    for precision, targets, again, early in RUN_CASES[backend]:
+    for precision, targets, again, early in CASES if backend == "torch" else CASES[2:]:
         own = block_of(4, rank, MEMBERS)
         model = make_model(precision)
         if early:
@@ -205,7 +204,7 @@ def check_parts(executor: Executor) -> None:
         assert not any(getattr(module, "_merged", None) for module in model.modules())
 
 
-@pytest.mark.parametrize("backend", ["auto", *(pytest.param(n, marks=pytest.mark.slow) for n in ("torch", "lora"))])
+@pytest.mark.parametrize("backend", [pytest.param("torch", marks=pytest.mark.slow), "lora"])
 def test_two_processes_compute_the_bits_of_one(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2])  # where the processes find this module
     if backend == "torch":
