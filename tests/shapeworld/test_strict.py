@@ -6,11 +6,10 @@ import random
 import re
 
 import pytest
-import torch
-from torch import Tensor
 
+from bench.bench_strict_judges import correlation, judged
 from tempact.shapeworld import STRICT_SETS
-from tempact.shapeworld.crowd import actors_only, behind, find_bystander, with_bystander, without_bystanders
+from tempact.shapeworld.crowd import actors_only, find_bystander
 from tempact.shapeworld.grammar import (
     describe_story,
     event_sequence,
@@ -23,11 +22,9 @@ from tempact.shapeworld.grammar import (
 )
 from tempact.shapeworld.matcher import ShapeWorldJudge
 from tempact.shapeworld.pretraining.clips import sample_clip
-from tempact.shapeworld.pretraining.matcher import corrupt, corrupted_tracks
 from tempact.shapeworld.pretraining.planner import draw_examples
-from tempact.shapeworld.story import CHUNKS, FRAMES, KINDS, Story, draw
+from tempact.shapeworld.story import CHUNKS, KINDS, Story
 from tempact.shapeworld.strict import in_trained_words, is_trained_wording, reword
-from tempact.shapeworld.verifier import verify
 from tempact.shapeworld.wording import HELD_OUT, TRAINED, connective
 from tempact.shapeworld.world import ShapeWorldPrompts, held_out_prompts, judge_plan
 from tempact.types import Plan, Step
@@ -151,23 +148,11 @@ def judge() -> ShapeWorldJudge:
 
 @pytest.mark.parametrize("name", STRICT_SETS)
 def test_judges_score_exact_drawings_high_and_faults_low(name: str, judge: ShapeWorldJudge) -> None:
-    """docs/shapeworld.md has these numbers for more videos."""
-    prompts = held_out_prompts(name, VIDEOS, 11, "validation")
-    stories = [parse_instruction(prompt.text) for prompt in prompts]
-    actors, texts, rng = [*map(actors_only, stories)], [in_trained_words(p.text) for p in prompts], random.Random(0)
-    found: list[Tensor] = []
-    for kind in ("truth", *MOST):
-        shows = [corrupt(story, kind, rng) for story in actors]
-        tracks, shapes = behind(*corrupted_tracks(shows), stories)
-        frames, standing = without_bystanders(draw(tracks, shapes[:, None].expand(-1, FRAMES, -1)), stories)
-        exact = with_bystander(verify(frames, actors).score, standing)
-        learned = with_bystander(judge.score(frames, texts), standing)
-        own = [i for i, show in enumerate(shows) if show.kind == kind]
-        if kind == "truth":
-            assert standing.min() == 1.0
-            assert exact.mean() > 0.98 and (exact > 0.999).float().mean() > 0.9
-            assert learned.mean() > MATCHER[name][0]
-        else:
-            assert exact[own].mean() < MOST[kind][0] and learned[own].mean() < MOST[kind][1], kind
-        found.append(torch.stack([learned, torch.tensor([show.target for show in shows])])[:, own])
-    assert torch.corrcoef(torch.cat(found, 1))[0, 1] > MATCHER[name][1]
+    """bench/baselines/shapeworld-strict-judges.json has these numbers for more videos."""
+    truth, *faulty = rows = judged(name, VIDEOS, judge, ("truth", *MOST))
+    assert truth.standing == 1.0 and len(truth.verifier) == VIDEOS
+    assert truth.verifier.mean() > 0.98 and (truth.verifier > 0.999).float().mean() > 0.9
+    assert truth.matcher.mean() > MATCHER[name][0]
+    for row in faulty:
+        assert row.verifier.mean() < MOST[row.kind][0] and row.matcher.mean() < MOST[row.kind][1], row.kind
+    assert correlation(rows) > MATCHER[name][1]
