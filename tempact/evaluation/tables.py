@@ -111,8 +111,8 @@ def narrow_table(rows: Sequence[Row], comparisons: Sequence[Comparison]) -> list
         if math.isnan(one.relative):  # of a baseline of 0
             change = ranged(f"{one.difference:+.3f}", span(one.ci95, "{:+.3f}".format))
         shown.append(f"{BOTH} against {one.baseline}, video by video: {change}")
-    others = [f"{name}: change against {BASELINES[name]}" for name, _ in table.rows if name in BASELINES]
-    others = [name for name in others if not name.endswith(f"against {STEP}")]
+    baselines = {name: BASELINES.get(name, STEP) for name, _ in table.rows}
+    others = [f"{name}: change against {baseline}" for name, baseline in baselines.items() if baseline != STEP]
     return [*shown, *others, *confirmed_text(comparisons)]
 
 
