@@ -1357,8 +1357,8 @@ MUTATIONS = [
         "tests/shapeworld/test_strict.py",
         (
             "test_sets_are_fixed_of_their_split_and_tell_nothing_twice",
-            "if event_sequence(story) not in told:",
-            "if True:",
+            "if event_sequence(story) not in told), None)",
+            "if True), None)",
         ),
         ("test_a_reworded_plan_tells_the_same_in_other_words", "rng, HELD_OUT))", "rng))"),
         (
@@ -1394,7 +1394,7 @@ MUTATIONS = [
             "own = torch.where(covering < 0.0, pb / bb, own)",
             "own = (pb / bb)",
         ),
-        ("test_what_cannot_be_told_apart_is_refused", "or turns or stops:", "or turns:"),
+        ("test_what_cannot_be_told_apart_is_refused", "or turns or stops or alike:", "or turns or alike:"),
     ),
     *faults(
         "tempact/shapeworld/grammar.py",
@@ -1404,7 +1404,7 @@ MUTATIONS = [
     *faults(
         "tempact/evaluation/statistics.py",
         "tests/evaluation/test_statistics.py",
-        ("test_without_a_gain_there_is_nothing_to_confirm", "if _interval(drawn[1])[0] > 0:", "if True:"),
+        ("test_without_a_gain_there_is_nothing_to_confirm", "if interval(drawn[1])[0] > 0:", "if True:"),
         (
             "test_only_videos_that_both_judges_have_scored_of_both_methods_count",
             "return np.where(np.isnan(gains).any(0), NAN, gains)",
@@ -1518,8 +1518,8 @@ MUTATIONS = [
         "tempact/rewards/choice.py",
         "tests/rewards/test_choice.py",
         ("test_missing_scores_never_win", "        total = total.masked_fill(broken.cpu(), math.nan)\n", ""),
-        ("test_missing_scores_never_win", "if not torch.isnan(scores[name]).all():", "if True:"),
-        ("test_the_weighted_sum_of_trainings_rewards_chooses", "total + weight * scores[name]", "total + scores[name]"),
+        ("test_missing_scores_never_win", " if not scores[name].isnan().all()]", "]"),
+        ("test_the_weighted_sum_of_trainings_rewards_chooses", "weight * scores[name] for", "scores[name] for"),
     ),
     *faults(
         "tempact/runs/best_of.py",
