@@ -45,6 +45,15 @@ ROWS: dict[str, tuple[str, ...]] = {
     "executor: no std": ("--executor.advantage_std", "none"),
     # where its continuations begin, and from what
     "tree of 2 x 4": ("--executor.forks", "tree", "--executor.branching", "2", "4"),
+    "tree of 2 x 4, by depth": (
+        "--executor.forks",
+        "tree",
+        "--executor.branching",
+        "2",
+        "4",
+        "--executor.compared",
+        "depth",
+    ),
     "random chunk": ("--executor.forks", "random_chunk"),
     "seed groups": ("--executor.seed_group", "true"),
     # the planner's
@@ -56,6 +65,9 @@ ROWS: dict[str, tuple[str, ...]] = {
     "planner alone": ("--executor.train", "false"),
     "executor alone": ("--planner.train", "false"),
     "in turn": ("--trainer.alternate", "1"),
+    "no shared context": ("--executor.forks", "none"),
+    "all chunks of the step": ("--executor.trained-chunks", "step"),
+    "all chunks of the video": ("--executor.trained-chunks", "video"),
     "no KL": ("--planner.kl_weight", "0", "--executor.kl_weight", "0"),
     "no smoothing": ("--executor.smooth_prompts", "false"),
     "equal spans": ("--planner.spans", "uniform"),

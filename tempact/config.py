@@ -97,7 +97,9 @@ OUTAGE = Rule("above judges.attempt_s", POSITIVE.good)
 DECAY = Rule("0 to 1", lambda value: 0 <= value <= 1)
 SEED = Rule(f"0 to {LARGEST_SEED}", lambda value: 0 <= value <= LARGEST_SEED)
 GROUP = at_least(2, "at least 2 (a group's members are compared)")
-FORKS = choice("one", "tree", "random_chunk")
+FORKS = choice("one", "tree", "random_chunk", "none")
+TRAINED = choice("first", "step", "video")
+COMPARED = choice("siblings", "depth")
 BRANCHES = Rule("each at least 2", lambda numbers: all(number >= 2 for number in numbers))
 SOME = Rule("at least one", bool)
 SWITCHES = choice("cross_attention", "recache")
@@ -293,10 +295,16 @@ class ExecutorConfig:
         "all", TRAINING, "denoising calls that an iteration trains: all, or one, drawn or in turn", LEVELS
     )
     forks: str = key(
-        "one", TRAINING, "where a plan forks: at one of its switches (one), several (tree), a random_chunk", FORKS
+        "one", TRAINING, "where a plan forks: at one switch, several (tree), a random_chunk, not at all", FORKS
+    )
+    trained_chunks: str = key(
+        "first", TRAINING, "from the fork on: the first chunk, those of its step, or all of the video", TRAINED
     )
     branching: tuple[int, ...] = key(
         (), TRAINING, "of a tree: branches of each at its first fork, its second, ...", BRANCHES
+    )
+    compared: str = key(
+        "siblings", TRAINING, "of a tree: a branch with its siblings, or with all of its depth", COMPARED
     )
     seed_group: bool = key(False, TRAINING, "continuations of a plan share the noise that their chunks begin with")
     nft_beta: float = key(1.0, TRAINING, "distance of diffusion_nft's two policies from the old one", POSITIVE)
@@ -508,9 +516,17 @@ def _check_forks(executor: ExecutorConfig) -> None:
     if executor.forks != "tree":
         if numbers:
             refuse("executor.branching", numbers, f"nothing with executor.forks {executor.forks}")
-        if executor.forks == "random_chunk" and chunks < 2:
-            refuse("executor.frames", executor.frames, "two chunks or more with executor.forks random_chunk")
+        if executor.compared != "siblings":
+            refuse("executor.compared", executor.compared, f"siblings with executor.forks {executor.forks}")
+        if executor.forks in ("random_chunk", "none") and chunks < 2:
+            refuse("executor.frames", executor.frames, f"two chunks or more with executor.forks {executor.forks}")
+        if executor.shard > 1 and executor.forks == "none":
+            refuse("executor.shard", executor.shard, "1 with executor.forks none, whose videos one process makes")
+        if executor.shard > 1 and executor.trained_chunks != "first":
+            refuse("executor.shard", executor.shard, f"1 with executor.trained_chunks {executor.trained_chunks}")
         return
+    if executor.trained_chunks != "first":
+        refuse("executor.trained_chunks", executor.trained_chunks, "first with executor.forks tree")
     if chunks < 2:
         refuse("executor.frames", executor.frames, "two chunks or more with executor.forks tree")
     if math.prod(numbers) != executor.continuations or len(numbers) >= chunks:

@@ -17,14 +17,30 @@ def drawn_forks(config: ExecutorConfig, plans: PlanBatch, rngs: Sequence[random.
     """The forks of every plan, by the prompts' own `rngs`: of a tree, or the frame of the only one."""
     if config.forks == "tree":
         return trees(plans, config.chunk_frames, config.branching, rngs)
-    if config.forks == "random_chunk":
-        return random_chunks(plans, config.chunk_frames, rngs)
-    return [*switch_frames(plans, config.chunk_frames, rngs)]
+    drawn = random_chunks if config.forks == "random_chunk" else switch_frames
+    frames = drawn(plans, config.chunk_frames, rngs)
+    if config.forks != "none" and config.trained_chunks == "first":
+        return [*frames]
+    return [_trained(config, plan, frame) for plan, frame in zip(plans.plans, frames, strict=True)]
+
+
+def _trained(config: ExecutorConfig, plan: Plan, frame: int) -> Forks:
+    """Of a plan whose continuations part at `frame`, or at its beginning, and go on alone: every trained chunk."""
+    last = {"first": frame + config.chunk_frames, "step": plan.steps[plan.step_at(frame)].end, "video": plan.frames}
+    frames = [0] * (config.forks == "none") + [*range(frame, last[config.trained_chunks], config.chunk_frames)]
+    return Forks(tuple(frames), (config.continuations, *[1] * (len(frames) - 1)))
 
 
 def depths_of(config: ExecutorConfig) -> int:
     """Most forks on the way through a video."""
     return len(config.branching) if config.forks == "tree" else 1
+
+
+def compared_by_depth(config: ExecutorConfig) -> bool:
+    """Are the branches of a plan compared with all of their depth, whatever their contexts?"""
+    if config.forks == "tree":
+        return config.compared == "depth"
+    return config.forks == "none" or config.trained_chunks != "first"
 
 
 def switch_frames(batch: PlanBatch, chunk: int, rngs: Sequence[random.Random]) -> list[int]:
@@ -64,7 +80,7 @@ def trees(
     return found
 
 
-def random_chunks(batch: PlanBatch, chunk: int, rngs: Sequence[random.Random]) -> list[Fork]:
+def random_chunks(batch: PlanBatch, chunk: int, rngs: Sequence[random.Random]) -> list[int]:
     """The start of a chunk of every plan, uniform over all but the first, drawn once per planning group (AR-CoPO, arXiv
     2603.17461)."""
     return [

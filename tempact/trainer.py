@@ -30,7 +30,7 @@ from tempact.errors import Aborted, UserError
 from tempact.executor.executor import Executor
 from tempact.executor.rollout import cost_of
 from tempact.executor.sampler import NoiseSource, gaussian_noise
-from tempact.forks import depths_of, drawn_forks
+from tempact.forks import compared_by_depth, depths_of, drawn_forks
 from tempact.meter import Meter
 from tempact.planner.planner import Planner
 from tempact.planner.served import ServedSampler
@@ -318,7 +318,7 @@ class Trainer:
         rows = siblings_of(videos.forks, config.executor.continuations, self.executor.settings.siblings)
         execution, execution_mask, execution_metrics = sibling_advantages(
             [execution_rewards(own, weights) for own in (scored, *scored.later)], rows, config.executor.advantage_clip,
-            EXECUTION_EPS, std=config.executor.advantage_std,
+            EXECUTION_EPS, std=config.executor.advantage_std, by_depth=compared_by_depth(config.executor),
         )  # fmt: skip
         if weights.shuffle_advantages:
             generator = torch.Generator().manual_seed(self._seed("shuffle"))

@@ -101,7 +101,8 @@ class Forks:
     """Where a plan's video forks into its continuations: a tree, whose leaves they are.
 
     frames   latent frames of the forks, rising
-    numbers  branches that each branch becomes there; their product is N
+    numbers  branches that each branch becomes there; their product is N. 1: it goes on alone, and its chunk is trained
+             like that at the fork before
     """
 
     frames: tuple[int, ...]
@@ -134,7 +135,7 @@ class Siblings:
     """Branches of one fork, which share their context: a row of a record. A fork may have several rows.
 
     plan     number of the plan
-    depth    number of the fork on the way from the plan's beginning, from 0
+    depth    number of the fork into several on the way from the first trained chunk, from 0
     start    latent frame of the fork
     context  a continuation whose video before the fork is the context
     leaves   of each branch, its continuations
@@ -154,12 +155,16 @@ class Siblings:
 
 def siblings_of(forks: Sequence[Fork], continuations: int, width: int = 0) -> list[Siblings]:
     """Rows of the record of these plans, of `width` branches each: a common divisor of all numbers of branches; 0: of
-    all continuations."""
+    all continuations. The first chunk is not trained: a fork at frame 0 has none where others follow it."""
     rows, width = [], math.gcd(width, continuations)
     for plan, own in enumerate(tree_of(fork, continuations) for fork in forks):
-        for depth, (start, number) in enumerate(zip(own.frames, own.numbers, strict=True)):
-            count = own.branches(depth + 1)
+        depth = -1
+        for place, (start, number) in enumerate(zip(own.frames, own.numbers, strict=True)):
+            if not start and len(own.frames) > 1:
+                continue
+            count = own.branches(place + 1)
             each = continuations // count  # leaves of a branch
+            depth += number > 1 or depth < 0
             for first in range(0, count, width):
                 leaves = tuple(range(m * each, (m + 1) * each) for m in range(first, first + width))
                 rows.append(Siblings(plan, depth, start, first // number * number * each, leaves))
@@ -217,10 +222,10 @@ class Transition:
 
 
 def starts_of(record: Transition, depth: int = 0) -> dict[int, int]:
-    """Frames of the plans' forks of a depth, of the plans that have one."""
+    """First trained frames of the plans at a depth, of the plans that have it."""
     if not record.siblings:
         return dict(enumerate(record.start.tolist()))
-    return {row.plan: row.start for row in record.siblings if row.depth == depth}
+    return {row.plan: row.start for row in reversed(record.siblings) if row.depth == depth}
 
 
 @dataclass

@@ -1284,24 +1284,24 @@ MUTATIONS = [
         "tests/rl/test_advantages.py",
         (
             "test_a_branchs_advantage_is_the_mean_of_its_leaves_against_its_siblings_of_one_depth",
-            "torch.stack(leaves).nanmean(1)",
-            "torch.stack(leaves).amax(1)",
+            "leaves.stop].nanmean()",
+            "leaves.stop].amax()",
         ),
         (
             "test_a_branchs_advantage_is_the_mean_of_its_leaves_against_its_siblings_of_one_depth",
-            "groups.setdefault(row.shared, [])",
-            "groups.setdefault((row.plan, row.depth, 0), [])",
+            "else row.shared",
+            "else (row.plan, row.depth, 0)",
         ),
         (
             "test_missing_leaves_are_left_out_of_a_branch_and_a_branch_of_none_out_of_its_siblings",
-            "torch.stack(leaves).nanmean(1)",
-            "torch.stack(leaves).mean(1)",
+            "leaves.stop].nanmean()",
+            "leaves.stop].mean()",
         ),
         ("test_each_depth_is_normalised_by_itself", "if row.depth == depth:", "if row.depth <= depth:"),
         (
             "test_a_branchs_advantage_is_the_mean_of_its_leaves_against_its_siblings_of_one_depth",
-            "if len(places) * width < table.numel():",
-            "if not places:",
+            "if len(branches) < table.numel():",
+            "if not branches:",
         ),
     ),
     *faults(
@@ -1350,6 +1350,40 @@ MUTATIONS = [
             f"{BITS}[a tree-2]",
             "range(rows_of[own[0]].start, rows_of[own[-1]].stop): record",
             "range(own.start, own.stop): record",
+        ),
+    ),
+    *faults(
+        "tempact/forks.py",
+        "tests/test_forks.py",
+        ("test_all_trained_chunks_follow_the_same_switch", '[0] * (config.forks == "none")', "[]"),
+        ("test_all_trained_chunks_follow_the_same_switch", "plan.steps[plan.step_at(frame)].end", "plan.steps[-1].end"),
+    ),
+    *faults(
+        "tempact/types.py",
+        "tests/executor/test_trees.py",
+        (
+            "test_videos_that_go_on_alone_are_recorded_and_trained_on_contexts_of_their_own",
+            "first // number * number * each",
+            "0",
+        ),
+        (
+            "test_videos_that_go_on_alone_are_recorded_and_trained_on_contexts_of_their_own",
+            "for row in reversed(record.siblings) if",
+            "for row in record.siblings if",
+        ),
+    ),
+    *faults(
+        "tempact/rl/advantages.py",
+        "tests/rl/test_advantages.py",
+        (
+            "test_by_depth_a_branch_is_compared_with_all_of_its_depth",
+            "(row.plan,) if by_depth else row.shared",
+            "row.shared",
+        ),
+        (
+            "test_all_chunks_of_a_video_have_the_advantage_of_the_first",
+            "group.setdefault(leaves.start, []).append((number, column))",
+            "group.setdefault(100 * number + column, []).append((number, column))",
         ),
     ),
     *faults(

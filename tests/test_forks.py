@@ -1,4 +1,4 @@
-"""Where plans fork: at one switch, a tree of switches, a random chunk (docs/algorithm.md 2.8)."""
+"""Where plans fork, and which of their chunks are trained (docs/algorithm.md 2.8)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import random
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -112,12 +112,33 @@ def test_a_random_chunk_is_any_but_the_first_alike_for_a_group_and_uniform() -> 
 
 def test_draws_depend_on_the_prompts_own_numbers_alone() -> None:
     own = [plan(0, 3, 6, 9, 12, 24)] * 2
-    for config in (changed(forks="tree", branching=(2, 2, 2)), changed(forks="random_chunk"), changed()):
+    for config in (
+        changed(forks="tree", branching=(2, 2, 2)), changed(forks="random_chunk"), changed(), changed(forks="none"),
+        changed(trained_chunks="video"),
+    ):  # fmt: skip
         for seed in range(10):
             found = set()
             for others in ([plan(0, 24)] * 2, [plan(0, 3, 6, 9, 12, 15, 18, 24)] * 2):
                 found.add(tuple(drawn_forks(config, four(*others, *own), rngs(seed))[2:]))
             assert len(found) == 1
+
+
+def test_all_trained_chunks_follow_the_same_switch() -> None:
+    batch = four(plan(0, 3, 12, 24), plan(0, 6, 9, 24), plan(0, 24), plan(0, 21, 24))
+    for seed in range(20):
+        at = switch_frames(batch, 3, rngs(seed))
+        ends = [next((s.end for s in own.steps if s.start == f), 24) for own, f in zip(batch.plans, at, strict=True)]
+        found = {}
+        for forks, chunks in product(("one", "none"), ("first", "step", "video")):
+            found[forks, chunks] = drawn_forks(changed(forks=forks, trained_chunks=chunks), batch, rngs(seed))
+        assert found["one", "first"] == at
+        assert found["none", "first"] == [Forks((0, frame), (8, 1)) for frame in at]
+        for chunks, last in (("step", ends), ("video", [24] * 4)):
+            frames = [tuple(range(*own, 3)) for own in zip(at, last, strict=True)]
+            assert found["one", chunks] == [Forks(own, (8, *[1] * (len(own) - 1))) for own in frames]
+            assert found["none", chunks] == [Forks((0, *own), (8, *[1] * len(own))) for own in frames]
+        random_forks = drawn_forks(changed(forks="random_chunk", trained_chunks="step"), batch, rngs(seed))
+        assert [tree.frames[0] for tree in random_forks] == random_chunks(batch, 3, rngs(seed))
 
 
 def changed(**changes: object) -> ExecutorConfig:
@@ -135,6 +156,12 @@ def test_rows_of_a_record_are_the_branches_of_every_fork_with_their_leaves() -> 
     assert [leaf for row in rows[5:9] for leaves in row.leaves for leaf in leaves] == list(range(8))
     assert rows[9:] == [replace(row, plan=2, start=3) for row in rows[5:9]]
     assert len({row.shared for row in rows}) == 5  # contexts
+    apart = siblings_of([Forks((0, 6, 9), (2, 1, 1)), Forks((3, 6), (2, 1))], 2, 1)
+    assert apart == [
+        *(Siblings(0, 0, start, leaf, (range(leaf, leaf + 1),)) for start in (6, 9) for leaf in (0, 1)),
+        *(Siblings(1, 0, 3, 0, (range(leaf, leaf + 1),)) for leaf in (0, 1)),
+        *(Siblings(1, 0, 6, leaf, (range(leaf, leaf + 1),)) for leaf in (0, 1)),
+    ]
     alone = siblings_of([6], 3)
     assert alone == [Siblings(0, 0, 6, 0, (range(1), range(1, 2), range(2, 3)))]
 
@@ -151,6 +178,13 @@ def test_rows_of_a_record_are_the_branches_of_every_fork_with_their_leaves() -> 
         ("executor.forks", {"forks": "two"}),
         ("executor.frames", {"forks": "random_chunk", "frames": 3}),
         ("executor.shard", {"forks": "tree", "branching": (2, 4), "shard": 2, "cuda_graphs": False}),
+        ("executor.frames", {"forks": "none", "frames": 3}),
+        ("executor.shard", {"forks": "none", "shard": 2, "cuda_graphs": False}),
+        ("executor.shard", {"trained_chunks": "step", "shard": 2, "cuda_graphs": False}),
+        ("executor.trained_chunks", {"forks": "tree", "branching": (2, 4), "trained_chunks": "step"}),
+        ("executor.trained_chunks", {"trained_chunks": "last"}),
+        ("executor.compared", {"compared": "depth"}),
+        ("executor.compared", {"forks": "tree", "branching": (2, 4), "compared": "all"}),
     ],
 )
 def test_settings_that_make_no_forks_are_refused(key: str, changes: dict[str, object]) -> None:
@@ -164,8 +198,26 @@ def test_what_is_said_to_be_accepted_is() -> None:
         {"forks": "tree", "branching": (2, 2, 2)}, {"forks": "tree", "branching": (8,)},
         {"forks": "tree", "branching": (2, 2, 2), "frames": 12}, {"forks": "random_chunk", "frames": 6},
         {"forks": "random_chunk", "shard": 2, "cuda_graphs": False}, {"forks": "tree", "branching": (4, 2)},
+        {"forks": "none", "frames": 6, "trained_chunks": "video"}, {"forks": "random_chunk", "trained_chunks": "step"},
+        {"forks": "tree", "branching": (4, 2), "compared": "depth"},
     ):  # fmt: skip
         validate(replace(get_preset("shapeworld"), executor=changed(**changes)))
+
+
+def with_steps(monkeypatch: pytest.MonkeyPatch, *spans: tuple[int, int]) -> None:
+    """All plans have these steps, told as their first one and their last one; one alone as the instruction."""
+    real = Planner.sample
+
+    def sample(self: Planner, *given: object, **more: object) -> PlanBatch:
+        batch = real(self, *given, **more)
+        batch.plans[:] = [
+            replace(own, steps=(*(Step(*span, own.steps[0].prompt) for span in spans[:-1]), Step(*spans[-1], last)))
+            for own in batch.plans
+            for last in [own.steps[-1].prompt if spans[1:] else own.instruction]
+        ]
+        return batch
+
+    monkeypatch.setattr(Planner, "sample", sample)
 
 
 def iterated(**changes: object) -> tuple[Trainer, Iteration]:
@@ -213,15 +265,50 @@ def test_a_tree_is_trained_at_all_its_forks(loss: str) -> None:
                 assert found is None or found == own[column].item()
 
 
+@pytest.mark.parametrize("changes", [{"forks": "none"}, {"trained_chunks": "step"}])
+@pytest.mark.parametrize("loss", ["flow_grpo", "diffusion_nft"])
+def test_chunks_that_share_no_context_are_trained_with_their_videos_advantage(
+    loss: str, changes: dict[str, str]
+) -> None:
+    _, iteration = iterated(loss=loss, **changes)
+    batch, metrics = iteration.batch, iteration.metrics
+    assert batch.transition is not None and batch.execution_advantage.shape == (len(batch.siblings), 1)
+    assert batch.execution_mask.any() and metrics["executor/grad_norm"] > 0 and undocumented(metrics) == []
+    known: dict[tuple[int, int], float | None] = {}
+    for row, own, counted in zip(batch.siblings, batch.execution_advantage, batch.execution_mask, strict=True):
+        video = row.plan, row.leaves[0].start
+        told = own.item() if counted else None
+        assert known.setdefault(video, told) == told == execution_advantage_of(batch, *video)
+    assert len(known) == len(iteration.plans.plans) * 2
+    frames = iteration.rollout.frames
+    if changes.get("forks") == "none":
+        assert (frames[:, 0, 0] != frames[:, 1, 0]).flatten(1).any(1).all()
+        assert len(batch.siblings) == len(known)
+    else:
+        first = batch.transition.start.view(len(known), -1) if len(batch.siblings) == 2 * len(known) else None
+        assert first is None or (first[:, 0] < first[:, -1]).all()
+        assert len(batch.siblings) > len(known)
+
+
+def test_one_chunk_of_one_fork_is_trained_alike_as_rows_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork whose step is one chunk: with `step` it has rows of one branch, the same loss and nearly its gradient."""
+    with_steps(monkeypatch, (0, 21), (21, 24))
+    found = []
+    for chunks in ("first", "step"):
+        base = smoke(prompts=1)
+        executor = replace(base.executor, trained_chunks=chunks, continuations=4)
+        trainer = make(replace(base, executor=executor))
+        found.append((iterate(trainer).metrics, trainer.executor.parameters()))
+    (one, first), (rows, second) = found
+    assert one["executor/grad_norm"] > 0
+    for name in ("executor/loss", "executor/grad_norm", "executor/reward", "executor/reward_std"):
+        assert rows[name] == pytest.approx(one[name], rel=1e-4), name
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5)
+
+
 def test_a_random_chunk_trains_plans_of_one_step_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Planner.sample
-
-    def sample(self: Planner, *given: object, **more: object) -> PlanBatch:
-        batch = real(self, *given, **more)
-        batch.plans[:] = [replace(own, steps=(Step(0, own.frames, own.instruction),)) for own in batch.plans]
-        return batch
-
-    monkeypatch.setattr(Planner, "sample", sample)
+    with_steps(monkeypatch, (0, 24))
     _, iteration = iterated(forks="random_chunk", seed_group=True)
     assert not torch.isnan(iteration.scored.step_following).all()
     assert iteration.batch.execution_mask.any() and iteration.batch.transition is not None

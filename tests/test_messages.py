@@ -67,6 +67,9 @@ def test_a_key_accepts_what_its_message_names(name: str, words: str, bad: list[s
         "planner.sampler": ["--planner.server", "http://localhost:8000"],
         "executor.forks": ["--executor.branching", "2", "2"] if good == ["tree"] else [],
         "executor.branching": ["--executor.forks", "tree"],
+        "executor.compared": ["--executor.forks", "tree", "--executor.branching", "2", "2"]
+        if good == ["depth"]
+        else [],
     }
     with pytest.raises(UserError) as caught:
         parse_run([f"--{name}", *bad], "program")
@@ -93,6 +96,22 @@ FOLLOWED = [  # a command line, the end of what it says, and the command lines t
         "two chunks or more with executor.forks random_chunk",
         ["--executor.forks", "random_chunk", "--executor.frames", "6"],
     ),
+    (
+        ["--executor.forks", "none", *SHARDED],
+        "1 with executor.forks none, whose videos one process makes",
+        ["--executor.forks", "none"],
+    ),
+    (
+        ["--executor.trained_chunks", "step", *SHARDED],
+        "1 with executor.trained_chunks step",
+        ["--executor.trained_chunks", "step"],
+    ),
+    (
+        [*TREE, "--executor.branching", "4", "--executor.trained_chunks", "step"],
+        "first with executor.forks tree",
+        [*TREE, "--executor.branching", "4", "--executor.trained_chunks", "first"],
+    ),
+    (["--executor.compared", "depth"], "siblings with executor.forks one", ["--executor.compared", "siblings"]),
     (
         ["--executor.reweight", "true"],
         "False with executor.ratio_norm, whose gradients have one scale",

@@ -153,10 +153,15 @@ class Run:
         return math.prod((self.config.executor.shard, *self.config.executor.branching[1:]))
 
     @property
-    def recorded(self) -> int:
-        """Branches of a plan whose chunk at their fork is trained: those of a tree at every fork."""
+    def forked(self) -> int:
+        """Branches of a plan at its forks: those of a tree at every one."""
         numbers = self.config.executor.branching or (self.continuations,)
         return sum(math.prod(numbers[:depth]) for depth in range(1, len(numbers) + 1))
+
+    @property
+    def recorded(self) -> int:
+        """Trained chunks of a plan: of its branches at their forks, or all of its videos but the first chunk."""
+        return self.forked * (1 if self.config.executor.trained_chunks == "first" else self.settings.chunks - 1)
 
     @property
     def rows(self) -> int:
@@ -174,9 +179,14 @@ class Run:
         return RolloutSettings.of(self.config.executor)
 
     @property
-    def fork(self) -> int:
+    def switch(self) -> int:
         """Latent frame of the earliest switch."""
         return min(self.config.executor.chunk_frames, self.config.executor.frames - self.config.executor.chunk_frames)
+
+    @property
+    def fork(self) -> int:
+        """Latent frame from which on a plan has all its videos, at the earliest."""
+        return 0 if self.config.executor.forks == "none" else self.switch
 
     @property
     def graphs(self) -> bool:
@@ -200,9 +210,9 @@ class Run:
 
     @property
     def switches(self) -> list[int]:
-        """Frames at which the prompt changes, the earliest of them the fork."""
-        starts = range(self.fork, self.settings.frames, CHUNKS_A_PROMPT * self.settings.chunk)
-        return [*starts][: self.texts - 1] if self.fork else []
+        """Frames at which the prompt changes."""
+        starts = range(self.switch, self.settings.frames, CHUNKS_A_PROMPT * self.settings.chunk)
+        return [*starts][: self.texts - 1] if self.switch else []
 
     @property
     def texts(self) -> int:
@@ -372,7 +382,7 @@ def _rollout(run: Run) -> list[Item]:
     plans = run.together // run.continuations
     prompts = plans * run.texts
     # a graph reads copies of its own; there are two of each batch, for denoiser calls and for context passes
-    copies = run.together + (2 * (run.recorded + 1) * plans if run.graphs else 0)
+    copies = run.together + (2 * (run.forked + 1) * plans if run.graphs else 0)
     noise = run.together * 2 * steps * sizes.latent_bytes(settings.chunk)
     return [
         Item("K/V of the prompts, and copies a branch", (prompts + copies) * sizes.text_bytes, ESTIMATED),

@@ -15,8 +15,6 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from operator import mul
 from pathlib import Path
 
 from tempact.cli import RECORDED, from_yaml
@@ -28,7 +26,7 @@ from tempact.forks import drawn_forks
 from tempact.planner.decode import rows_of
 from tempact.reporting import METRICS, SAMPLES, read_environment, read_metrics
 from tempact.seeds import derive_seed
-from tempact.types import Fork, Plan, PlanBatch, Prompt, Step, tree_of
+from tempact.types import Fork, Plan, PlanBatch, Prompt, Step, siblings_of, tree_of
 
 PHASES = ("plan", "rollout", "rewards", "update")  # of metrics.jsonl
 CONTEXT = (0.234 + 0.102) / (0.254 + 0.102)  # a chunk of a plan's context to one of a branch, decoded (docs/costs.md)
@@ -186,7 +184,7 @@ def shape_of(run: Path, config: RunConfig, forks: Sequence[Sequence[Fork]], *, o
     """How a run's work is cut; the adapters' size is that of their newest files, 0 where there is none."""
     settings, n = config.executor, config.executor.continuations
     transitions = RolloutSettings.of(settings).trained if settings.levels == "all" else 1
-    trained = sum(accumulate(settings.branching, mul)) or n  # branches of a plan
+    trained = len(siblings_of(forks[0], n, 1)) // len(forks[0])  # chunks of a plan
     newest = sorted((run / "checkpoints").glob("step-*"))[-1:]
     files = [file for folder in newest for file in folder.glob("*/adapter_model.safetensors")]
     return Shape(

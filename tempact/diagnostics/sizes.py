@@ -121,7 +121,7 @@ class Decoder:
 
     def flops(self, frames: int) -> int:
         """Of one video of so many latent frames from its beginning."""
-        return self.flops_first + (frames - 1) * self.flops_later
+        return self.flops_first + (frames - 1) * self.flops_later if frames else 0
 
 
 def video_bytes(latent: tuple[int, int], frames: int, decoder: Decoder | None) -> int:

@@ -127,6 +127,8 @@ def _forked(branch: Branch, history: KVHistory, tree: Forks, start: int) -> list
     if start not in tree.frames:
         return [branch]
     number, own = tree.numbers[tree.frames.index(start)], branch.continuations
+    if number == 1:
+        return [branch]
     each, forks = len(own) // number, history.fork(branch.cached, number)
     return [Branch(branch.plan, own[i * each : (i + 1) * each], new) for i, new in enumerate(forks)]
 

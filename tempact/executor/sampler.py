@@ -132,7 +132,7 @@ class RolloutSettings:
             first,
             separator,
             LOSSES[c.loss].forward,
-            math.gcd(*c.branching),
+            1 if c.forks == "none" or c.trained_chunks != "first" else math.gcd(*c.branching),
         )
 
     @property

@@ -90,7 +90,13 @@ def group_advantages(
 
 
 def sibling_advantages(
-    rewards: Sequence[Tensor], rows: Sequence[Siblings], clip: float, eps: float, *, std: str = "global"
+    rewards: Sequence[Tensor],
+    rows: Sequence[Siblings],
+    clip: float,
+    eps: float,
+    *,
+    std: str = "global",
+    by_depth: bool = False,
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Execution advantages of branches, against their siblings: the branches of one fork.
 
@@ -100,29 +106,35 @@ def sibling_advantages(
     rewards.
 
     rewards: of every depth, U [P, N] by the step that begins at its fork, NaN where missing. rows: of the record, G of
-    S branches each. Returns advantages and mask [G, S], and the metrics of `group_advantages`, those of the second
-    depth named depth2/reward and so on.
+    S branches each; those of the same leaves at one depth, chunks of one branch, have one advantage. by_depth: a group
+    is all branches of a plan at a depth, as in BranchGRPO. Returns advantages and mask [G, S], and the metrics of
+    `group_advantages`, those of the second depth named depth2/reward and so on.
     """
     width = len(rows[0].leaves)
     advantage, mask = torch.zeros(len(rows), width), torch.zeros(len(rows), width, dtype=torch.bool)
     metrics: dict[str, float] = {}
     for depth, values in enumerate(rewards):
-        groups: dict[tuple[int, int, int], list[int]] = {}
+        # of every group: its branches, by their first leaves, and the places of each in the record
+        groups: dict[tuple[int, ...], dict[int, list[tuple[int, int]]]] = {}
         for number, row in enumerate(rows):
             if row.depth == depth:
-                groups.setdefault(row.shared, []).append(number)
+                group = groups.setdefault((row.plan,) if by_depth else row.shared, {})
+                for column, leaves in enumerate(row.leaves):
+                    group.setdefault(leaves.start, []).append((number, column))
         if not groups:
             continue
-        table = torch.full((len(groups), width * max(map(len, groups.values()))), float("nan"))
-        places = [(g, i, number) for g, own in enumerate(groups.values()) for i, number in enumerate(own)]
-        for g, i, number in places:
-            leaves = [values[rows[number].plan, own.start : own.stop] for own in rows[number].leaves]
-            table[g, i * width : (i + 1) * width] = torch.stack(leaves).nanmean(1)
+        table = torch.full((len(groups), max(map(len, groups.values()))), float("nan"))
+        branches = [(g, i, own) for g, group in enumerate(groups.values()) for i, own in enumerate(group.values())]
+        for g, i, own in branches:
+            first, column = own[0]
+            leaves = rows[first].leaves[column]
+            table[g, i] = values[rows[first].plan, leaves.start : leaves.stop].nanmean()
         found, counted, told = group_advantages(table, clip, eps, std=std)
-        for g, i, number in places:
-            advantage[number], mask[number] = (v[g, i * width : (i + 1) * width] for v in (found, counted))
-        if len(places) * width < table.numel():  # what a smaller group has not is not missing
-            told["missing"] = 1.0 - (~torch.isnan(table)).sum().item() / (len(places) * width)
+        for g, i, own in branches:
+            for place in own:
+                advantage[place], mask[place] = found[g, i], counted[g, i]
+        if len(branches) < table.numel():  # what a smaller group has not is not missing
+            told["missing"] = 1.0 - (~torch.isnan(table)).sum().item() / len(branches)
         metrics |= {f"depth{depth + 1}/{name}" if depth else name: value for name, value in told.items()}
     return advantage, mask, metrics
 

@@ -404,6 +404,21 @@ def test_a_tree_records_and_trains_the_branches_of_all_its_forks() -> None:
     assert needs_of(alone, planning=False) == found[0] and work_of(alone) == work_of(one)
 
 
+def test_videos_that_share_nothing_and_all_their_chunks_are_counted() -> None:
+    one = run_of(get_preset("self-forcing"), on_gpu=True)
+    apart, whole = forked(one, forks="none"), forked(one, trained_chunks="video")
+    assert [(own.recorded, own.siblings, own.rows) for own in (apart, whole)] == [(8, 1, 64 * 8), (72, 1, 64 * 72)]
+    assert (one.fork, apart.fork, whole.fork) == (3, 0, 3) and apart.switches == one.switches
+    chunk = 4 * 16 * 3 * 60 * 104
+    for own in (apart, whole):
+        host = named(needs_of(own, planning=False).host, "recorded transitions").bytes
+        assert host == own.rows * (7 + 9) * chunk  # a context of its own for every chunk
+    phases = [work_of(own).phases for own in (one, apart, whole)]
+    assert phases[1]["rollout"] > phases[0]["rollout"] == phases[2]["rollout"]
+    assert phases[1]["decode"] > phases[0]["decode"] == phases[2]["decode"]
+    assert phases[2]["executor update"] == pytest.approx(phases[0]["executor update"] * 9)
+
+
 def test_the_largest_tree_that_fits_has_whole_forks() -> None:
     tree = forked(run_of(tiny(), on_gpu=True), forks="tree", branching=(2, 2, 2)).changed(prompts=1)
     assert tree.changed(continuations=12).config.executor.branching == (3, 2, 2)

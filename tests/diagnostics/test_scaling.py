@@ -178,6 +178,10 @@ def test_a_tree_costs_its_branches_chunks(run: Path) -> None:
     drawn = {tree for each in forks for tree in each}
     assert all(isinstance(tree, Forks) for tree in drawn) and {len(tree.frames) for tree in drawn} == {1, 2}
     assert shape_of(run, config, forks, on_gpu=False).updated == 36 // (6 * 3)
+    whole = replace(config, executor=replace(executor, forks="none", branching=(), trained_chunks="video"))
+    forks, _ = forks_of(run, whole)
+    chunks = [len(tree.frames) - 1 for tree in forks[0]]
+    assert shape_of(run, whole, forks, on_gpu=False).updated == max(1, 36 // (sum(chunks) // len(chunks) * 4 * 3))
 
 
 def test_the_table_says_what_it_is(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

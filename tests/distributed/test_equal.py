@@ -47,6 +47,10 @@ CASES = {
         (*HALVES, *SMALL_BATCHES, *TREE, *PATCHY), faulty.one_step_plans,
         ("rewards/patchy/depth2/missing", lambda share: 0 < share < 1),
     ),
+    "a tree by depth": Case((*MANY, *SMALL_BATCHES, *TREE, "--executor.compared", "depth")),
+    "no fork, all chunks of a step": Case(
+        (*HALVES, *SMALL_BATCHES, *PATCHY, "--executor.forks", "none", "--executor.trained-chunks", "step")
+    ),
     "a random chunk, seed groups": Case((*MANY, "--executor.forks", "random_chunk", "--executor.seed-group", "true")),
     "a frozen planner": Case((*MANY, "--planner.train", "false"), seen=("executor/loss", lambda value: True)),
     "a frozen executor": Case((*MANY, "--executor.train", "false"), seen=("planner/loss", lambda value: True)),

@@ -1,4 +1,4 @@
-"""Plans that fork several times: videos, records, and updates on them (docs/algorithm.md 2.8)."""
+"""Plans that fork several times, or not at all: videos, records, and updates on them (docs/algorithm.md 2.8)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from tempact.executor.executor import Executor
 from tempact.executor.rollout import cost_of
 from tempact.executor.sampler import NoiseSource, gaussian_noise
-from tempact.types import Batch, Fork, Forks, Plan, Step, Transition, starts_of
+from tempact.types import Batch, Fork, Forks, Plan, Step, Transition, starts_of, tree_of
 
 Make = Callable[..., Executor]
 CPU = torch.device("cpu")
@@ -109,6 +109,50 @@ def test_training_sees_the_context_of_the_roll_out_and_micro_batches_change_noth
         torch.testing.assert_close(gradient, found[0][0], rtol=1e-3, atol=1e-8)
         assert value == pytest.approx(found[0][1], rel=1e-5)
     assert found[0][0].norm() > 0
+
+
+# rows of videos that go on alone; those of the second share their context at frame 3
+APART: list[Fork] = [Forks((0, 3), (COUNT, 1)), Forks((0, 6, 9, 12), (COUNT, 1, 1, 1)), Forks((0, 6), (COUNT, 1))]
+CHUNKS: list[Fork] = [Forks((3, 6), (COUNT, 1)), Forks((6, 9, 12), (COUNT, 1, 1)), 6]
+
+
+@pytest.mark.parametrize(("forks", "changes"), [(APART, {"forks": "none"}), (CHUNKS, {"trained_chunks": "step"})])
+@pytest.mark.parametrize("text_switch", ["cross_attention", "recache"])
+def test_videos_that_go_on_alone_are_recorded_and_trained_on_contexts_of_their_own(
+    make_executor: Make, forks: list[Fork], changes: dict[str, str], text_switch: str
+) -> None:
+    found = []
+    for size in (64, 3):
+        window = {"window": "infinity-rope", "text_switch": text_switch} if text_switch == "recache" else {}
+        executor = make_executor(continuations=COUNT, frames=FRAMES, micro_batch=size, **changes, **window)
+        latents, record = executor.roll_out(PLANS, forks, noise_of(executor))
+        assert record is not None and record.states.shape[1] == 1
+        frames = [[f for f in tree_of(own, COUNT).frames if f] for own in forks]
+        assert record.start.tolist() == [frame for own in frames for frame in own for _ in range(COUNT)]
+        for number, row in enumerate(record.siblings):
+            (leaf,), noise = row.leaves[0], noise_of(executor)
+            assert torch.equal(record.prefix[number, :, : row.start], latents[row.plan, leaf, :, : row.start])
+            assert torch.equal(record.states[number, 0, 0], noise.draw(row.plan, leaf, row.start // 3)[0])
+        assert starts_of(record) == {p: own[0] for p, own in enumerate(frames)} and not starts_of(record, 1)
+        metrics = executor.update(batch_of(record), list(range(len(record.siblings))))
+        gaps = [value for name, value in metrics.items() if name.startswith("rollout_gap/")]
+        assert len(gaps) == 3 and max(gaps) < 1e-2, gaps
+        assert not executor.cache.branches and not executor.cache.rows_used
+        found.append((gradients(executor), metrics["loss"]))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-3, atol=1e-8)
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-5) and found[0][0].norm() > 0
+
+
+def test_without_a_fork_every_video_is_that_of_its_own_noise(make_executor: Make) -> None:
+    executor = make_executor(continuations=COUNT, frames=FRAMES, forks="none")
+    latents, _ = executor.roll_out(PLANS, APART, noise_of(executor))
+    for p, own in enumerate(PLANS):
+        for n in range(COUNT):
+            alone = NoiseSource(
+                (1, 1, *noise_of(executor).shape[2:]), lambda _, __, c, p=p, n=n: noise_of(executor).draw(p, n, c)
+            )
+            torch.testing.assert_close(executor.roll_out([own], [0], alone)[0][0, 0], latents[p, n])
+    assert cost_of(range(3), APART, COUNT, executor.settings) == 3 * COUNT * 5
 
 
 def test_the_gap_tells_a_wrong_context(make_executor: Make) -> None:

@@ -286,6 +286,37 @@ def test_one_fork_has_the_bits_of_group_advantages(std: str) -> None:
     assert torch.equal(found[0], known[0]) and torch.equal(found[1], known[1]) and found[2] == known[2]
 
 
+def test_by_depth_a_branch_is_compared_with_all_of_its_depth() -> None:
+    first, second = tree_rewards(3)
+    rows = siblings_of(TREES, 4, 2)
+    advantage, mask, _ = sibling_advantages([first, second], rows, 9.0, EXECUTION_EPS, by_depth=True)
+    deep = torch.stack([own for row, own in zip(rows, advantage, strict=True) if row.depth == 1]).view(2, 4)
+    assert deep.flatten().tolist() == pytest.approx(
+        [a for own in by_hand(second[[0, 2]].tolist(), 9.0, EXECUTION_EPS) for a in own], abs=1e-5
+    )
+    siblings = sibling_advantages([first, second], rows, 9.0, EXECUTION_EPS)[0]
+    shallow = torch.tensor([row.depth for row in rows]) == 0
+    torch.testing.assert_close(advantage[shallow], siblings[shallow])  # at the first fork all are siblings
+    assert mask.all() and (advantage[~shallow] - siblings[~shallow]).abs().amax() > 0.1
+
+
+def test_all_chunks_of_a_video_have_the_advantage_of_the_first() -> None:
+    """Whether they share a context or not: that of `group_advantages`, also where plans have unlike numbers of them."""
+    rewards = execution_rewards(draw_scored(), WEIGHTS)
+    rewards[1, 2] = rewards[3, 1:] = NAN
+    known, counted, metrics = group_advantages(rewards, 2.0, EXECUTION_EPS)
+    for shared in ((), (0,)):
+        frames = [(6,), (6, 9, 12), (3,), (6, 9), (9,), (12,)]
+        trees = [Forks((*shared, *own), (5, *[1] * (len(own) + len(shared) - 1))) for own in frames]
+        rows = siblings_of(trees, 5, 1)
+        assert len(rows) == 5 * 9
+        found = sibling_advantages([rewards], rows, 2.0, EXECUTION_EPS, by_depth=True)
+        for row, advantage, mask in zip(rows, *found[:2], strict=True):
+            place = row.plan, row.leaves[0].start
+            assert advantage.item() == known[place].item() and mask.item() == counted[place].item()
+        assert found[2] == metrics
+
+
 def test_missing_leaves_are_left_out_of_a_branch_and_a_branch_of_none_out_of_its_siblings() -> None:
     first, second = tree_rewards(3)
     rows = siblings_of(TREES, 4, 2)
