@@ -106,8 +106,9 @@ def scores(folder: Path) -> dict:
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGKILL, -signal.SIGKILL), pytest.param(signal.SIGTERM, 130, marks=pytest.mark.slow)],
+    [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 130)],
 )
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_without_scoring_anything_twice(
     number: int,
     code: int,

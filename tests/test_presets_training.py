@@ -144,7 +144,7 @@ def check(folder: Path, preset: str) -> None:
 @pytest.mark.parametrize(
     "preset",
     [
-        "self-forcing",
+        pytest.param("self-forcing", marks=pytest.mark.slow),
         "longlive",
         pytest.param("causal-forcing", marks=pytest.mark.slow),
         pytest.param("causal-forcing-framewise", marks=pytest.mark.slow),

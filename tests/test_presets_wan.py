@@ -100,9 +100,8 @@ def test_what_was_asked_for_stays_in_the_authors_inference() -> None:
         backbone_inference(get_preset("shapeworld-full"))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "longlive" else [pytest.mark.slow]) for name in WAN]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WAN)
 def test_two_updates_with_small_random_weights(name: str) -> None:
     """Beyond the window of 12 frames, with a switch; the ratio is 1 before each step, and weights move."""
     executor = build_policies(small(name)).executor

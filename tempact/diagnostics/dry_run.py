@@ -217,10 +217,13 @@ def _update_choices(run: Run) -> Iterator[str]:
 def largest(taken: Callable[[int], int], room: int, least: int, most: int, step: int = 1) -> int:
     """The largest multiple of `step` in [least, most] for which `taken(count)` bytes fit into `room`; 0 if none does.
 
-    Counts are tried one by one: the cache grows by 24ths, so that one more may take less.
+    The last one is tried first, then all one by one: the cache grows by 24ths, so that one more may take less.
     """
+    counts = range(math.ceil(least / step) * step, most + 1, step)
+    if counts and taken(counts[-1]) <= room:
+        return counts[-1]
     found = 0
-    for count in range(math.ceil(least / step) * step, most + 1, step):
+    for count in counts[:-1]:
         needed = taken(count)
         if needed <= room:
             found = count

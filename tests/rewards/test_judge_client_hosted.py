@@ -222,6 +222,7 @@ def test_nothing_of_other_clients_is_sent(key: str) -> None:
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.usefixtures("soon_asked_again")
 def test_a_redirect_is_not_followed_and_said_in_one_line(status: int, caplog: pytest.LogCaptureFixture) -> None:
     with Picky({}) as other:
         to = f"{other.address}/chat/completions"

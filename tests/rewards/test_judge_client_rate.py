@@ -140,6 +140,7 @@ def test_a_rate_that_is_never_granted_is_an_outage_that_says_why() -> None:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("good", [0, 5])
+@pytest.mark.usefixtures("soon_asked_again")
 def test_an_account_without_credit_is_a_refusal_at_any_time(status: int, reason: object, good: int) -> None:
     """Also after answers: the calls do not wait for an outage."""
     with Server(says(status, reason), bucket=Bucket(0.0, good)) as server, client_of([server.address]) as client:
@@ -149,13 +150,14 @@ def test_an_account_without_credit_is_a_refusal_at_any_time(status: int, reason:
             client.submit([call(99)])[0].result(20)
 
 
+@pytest.mark.usefixtures("soon_asked_again")
 def test_one_account_without_credit_leaves_the_other() -> None:
     empty = says(429, {"message": "no", "code": "insufficient_quota"})
     with Server(empty, bucket=Bucket(0.0, 0.0)) as first, Server(says()) as second:
         with client_of([first.address, second.address]) as client:
             results = [future.result(20) for future in client.submit([call(n) for n in range(40)])]
             assert all(is_right(result, n) for n, result in enumerate(results))
-            time.sleep(4)  # its probes are refused as well
+            time.sleep(0.5)  # its probes are refused as well
             assert is_right(client.submit([call(99)])[0].result(20), 99)
 
 

@@ -187,7 +187,7 @@ def test_a_run_whose_requests_are_spent_saves_and_stops(tmp_path: Path, monkeypa
     assert 0 < paid <= requests() - len(ROLES)  # the example is of no iteration
 
 
-@pytest.mark.usefixtures("unevaluated")
+@pytest.mark.usefixtures("unevaluated", "soon_asked_again")
 @pytest.mark.parametrize(
     ("answer", "code", "told"),
     [

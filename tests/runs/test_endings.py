@@ -86,6 +86,7 @@ def test_a_run_stopped_in_an_update_goes_on_with_the_same_bits(
     assert_same_run(unbroken, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_signal_after_the_first_step_finishes_the_iteration(
     unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,8 +223,9 @@ def test_a_run_that_is_ended_at_random_moments_reaches_the_bits_of_an_unbroken_o
 
 @pytest.mark.parametrize(
     "call",
-    [pytest.param(3, id="before the first step", marks=pytest.mark.slow), pytest.param(4, id="between two steps")],
+    [pytest.param(3, id="before the first step"), pytest.param(4, id="between two steps")],
 )
+@pytest.mark.slow
 def test_an_unexpected_exception_saves_the_last_whole_iteration(
     unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: int
 ) -> None:

@@ -33,6 +33,7 @@ def test_a_terminated_run_saves_and_goes_on_with_the_same_bits(
     assert_same_run(unbroken, tmp_path)
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(unbroken: Path, tmp_path: Path) -> None:
     assert start(tmp_path / "again") == 0
     assert_same_run(unbroken, tmp_path / "again")
