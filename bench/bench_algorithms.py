@@ -33,6 +33,7 @@ from tempact.files import reading, write_atomic
 from tempact.reporting import read_environment, read_metrics
 
 DEFAULT = "default"
+TREE = ("--executor.forks", "tree", "--executor.branching", "2", "4")
 ROWS: dict[str, tuple[str, ...]] = {
     DEFAULT: (),
     # the executor's loss
@@ -44,16 +45,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "executor: group's std": ("--executor.advantage_std", "group"),
     "executor: no std": ("--executor.advantage_std", "none"),
     # where its continuations begin, and from what
-    "tree of 2 x 4": ("--executor.forks", "tree", "--executor.branching", "2", "4"),
-    "tree of 2 x 4, by depth": (
-        "--executor.forks",
-        "tree",
-        "--executor.branching",
-        "2",
-        "4",
-        "--executor.compared",
-        "depth",
-    ),
+    "tree of 2 x 4": TREE,
+    "tree of 2 x 4, by depth": (*TREE, "--executor.compared", "depth"),
     "random chunk": ("--executor.forks", "random_chunk"),
     "seed groups": ("--executor.seed_group", "true"),
     # the planner's
@@ -66,8 +59,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "executor alone": ("--planner.train", "false"),
     "in turn": ("--trainer.alternate", "1"),
     "no shared context": ("--executor.forks", "none"),
-    "all chunks of the step": ("--executor.trained-chunks", "step"),
-    "all chunks of the video": ("--executor.trained-chunks", "video"),
+    "all chunks of the step": ("--executor.trained_chunks", "step"),
+    "all chunks of the video": ("--executor.trained_chunks", "video"),
     "no KL": ("--planner.kl_weight", "0", "--executor.kl_weight", "0"),
     "no smoothing": ("--executor.smooth_prompts", "false"),
     "equal spans": ("--planner.spans", "uniform"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tempact.errors import UserError
-from tempact.files import writing
+from tempact.files import disk_full, writing
 
 FPS = 8.0
 VIDEO_SIDE = 240  # pixels that the longer side of a small video is enlarged to
@@ -53,12 +54,19 @@ class Mp4Writer:
     def __init__(self, path: Path, fps: float = FPS, caption: str = ""):
         self.path, self.fps, self.caption = path, fps, caption
         self.frames = 0  # written so far
-        self._partial = path.with_name(f".{path.stem}.partial.mp4")
+        # in a folder of its own: an ffmpeg that outlives this process's wish for it finds no place to begin a file
+        self._folder = path.with_name(f".{path.stem}.partial")
+        self._partial = self._folder / path.name
         self._ffmpeg: Generator[None, np.ndarray | None, None] | None = None
         self._line: np.ndarray | None = None  # the caption as pixels [height, width, 3]
 
     def __enter__(self) -> Mp4Writer:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if not disk_full(error):
+                raise
+            raise self._unwritten() from error
         return self
 
     def write(self, frames: Tensor) -> None:
@@ -92,7 +100,8 @@ class Mp4Writer:
                 self._check()
                 self._partial.replace(self.path)
         finally:
-            self._partial.unlink(missing_ok=True)
+            for _ in range(2):  # once more for a file begun between the folder's last look and its removal
+                shutil.rmtree(self._folder, ignore_errors=True)
 
     def _check(self) -> None:
         """UserError if the disk filled up after ffmpeg took the last frame, which ffmpeg's end does not tell."""

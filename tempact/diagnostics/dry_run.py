@@ -132,7 +132,7 @@ class Work:
 
 
 def work_of(run: Run) -> Work:
-    """Operations of the executor, where every plan forks after its first chunk."""
+    """Operations of the executor, where every plan that forks does so after its first chunk."""
     s, sizes = run.settings, run.sizes
     bare = _affine(run, adapters=False)
     adapted = _affine(run, adapters=True)
