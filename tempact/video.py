@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -54,7 +56,7 @@ class Mp4Writer:
     def __init__(self, path: Path, fps: float = FPS, caption: str = ""):
         self.path, self.fps, self.caption = path, fps, caption
         self.frames = 0  # written so far
-        # in a folder of its own: an ffmpeg that outlives this process's wish for it finds no place to begin a file
+        # in a folder of its own: an ffmpeg that is just being killed finds no place to begin a file
         self._folder = path.with_name(f".{path.stem}.partial")
         self._partial = self._folder / path.name
         self._ffmpeg: Generator[None, np.ndarray | None, None] | None = None
@@ -78,7 +80,8 @@ class Mp4Writer:
                 str(self._partial), size, fps=self.fps, quality=8, macro_block_size=2,
                 ffmpeg_log_level="error",  # it warns of a video that is given up
             )  # fmt: skip
-            self._ffmpeg.send(None)
+            with ThreadPoolExecutor(1) as starter:  # a signal interrupts the main thread: nobody would hold the process
+                starter.submit(self._ffmpeg.send, None).result()
             self._line = _caption(self.caption, size[0]) if self.caption else None
         if self._line is not None:
             height, width = (min(a, b) for a, b in zip(self._line.shape, pictures.shape[1:3], strict=False))
@@ -94,8 +97,11 @@ class Mp4Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if self._ffmpeg is not None:
+            if kind is None and self._ffmpeg is not None:
                 self._ffmpeg.close()
+            elif self._ffmpeg is not None:
+                with suppress(KeyboardInterrupt):  # at which ffmpeg is killed, and writes no line of its own
+                    self._ffmpeg.throw(KeyboardInterrupt())
             if kind is None:
                 self._check()
                 self._partial.replace(self.path)

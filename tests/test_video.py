@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -12,7 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from tempact.errors import Stopped, UserError
+from tempact.errors import Stopped, StopRequest, UserError
 from tempact.reporting.strips import save_strip
 from tempact.video import enlarge, read_mp4, save_gif, save_mp4
 
@@ -47,24 +50,27 @@ def test_mp4_plays_back_what_was_written(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["a.mp4"]
 
 
-def test_a_signal_while_ffmpeg_starts_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody holds such an ffmpeg: it begins its file when it gets that far, and ends when its input does."""
+def test_a_signal_while_ffmpeg_starts_ends_it_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     started, popen = list[subprocess.Popen](), subprocess.Popen
 
-    def interrupted(command: list[str], *given: object, **options: object) -> subprocess.Popen:
-        if not command[-1].endswith(".mp4"):  # ffmpeg is asked what it can do
-            return popen(command, *given, **options)
-        late = ["sh", "-c", 'cat > /dev/null; : > "$1"', "sh", command[-1]]
-        started.append(popen(late, *given, **options | {"stderr": subprocess.DEVNULL}))
-        raise Stopped("SIGTERM")
+    def slow(command: list[str], *given: object, **options: object) -> subprocess.Popen:
+        process = popen(command, *given, **options)
+        if command[-1].endswith(".mp4"):  # else ffmpeg is asked what it can do
+            started.append(process)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.2)
+        return process
 
-    monkeypatch.setattr(subprocess, "Popen", interrupted)
-    with pytest.raises(Stopped):
+    monkeypatch.setattr(subprocess, "Popen", slow)
+    stop = StopRequest()
+    with stop.listening(), pytest.raises(Stopped):
         save_mp4(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), tmp_path / "a.mp4")
     monkeypatch.undo()
     (process,) = started
-    process.communicate()
-    assert not [*tmp_path.iterdir()]
+    assert process.wait(10) == -signal.SIGKILL
+    assert not [*tmp_path.iterdir()] and capfd.readouterr().err == ""
 
 
 def test_gif_plays_back_what_was_written(tmp_path: Path) -> None:

@@ -139,10 +139,11 @@ def test_a_reward_is_given_prompts_plans_frames_and_the_switched_steps() -> None
 def test_every_fork_of_a_tree_is_judged_by_its_own_step() -> None:
     """Rewards of continuations are asked once a fork, those of plans and whole videos once."""
     plans = plan_batch(STEPS, [Step(0, 15, "first"), Step(15, 30, "second")])
-    rollout = rollout_of(plans, [6, 15], continuations=2)
-    rows = siblings_of([Forks((6, 15), (2, 1)), Forks((15,), (2,))], 2)
+    rollout = rollout_of(plans, [6, 15], continuations=4)
+    rows = siblings_of([Forks((6, 15), (2, 2)), Forks((15,), (4,))], 4, 2)
     rollout.transition = replace(rollout.transition, siblings=rows)
-    rollout.broken = torch.tensor([[False, True], [False, False]])
+    rollout.broken = torch.zeros(2, 4, dtype=torch.bool)
+    rollout.broken[0, 1] = True
     seen: dict[str, list] = {}
 
     def look(name: str) -> RewardFunction:
@@ -150,7 +151,7 @@ def test_every_fork_of_a_tree_is_judged_by_its_own_step() -> None:
             if frames.shape[1]:
                 seen.setdefault(name, []).append(spans)
             firsts = torch.tensor([0.0 if span is None else span.first / 1000 for span in spans])
-            return firsts[:, None].expand(-1, 2) if frames.shape[1] else firsts
+            return firsts[:, None].expand(-1, 4) if frames.shape[1] else firsts
 
         return asked
 
@@ -165,7 +166,9 @@ def test_every_fork_of_a_tree_is_judged_by_its_own_step() -> None:
         assert seen[name] == [[span] for span in first + second], name  # plan by plan
     assert seen["temporal_following"] == seen["whole"] == [[span] for span in first]
     (later,) = scored.later
-    told = torch.tensor([[0.021, NAN], [0.057, 0.057]]), torch.tensor([[0.057, NAN], [NAN, NAN]])
+    told = (
+        torch.tensor([[0.021, NAN, 0.021, 0.021], [0.057] * 4]), torch.tensor([[0.057, NAN, 0.057, 0.057], [NAN] * 4])
+    )  # fmt: skip
     for own_scores, expected in zip((scored, later), told, strict=True):
         for values in (own_scores.step_following, own_scores.aesthetics, own_scores.custom[0].scores):
             torch.testing.assert_close(values, expected, equal_nan=True)
