@@ -8,7 +8,8 @@ Every row is the preset with the keys of ROWS over it, trained for as many itera
 and evaluated on the test set, and on the validation split, on which choices are made. With `--equal-seconds` rows whose
 iterations take other time than the default's are trained again, for as many iterations as the default's seconds hold.
 Runs are those of `bench.bench_shapeworld`: commands of a user, `together` on a GPU; the same command given again goes
-on where a killed one was. `--show` prints the table of a results file and draws it beside the file.
+on where a killed one was. A results file that exists is gone on with, on other machines too: runs in it stay and are not
+made again. `--show` prints the table of a results file and draws it beside the file.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -91,11 +93,23 @@ class Trained:
         return median(later - sooner for sooner, later in pairwise(times)) if len(times) > 1 else times[0]
 
 
-def runs_of(given: argparse.Namespace, keys: Sequence[str], iterations: dict[str, int] | None = None) -> list[Trained]:
-    """The runs of every row and seed, seed by seed; iterations: of the rows that are trained again, and no others."""
+def runs_of(
+    given: argparse.Namespace,
+    keys: Sequence[str],
+    kept: Sequence[dict[str, Any]] = (),
+    iterations: dict[str, int] | None = None,
+) -> list[Trained]:
+    """The runs of every row and seed, seed by seed, but for those of kept rows.
+
+    iterations: of the rows that are trained again, and no others.
+    """
+    equal = "samples" if iterations is None else "seconds"
+    there = {(row["row"], run["seed"]) for row in kept if row["equal"] == equal for run in row["runs"]}
     python, threads, found = [sys.executable, "-m"], ["--threads", str(given.threads)], []
     for seed in given.seeds:
         for name in given.rows if iterations is None else iterations:
+            if (name, seed) in there:
+                continue
             more = [] if iterations is None else ["--trainer.iterations", str(iterations[name])]
             told = f"{name}, seed {seed}" + (f", {more[1]} iterations" if more else "")
             folder = given.folder / report.slug(told)
@@ -107,15 +121,14 @@ def runs_of(given: argparse.Namespace, keys: Sequence[str], iterations: dict[str
     return found
 
 
-def again(done: Sequence[Trained]) -> dict[str, int]:
+def again(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
     """Iterations of rows that are to take the seconds of the default; none for rows whose iterations take as long."""
-    seconds: dict[str, list[float]] = {}
-    for own in done:
-        seconds.setdefault(own.name, []).append(own.seconds)
-    if DEFAULT not in seconds:
+    runs = {row["row"]: row["runs"] for row in rows if row["equal"] == "samples"}
+    if DEFAULT not in runs:
         raise UserError(f"--equal-seconds: found no row {DEFAULT!r}; accepted: {DEFAULT!r} among --rows")
-    count = len(read_metrics(done[0].run.folder))
-    shares = {name: mean(seconds[DEFAULT]) / mean(own) for name, own in seconds.items()}
+    seconds = {name: mean(run["seconds_an_iteration"] for run in own) for name, own in runs.items()}
+    count = runs[DEFAULT][0]["iterations"]
+    shares = {name: seconds[DEFAULT] / own for name, own in seconds.items()}
     return {name: max(1, round(count * share)) for name, share in shares.items() if abs(share - 1) > ALIKE}
 
 
@@ -134,6 +147,7 @@ def result(own: Trained) -> dict[str, Any]:
     average = change(changes, AVERAGE)
     return {
         "seed": own.seed,
+        "commit": report.commit(),
         "iterations": int(read_metrics(own.run.folder)[-1]["step"]),
         "seconds_an_iteration": round(own.seconds, 3),
         "score": average["means"][1],
@@ -146,28 +160,51 @@ def result(own: Trained) -> dict[str, Any]:
     }
 
 
-def results(given: argparse.Namespace, done: Sequence[Trained]) -> dict[str, Any]:
-    """Everything that has ended, as the results file has it: rows with their runs, by name and iterations."""
-    rows: dict[tuple[str, bool], list[dict[str, Any]]] = {}
+def results(given: argparse.Namespace, done: Sequence[Trained], kept: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Everything that has ended, as the results file has it: rows with their runs, kept ones first."""
+    rows = {(row["row"], row["equal"]): list(row["runs"]) for row in kept}
     for own in done:
         if own.validation.code == 0:
-            rows.setdefault((own.name, own.run.name.endswith("iterations")), []).append(result(own))
+            equal = "seconds" if own.run.name.endswith("iterations") else "samples"
+            rows.setdefault((own.name, equal), []).append(result(own))
     sessions = [read_environment(own.run.folder)[-1] for own in done if own.run.code == 0]
     told = sessions[0] if sessions else None
     return {
         "command": report.command("bench.bench_algorithms"),
         "preset": given.preset,
-        "commit": report.commit(),
         "gpus": told.gpus * len(devices()) if told else [],
         "hardware": f"{told.cpu} ({told.cores} cores), {told.memory_gib:.0f} GiB memory" if told else "",
         "together_on_a_gpu": given.together,
         "versions": told.versions if told else {},
         "notes": list(NOTES),
         "rows": [
-            {"row": name, "keys": " ".join(ROWS[name]), "equal": "seconds" if timed else "samples", "runs": runs}
-            for (name, timed), runs in rows.items()
+            {"row": name, "keys": " ".join(ROWS[name]), "equal": equal, "runs": sorted(runs, key=itemgetter("seed"))}
+            for (name, equal), runs in sorted(rows.items(), key=_place)
         ],
     }
+
+
+def _place(row: tuple[tuple[str, str], Any]) -> tuple[str, int]:
+    """Where a row stands: rows of equal samples first, in the order of ROWS."""
+    (name, equal), _ = row
+    return equal, list(ROWS).index(name)
+
+
+def earlier(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the results file, where it exists."""
+    if given.save is None or not given.save.is_file():
+        return []
+    with reading(given.save):
+        found = json.loads(given.save.read_text(encoding="utf-8"))
+        preset, rows = found["preset"], found["rows"]
+    if preset != given.preset:
+        raise UserError(f"--save: found a file of preset {preset} at {given.save}; accepted: one of {given.preset}")
+    for row in rows:
+        if ROWS.get(row["row"]) != tuple(row["keys"].split()):
+            raise UserError(
+                f"{given.save}: found row {row['row']!r} with keys {row['keys']!r}; accepted: those of ROWS"
+            )
+    return list(rows)
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -246,6 +283,7 @@ def main(argv: list[str] | None = None) -> int:
     given.folder.mkdir(parents=True, exist_ok=True)
     given.folder = given.folder.resolve()
     done: list[Trained] = []
+    kept = earlier(given)
 
     def carried(more: list[Trained]) -> bool:
         done.extend(more)
@@ -258,11 +296,11 @@ def main(argv: list[str] | None = None) -> int:
     def ended(job: Job) -> None:
         print(f"{job.name}: exit code {job.code} after {sum(job.parts):.0f} s", flush=True)
         if given.save:
-            write_atomic(given.save, rows_on_lines(results(given, done)) + "\n")
+            write_atomic(given.save, rows_on_lines(results(given, done, kept)) + "\n")
 
-    whole = carried(runs_of(given, keys))
+    whole = carried(runs_of(given, keys, kept))
     if whole and given.equal_seconds:
-        whole = carried(runs_of(given, keys, again(done)))
+        whole = carried(runs_of(given, keys, kept, again(results(given, done, kept)["rows"])))
     if given.save and given.save.is_file():
         show(given.save)
     return 0 if whole else 1

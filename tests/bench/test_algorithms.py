@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import bench_algorithms
-from bench.bench_algorithms import DEFAULT, ROWS, again, draw, markdown, runs_of
+from bench.bench_algorithms import DEFAULT, ROWS, again, draw, earlier, markdown, results, runs_of
 from tempact.cli import parse_run
 from tempact.config import flatten
 from tempact.errors import UserError
@@ -35,22 +35,9 @@ def test_rows_are_commands_of_a_user_and_are_judged_on_the_validation_split(tmp_
     own = str(folder) + "-validation"
     assert runs[3].validation.command[2:] == ["tempact.evaluate", own, "--split", "validation", "--threads", "2"]
     assert runs[3].validation.after is runs[3].run
-    longer = runs_of(asked(tmp_path), [], {"RLOO": 150})
+    longer = runs_of(asked(tmp_path), [], iterations={"RLOO": 150})
     assert [own.run.folder.name for own in longer] == [f"rloo-seed-{seed}-150-iterations" for seed in (4, 5)]
     assert longer[0].run.command[-4:] == ["--trainer.iterations", "150", "--output", str(longer[0].run.folder)]
-
-
-def test_rows_of_other_speed_are_given_the_seconds_of_the_default(tmp_path: Path) -> None:
-    runs = runs_of(asked(tmp_path, rows=[DEFAULT, "RLOO", "DiffusionNFT", "GRPO"]), [])
-    speeds = {DEFAULT: 2.0, "RLOO": 2.1, "DiffusionNFT": 4.0, "GRPO": 1.6}
-    for own in runs:
-        own.run.folder.mkdir()
-        times = [100.0, *(100 + speeds[own.name] * n for n in range(1, 11)), 500.0]  # the last one saved, say
-        rows = [{"step": step, "time_s": time} for step, time in enumerate(times, 1)]
-        (own.run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert again(runs) == {"DiffusionNFT": 6, "GRPO": 15}  # 12 iterations of 2 s
-    with pytest.raises(UserError, match="--equal-seconds: found no row 'default'"):
-        again([own for own in runs if own.name != DEFAULT])
 
 
 def run(seed: int, gain: float) -> dict[str, object]:
@@ -74,6 +61,48 @@ def test_the_table_has_means_and_the_spread_of_seeds(tmp_path: Path) -> None:
     assert second.startswith("| RLOO | seconds | 1 | 3.90 | 0.750 | +30.0% | +30.0% |")
     draw(tmp_path / "chart.png", rows)
     assert (tmp_path / "chart.png").stat().st_size > 5000
+
+
+def test_an_iteration_takes_the_median_of_seconds(tmp_path: Path) -> None:
+    own = runs_of(asked(tmp_path), [])[0]
+    own.run.folder.mkdir()
+    times = [100.0, 102.0, 104.0, 106.5, 500.0]  # a checkpoint was saved in the last one, say
+    rows = [{"step": step, "time_s": time} for step, time in enumerate(times, 1)]
+    (own.run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert own.seconds == 2.25
+
+
+def test_rows_of_other_speed_are_given_the_seconds_of_the_default() -> None:
+    speeds = {DEFAULT: 2.0, "RLOO": 2.1, "DiffusionNFT": 4.0, "GRPO": 1.6}
+    rows = [
+        {"row": name, "equal": "samples", "runs": [run(0, 0.4) | {"iterations": 12, "seconds_an_iteration": speed}]}
+        for name, speed in speeds.items()
+    ]
+    slow = {"row": "no KL", "equal": "seconds", "runs": [run(0, 0.4) | {"seconds_an_iteration": 9.0}]}
+    assert again([*rows, slow]) == {"DiffusionNFT": 6, "GRPO": 15}
+    with pytest.raises(UserError, match="--equal-seconds: found no row 'default'"):
+        again(rows[1:])
+
+
+def test_runs_of_a_results_file_stay_and_are_not_made_again(tmp_path: Path) -> None:
+    file = tmp_path / "table.json"
+    rows = [
+        {"row": DEFAULT, "keys": "", "equal": "samples", "runs": [run(4, 0.4)]},
+        {"row": "RLOO", "keys": " ".join(ROWS["RLOO"]), "equal": "seconds", "runs": [run(5, 0.3)]},
+    ]
+    file.write_text(json.dumps({"preset": "p", "rows": rows}))
+    given = asked(tmp_path, save=file, together=1)
+    kept = earlier(given)
+    left = runs_of(given, [], kept)
+    assert [(own.name, own.seed) for own in left] == [("RLOO", 4), (DEFAULT, 5), ("RLOO", 5)]
+    assert [own.seed for own in runs_of(given, [], kept, {"RLOO": 150})] == [4]
+    assert results(given, left, kept)["rows"] == rows
+    with pytest.raises(UserError, match="--save: found a file of preset p at .*; accepted: one of other"):
+        earlier(asked(tmp_path, save=file, preset="other"))
+    rows[1]["keys"] = "--planner.loss gspo"
+    file.write_text(json.dumps({"preset": "p", "rows": rows}))
+    with pytest.raises(UserError, match="found row 'RLOO' with keys '--planner.loss gspo'; accepted: those of ROWS"):
+        earlier(given)
 
 
 def test_a_folder_is_asked_for() -> None:
