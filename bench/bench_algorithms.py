@@ -8,8 +8,8 @@ Every row is the preset with the keys of ROWS over it, trained for as many itera
 and evaluated on the test set, and on the validation split, on which choices are made. With `--equal-seconds` rows whose
 iterations take other time than the default's are trained again, for as many iterations as the default's seconds hold.
 Runs are those of `bench.bench_shapeworld`: commands of a user, `together` on a GPU; the same command given again goes
-on where a killed one was. A results file that exists is gone on with, on other machines too: runs in it stay and are not
-made again. `--show` prints the table of a results file and draws it beside the file.
+on where a killed one was. A results file that exists is gone on with, on other machines too: the runs in it stay and
+are not made again. `--show` prints the table of a results file and draws it beside the file.
 """
 
 from __future__ import annotations
