@@ -120,6 +120,14 @@ class Iteration:
     continuations: range  # of these plans, in the order of `rollout`
 
 
+def judging_of(config: RunConfig, device: torch.device, alone: bool) -> Judging:
+    """What of the videos is judged. Only a GPU without other processes takes the plans of a tree together: it rounds as
+    its batches have it anyway, unless it is to be deterministic, and would need several times as long."""
+    depths, within = depths_of(config.executor), config.executor.forks == "random_chunk"
+    exact = config.deterministic or not alone or device.type == "cpu"
+    return Judging(depths, within, one_by_one=exact and (depths > 1 or within))
+
+
 class Trainer:
     """Trains a planner and an executor; `iterations()` yields after each one.
 
@@ -138,7 +146,7 @@ class Trainer:
             if config.planner.sampler == "served"
             else None
         )
-        self.judging = Judging(depths_of(config.executor), within=config.executor.forks == "random_chunk")
+        self.judging = judging_of(config, executor.device, self.ranks.alone)
         self.meter = Meter()
         self.done = 0
         self.idle = {"planner": 0, "executor": 0}  # iterations in a row without anything to learn from

@@ -22,6 +22,7 @@ from tempact.executor.rollout import Branch
 from tempact.executor.sampler import gaussian_noise
 from tempact.policies import build_policies, build_trainer
 from tempact.presets import get_preset
+from tempact.rewards import Judging
 from tempact.runs.evaluation import shapeworld_suite
 from tempact.seeds import derive_seed
 from tempact.trainer import (
@@ -31,6 +32,7 @@ from tempact.trainer import (
     Trainer,
     WeightsNotFinite,
     copied,
+    judging_of,
     split,
 )
 from tempact.types import Plan, PlanBatch, Rollout, Scored
@@ -219,6 +221,16 @@ def test_metrics_describe_the_iteration(learned: Learned) -> None:
     for name, advantage in (("planner", batch.plan_advantage), ("executor", batch.execution_advantage)):
         assert (advantage.sum(-1) * metrics[f"{name}/reward_std"]).abs().max() < 1e-6
     assert {f"timing_s/{phase}" for phase in ("plan", "rollout", "rewards", "update")} <= metrics.keys()
+
+
+def test_plans_of_trees_are_judged_one_by_one_where_bits_are_promised() -> None:
+    base, cpu, cuda = smoke(), torch.device("cpu"), torch.device("cuda")
+    for own in ({"forks": "tree", "branching": (1, 2)}, {"forks": "random_chunk"}):
+        config = replace(base, executor=replace(base.executor, **own))
+        assert judging_of(config, cpu, True).one_by_one and judging_of(config, cuda, False).one_by_one
+        assert judging_of(replace(config, deterministic=True), cuda, True).one_by_one
+        assert not judging_of(config, cuda, True).one_by_one
+    assert judging_of(base, cpu, False) == Judging()
 
 
 def test_split_cuts_consecutive_parts_of_near_equal_length() -> None:

@@ -49,17 +49,17 @@ class Span(NamedTuple):
 @dataclass(frozen=True)
 class Judging:
     """What of a video is judged. depths: forks on the way through it, each with the step that begins there. within: a
-    fork need not be a step's start; judged is the step that holds it.
-
-    Other than by default, plans are scored one by one: rules may round as a batch's longest step has it.
+    fork need not be a step's start; judged is the step that holds it. one_by_one: plans are scored each alone, because
+    rules may round as the longest step of a batch has it.
     """
 
     depths: int = 1
     within: bool = False
+    one_by_one: bool = False
 
     def together(self, plans: int) -> list[slice]:
         """Which of so many plans are scored together."""
-        return [slice(plans)] if self == Judging() else [slice(p, p + 1) for p in range(plans)]
+        return [slice(p, p + 1) for p in range(plans)] if self.one_by_one else [slice(plans)]
 
 
 def switch_spans(plans: PlanBatch, rollout: Rollout, depth: int = 0, *, within: bool = False) -> list[Span | None]:

@@ -136,7 +136,8 @@ def test_a_reward_is_given_prompts_plans_frames_and_the_switched_steps() -> None
     assert [spans for _, _, spans in seen] == [[Span(21, 56, STEPS[1])], [None, Span(57, 116, STEPS[2])]]
 
 
-def test_every_fork_of_a_tree_is_judged_by_its_own_step() -> None:
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_every_fork_of_a_tree_is_judged_by_its_own_step(one_by_one: bool) -> None:
     """Rewards of continuations are asked once a fork, those of plans and whole videos once."""
     plans = plan_batch(STEPS, [Step(0, 15, "first"), Step(15, 30, "second")])
     rollout = rollout_of(plans, [6, 15], continuations=4)
@@ -157,14 +158,14 @@ def test_every_fork_of_a_tree_is_judged_by_its_own_step() -> None:
 
     named = ("plan_quality", "temporal_following", "step_following", "aesthetics")
     own = Reward("mine", look("mine")), Reward("whole", look("whole"), level="plan")
-    scoring = RewardSet(*map(look, named)).extended(own).begin(plans, None, None, Judging(depths=2))
+    scoring = RewardSet(*map(look, named)).extended(own).begin(plans, None, None, Judging(2, one_by_one=one_by_one))
     scoring.add(rollout)
     scored = result(scoring)
     first = [Span(21, 56, STEPS[1]), Span(57, 116, plans.plans[1].steps[1])]
     second = [Span(57, 116, STEPS[2]), None]
     for name in ("step_following", "aesthetics", "mine"):
-        assert seen[name] == [[span] for span in first + second], name  # plan by plan
-    assert seen["temporal_following"] == seen["whole"] == [[span] for span in first]
+        assert seen[name] == ([[span] for span in first + second] if one_by_one else [first, second]), name
+    assert seen["temporal_following"] == seen["whole"] == ([[span] for span in first] if one_by_one else [first])
     (later,) = scored.later
     told = (
         torch.tensor([[0.021, NAN, 0.021, 0.021], [0.057] * 4]), torch.tensor([[0.057, NAN, 0.057, 0.057], [NAN] * 4])
