@@ -267,6 +267,7 @@ class ExecutorConfig:
     entry: str = key("", VIDEO, f"model of a .pt file of several; nothing: the first of {', '.join(ENTRIES)}")
     decoder: str = key("", VIDEO, "tiny decoder (a TAEHV file) of generated videos and previews; nothing: the VAE")
     precision: str = key("fp32", VIDEO, "precision of a Wan checkpoint", choice(*EXECUTOR_PRECISIONS))
+    fp8_linears: bool = key(False, VIDEO, "of generate alone: the blocks' linears in float8 (docs/real-video.md)")
     wan_folder: str = key("", VIDEO, "Wan2.1-T2V-1.3B(-Diffusers) for text encoder and VAE; nothing: that of weights")
     text_cache: str = key("runs/text", SPEED, "folder of a Wan text encoder's embeddings, shared by runs")
     offload_text_encoder: bool = key(False, SPEED, "the text encoder waits on the host while no prompt is new")

@@ -1,8 +1,8 @@
 """How a kernel is accepted: error bounds and ahead-of-time compilation.
 
 `python tests/kernel_checks.py MODULE,... all|one TARGET...` compiles the kernels that modules list, all or the first
-specialisation of each, in a process where Triton's interpreter is off, and prints one JSON line a kernel. Targets before
-a kernel's `oldest` are left out.
+specialisation of each, in a process where Triton's interpreter is off, and prints one JSON line a kernel. Targets
+before a kernel's `oldest` are left out.
 """
 
 from __future__ import annotations

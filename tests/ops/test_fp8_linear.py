@@ -120,7 +120,8 @@ def test_what_is_not_finite_is_not_hidden(device: torch.device, backend: str, od
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_a_linear_is_as_good_as_its_rounding(device: torch.device, backend: str, dtype: torch.dtype) -> None:
-    x, weight, bias = (draw(device, *shape, dtype=dtype, seed=n) for n, shape in enumerate([(3, 50, 256), (96, 256), (96,)]))
+    shapes = (3, 50, 256), (96, 256), (96,)
+    x, weight, bias = (draw(device, *shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes))
     with runtime.backend(backend):
         out = fp8_linear(x, fp8_rows(weight), bias)
         shared = fp8_linear(fp8_rows(x), fp8_rows(weight), bias)
@@ -224,8 +225,8 @@ ROWS = fp8_rows(torch.ones(4, 8))
         (call(x=ROWS._replace(scales=ROWS.scales[:3])), r"^x: found scales \(3, 1\).*accepted: \(4, 1\) torch.float32"),
         (call(weight=torch.ones(4, 8)), r"^weight: found Tensor; accepted: rows of `fp8_rows`"),
         (call(weight=fp8_rows(torch.ones(8))), r"^weight: found \(8,\).*accepted: rows \[N, K\]"),
-        (call(weight=ROWS._replace(values=torch.ones(4, 8))), r"^weight: found values .*float32.*accepted: .*float8_e4"),
-        (call(weight=ROWS._replace(scales=ROWS.scales.double())), r"^weight: found scales .*float64.*accepted: \(4, 1\)"),
+        (call(weight=ROWS._replace(values=torch.ones(4, 8))), r"^weight: found values .*float32.*accepted: .*float8"),
+        (call(weight=ROWS._replace(scales=ROWS.scales.double())), r"^weight: found scales .*float64.*accepted: \(4, "),
         (call(bias=torch.zeros(8)), r"^bias: found \(8,\).*accepted: \(4,\) on cpu"),
         (call(bias=torch.zeros(4, requires_grad=True)), r"^bias: found a tensor that requires grad; accepted by fp8_l"),
     ],

@@ -15,8 +15,12 @@ from csrc_triton import norm_silu, runtime
 
 DIFFERENTIABLE = [name for name, call in CALLS.items() if call.leaves and not call.writes]
 INFERENCE = [name for name, call in CALLS.items() if not call.leaves]
-NAMES = {"qk_norm_rope (write)": "qk_norm_rope", "gated_residual_adaln": "adaln", "gated_residual_norm": "adaln",
-         "fp8_linear": "fp8_rows"}
+NAMES = {
+    "qk_norm_rope (write)": "qk_norm_rope",
+    "gated_residual_adaln": "adaln",
+    "gated_residual_norm": "adaln",
+    "fp8_linear": "fp8_rows",
+}
 
 
 def of_leaves(name: str) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
