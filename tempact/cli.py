@@ -196,14 +196,6 @@ def check_whole(config: RunConfig) -> RunConfig:
     return config
 
 
-def check_exact(config: RunConfig) -> RunConfig:
-    """`config`; UserError where it asks for rounded linears in a command other than `generate`."""
-    if config.executor.fp8_linears:
-        why = "training needs the probabilities of the weights themselves, and an evaluation switches adapters"
-        refuse("executor.fp8_linears", True, f"False but in tempact.generate: {why}")
-    return config
-
-
 def _options(arguments: list[str]) -> dict[str, list[str]]:
     """The words after each option, by its dotted key; the last mention of an option counts."""
     given: dict[str, list[str]] = {}

@@ -512,6 +512,14 @@ def validate(config: RunConfig) -> None:
         refuse("judges.outage_s", judges.outage_s, accepted)
 
 
+def check_exact(config: RunConfig) -> RunConfig:
+    """`config`; UserError where it asks for rounded linears in a command other than tempact.generate."""
+    if config.executor.fp8_linears:
+        why = "training needs the probabilities of the weights themselves, and an evaluation switches adapters"
+        refuse("executor.fp8_linears", True, f"False but in tempact.generate: {why}")
+    return config
+
+
 def _check_forks(executor: ExecutorConfig) -> None:
     chunks, numbers = executor.frames // executor.chunk_frames, executor.branching
     if executor.forks != "tree":

@@ -15,17 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tempact.cli import (
-    RunOptions,
-    callable_command,
-    check_exact,
-    check_whole,
-    of_ranks,
-    parse_run,
-    preset_or_run,
-    refuse_named,
-)
-from tempact.config import RunConfig, keys_of
+from tempact.cli import RunOptions, callable_command, check_whole, of_ranks, parse_run, preset_or_run, refuse_named
+from tempact.config import RunConfig, check_exact, keys_of
 from tempact.errors import LineParser, Stopped, UserError
 from tempact.evaluation import (
     BOTH,

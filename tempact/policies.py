@@ -15,8 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from csrc_triton import runtime
-from tempact.cli import check_exact
-from tempact.config import RunConfig
+from tempact.config import RunConfig, check_exact
 from tempact.distributed import Ranks
 from tempact.distributed.shards import group_of, shard
 from tempact.errors import UserError

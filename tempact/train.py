@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from tempact.cli import callable_command, check_exact, of_ranks, parse_run, to_yaml
+from tempact.cli import callable_command, of_ranks, parse_run, to_yaml
+from tempact.config import check_exact
 
 EXIT_DOES_NOT_FIT = 4
 

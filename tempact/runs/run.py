@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tempact.cli import check_exact, fingerprint, from_yaml, to_yaml
+from tempact.cli import fingerprint, from_yaml, to_yaml
 from tempact.config import RunConfig, validate
 from tempact.distributed import Ranks, told
 from tempact.errors import EXIT_STOPPED, Stopped, StopRequest, UserError
@@ -73,7 +73,7 @@ def train(
 
     Raises UserError for a configuration or a file that cannot work, and RunFailed for an unexpected exception.
     """
-    validate(check_exact(config))
+    validate(config)
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     with (
         StopRequest().listening() as stop,
