@@ -39,7 +39,7 @@ def round_linears(model: WanTransformer) -> None:
     if runtime.get_backend() == "torch":
         reason = "the kernels of torch are asked for"
     if reason is not None:
-        log.warning("executor.fp8_linears: the same numbers, but in fp32 products, which are slower: %s", reason)
+        log.warning("executor.fp8_linears: the rounded numbers are multiplied in fp32, which is slower: %s", reason)
 
 
 def merged_weight(linear: nn.Module) -> Tensor:

@@ -44,7 +44,8 @@ def adapted(executor: Executor) -> Executor:
 def inputs(model: WanTransformer) -> tuple[Tensor, Tensor, TextKV, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x, words = torch.randn(2, 3, 3, 8, 8, generator=generator), torch.randn(2, 4, 8, generator=generator)
-    return x, torch.full((2, 3), 0.7), model.project_text(words.to(model.dtype)), torch.arange(3)
+    text = model.project_text(words.to(model.device, model.dtype))
+    return x.to(model.device), torch.full((2, 3), 0.7, device=model.device), text, torch.arange(3, device=model.device)
 
 
 @torch.no_grad()
@@ -71,6 +72,21 @@ def test_velocities_are_close_to_those_of_the_adapted_weights(
     difference = (found - wanted).abs().mean() / wanted.abs().mean()
     assert 1e-3 < difference < 0.1
     assert relative(start, wanted) > 5 * relative(found, wanted)  # the adapter is inside
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="needs sm_90")
+def test_a_gpus_products_are_near_those_in_fp32(make_executor: Callable[..., Executor]) -> None:
+    """The kernels beside the products round as torch does, at the most twice; bits repeat."""
+    executor = adapted(make_executor())
+    executor.model.to("cuda", torch.bfloat16)
+    before = velocity(executor)
+    round_linears(executor.model)
+    found = velocity(executor)
+    with runtime.backend("torch"):
+        emulated = velocity(executor)
+    assert torch.equal(velocity(executor), found)
+    assert relative(found, emulated) < 0.5 * relative(emulated, before) < 0.05
 
 
 def test_the_linears_of_the_blocks_are_replaced_and_nothing_else(make_executor: Callable[..., Executor]) -> None:
