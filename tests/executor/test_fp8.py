@@ -77,7 +77,7 @@ def test_velocities_are_close_to_those_of_the_adapted_weights(
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="needs sm_90")
 def test_a_gpus_products_are_near_those_in_fp32(make_executor: Callable[..., Executor]) -> None:
-    """The kernels beside the products round as torch does, at the most twice; bits repeat."""
+    """As near as roundings are: a last place of bf16 before one may be a step of float8 after it. Bits repeat."""
     executor = adapted(make_executor())
     executor.model.to("cuda", torch.bfloat16)
     before = velocity(executor)
@@ -86,7 +86,7 @@ def test_a_gpus_products_are_near_those_in_fp32(make_executor: Callable[..., Exe
     with runtime.backend("torch"):
         emulated = velocity(executor)
     assert torch.equal(velocity(executor), found)
-    assert relative(found, emulated) < 0.5 * relative(emulated, before) < 0.05
+    assert relative(found, emulated) < 0.05 and relative(found, before) < 0.05
 
 
 def test_the_linears_of_the_blocks_are_replaced_and_nothing_else(make_executor: Callable[..., Executor]) -> None:
