@@ -111,6 +111,7 @@ def unevaluated(monkeypatch: pytest.MonkeyPatch, log_handlers: None) -> None:
     monkeypatch.setattr(run_module, "evaluate", lambda *given, **more: None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unevaluated")
 def test_a_run_waits_for_its_judges(tmp_path: Path, monkeypatch, capfd: pytest.CaptureFixture[str]) -> None:
     with judge() as server:
@@ -159,6 +160,7 @@ def test_an_outage_past_the_limit_saves_and_stops(tmp_path: Path, monkeypatch, c
     check_no_key(tmp_path, shown)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unevaluated")
 def test_a_run_whose_requests_are_spent_saves_and_stops(tmp_path: Path, monkeypatch, capfd) -> None:
     """Exit code 3 and one line; the same limit stops it again before weights load. Without one the run ends."""
