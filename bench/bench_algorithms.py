@@ -1,7 +1,7 @@
 """The algorithm table: each choice of the method on seeds of one preset, at equal samples and at equal seconds.
 
     python -m bench.bench_algorithms FOLDER [--preset shapeworld-full] [--rows NAME ...] [--seeds 0 1 2] [--together 3]
-    [--threads 5] [--equal-seconds] [--save FILE] [--section.key value ...]
+    [--own NAME KEYS ...] [--threads 5] [--equal-seconds] [--save FILE] [--section.key value ...]
     python -m bench.bench_algorithms --show FILE
 
 Every row is the preset with the keys of ROWS over it, trained for as many iterations as the preset has (equal samples)
@@ -9,7 +9,8 @@ and evaluated on the test set, and on the validation split, on which choices are
 iterations take other time than the default's are trained again, for as many iterations as the default's seconds hold.
 Runs are those of `bench.bench_shapeworld`: commands of a user, `together` on a GPU; the same command given again goes
 on where a killed one was. A results file that exists is gone on with, on other machines too: the runs in it stay and
-are not made again. `--show` prints the table of a results file and draws it beside the file.
+are not made again. `--own "larger steps" "--executor.optim.lr 5e-4"` adds a row that ROWS lacks. `--show` prints the
+table of a results file and draws it beside the file.
 """
 
 from __future__ import annotations
@@ -113,7 +114,17 @@ def runs_of(
             more = [] if iterations is None else ["--trainer.iterations", str(iterations[name])]
             told = f"{name}, seed {seed}" + (f", {more[1]} iterations" if more else "")
             folder = given.folder / report.slug(told)
-            command = [*python, "tempact.train", given.preset, "--seed", str(seed), *threads, *keys, *ROWS[name], *more]
+            command = [
+                *python,
+                "tempact.train",
+                given.preset,
+                "--seed",
+                str(seed),
+                *threads,
+                *keys,
+                *given.known[name],
+                *more,
+            ]
             run = Job(told, folder, [*command, "--output", str(folder)])
             own = folder.with_name(f"{folder.name}-{VALIDATION}")
             judged = [*python, "tempact.evaluate", str(own), "--split", VALIDATION, *threads]
@@ -167,6 +178,11 @@ def results(given: argparse.Namespace, done: Sequence[Trained], kept: Sequence[d
         if own.validation.code == 0:
             equal = "seconds" if own.run.name.endswith("iterations") else "samples"
             rows.setdefault((own.name, equal), []).append(result(own))
+
+    def place(row: tuple[tuple[str, str], Any]) -> tuple[str, int]:
+        (name, equal), _ = row
+        return equal, list(given.known).index(name)
+
     sessions = [read_environment(own.run.folder)[-1] for own in done if own.run.code == 0]
     told = sessions[0] if sessions else None
     return {
@@ -178,16 +194,15 @@ def results(given: argparse.Namespace, done: Sequence[Trained], kept: Sequence[d
         "versions": told.versions if told else {},
         "notes": list(NOTES),
         "rows": [
-            {"row": name, "keys": " ".join(ROWS[name]), "equal": equal, "runs": sorted(runs, key=itemgetter("seed"))}
-            for (name, equal), runs in sorted(rows.items(), key=_place)
+            {
+                "row": name,
+                "keys": " ".join(given.known[name]),
+                "equal": equal,
+                "runs": sorted(runs, key=itemgetter("seed")),
+            }
+            for (name, equal), runs in sorted(rows.items(), key=place)
         ],
     }
-
-
-def _place(row: tuple[tuple[str, str], Any]) -> tuple[str, int]:
-    """Where a row stands: rows of equal samples first, in the order of ROWS."""
-    (name, equal), _ = row
-    return equal, list(ROWS).index(name)
 
 
 def earlier(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -200,10 +215,10 @@ def earlier(given: argparse.Namespace) -> list[dict[str, Any]]:
     if preset != given.preset:
         raise UserError(f"--save: found a file of preset {preset} at {given.save}; accepted: one of {given.preset}")
     for row in rows:
-        if ROWS.get(row["row"]) != tuple(row["keys"].split()):
-            raise UserError(
-                f"{given.save}: found row {row['row']!r} with keys {row['keys']!r}; accepted: those of ROWS"
-            )
+        wanted = given.known.get(row["row"])
+        if wanted != tuple(row["keys"].split()):
+            accepted = f"{' '.join(wanted)!r}" if wanted is not None else f"a row of ROWS, or --own {row['row']!r}"
+            raise UserError(f"{given.save}: found row {row['row']!r} with keys {row['keys']!r}; accepted: {accepted}")
     return list(rows)
 
 
@@ -268,6 +283,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, nargs="?", help="folder of the runs")
     parser.add_argument("--preset", default="shapeworld-full")
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), metavar="NAME", help="of ROWS")
+    parser.add_argument(
+        "--own", nargs=2, action="append", default=[], metavar=("NAME", "KEYS"), help="a further row, and its keys"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--together", type=int, default=3, help="runs on a GPU at a time")
     parser.add_argument("--threads", type=int, default=5, help="CPU threads of a run")
@@ -280,6 +298,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if given.folder is None:
         raise UserError("FOLDER: found nothing; accepted: a folder for the runs, or --show FILE")
+    given.known = ROWS | {name: tuple(words.split()) for name, words in given.own}
+    given.rows += [name for name, _ in given.own if name not in given.rows]
     given.folder.mkdir(parents=True, exist_ok=True)
     given.folder = given.folder.resolve()
     done: list[Trained] = []

@@ -74,6 +74,7 @@ def test_a_wrong_configuration_and_a_folder_that_is_no_run_are_one_line(tmp_path
         tempact.load_policies(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_iterations_videos_end_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref] = []
     iterate = Trainer.iterate

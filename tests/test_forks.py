@@ -266,7 +266,7 @@ def test_a_tree_is_trained_at_all_its_forks(loss: str) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"forks": "none"}, {"trained_chunks": "step"}])
-@pytest.mark.parametrize("loss", ["flow_grpo", "diffusion_nft"])
+@pytest.mark.parametrize("loss", ["flow_grpo", pytest.param("diffusion_nft", marks=pytest.mark.slow)])
 def test_chunks_that_share_no_context_are_trained_with_their_videos_advantage(
     loss: str, changes: dict[str, str]
 ) -> None:

@@ -205,7 +205,8 @@ def test_what_is_said_of_a_random_planner() -> None:
     assert generation.note_of(get_preset("shapeworld"), planned=True) == ""
 
 
-@pytest.mark.parametrize("name", ["longlive", pytest.param("self-forcing", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["longlive", "self-forcing"])
 def test_frames_from_a_streamed_decoder_are_the_rollouts(name: str) -> None:
     """Bit for bit, through the VAE's state; beyond the window, with a switch after it."""
     window = get_preset(name).executor

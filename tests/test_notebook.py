@@ -11,6 +11,7 @@ nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbcli
 NOTEBOOK = REPOSITORY / "docs" / "quickstart.ipynb"
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel shows pictures in the notebook
     monkeypatch.setenv("TMPDIR", str(tmp_path))

@@ -240,8 +240,9 @@ def check_judges(rewards: Iterable[JudgedReward]) -> None:
     Raises JudgeOutage where a judge is silent or does not reply as asked for, UserError where its servers refuse the
     address, the key or the model.
     """
-    asked = [(reward, reward([INSTRUCTION], *canned())) for reward in rewards]
     try:
+        # a refusal of the first may be there before the last is asked, whose call then raises it
+        asked = [(reward, reward([INSTRUCTION], *canned())) for reward in rewards]
         for reward, scores in asked:
             for reply in scores.replies.values():
                 if isinstance(found := reply.result(), Missing):

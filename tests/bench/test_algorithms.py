@@ -16,7 +16,7 @@ from tempact.errors import UserError
 
 
 def asked(folder: Path, **more: object) -> argparse.Namespace:
-    given = {"folder": folder, "preset": "p", "rows": [DEFAULT, "RLOO"], "seeds": [4, 5], "threads": 2}
+    given = {"folder": folder, "preset": "p", "rows": [DEFAULT, "RLOO"], "seeds": [4, 5], "threads": 2, "known": ROWS}
     return argparse.Namespace(**(given | more))
 
 
@@ -101,8 +101,21 @@ def test_runs_of_a_results_file_stay_and_are_not_made_again(tmp_path: Path) -> N
         earlier(asked(tmp_path, save=file, preset="other"))
     rows[1]["keys"] = "--planner.loss gspo"
     file.write_text(json.dumps({"preset": "p", "rows": rows}))
-    with pytest.raises(UserError, match="found row 'RLOO' with keys '--planner.loss gspo'; accepted: those of ROWS"):
+    with pytest.raises(
+        UserError, match="found row 'RLOO' with keys '--planner.loss gspo'; accepted: '--planner.loss r"
+    ):
         earlier(given)
+    rows[1]["row"] = "larger steps"
+    file.write_text(json.dumps({"preset": "p", "rows": rows}))
+    with pytest.raises(
+        UserError, match="found row 'larger steps' .*; accepted: a row of ROWS, or --own 'larger steps'"
+    ):
+        earlier(given)
+    given.known = ROWS | {"larger steps": ("--planner.loss", "gspo")}
+    kept = earlier(given)
+    assert results(given, [], kept)["rows"] == rows
+    given.rows = ["larger steps"]
+    assert runs_of(given, [], kept)[0].run.command[6:10] == ["--threads", "2", "--planner.loss", "gspo"]
 
 
 def test_a_folder_is_asked_for() -> None:

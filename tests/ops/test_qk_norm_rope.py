@@ -82,7 +82,7 @@ TILINGS = [Tiling(rows=4, lane=4), Tiling(rows=2, steps=4, chunk=32), Tiling(row
 
 
 @pytest.mark.parametrize("tiling", TILINGS)
-@pytest.mark.parametrize("length", [1, 63, 100])
+@pytest.mark.parametrize("length", [1, pytest.param(63, marks=pytest.mark.slow), 100])
 def test_any_length_and_any_tiling(device: torch.device, monkeypatch: pytest.MonkeyPatch, tiling: Tiling, length: int):
     monkeypatch.setattr(_channels, "ENOUGH_PROGRAMS", 1)
     for kernel in fused.TILINGS:

@@ -205,6 +205,7 @@ def metrics_of(run: Path, *lines: str) -> str:
     return write_report(run).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_page_of_a_long_run_is_small_and_loses_no_peak(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     names = [name for panel in PANELS for _, name in panel.lines]

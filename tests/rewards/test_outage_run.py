@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +22,12 @@ from rewards.judge_server import GOOD, Server
 
 from tempact import train
 from tempact.cli import EXIT_ABORTED
-from tempact.errors import EXIT_USER_ERROR
+from tempact.errors import EXIT_USER_ERROR, UserError
 from tempact.files import LEDGER
 from tempact.presets import get_preset
 from tempact.reporting import read_metrics
+from tempact.rewards.judged import check_judges
+from tempact.rewards.judges import JudgeRefusal
 from tempact.rewards.judges import client as judge_client
 from tempact.runs import run as run_module
 from tempact.runs.checkpoint import defect, latest
@@ -108,6 +111,7 @@ def unevaluated(monkeypatch: pytest.MonkeyPatch, log_handlers: None) -> None:
     monkeypatch.setattr(run_module, "evaluate", lambda *given, **more: None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unevaluated")
 def test_a_run_waits_for_its_judges(tmp_path: Path, monkeypatch, capfd: pytest.CaptureFixture[str]) -> None:
     with judge() as server:
@@ -156,6 +160,7 @@ def test_an_outage_past_the_limit_saves_and_stops(tmp_path: Path, monkeypatch, c
     check_no_key(tmp_path, shown)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unevaluated")
 def test_a_run_whose_requests_are_spent_saves_and_stops(tmp_path: Path, monkeypatch, capfd) -> None:
     """Exit code 3 and one line; the same limit stops it again before weights load. Without one the run ends."""
@@ -212,6 +217,16 @@ def test_a_judge_that_judges_nothing_is_found_before_the_first_rollout(
     )
     assert not rows(tmp_path) and KEY not in shown
     assert (tmp_path / "run").exists() == (code == EXIT_ABORTED)  # what could not even begin leaves nothing
+
+
+def test_a_refusal_before_all_examples_are_asked_is_a_mistake_of_the_user() -> None:
+    """The client raises it for the next question."""
+
+    def asked(*given: object) -> Any:
+        raise JudgeRefusal("judge step_following: HTTP 401: wrong key")
+
+    with pytest.raises(UserError, match="^judge step_following: HTTP 401: wrong key$"):
+        check_judges([asked])  # type: ignore[list-item]
 
 
 @pytest.mark.usefixtures("unevaluated")

@@ -91,6 +91,7 @@ def test_a_run_on_one_level_at_a_time() -> None:
     assert undocumented(metrics) == ["judge/told"]
 
 
+@pytest.mark.slow
 def test_policies_take_turns() -> None:
     """Two iterations of the planner, two of the executor, and again; who waits neither moves nor is idle."""
     trainer = make(smoke(plans=2, alternate=2), SCORES)

@@ -91,8 +91,9 @@ def test_a_runs_table_names_its_checkpoint_and_evaluating_again_is_the_same_to_t
 @pytest.mark.parametrize(
     "other",
     [
-        ["--seed", "9"], ["--simple", "3"], ["--split", "validation"], ["--evaluation.bootstrap", "9"],
-        ["--executor.eta", "0.5"], ["--evaluation.suite", "shapeworld-strict"],
+        ["--seed", "9"], pytest.param(["--simple", "3"], marks=pytest.mark.slow), ["--split", "validation"],
+        pytest.param(["--evaluation.bootstrap", "9"], marks=pytest.mark.slow),
+        pytest.param(["--executor.eta", "0.5"], marks=pytest.mark.slow), ["--evaluation.suite", "shapeworld-strict"],
     ],
     ids=lambda given: given[0],
 )  # fmt: skip
@@ -147,6 +148,7 @@ def test_an_evaluation_with_another_seed_leaves_the_runs_own_alone(copied: Path)
     assert "evaluation.seed</code></dt><dd><code>9<" in text
 
 
+@pytest.mark.slow
 def test_the_stricter_suite_has_a_table_of_its_own_with_the_rows_of_overfitting(copied: Path) -> None:
     kept = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
     line = [str(copied), "--suite", "shapeworld-strict", "--strict", "1"]
