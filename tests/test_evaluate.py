@@ -211,6 +211,7 @@ def test_export_needs_no_judge(prompts: list[str], tmp_path: Path, capsys: pytes
     assert sorted(path.name for path in folder.iterdir()) == [f"{START} First, {EVENTS[0]}.-{i}.mp4" for i in (0, 1)]
 
 
+@pytest.mark.slow
 def test_shapeworlds_suite_goes_on_with_the_next_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Executor.rollout
     made: list[int] = []

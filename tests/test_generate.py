@@ -155,6 +155,7 @@ def test_the_best_of_several_plans_makes_the_video(
     assert asked == [8, 2, 1] and ends == [12, 21, 24]
 
 
+@pytest.mark.slow
 def test_random_weights_are_named_on_every_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = run(
         capsys, *NO_PLANNER, "--prompt", "A cat.", "--plan", plan_file(tmp_path), "--count", 2,

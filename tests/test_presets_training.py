@@ -160,6 +160,7 @@ def test_two_iterations_from_published_layouts(
     assert "Random weights" not in (folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_two_iterations_from_random_weights(
     tmp_path: Path, prompts: Path, judged: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -171,6 +171,7 @@ def test_without_the_packages_of_real_backbones(monkeypatch: pytest.MonkeyPatch)
         build_policies(small("longlive"))
 
 
+@pytest.mark.slow
 def test_an_iteration_with_judges_of_real_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From pixels of the VAE to advantages: one continuation is not judged, and its group goes on without it."""
     base = small("self-forcing", continuations=3)

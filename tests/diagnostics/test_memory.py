@@ -445,6 +445,7 @@ def test_a_rank_has_its_share_of_the_plans_and_the_first_one_the_text_encoder() 
     )
 
 
+@pytest.mark.slow
 def test_on_a_cpu_the_adapter_is_merged_unless_the_torch_path_is_asked_for() -> None:
     config, what = replace(get_preset("shapeworld-smoke"), device="cpu"), "executor's weights with the adapter merged"
     auto, torch_path = (
@@ -584,6 +585,7 @@ def test_small_random_weights_are_planned_on_the_torch_path() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_time_is_an_estimate_from_measured_rates() -> None:
     """64 plans of self-forcing are decoded together, in 26 s of 1,812; the default run takes 4 to 5 s an iteration."""
     config = get_preset("self-forcing")
@@ -602,6 +604,7 @@ def test_a_run_that_fits_nowhere_has_an_exit_code_of_its_own(
     assert ("does not fit" in capsys.readouterr().out) is bool(code)
 
 
+@pytest.mark.slow
 def test_a_plain_install_is_told_what_a_backbone_misses() -> None:
     code = (
         "import sys; sys.modules |= dict.fromkeys(('diffusers', 'ftfy', 'openai'))\n"  # None: not to be found

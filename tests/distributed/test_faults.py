@@ -31,7 +31,7 @@ PLACES = {
     "outage": [(0, "rewards", 2), (1, "rewards", 2), (1, "rollout", 2), (2, "rewards", 3)],
     "disk": [(0, "save", 2), (0, "metrics", 2)],
 }
-SOON = [("kill", 1, "meeting", 2), ("exception", 1, "update", 2), ("term", 1, "step", 2)]
+SOON = [("kill", 1, "meeting", 2), ("term", 1, "step", 2)]
 CASES = [(kind, *place) for kind, places in PLACES.items() for place in places]
 CODES = {
     "kill": 137, "stop": 137, "hang": 137, "exception": 1, "memory": 1, "term": 130, "int": 130, "outage": 3, "disk": 2,

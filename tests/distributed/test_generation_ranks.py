@@ -51,6 +51,7 @@ def told(capfd: pytest.CaptureFixture[str]) -> tuple[list[str], list[str]]:
     ]
 
 
+@pytest.mark.slow
 def test_files_and_printed_paths_are_those_of_one_process(
     line: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,14 +46,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [
-        pytest.param(name, size, marks=[] if (i, size) == (0, 2) else pytest.mark.slow)
-        for i, name in enumerate(CASES)
-        for size in (2, 4)
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", CASES)
 def test_groups_have_the_bits_of_one_process_that_adds_up_in_their_order(
     name: str, size: int, tmp_path: Path, alone: Callable[..., Path]
 ) -> None:

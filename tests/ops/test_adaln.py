@@ -21,7 +21,8 @@ from csrc_triton.adaln import (
     gated_residual_norm,
 )
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+IN_TIME = [] if torch.cuda.is_available() else [pytest.mark.slow]  # the interpreter takes half precision alike
+DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=IN_TIME)]
 EPS = 1e-6
 SIZES = [96, 384, 1000, 1536]  # a part of a chunk; chunks with a last one that is not full; Wan-1.3B's
 

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from csrc_triton import CacheView, fork_attention, runtime
 from csrc_triton.fork_attention import naive, ops
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+IN_TIME = [] if torch.cuda.is_available() else [pytest.mark.slow]  # the interpreter takes half precision alike
+DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=IN_TIME)]
 HEAD_DIMS = [32, 64, 128]
 WAYS = ("pointers", "descriptors")
 MANY: Segments = [[(0, 70), (100, 0), (150, 64), (90, 5)], [(150, 64), (70, 20), (214, 55)]]

@@ -15,10 +15,14 @@ from csrc_triton._channels import Tiling
 from csrc_triton.kv_cache import CacheRows
 from csrc_triton.qk_norm_rope import fused, naive, ops, qk_norm_rope
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+IN_TIME = [] if torch.cuda.is_available() else [pytest.mark.slow]  # the interpreter takes half precision alike
+DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=IN_TIME)]
 EPS = 1e-6
 # dim, heads: heads of 32, 64 and 128; one chunk, chunks that are all full, a last chunk that is not; Wan-1.3B's
-SIZES = [(128, 4), (96, 3), (192, 3), (384, 3), (512, 4), (1536, 12)]
+SIZES = [
+    (128, 4), (96, 3), pytest.param(192, 3, marks=IN_TIME), pytest.param(384, 3, marks=IN_TIME),
+    (512, 4), (1536, 12),
+]  # fmt: skip
 
 
 def draw(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

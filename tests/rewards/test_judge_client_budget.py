@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rewards.judge_cases import ROLE, Score, call, client_of, is_right
 from rewards.judge_server import Server
 
 from tempact.errors import UserError
-from tempact.rewards.judges import JudgeBudget, merged_stats
+from tempact.rewards.judges import JudgeBudget, JudgeRefusal, merged_stats
 from tempact.rewards.judges.budget import COUNTED, Ledger
 from tempact.rewards.judges.replies import read_usage
 from tempact.types import Missing
@@ -74,6 +75,26 @@ def test_requests_that_a_server_refuses_are_free(tmp_path: Path, status: int) ->
         stats = client.stats()
     assert (spent(ledger)["requests"], stats[f"judge/{ROLE}/requests"]) == (1, 1)
     assert f"judge/{ROLE}/prompt_tokens" not in stats
+
+
+@pytest.mark.usefixtures("soon_asked_again")
+def test_a_request_on_its_way_to_a_server_that_refuses_all_is_free(tmp_path: Path) -> None:
+    ledger, held, over = tmp_path / "judges.json", threading.Event(), threading.Event()
+
+    def says(text: str) -> tuple[int, str]:
+        if not held.is_set():
+            held.set()
+            over.wait(20)
+        return 401, "wrong key"
+
+    with Server(says) as server, client_of([server.address], ledger=ledger) as client:
+        waiting = client.submit([call(0)])
+        assert held.wait(10)
+        for future in [*client.submit([call(1)]), *waiting]:
+            with pytest.raises(JudgeRefusal, match="HTTP 401"):
+                future.result(10)
+        over.set()
+    assert ledger.read_bytes() == b""
 
 
 def test_requests_that_nobody_receives_are_free(tmp_path: Path) -> None:

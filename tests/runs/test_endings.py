@@ -137,6 +137,7 @@ def test_a_signal_before_the_first_iteration_loses_nothing(
     assert not (tmp_path / "other" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_its_evaluation_goes_on_with_it(
     unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -259,6 +260,7 @@ def test_a_signal_while_an_exception_is_noted_takes_nothing_of_its_line(
     assert len(told) == 1 and "KeyError: 'planted'" in told[0] and "saved after iteration 1" in told[0]
 
 
+@pytest.mark.slow
 def test_a_mistake_of_the_user_in_mid_run_is_one_line_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], unevaluated: None
 ) -> None:

@@ -115,6 +115,7 @@ def test_other_settings_have_a_folder_of_their_own(
     folder.rmdir()
 
 
+@pytest.mark.slow
 def test_rows_of_best_of_n_have_a_table_of_their_own(copied: Path) -> None:
     kept = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
     assert evaluate.main([str(copied), "--best-of", "2", "--simple", "1"]) == 0
@@ -190,7 +191,7 @@ def test_what_runs_are_compared_by_has_a_hash(finished: Path, monkeypatch: pytes
     assert tests() != usual
 
 
-@pytest.mark.parametrize("suite", ["shapeworld", "temporal-order"])
+@pytest.mark.parametrize("suite", [pytest.param("shapeworld", marks=pytest.mark.slow), "temporal-order"])
 def test_scores_are_filed_under_the_checkpoint_that_made_the_videos(
     suite: str, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,7 @@ def test_what_differs_is_still_refused(old: Path, capsys: pytest.CaptureFixture[
     assert code == EXIT_USER_ERROR and "executor.eta (1.0 -> 0.5);" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_its_policies_load_and_its_report_and_table_can_be_made_anew(
     old: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

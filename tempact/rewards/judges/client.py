@@ -286,6 +286,10 @@ class JudgeClient:
             else:
                 self._stats.count(call.role, "requests")
             raise
+        except asyncio.CancelledError:  # on its way to an endpoint that refuses all, it costs nothing either
+            if self._ledger is not None and lease.endpoint.refusals >= REFUSALS:
+                self._ledger.add(call.role, {"requests": -1})
+            raise
         self._stats.count(call.role, "requests")
         return reply
 
