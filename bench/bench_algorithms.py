@@ -114,18 +114,8 @@ def runs_of(
             more = [] if iterations is None else ["--trainer.iterations", str(iterations[name])]
             told = f"{name}, seed {seed}" + (f", {more[1]} iterations" if more else "")
             folder = given.folder / report.slug(told)
-            command = [
-                *python,
-                "tempact.train",
-                given.preset,
-                "--seed",
-                str(seed),
-                *threads,
-                *keys,
-                *given.known[name],
-                *more,
-            ]
-            run = Job(told, folder, [*command, "--output", str(folder)])
+            changed = [*threads, *keys, *given.known[name], *more, "--output", str(folder)]
+            run = Job(told, folder, [*python, "tempact.train", given.preset, "--seed", str(seed), *changed])
             own = folder.with_name(f"{folder.name}-{VALIDATION}")
             judged = [*python, "tempact.evaluate", str(own), "--split", VALIDATION, *threads]
             found.append(Trained(name, seed, run, Job(f"{told}, {VALIDATION}", own, judged, run)))
@@ -171,13 +161,18 @@ def result(own: Trained) -> dict[str, Any]:
     }
 
 
-def results(given: argparse.Namespace, done: Sequence[Trained], kept: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Everything that has ended, as the results file has it: rows with their runs, kept ones first."""
+def results(
+    given: argparse.Namespace, keys: Sequence[str], done: Sequence[Trained], kept: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Everything that has ended, as the results file has it: rows with their runs, kept ones first. keys: of all runs;
+    what is said of the machine is of the latest session."""
     rows = {(row["row"], row["equal"]): list(row["runs"]) for row in kept}
     for own in done:
         if own.validation.code == 0:
             equal = "seconds" if own.run.name.endswith("iterations") else "samples"
             rows.setdefault((own.name, equal), []).append(result(own))
+
+    by_seed = itemgetter("seed")
 
     def place(row: tuple[tuple[str, str], Any]) -> tuple[str, int]:
         (name, equal), _ = row
@@ -188,32 +183,31 @@ def results(given: argparse.Namespace, done: Sequence[Trained], kept: Sequence[d
     return {
         "command": report.command("bench.bench_algorithms"),
         "preset": given.preset,
+        "keys": " ".join(keys),
         "gpus": told.gpus * len(devices()) if told else [],
         "hardware": f"{told.cpu} ({told.cores} cores), {told.memory_gib:.0f} GiB memory" if told else "",
         "together_on_a_gpu": given.together,
         "versions": told.versions if told else {},
         "notes": list(NOTES),
         "rows": [
-            {
-                "row": name,
-                "keys": " ".join(given.known[name]),
-                "equal": equal,
-                "runs": sorted(runs, key=itemgetter("seed")),
-            }
-            for (name, equal), runs in sorted(rows.items(), key=place)
+            {"row": name, "keys": " ".join(given.known[name]), "equal": equal, "runs": sorted(own, key=by_seed)}
+            for (name, equal), own in sorted(rows.items(), key=place)
         ],
     }
 
 
-def earlier(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the results file, where it exists."""
+def earlier(given: argparse.Namespace, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of the results file, where it exists. Raises UserError for one of another preset or of other keys."""
     if given.save is None or not given.save.is_file():
         return []
     with reading(given.save):
         found = json.loads(given.save.read_text(encoding="utf-8"))
-        preset, rows = found["preset"], found["rows"]
-    if preset != given.preset:
-        raise UserError(f"--save: found a file of preset {preset} at {given.save}; accepted: one of {given.preset}")
+        made = found["preset"], found["keys"]
+        rows = found["rows"]
+    asked = given.preset, " ".join(keys)
+    if made != asked:
+        found, accepted = (f"preset {preset} with keys {words!r}" for preset, words in (made, asked))
+        raise UserError(f"--save: found a file of {found} at {given.save}; accepted: one of {accepted}")
     for row in rows:
         wanted = given.known.get(row["row"])
         if wanted != tuple(row["keys"].split()):
@@ -303,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     given.folder.mkdir(parents=True, exist_ok=True)
     given.folder = given.folder.resolve()
     done: list[Trained] = []
-    kept = earlier(given)
+    kept = earlier(given, keys)
 
     def carried(more: list[Trained]) -> bool:
         done.extend(more)
@@ -316,11 +310,11 @@ def main(argv: list[str] | None = None) -> int:
     def ended(job: Job) -> None:
         print(f"{job.name}: exit code {job.code} after {sum(job.parts):.0f} s", flush=True)
         if given.save:
-            write_atomic(given.save, rows_on_lines(results(given, done, kept)) + "\n")
+            write_atomic(given.save, rows_on_lines(results(given, keys, done, kept)) + "\n")
 
     whole = carried(runs_of(given, keys, kept))
     if whole and given.equal_seconds:
-        whole = carried(runs_of(given, keys, kept, again(results(given, done, kept)["rows"])))
+        whole = carried(runs_of(given, keys, kept, again(results(given, keys, done, kept)["rows"])))
     if given.save and given.save.is_file():
         show(given.save)
     return 0 if whole else 1

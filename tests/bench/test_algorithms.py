@@ -90,30 +90,36 @@ def test_runs_of_a_results_file_stay_and_are_not_made_again(tmp_path: Path) -> N
         {"row": DEFAULT, "keys": "", "equal": "samples", "runs": [run(4, 0.4)]},
         {"row": "RLOO", "keys": " ".join(ROWS["RLOO"]), "equal": "seconds", "runs": [run(5, 0.3)]},
     ]
-    file.write_text(json.dumps({"preset": "p", "rows": rows}))
+    file.write_text(json.dumps({"preset": "p", "keys": "", "rows": rows}))
     given = asked(tmp_path, save=file, together=1)
-    kept = earlier(given)
+    kept = earlier(given, [])
     left = runs_of(given, [], kept)
     assert [(own.name, own.seed) for own in left] == [("RLOO", 4), (DEFAULT, 5), ("RLOO", 5)]
     assert [own.seed for own in runs_of(given, [], kept, {"RLOO": 150})] == [4]
-    assert results(given, left, kept)["rows"] == rows
-    with pytest.raises(UserError, match="--save: found a file of preset p at .*; accepted: one of other"):
-        earlier(asked(tmp_path, save=file, preset="other"))
+    assert results(given, [], left, kept)["rows"] == rows
+    with pytest.raises(
+        UserError, match="--save: found a file of preset p with keys '' at .*; accepted: one of preset other"
+    ):
+        earlier(asked(tmp_path, save=file, preset="other"), [])
+    with pytest.raises(
+        UserError, match="--save: found a file of preset p .*; accepted: .* with keys '--executor.eta 0.5'"
+    ):
+        earlier(given, ["--executor.eta", "0.5"])
     rows[1]["keys"] = "--planner.loss gspo"
-    file.write_text(json.dumps({"preset": "p", "rows": rows}))
+    file.write_text(json.dumps({"preset": "p", "keys": "", "rows": rows}))
     with pytest.raises(
         UserError, match="found row 'RLOO' with keys '--planner.loss gspo'; accepted: '--planner.loss r"
     ):
-        earlier(given)
+        earlier(given, [])
     rows[1]["row"] = "larger steps"
-    file.write_text(json.dumps({"preset": "p", "rows": rows}))
+    file.write_text(json.dumps({"preset": "p", "keys": "", "rows": rows}))
     with pytest.raises(
         UserError, match="found row 'larger steps' .*; accepted: a row of ROWS, or --own 'larger steps'"
     ):
-        earlier(given)
+        earlier(given, [])
     given.known = ROWS | {"larger steps": ("--planner.loss", "gspo")}
-    kept = earlier(given)
-    assert results(given, [], kept)["rows"] == rows
+    kept = earlier(given, [])
+    assert results(given, [], [], kept)["rows"] == rows
     given.rows = ["larger steps"]
     assert runs_of(given, [], kept)[0].run.command[6:10] == ["--threads", "2", "--planner.loss", "gspo"]
 

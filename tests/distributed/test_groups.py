@@ -46,9 +46,10 @@ CASES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if i == 0 else pytest.mark.slow) for i, name in enumerate(CASES)]
+)
 def test_groups_have_the_bits_of_one_process_that_adds_up_in_their_order(
     name: str, size: int, tmp_path: Path, alone: Callable[..., Path]
 ) -> None:

@@ -204,8 +204,7 @@ def check_parts(executor: Executor) -> None:
         assert not any(getattr(module, "_merged", None) for module in model.modules())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["torch", "lora"])
+@pytest.mark.parametrize("backend", [pytest.param("torch", marks=pytest.mark.slow), "lora"])
 def test_two_processes_compute_the_bits_of_one(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2])  # where the processes find this module
     if backend == "torch":
