@@ -308,12 +308,21 @@ class CudaGraphRunner:
             try:
                 yield
             except BaseException:
-                with suppress(RuntimeError):  # it says that the recording is broken, the first error says why
+                try:
                     graph.capture_end()
+                except RuntimeError:  # it says that the recording is broken, the first error says why
+                    self._leave_memory()
                 with suppress(RuntimeError):
                     self._record_nothing()
                 raise
             graph.capture_end()
+
+    def _leave_memory(self) -> None:
+        """Ends a recording for torch's allocator, which goes on after one that the device has refused: its pool would
+        count as recorded to for ever. The next recording has a pool of its own."""
+        with suppress(RuntimeError):  # it has ended
+            torch._C._cuda_endAllocateToPool(self.model.device.index, self._memory)
+        self._memory = torch.cuda.graph_pool_handle()
 
     def _record_nothing(self) -> None:
         """A recording that ends well, after one that did not: until then torch's generator of random numbers on the
