@@ -1,13 +1,13 @@
 """An iteration's plans from vLLM, and from the planner's own sampler beside it on the same GPU.
 
     PYTHONPATH=tests python -m bench.bench_served_planner FOLDER --vllm COMMAND [--prompts 16] [--plans 4]
-    [--tokens 2024] [--repeats 3] [--gpu-memory-utilization 0.4] [--wait 300] [--tiny] [--save FILE] [--option value ...]
+    [--tokens 2024] [--repeats 3] [--gpu-memory-utilization 0.4] [--wait 300] [--tiny] [--save FILE] [--flag value ...]
 
-Writes a Qwen3-1.7B of random weights to FOLDER (bench/weights.py), starts vLLM
-with the command of docs/planner-server.md, where COMMAND stands for `vllm` and other options are added, and makes the
-planner of `self-forcing` beside it, with no end token: plans have their full length. Then, as often as --repeats says: the adapter moves and is published, as in an
-iteration, and the same plans are asked from the server and from this process. A repetition before them, in which
-kernels are compiled, is kept apart.
+Writes a Qwen3-1.7B of random weights to FOLDER (bench/weights.py), starts vLLM with the command of
+docs/planner-server.md, where COMMAND stands for `vllm` and other flags are added, and makes the planner of
+`self-forcing` beside it, without end tokens, so that every plan has its full length. Then, as often as --repeats says:
+the adapter moves and is published, as in an iteration, and the same plans are asked from the server and from this
+process. A repetition before them, in which kernels are compiled, is kept apart.
 
 Told: seconds of all plans, and for both samplers how far their log-probs are from those that are trained, and the
 weights of importance; seconds until the server samples with the moved adapter, which is to be below 2, with the canary.
@@ -56,15 +56,13 @@ MOVED = 0.01  # deviation by which an adapter moves: far enough for a canary to 
 SEED = 11
 
 
-def written(folder: Path, *, tiny: bool) -> Path:
-    """The folder of a planner of random weights, made anew."""
+def write_planner(folder: Path, *, tiny: bool) -> None:
+    """A planner of random weights, made anew."""
     sizes = replace(weights.TINY, planner=weights.TINY.planner | TINY_HEADS) if tiny else weights.REAL
-    own = folder / "planner"
     torch.manual_seed(0)
-    weights.planner(own, sizes, "cpu" if tiny else "cuda")
+    weights.planner(folder, sizes, "cpu" if tiny else "cuda")
     if not tiny:
         torch.cuda.empty_cache()  # the server looks how much is free
-    return own
 
 
 def moved(planner: Planner, seed: int) -> None:
@@ -139,16 +137,17 @@ def table(found: list[dict[str, Any]]) -> str:
     for sampler in ("served", "inside"):
         rows = [each[sampler] for each in found]
         middle = {name: statistics.median(row[name] for row in rows) for name in ("seconds", *names)}
-        values = (f"{middle[name]:{form}}" for name, form in zip(names, (".0f", ".2e", ".2e", ".6f", ".1%"), strict=True))
+        values = (
+            f"{middle[name]:{form}}" for name, form in zip(names, (".0f", ".2e", ".2e", ".6f", ".1%"), strict=True)
+        )
         every = ", ".join(f"{row['seconds']:.2f}" for row in rows)
         cells = (sampler, f"{middle['seconds']:.2f}", *values)
         lines.append("{:<10}{:>9}{:>11}{:>11}{:>11}{:>12}{:>11}   ".format(*cells) + every)
     for change in (each["change"] for each in found):
         others = "none" if change["canary_others"] is None else f"{change['canary_others']:.2e}"
-        lines.append(
-            f"adapter changed in {change['seconds']:.2f} s ({change['written_and_loaded_s']:.2f} s written and loaded); "
-            f"canary {change['canary']:.2e} nats, nearest other {others}"
-        )
+        own = f"{change['written_and_loaded_s']:.2f} s written and loaded"
+        canary = f"canary {change['canary']:.2e} nats, nearest other {others}"
+        lines.append(f"adapter changed in {change['seconds']:.2f} s ({own}); {canary}")
     return "\n".join(lines)
 
 
@@ -157,7 +156,7 @@ def version_of(url: str) -> str:
         return str(json.loads(reply.read())["version"])
 
 
-def command_line(folder: Path, model: Path, given: argparse.Namespace, more: list[str], port: int) -> list[str]:
+def command_line(model: Path, given: argparse.Namespace, more: list[str], port: int) -> list[str]:
     """The server's command."""
     own = ["--gpu-memory-utilization", str(given.gpu_memory_utilization)] if not given.tiny else TINY_FLAGS
     flags = documented_flags(DOCUMENTED, PAGE)
@@ -179,8 +178,8 @@ def measure(folder: Path, given: argparse.Namespace, more: list[str], save: Call
     port, device = free_port(), "cpu" if given.tiny else "cuda"
     model, url = folder / "planner", f"http://127.0.0.1:{port}"
     config = configured(model, url, given)
-    written(folder, tiny=given.tiny)
-    server = command_line(folder, model, given, more, port)
+    write_planner(model, tiny=given.tiny)
+    server = command_line(model, given, more, port)
     # of this process's environment the server has another one's packages in its way
     own = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "PYTHONPATH": ""} | VLLM_ENVIRONMENT
     if os.sep in server[0]:

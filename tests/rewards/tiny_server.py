@@ -153,9 +153,7 @@ def serving_vllm(folder: Path, model: str, port: int = 0) -> Iterator[int]:
 
 
 @contextmanager
-def running(
-    command: list[str], port: int, log: Path, own: dict[str, str], start_s: float = START_S
-) -> Iterator[None]:
+def running(command: list[str], port: int, log: Path, own: dict[str, str], start_s: float = START_S) -> Iterator[None]:
     """Inside, a server runs that has answered on /health; own: its variables beside those of this process.
 
     Raises AssertionError with the log's end where it ends, or does not answer within `start_s`.
