@@ -128,13 +128,13 @@ def serving(folder: Path, port: int = 0) -> Iterator[int]:
     port = port or free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--port", str(port),
                "--host", "127.0.0.1", "--device", "cpu"]  # fmt: skip
-    with _running(command, port, folder.parent / f"{folder.name}.log", {}):
+    with running(command, port, folder.parent / f"{folder.name}.log", {}):
         yield port
 
 
-def documented_flags(model: str) -> list[str]:
-    """Flags of the command in docs/judges.md that serves a model, without its port."""
-    text = DOCUMENTED.read_text(encoding="utf-8").replace("\\\n", " ")
+def documented_flags(model: str, page: Path = DOCUMENTED) -> list[str]:
+    """Flags of the command on a page that serves a model, without its port."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     (line,) = [line for line in text.splitlines() if f"vllm serve {model} " in line]
     words = shlex.split(line.partition(model)[2])
     at = words.index("--port")
@@ -148,17 +148,21 @@ def serving_vllm(folder: Path, model: str, port: int = 0) -> Iterator[int]:
     command = [os.environ[VLLM], "serve", str(folder), "--port", str(port), "--enforce-eager", *documented_flags(model)]
     path = f"{Path(os.environ[VLLM]).parent}{os.pathsep}{os.environ['PATH']}"  # it calls tools of its environment
     own = VLLM_ENVIRONMENT | {"PATH": path, "PYTHONPATH": ""}  # which is of this environment
-    with _running(command, port, folder.parent / f"{folder.name}.log", own):
+    with running(command, port, folder.parent / f"{folder.name}.log", own):
         yield port
 
 
 @contextmanager
-def _running(command: list[str], port: int, log: Path, own: dict[str, str]) -> Iterator[None]:
+def running(command: list[str], port: int, log: Path, own: dict[str, str], start_s: float = START_S) -> Iterator[None]:
+    """Inside, a server runs that has answered on /health; own: its variables beside those of this process.
+
+    Raises AssertionError with the log's end where it ends, or does not answer within `start_s`.
+    """
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | own
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
         try:
-            _wait(port, process, log)
+            _wait(port, process, log, start_s)
             yield
         finally:
             with suppress(ProcessLookupError):  # it may have ended by itself
@@ -166,8 +170,8 @@ def _running(command: list[str], port: int, log: Path, own: dict[str, str]) -> I
             process.wait()
 
 
-def _wait(port: int, process: subprocess.Popen, log: Path) -> None:
-    end = time.monotonic() + START_S
+def _wait(port: int, process: subprocess.Popen, log: Path, start_s: float) -> None:
+    end = time.monotonic() + start_s
     while time.monotonic() < end:
         assert process.poll() is None, log.read_text()[-3000:]
         try:
@@ -175,7 +179,7 @@ def _wait(port: int, process: subprocess.Popen, log: Path) -> None:
             return
         except (urllib.error.URLError, OSError):
             time.sleep(0.3)
-    raise AssertionError(f"no server within {START_S} s: {log.read_text()[-3000:]}")
+    raise AssertionError(f"no server within {start_s} s: {log.read_text()[-3000:]}")
 
 
 def free_port() -> int:
