@@ -1,8 +1,8 @@
 """The sleep of the planner's server, for a GPU that it shares with the trainer: its weights wait on the host meanwhile.
 
 vLLM has it with --enable-sleep-mode, and offers it over HTTP with VLLM_SERVER_DEV_MODE=1. At level 1 keys and values
-are dropped; adapters are kept with the weights. A server that sleeps answers no completion until it is woken, and does
-not survive a new adapter.
+are dropped; adapters are kept with the weights. A server that sleeps answers no completion until it is woken, and must
+get no adapter: the buffers are not there.
 """
 
 from __future__ import annotations

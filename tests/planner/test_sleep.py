@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -93,7 +95,7 @@ def test_the_server_is_awake_from_the_adapter_to_the_plans_alone(make, server: F
         plans, metrics = sampler.sample(number, PROMPTS, 3, seed=11)
         assert server.sleeping and len(plans.plans) == 3
         assert 0 < metrics["planner/server_wake_s"] < 5 and 0 < metrics["planner/server_sleep_s"] < 5
-        assert undocumented({name: value for name, value in metrics.items()}) == []
+        assert undocumented(metrics) == []
         rows.append(metrics)
         move(sampler.planner)
     first = [WAKE, STATE, LOAD, PLAN, SLEEP, STATE]
@@ -207,29 +209,56 @@ def test_a_run_that_loses_its_server_asleep_is_resumed(
     assert all(row["planner/server_wake_s"] > 0 and row["planner/server_sleep_s"] > 0 for row in rows)
 
 
-@pytest.mark.slow
-def test_of_two_processes_the_first_lets_the_server_sleep_once_both_have_their_plans(
-    server: FakeServer, tmp_path: Path
+class Threads(Ranks):
+    """Ranks that are threads of this process."""
+
+    def __init__(self, rank: int, meeting: threading.Barrier, values: dict[int, object]):
+        super().__init__(rank, meeting.parties)
+        self.meeting_point, self.values = meeting, values
+
+    @property
+    def alone(self) -> bool:
+        return False
+
+    def gather(self, value):
+        self.values[self.rank] = value
+        self.meeting_point.wait(20)
+        found = [self.values[rank] for rank in range(self.size)]
+        self.meeting_point.wait(20)
+        return found
+
+
+def test_the_first_of_two_lets_the_server_sleep_once_both_have_their_plans(
+    make, make_planner, server: FakeServer, tmp_path: Path
 ) -> None:
-    given = arguments(server, tmp_path)
-    late: list[int] = []
+    """The second's plans come late, while the first has its own long since."""
+    meeting, values = threading.Barrier(2), {}
+    samplers = [make(), make()]
+    for rank, sampler in enumerate(samplers):
+        sampler.ranks = Threads(rank, meeting, values)
+    _asked, seeds = samplers[0].planner.requests(PROMPTS, 4, 11)
+    ended: list[int] = []
 
     def fault(path: str, body: dict, number: int) -> None:
-        if path == PLAN and len(late) < 1 and number > 2:  # one of the plans comes late
-            late.append(number)
-            time.sleep(1)
+        if path == PLAN and body["seed"] in seeds:
+            time.sleep(0.3 if body["seed"] in seeds[2:] else 0.0)
+            ended.append(len(server.sent(SLEEP)))
 
     server.fault = fault
+    with ThreadPoolExecutor(2) as pool:
+        given = [pool.submit(sampler.sample, 1, PROMPTS, 4, 11) for sampler in samplers]
+        (one, metrics), (two, others) = [each.result(20) for each in given]
+    assert one.plans == two.plans and len(one.plans) == 4 and metrics == others
+    assert paths(server)[:3] == [WAKE, STATE, LOAD] and paths(server)[-2:] == [SLEEP, STATE]
+    assert ended == [0] * 4 and [len(server.sent(path)) for path in (WAKE, SLEEP, LOAD)] == [1, 1, 1]
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_run_wake_the_server_and_let_it_sleep_together(server: FakeServer, tmp_path: Path) -> None:
+    given = arguments(server, tmp_path)
     trained(tmp_path, 2, *given[len(SMALL) : given.index("--output")])
     own = paths(server)
     assert own.count(SLEEP) == 3 and own.count(WAKE) == 2 and own[:5] == [SLEEP, STATE, WAKE, STATE, LOAD]
-    plans = [i for i, path in enumerate(own) if path == PLAN]
-    assert server.sleeping and len(read_metrics(tmp_path)) == 2
-    for begin, end in zip(
-        [i for i, path in enumerate(own) if path == WAKE],
-        [i for i, path in enumerate(own) if path == SLEEP][1:],
-        strict=True,
-    ):
-        assert begin < end and any(begin < plan < end for plan in plans)
-    asked = [path for path, _ in server.requests]
-    assert SLEEP in asked[max(i for i, path in enumerate(asked) if path == PLAN) :]
+    turns = [path for path in own if path in (SLEEP, WAKE, PLAN)]
+    between = "".join({SLEEP: "s", WAKE: "w", PLAN: "p"}[path] for path in turns)
+    assert re.fullmatch(r"s(wp+s){2}", between) and server.sleeping and len(read_metrics(tmp_path)) == 2
