@@ -8,10 +8,10 @@ Graphs of one pool overwrite each other's tensors, as their memory is shared.
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def storage(tensor: Tensor) -> int:
 class CpuGraph(TorchDispatchMode):
     """As `torch.cuda.CUDAGraph`."""
 
-    pools: ClassVar[dict[object, list[CpuGraph]]] = defaultdict(list)
+    pools: ClassVar[dict[object, WeakSet[CpuGraph]]] = {}  # those that were recorded to, and the graphs of each
     drawing: ClassVar[bool] = True  # whether numbers can be drawn: not in a recording, nor after a broken one
     underway: ClassVar[list[object]] = []  # pools that take what is allocated, also after a broken recording
 
@@ -43,9 +43,13 @@ class CpuGraph(TorchDispatchMode):
         self.made: list[Tensor] = []  # memory of the recording's own
         self.read: set[int] = set()
 
-    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+    def capture_begin(self, pool: object | None = None, *, capture_error_mode: str) -> None:
+        pool = object() if pool is None else pool
         if pool in self.underway:
             raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        if not self.pools.setdefault(pool, WeakSet([self])):
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")  # freed with the last of its graphs
+        self.pools[pool].add(self)
         self.pool, self.error, CpuGraph.drawing = pool, sys.exc_info()[1], False
         self.underway.append(pool)
         self.__enter__()
@@ -56,7 +60,6 @@ class CpuGraph(TorchDispatchMode):
             raise RuntimeError("the recording is broken")
         self.end_allocation(0, self.pool)
         CpuGraph.drawing = True
-        self.pools[self.pool].append(self)
 
     @classmethod
     def end_allocation(cls, device: int | None, pool: object) -> None:
