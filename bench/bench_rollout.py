@@ -27,6 +27,7 @@ from csrc_triton import ForkableKVCache
 from csrc_triton.runtime import backend
 from tempact.executor.cuda_graphs import Context, CudaGraphRunner
 from tempact.executor.executor import Executor
+from tempact.executor.fp8 import round_linears
 from tempact.executor.kv_history import FIRST_FRAMES, KVHistory
 from tempact.executor.rollout import PromptKV, chunk_prompts
 from tempact.executor.sampler import WINDOWS, RolloutSettings, Schedule, WindowPolicy, denoise_chunk, gaussian_noise
@@ -50,14 +51,20 @@ def settings_of(window: WindowPolicy, chunks: int) -> RolloutSettings:
 
 
 class WarmChunk:
-    """Branches whose window is full, and one more chunk of each; a run leaves the history as it was."""
+    """Branches whose window is full, and one more chunk of each; a run leaves the history as it was.
 
-    def __init__(self, bench: Bench, branches: int, key_frames: int):
+    Every scene of one size has the same weights, words and noise. float8: the model's linears are rounded.
+    """
+
+    def __init__(self, bench: Bench, branches: int, key_frames: int, *, float8: bool = False):
+        torch.manual_seed(0)
         config = WanConfig() if bench.real else TINY
         self.device, self.branches = bench.device, branches
         dtype = torch.bfloat16 if bench.real else torch.float32
         with bench.device:
             self.model = WanTransformer(config).to(dtype).requires_grad_(False)
+        if float8:
+            round_linears(self.model)
         self.size = (bench.size(60, 4), bench.size(104, 6))
         window = replace(WINDOWS["longlive"], window=key_frames)
         self.settings = settings_of(window, key_frames // CHUNK_FRAMES + 2)
@@ -130,11 +137,7 @@ def test_warm_chunk(bench: Bench, branches: int, key_frames: int) -> None:
     history, ids = scene.filled()
     text = scene.model.project_text(scene.words)
     with history:
-        views = history.context(ids, scene.start)
-        assert views is not None
-        gathered = [view.gather() for view in views]
-        context = [(k[:1], v[:1]) for k, v in gathered]
-        del gathered
+        context = first_contexts(scene, history, ids)
         dtype = torch.float32 if bench.real else torch.float64
         model = copy.deepcopy(scene.model).to(dtype)
         exact = scene.reference([(k.to(dtype), v.to(dtype)) for k, v in context], model)
@@ -146,6 +149,35 @@ def test_warm_chunk(bench: Bench, branches: int, key_frames: int) -> None:
         case = f"warm chunk (4 + 1 calls), a branch, B={branches}, {key_frames} key frames"
         outputs = {"latents": exact}, {"latents": same}
         bench.measure("rollout", case, contenders, *outputs, parts=branches, budget_s=4.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("branches", [1, BRANCHES])
+def test_warm_chunk_in_float8(bench: Bench, branches: int) -> None:
+    """Linears in float8 beside those in bf16, each behind a context that its own model has made."""
+    full, scene = (WarmChunk(bench, branches, 12, float8=rounded) for rounded in (False, True))
+    own = [(each, *each.filled(), each.model.project_text(each.words)) for each in (full, scene)]
+    with own[0][1], own[1][1]:
+        first = [first_contexts(each, history, ids) for each, history, ids, _ in own]
+        dtype = torch.float32 if bench.real else torch.float64
+        model = copy.deepcopy(full.model).to(dtype)
+        exact = full.reference([(k.to(dtype), v.to(dtype)) for k, v in first[0]], model)
+        del model
+        same = scene.reference(first[1], scene.model)
+        contenders = [
+            Contender(name, lambda each=each, rest=rest: each.ours(*rest), first_branch)  # type: ignore[misc]
+            for name, (each, *rest) in zip(("bf16", OURS), own, strict=True)
+        ]
+        case = f"warm chunk (4 + 1 calls), float8 linears, a branch, B={branches}, 12 key frames"
+        outputs = {"latents": exact}, {"latents": same}
+        bench.measure("rollout", case, contenders, *outputs, parts=branches, budget_s=4.0)
+
+
+def first_contexts(scene: WarmChunk, history: KVHistory, ids: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of the first branch, [1, L, H, D] a layer."""
+    views = history.context(ids[:1], scene.start)
+    assert views is not None
+    return [view.gather() for view in views]
 
 
 def make_vae(bench: Bench, dtype: torch.dtype) -> AutoencoderKLWan:
@@ -192,12 +224,15 @@ def test_decode(bench: Bench) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("decoder", ["full VAE", "tiny decoder"])
-def test_warm_chunk_with_decoder(bench: Bench, decoder: str) -> None:
-    """Eight branches: the chunk, its decode and the copy to the host, without waiting in between."""
+@pytest.mark.parametrize("float8", [False, True])
+@pytest.mark.parametrize(
+    ("decoder", "branches"), [("full VAE", BRANCHES), ("tiny decoder", BRANCHES), ("tiny decoder", 1)]
+)
+def test_warm_chunk_with_decoder(bench: Bench, decoder: str, branches: int, float8: bool) -> None:
+    """The chunk, its decode and the copy to the host, without waiting in between."""
     if not bench.timed:
         pytest.skip("nothing but times; both parts are checked on their own")
-    scene = WarmChunk(bench, BRANCHES, 12)
+    scene = WarmChunk(bench, branches, 12, float8=float8)
     dtype = torch.bfloat16 if bench.real else torch.float32
     made: WanCodec
     if decoder == "full VAE":
@@ -211,9 +246,9 @@ def test_warm_chunk_with_decoder(bench: Bench, decoder: str) -> None:
     text = scene.model.project_text(scene.words)
     root = DecoderState()
     made.decode_chunk([root], latents_of(bench, 1, CHUNK_FRAMES))
-    states = root.fork(BRANCHES)
-    made.decode_chunk(states, latents_of(bench, BRANCHES, CHUNK_FRAMES))
-    shape = (BRANCHES, CHUNK_OUTPUT, 3, 8 * scene.size[0], 8 * scene.size[1])
+    states = root.fork(branches)
+    made.decode_chunk(states, latents_of(bench, branches, CHUNK_FRAMES))
+    shape = (branches, CHUNK_OUTPUT, 3, 8 * scene.size[0], 8 * scene.size[1])
 
     def run() -> Tensor:
         clean = scene.ours(history, ids, text)
@@ -223,8 +258,9 @@ def test_warm_chunk_with_decoder(bench: Bench, decoder: str) -> None:
         return host.wait()
 
     with history:
-        case = f"warm chunk with {decoder}, a branch, B={BRANCHES}, 12 key frames"
-        bench.measure("rollout", case, [Contender(OURS, run, None)], {}, {}, parts=BRANCHES, budget_s=4.0)
+        linears = ", float8 linears" if float8 else ""
+        case = f"warm chunk with {decoder}{linears}, a branch, B={branches}, 12 key frames"
+        bench.measure("rollout", case, [Contender(OURS, run, None)], {}, {}, parts=branches, budget_s=4.0)
 
 
 class OnePrompt:

@@ -21,11 +21,12 @@ from csrc_triton.feature_maps import enlarge, norm_silu
 from csrc_triton.flow_policy_loss import FlowPolicyTerms, flow_policy_loss, flow_policy_loss_and_grad
 from csrc_triton.flow_sde import FlowStep, flow_sde_step
 from csrc_triton.fork_attention import fork_attention
+from csrc_triton.fp8_linear import Fp8Rows, fp8_linear, fp8_rows
 from csrc_triton.kv_cache import CacheRows, CacheView, Chunk, ForkableKVCache, LayerViews, PoolFull
 from csrc_triton.qk_norm_rope import qk_norm_rope, rope_tables, rope_tables_from_complex
 
 # an import looks for a submodule in what has the package's name, which here is the function
-for _function in (adaln, decode_attention, flow_policy_loss, fork_attention, qk_norm_rope):
+for _function in (adaln, decode_attention, flow_policy_loss, fork_attention, fp8_linear, qk_norm_rope):
     vars(_function)["naive"] = importlib.import_module(f"{_function.__module__}.naive")
 vars(qk_norm_rope)["rope"] = importlib.import_module(f"{qk_norm_rope.__module__}.rope")
 
@@ -36,6 +37,7 @@ __all__ = [
     "FlowPolicyTerms",
     "FlowStep",
     "ForkableKVCache",
+    "Fp8Rows",
     "LayerViews",
     "PoolFull",
     "adaln",
@@ -45,6 +47,8 @@ __all__ = [
     "flow_policy_loss_and_grad",
     "flow_sde_step",
     "fork_attention",
+    "fp8_linear",
+    "fp8_rows",
     "gated_residual",
     "gated_residual_adaln",
     "gated_residual_norm",

@@ -23,6 +23,8 @@ from csrc_triton import (
     flow_policy_loss_and_grad,
     flow_sde_step,
     fork_attention,
+    fp8_linear,
+    fp8_rows,
     gated_residual,
     gated_residual_adaln,
     gated_residual_norm,
@@ -68,6 +70,8 @@ def calls(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, 
         "norm_silu": lambda: norm_silu(x, weight, out=make(*x.shape)),
         "enlarge": lambda: enlarge(x[:, None].contiguous()),
         "decode_attention": lambda: decode_attention(token, keys, keys, make(B, dtype=torch.int64)),
+        "fp8_rows": lambda: fp8_rows(x),
+        "fp8_linear": lambda: fp8_linear(x, fp8_rows(make(dim, dim)), weight),
     }
 
 

@@ -117,13 +117,22 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def older_than(device: torch.device, capability: tuple[int, int]) -> bool:
+    """Whether `device` is a GPU of a lower compute capability; not inside of `shapes_only`, where no kernel runs."""
+    return device.type == "cuda" and not _shapes_only() and _capability(device) < capability
+
+
+def _shapes_only() -> bool:
+    return _traced.fake if torch.compiler.is_compiling() else _fake.get()
+
+
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Reason why the portable kernels cannot serve tensors of this device and dtype; None if they can."""
     if not TRITON_INSTALLED:
         return "Triton is not installed"
     if dtype not in DTYPES:
         return f"{dtype} tensors; accepted: {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}"
-    if _traced.fake if torch.compiler.is_compiling() else _fake.get():
+    if _shapes_only():
         return None
     if device.type == "cuda":
         if torch.version.hip is not None:

@@ -244,6 +244,7 @@ class PlannerConfig:
     server_attempt_s: float = key(120.0, RUN, "seconds for one request to the server, a whole plan", POSITIVE)
     server_outage_s: float = key(300.0, RUN, "silence of the server after which a run stops, seconds", SILENCE)
     server_ahead: bool = key(True, SPEED, "the server samples the next plans while the executor is updated")
+    server_sleep: bool = key(False, SPEED, "the server sleeps but for its plans, on one GPU with the trainer")
     max_importance: float = key(
         2.0, TRAINING, "largest weight of a served plan, of its probability when it was trained and drawn", IMPORTANCE
     )
@@ -267,6 +268,7 @@ class ExecutorConfig:
     entry: str = key("", VIDEO, f"model of a .pt file of several; nothing: the first of {', '.join(ENTRIES)}")
     decoder: str = key("", VIDEO, "tiny decoder (a TAEHV file) of generated videos and previews; nothing: the VAE")
     precision: str = key("fp32", VIDEO, "precision of a Wan checkpoint", choice(*EXECUTOR_PRECISIONS))
+    fp8_linears: bool = key(False, VIDEO, "of generate alone: the blocks' linears in float8 (docs/real-video.md)")
     wan_folder: str = key("", VIDEO, "Wan2.1-T2V-1.3B(-Diffusers) for text encoder and VAE; nothing: that of weights")
     text_cache: str = key("runs/text", SPEED, "folder of a Wan text encoder's embeddings, shared by runs")
     offload_text_encoder: bool = key(False, SPEED, "the text encoder waits on the host while no prompt is new")
@@ -484,6 +486,11 @@ def validate(config: RunConfig) -> None:
             refuse(f"planner.{name}", getattr(planner, name), f"{full} {why}")
     if planner.sampler == "served" and not planner.server:
         refuse("planner.server", "nothing", "the server's address with planner.sampler served")
+    if planner.server_sleep and planner.sampler != "served":
+        refuse("planner.server_sleep", True, "False with planner.sampler inside, which has no server")
+    if planner.server_sleep and planner.server_ahead:
+        accepted = "False with planner.server_ahead, for which the server is awake while the executor is updated"
+        refuse("planner.server_sleep", True, accepted)
     if planner.server_outage_s < planner.server_attempt_s:
         accepted = f"at least planner.server_attempt_s ({planner.server_attempt_s:g}), or one slow plan is an outage"
         refuse("planner.server_outage_s", planner.server_outage_s, accepted)
@@ -509,6 +516,14 @@ def validate(config: RunConfig) -> None:
     if judges.outage_s <= judges.attempt_s:
         accepted = f"above judges.attempt_s ({judges.attempt_s}), or one slow reply is an outage"
         refuse("judges.outage_s", judges.outage_s, accepted)
+
+
+def check_exact(config: RunConfig) -> RunConfig:
+    """`config`; UserError where it asks for rounded linears in a command other than tempact.generate."""
+    if config.executor.fp8_linears:
+        why = "training needs the probabilities of the weights themselves, and an evaluation switches adapters"
+        refuse("executor.fp8_linears", True, f"False but in tempact.generate: {why}")
+    return config
 
 
 def _check_forks(executor: ExecutorConfig) -> None:

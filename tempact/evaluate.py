@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tempact.cli import RunOptions, callable_command, check_whole, of_ranks, parse_run, preset_or_run, refuse_named
-from tempact.config import RunConfig, keys_of
+from tempact.config import RunConfig, check_exact, keys_of
 from tempact.errors import LineParser, Stopped, UserError
 from tempact.evaluation import (
     BOTH,
@@ -160,7 +160,7 @@ def _configured(arguments: argparse.Namespace, options: list[str]) -> tuple[RunC
     own |= {"device": arguments.device, "threads": arguments.threads, "gpus": arguments.gpus}
     given = [word for key, value in own.items() if value is not None for word in (f"--{key}", str(value))]
     config, others = parse_run([*source, *options, *given], PROGRAM)
-    return check_whole(config), run, others.gpus
+    return check_exact(check_whole(config)), run, others.gpus
 
 
 def _shapeworld_counts(arguments: argparse.Namespace, suite: str) -> dict[str, Any]:

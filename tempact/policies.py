@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from csrc_triton import runtime
-from tempact.config import RunConfig
+from tempact.config import RunConfig, check_exact
 from tempact.distributed import Ranks
 from tempact.distributed.shards import group_of, shard
 from tempact.errors import UserError
@@ -40,7 +40,8 @@ class PolicyPair:
 
 
 def build_policies(config: RunConfig) -> PolicyPair:
-    """Planner and executor with fresh adapters, drawn from the run's seed."""
+    """Planner and executor with fresh adapters, drawn from the run's seed, to be trained or evaluated."""
+    check_exact(config)
     device = device_of(config)
     executor = build_executor(config, device)
     return PolicyPair(build_planner(config, device), executor, config)

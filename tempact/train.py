@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from tempact.cli import callable_command, of_ranks, parse_run, to_yaml
+from tempact.config import check_exact
 
 EXIT_DOES_NOT_FIT = 4
 
@@ -20,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(arguments: list[str]) -> int:
     config, options = parse_run(arguments, "python -m tempact.train")
+    check_exact(config)
     if options.dry_run:
         from tempact.diagnostics.dry_run import dry_run
 

@@ -21,6 +21,8 @@ from csrc_triton import (
     flow_policy_loss_and_grad,
     flow_sde_step,
     fork_attention,
+    fp8_linear,
+    fp8_rows,
     gated_residual,
     gated_residual_adaln,
     gated_residual_norm,
@@ -91,6 +93,11 @@ def _write(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> Ten
     return total([*out, *(pool.unflatten(0, (B, L)) for pool in pools)])
 
 
+def _fp8_rows(x: Tensor) -> Tensor:
+    rows = fp8_rows(x, gelu=True)
+    return total((rows.values.float(), rows.scales))
+
+
 def _terms_and_grad(x: Tensor, y: Tensor, v: Tensor, noise: Tensor, advantage: Tensor) -> Tensor:
     terms, gradient = flow_policy_loss_and_grad(x, y, v, noise, advantage, clip=CLIP, kl_weight=0.5)
     return total([*terms, gradient])
@@ -133,6 +140,8 @@ CALLS = {
         lambda query, keys, values, lengths: total(decode_attention(query, keys, values, lengths)),
         ("query", "keys", "values", "lengths"),
     ),
+    "fp8_rows": Call(_fp8_rows, ("x",)),
+    "fp8_linear": Call(lambda x, keys: total(fp8_linear(x, fp8_rows(keys.flatten(0, 2)), None)), ("x", "keys")),
 }
 
 

@@ -492,6 +492,24 @@ def test_the_best_of_several_continuations_is_made_again_from_its_json(
     assert twice[0] == again[0] != made[0] and twice[0].read_bytes() == first
 
 
+def test_a_video_of_rounded_linears_says_so_and_is_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is another video than that of the weights themselves, and near it."""
+    command = ("--prompt", INSTRUCTION, "--device", "cpu", "--plans", 1, "--output", tmp_path / "out")
+    rounded = ("--executor.fp8_linears", "true")
+    plain = run(capsys, *command)
+    made = run(capsys, *command, *rounded)
+    facts = [json.loads(paths[2].read_text()) for paths in (plain, made)]
+    assert facts[1]["executor"] == facts[0]["executor"] | {"fp8_linears": True} and made[0].name != plain[0].name
+    assert facts[1]["steps"] == facts[0]["steps"]
+    frames, wanted = (played(paths[0])[1].astype(int) for paths in (made, plain))
+    assert 0 < np.abs(frames - wanted).mean() < 4
+    first = made[0].read_bytes()
+    again = run(capsys, "--again", made[2], *rounded, "--device", "cpu", "--output", tmp_path / "again")
+    assert again[0].name == made[0].name and again[0].read_bytes() == first
+
+
 def test_a_file_that_no_video_belongs_to_is_not_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = {"instruction": "A cat.", "steps": STEPS, "seed": 3, "latent_frames": 9}
     wrong = [

@@ -14,6 +14,7 @@ OPS = (
     "fork_attention", "qk_norm_rope", "rope_tables", "rope_tables_from_complex", "adaln", "gated_residual",
     "gated_residual_adaln", "gated_residual_norm", "flow_sde_step", "FlowStep", "flow_policy_loss",
     "flow_policy_loss_and_grad", "FlowPolicyTerms", "norm_silu", "enlarge", "decode_attention",
+    "fp8_rows", "Fp8Rows", "fp8_linear",
 )  # fmt: skip
 WIDTH = 110
 MADE_BY_THE_CACHE = "Chunk", "LayerViews", "BoundRows", "BoundTable", "BranchMemory", "Reservation"

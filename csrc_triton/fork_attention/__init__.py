@@ -87,8 +87,8 @@ def fork_attention(
         ValueError: for tensors that do not fit together, and where a forced backend cannot serve (the kernels: head
             sizes that are multiples of 8 up to 256, in fp32, bf16 and fp16; the Hopper kernels: a GPU of capability
             9.0, head sizes 64 and 128 in bf16 and fp16, addresses and strides that are multiples of 16 bytes, Lq = Lk,
-            kv_heads = heads, no causal_block, and no context_index with a pair of tensors), naming the argument, what
-            was found and what is accepted.
+            no causal_block, and no context_index with a pair of tensors), naming the argument, what was found and what
+            is accepted.
     """
     k, v = checks.own_keys(q, k, v, context)
     scale = checks.options(q, softmax_scale, causal_block)

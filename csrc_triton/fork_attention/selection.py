@@ -46,8 +46,6 @@ def why_not_shapes(call: Call) -> str | None:
     """Reason why the shapes and options of a call keep the Hopper kernels from serving it; None if they do not."""
     if call.causal_block:
         return f"causal_block {call.causal_block}; accepted: None"
-    if call.group != 1:
-        return f"{call.q.shape[2]} heads of queries and {call.k.shape[2]} of keys; accepted: equal numbers"
     if call.own != call.q.shape[1]:
         return "a query length other than the own keys'; accepted: equal lengths"
     if call.past.index is not None:

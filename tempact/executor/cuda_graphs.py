@@ -308,18 +308,27 @@ class CudaGraphRunner:
             try:
                 yield
             except BaseException:
-                with suppress(RuntimeError):  # it says that the recording is broken, the first error says why
+                try:
                     graph.capture_end()
+                except RuntimeError:  # it says that the recording is broken, the first error says why
+                    self._end_allocation()
+                self._memory = None  # if no other graph has it, it is freed with this one
                 with suppress(RuntimeError):
                     self._record_nothing()
                 raise
             graph.capture_end()
 
+    def _end_allocation(self) -> None:
+        """Ends a recording for torch's allocator, where the device has refused it: `capture_end` does not come so far,
+        and the pool would count as recorded to for ever."""
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self.model.device.index, self._memory)
+
     def _record_nothing(self) -> None:
         """A recording that ends well, after one that did not: until then torch's generator of random numbers on the
-        device counts as part of the broken one, and refuses every draw."""
+        device counts as part of the broken one, and refuses every draw. It has memory of its own."""
         number, graph = torch.zeros(1, device=self.model.device), torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+        graph.capture_begin(capture_error_mode="thread_local")
         number.add_(1)  # torch warns of an empty graph
         graph.capture_end()
 

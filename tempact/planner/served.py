@@ -27,6 +27,7 @@ from tempact.planner.canary import EARLIER, Told, told, weights_of
 from tempact.planner.decode import Response
 from tempact.planner.planner import Planner
 from tempact.planner.server import TOP, Call, Refused, Replies, Served, Server, ServerLost, completion
+from tempact.planner.sleep import fall_asleep, release, wake_up
 from tempact.types import PlanBatch, Prompt
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ class ServedSampler:
     ) -> tuple[PlanBatch, dict[str, float]]:
         """As `Planner.sample`, the plans of iteration `number`; with metrics of the change of adapters.
 
-        Waits for what `ahead` has asked for, or asks here. Raises ServerLost.
+        Waits for what `ahead` has asked for, or asks here. A server that is to sleep is awake meanwhile alone. Raises
+        ServerLost.
         """
         ready = self.ready
         if ready is None or ready.number != number:
@@ -79,7 +81,7 @@ class ServedSampler:
         finally:
             self.ready = None
             ready.replies.drop()
-        return plans, ready.metrics
+        return plans, ready.metrics | self._rest()
 
     def ahead(self, number: int, prompts: list[Prompt], plans_per_prompt: int, seed: int) -> None:
         """Asks for the plans of iteration `number`, whose weights the planner has already; `sample` waits for them.
@@ -107,6 +109,8 @@ class ServedSampler:
         """
         self.count += 1
         name = f"tempact-{self.run}-{self.count}"
+        if self.planner.config.server_sleep:  # it may be on the GPU of any process
+            self.ranks.agreed(lambda: release(self.planner.device))
         changed = self.ranks.agreed(lambda: self._change(name, instruction) if self.ranks.first else None, Aborted)[0]
         assert changed is not None
         self.name, metrics = changed
@@ -139,6 +143,7 @@ class ServedSampler:
         return Ready(number, metrics, self.begin(asked[own.start : own.stop], seeds[own.start : own.stop]))
 
     def _change(self, name: str, instruction: str) -> tuple[str, dict[str, float]]:
+        woken = {"planner/server_wake_s": wake_up(self.server)} if self.planner.config.server_sleep else {}
         began, folder = time.monotonic(), self.folder / name
         self.loaded.append(name)
         try:
@@ -149,7 +154,14 @@ class ServedSampler:
         swap_s = time.monotonic() - began
         found = self._canary(name, instruction)
         self._unload(self.loaded[:-1])
-        return name, found | {"planner/server_swap_s": swap_s}
+        return name, found | {"planner/server_swap_s": swap_s} | woken
+
+    def _rest(self) -> dict[str, float]:
+        """All plans are here: the server sleeps, if so configured, before any process goes on. Returns metrics."""
+        if not self.planner.config.server_sleep:
+            return {}
+        slept_s = self.ranks.agreed(lambda: fall_asleep(self.server) if self.ranks.first else 0.0, Aborted)[0]
+        return {"planner/server_sleep_s": slept_s}
 
     def _load(self, name: str, folder: Path) -> None:
         try:

@@ -24,6 +24,7 @@ from tempact.config import LARGEST_SEED, VIDEO, RunConfig, flatten, keys_of
 from tempact.distributed import Ranks
 from tempact.errors import UserError
 from tempact.executor.executor import Executor
+from tempact.executor.fp8 import round_linears
 from tempact.executor.sampler import gaussian_noise
 from tempact.executor.stream import stream_frames
 from tempact.files import file_hash, safe_name, write_atomic
@@ -219,12 +220,15 @@ def _loaded(
         if planner is not None:
             planner.load_adapter(found.planner_dir)
 
+    adapter = source
     if source is not None and checkpoint is not None:
-        return executor, planner, use_newest(source, checkpoint, use).executor_dir, weights
-    if source is not None:
+        adapter = use_newest(source, checkpoint, use).executor_dir
+    elif source is not None:
         executor.load_adapter(source)
         weights = _hashes(source)
-    return executor, planner, source, weights
+    if config.executor.fp8_linears:
+        round_linears(executor.model)
+    return executor, planner, adapter, weights
 
 
 def _hashes(adapter: Path) -> list[str]:
@@ -323,7 +327,12 @@ def _facts(
         "frames": executor.codec.pixel_frames(settings.frames),
         "fps": executor.codec.fps,
         "preset": config.preset,
-        "executor": {"weights": settings.weights, "adapters": settings.adapters, "precision": settings.precision},
+        "executor": {
+            "weights": settings.weights,
+            "adapters": settings.adapters,
+            "precision": settings.precision,
+            **({"fp8_linears": True} if settings.fp8_linears else {}),
+        },
         "planner": "a plan given" if request.plan is not None else config.planner.weights,
         **({"adapter": str(adapter)} if adapter is not None else {}),
     }

@@ -13,8 +13,9 @@ import torch
 from tempact.cli import fingerprint, from_yaml, to_yaml
 from tempact.config import RunConfig, validate
 from tempact.distributed import Ranks, told
-from tempact.errors import EXIT_STOPPED, Stopped, StopRequest, UserError
+from tempact.errors import EXIT_STOPPED, Aborted, Stopped, StopRequest, UserError
 from tempact.files import claim_run_folder, write_atomic
+from tempact.planner.sleep import begin as begin_server
 from tempact.policies import PolicyPair, build_policies, build_trainer, device_of
 from tempact.reporting import model_card, write_samples
 from tempact.reporting.report import leave_report
@@ -116,6 +117,8 @@ class Run:
         prompts, scoring = world.prompts(), world.rewards(device_of(config), ranks.size).extended(rewards)
         opened.callback(scoring.close)
         ranks.agreed(scoring.check if ranks.first else lambda: None, JudgeOutage, UserError)
+        if config.planner.sampler == "served":
+            ranks.agreed(lambda: begin_server(config.planner) if ranks.first else None, Aborted)
         policies = build_policies(config)
         trainer = build_trainer(config, policies, prompts, scoring, ranks)
         opened.callback(trainer.close)

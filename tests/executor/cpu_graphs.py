@@ -8,10 +8,10 @@ Graphs of one pool overwrite each other's tensors, as their memory is shared.
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -33,8 +33,9 @@ def storage(tensor: Tensor) -> int:
 class CpuGraph(TorchDispatchMode):
     """As `torch.cuda.CUDAGraph`."""
 
-    pools: ClassVar[dict[object, list[CpuGraph]]] = defaultdict(list)
+    pools: ClassVar[dict[object, WeakSet[CpuGraph]]] = {}  # those that were recorded to, and the graphs of each
     drawing: ClassVar[bool] = True  # whether numbers can be drawn: not in a recording, nor after a broken one
+    underway: ClassVar[list[object]] = []  # pools that take what is allocated, also after a broken recording
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,16 +43,29 @@ class CpuGraph(TorchDispatchMode):
         self.made: list[Tensor] = []  # memory of the recording's own
         self.read: set[int] = set()
 
-    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+    def capture_begin(self, pool: object | None = None, *, capture_error_mode: str) -> None:
+        pool = object() if pool is None else pool
+        if pool in self.underway:
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        if not self.pools.setdefault(pool, WeakSet([self])):
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")  # freed with the last of its graphs
+        self.pools[pool].add(self)
         self.pool, self.error, CpuGraph.drawing = pool, sys.exc_info()[1], False
+        self.underway.append(pool)
         self.__enter__()
 
     def capture_end(self) -> None:
         self.__exit__(None, None, None)
         if sys.exc_info()[1] is not self.error and self.operations:
             raise RuntimeError("the recording is broken")
+        self.end_allocation(0, self.pool)
         CpuGraph.drawing = True
-        self.pools[self.pool].append(self)
+
+    @classmethod
+    def end_allocation(cls, device: int | None, pool: object) -> None:
+        if pool not in cls.underway:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        cls.underway.remove(pool)
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -106,6 +120,7 @@ def cpu_graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     if torch.cuda.is_available():
         pytest.skip("stands in for a GPU, which is there: run `pytest -m gpu`")
     CpuGraph.pools.clear()
+    CpuGraph.underway.clear()
     stand_ins: dict[str, Any] = {
         "CUDAGraph": CpuGraph, "Stream": Stream, "current_stream": Stream, "graph_pool_handle": object,
         "stream": lambda stream: nullcontext(), "synchronize": lambda: None, "empty_cache": lambda: None,
@@ -113,4 +128,5 @@ def cpu_graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     }  # fmt: skip
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", CpuGraph.end_allocation, raising=False)
     monkeypatch.setattr(CudaGraphRunner, "_usable", lambda runner, x: runner.graphs)

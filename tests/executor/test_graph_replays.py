@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import pytest
@@ -162,6 +163,9 @@ def test_a_recording_that_fails_leaves_plain_calls(
     calls.policy(calls.runner, x).sum().backward()
 
     def fail(*_: object, **__: object) -> None:
+        if DEVICE.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            with suppress(RuntimeError):  # the device refuses, and the recording with it
+                torch.cuda.synchronize()
         raise error
 
     caplog.set_level(logging.WARNING)
@@ -174,8 +178,11 @@ def test_a_recording_that_fails_leaves_plain_calls(
                 calls.policy(calls.runner, x)
     for _ in range(3):
         assert torch.equal(calls.policy(calls.runner, x), expected)
-    assert calls.recorded() == 0 and CpuGraph.drawing
-    draw()  # on the device
+    assert calls.recorded() == 0 and CpuGraph.drawing and not CpuGraph.underway
+    other = draw()  # on the device
+    for _ in range(3):
+        assert torch.equal(calls.velocity(calls.runner, other), calls.velocity(calls.plain, other))
+    assert calls.recorded() == 1
     said = [record.getMessage() for record in caplog.records]
     assert said == (
         ["no CUDA graph for a shape of call, which runs without one: no kernel"] * isinstance(error, Exception)

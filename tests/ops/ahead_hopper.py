@@ -41,9 +41,11 @@ def layout(bits: int, rank: int) -> str:
     return repr(gl.NVMMASharedLayout(swizzle_byte_width=128 if rank > 1 else 0, element_bitwidth=bits, rank=rank))
 
 
-def compiled(name: str, dtype: str, head_dim: int, past: int, split: bool) -> Any:
+def compiled(name: str, dtype: str, head_dim: int, past: int, split: bool, group: int) -> Any:
     kernel, keys = KERNELS[name]
-    constants = {n: v for n, v in (("PAST", past), ("SPLIT", split), ("TURNS", True)) if n in kernel.arg_names}
+    chosen = {"PAST": past, "SPLIT": split, "GROUP": group, "TURNS": forward.TURNS}
+    chosen |= {"STAGES": forward.STAGES[head_dim], "ASSEMBLY": forward.ASSEMBLY[head_dim]}
+    constants = {n: v for n, v in chosen.items() if n in kernel.arg_names}
     signature = {}
     for argument in kernel.arg_names:
         if argument in (*OF_KEYS, *OF_QUERIES, *OF_GRADIENTS):
@@ -62,8 +64,8 @@ def compiled(name: str, dtype: str, head_dim: int, past: int, split: bool) -> An
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=LAUNCH)
 
 
-def described(name: str, dtype: str, head_dim: int, past: int, split: bool) -> dict[str, Any]:
-    made = compiled(name, dtype, head_dim, past, split)
+def described(name: str, dtype: str, head_dim: int, past: int, split: bool, group: int = 1) -> dict[str, Any]:
+    made = compiled(name, dtype, head_dim, past, split, group)
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(made.asm["cubin"])
@@ -76,7 +78,7 @@ def described(name: str, dtype: str, head_dim: int, past: int, split: bool) -> d
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
     return {
-        "name": f"{name}, {dtype}, {head_dim}, past {past}, {'split' if split else 'whole'}",
+        "name": f"{name}, {dtype}, {head_dim}, past {past}, {'split' if split else 'whole'}, group {group}",
         "registers": int(found[1]),
         "stack": int(found[2]),
         "shared": made.metadata.shared,
@@ -85,27 +87,28 @@ def described(name: str, dtype: str, head_dim: int, past: int, split: bool) -> d
 
 
 LISTED = [
-    ("forward", "bf16", 128, 2, False),
-    ("forward", "bf16", 128, 2, True),
-    ("forward", "fp16", 64, 1, False),
-    ("query gradient", "bf16", 128, 2, False),
-    ("query gradient", "bf16", 128, 2, True),
-    ("query gradient", "fp16", 64, 1, False),
-    ("key gradient", "bf16", 128, 0, False),
-    ("key gradient", "bf16", 128, 0, True),
+    ("forward", "bf16", 128, 2, False, 1),
+    ("forward", "bf16", 128, 2, True, 4),
+    ("forward", "fp16", 64, 1, False, 1),
+    ("query gradient", "bf16", 128, 2, False, 1),
+    ("query gradient", "bf16", 128, 2, True, 4),
+    ("query gradient", "fp16", 64, 1, False, 1),
+    ("key gradient", "bf16", 128, 0, False, 1),
+    ("key gradient", "bf16", 128, 0, True, 4),
 ]
 
 
-def everything() -> Iterator[tuple[str, str, int, int, bool]]:
+def everything() -> Iterator[tuple[str, str, int, int, bool, int]]:
     for name in KERNELS:
         for dtype in ("bf16", "fp16"):
             for head_dim in (64, 128):
                 for past in (0,) if name == "key gradient" else (0, 1, 2):
                     for split in (False, True):
-                        yield name, dtype, head_dim, past, split
+                        for group in (1, 4):
+                            yield name, dtype, head_dim, past, split, group
 
 
 if __name__ == "__main__":
-    which = {"everything": everything(), "one": [case for case in LISTED if case[-1]]}
+    which = {"everything": everything(), "one": [case for case in LISTED if case[4]]}
     for case in which.get(sys.argv[-1], LISTED):
         sys.stdout.write(json.dumps(described(*case)) + "\n")

@@ -99,6 +99,7 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
         (INPUTS["x"][:, None].contiguous(), None, None, 1),
     ],
     "decode_attention": [(*plain("query", "keys", "values", "lengths"), 0.2)],
+    "fp8_rows": [(*plain("x"), False), (INPUTS["x"].mT, True)],
 }  # fmt: skip
 
 

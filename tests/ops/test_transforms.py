@@ -15,7 +15,12 @@ from csrc_triton import norm_silu, runtime
 
 DIFFERENTIABLE = [name for name, call in CALLS.items() if call.leaves and not call.writes]
 INFERENCE = [name for name, call in CALLS.items() if not call.leaves]
-NAMES = {"qk_norm_rope (write)": "qk_norm_rope", "gated_residual_adaln": "adaln", "gated_residual_norm": "adaln"}
+NAMES = {
+    "qk_norm_rope (write)": "qk_norm_rope",
+    "gated_residual_adaln": "adaln",
+    "gated_residual_norm": "adaln",
+    "fp8_linear": "fp8_rows",
+}
 
 
 def of_leaves(name: str) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
@@ -120,7 +125,7 @@ def test_second_derivatives_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("name", ["norm_silu", "enlarge", "decode_attention"])
+@pytest.mark.parametrize("name", ["norm_silu", "enlarge", "decode_attention", "fp8_rows", "fp8_linear"])
 def test_ops_of_inference_refuse_tensors_that_want_a_gradient(name: str, backend: str) -> None:
     key = CALLS[name].inputs[0]
     argument = {"query": "q"}.get(key, key)

@@ -159,10 +159,11 @@ def _consume(
 
 @gluon.jit
 def _produce(
-    own, past, ring, queries, keeps, q_full, q_free, landed, sizes, context, split, PAST: gl.constexpr,
-    KEYS_TOO: gl.constexpr, SPLIT: gl.constexpr,
+    own, past, ring, queries, keeps, signals, sizes, context, split, PAST: gl.constexpr,
+    KEYS_TOO: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Streams keys, with the queries and gradients that they meet, or values."""
+    q_full, q_free, landed = signals
     work = first_work(sizes[1])
     done = work * 0
     turn = done
@@ -179,7 +180,7 @@ def _produce(
                 async_load(queries[1], at, q_full, keeps[1].index(who))
         its = context_of(branch, context)
         done, landings = put_all(
-            own, past, branch, head, here(sizes[1]), its, ring, done, landed, landings, part, parts,
+            own, past, branch, head // GROUP, here(sizes[1]), its, ring, done, landed, landings, part, parts,
             PAST, KEYS, KEYS_TOO, SPLIT,
         )  # fmt: skip
         work = next_work(work)
@@ -189,8 +190,10 @@ def _produce(
 def query_gradient_kernel(
     q, grad, k, v, past_k, past_v, grad_q, table, vectors, scale, softmax_scale, heads, length, branches, share,
     past_size, table_by_context, table_by_slot, whole, parts, sums, PAST: gl.constexpr, SPLIT: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
-    """dQ of all tiles of queries; vectors: see vectors_kernel; whole, parts, sums: see parts.py."""
+    """dQ of all tiles of queries; vectors: see vectors_kernel; whole, parts, sums: see parts.py; GROUP: heads of
+    queries to one of keys."""
     WIDTH: gl.constexpr = q.block_type.shape[3]
     queries = gl.allocate_shared_memory(q.dtype, [2, 1, 1, QUERIES, WIDTH], q.layout)
     grads = gl.allocate_shared_memory(q.dtype, [2, 1, 1, QUERIES, WIDTH], q.layout)
@@ -205,6 +208,7 @@ def query_gradient_kernel(
     split = (whole, parts, sums)
     gives = (q, grad)
     keeps = (queries, grads)
+    signals = (q_full, q_free, landed)
     gl.warp_specialize(
         [
             (
@@ -215,14 +219,8 @@ def query_gradient_kernel(
                 _consume,
                 (grad_q, shared, keys, values, vectors, scale, softmax_scale, sizes, context, split, 1, PAST, SPLIT),
             ),
-            (
-                _produce,
-                (k, past_k, keys, gives, keeps, q_full, q_free, landed, sizes, context, split, PAST, True, SPLIT),
-            ),
-            (
-                _produce,
-                (v, past_v, values, gives, keeps, q_full, q_free, landed, sizes, context, split, PAST, False, SPLIT),
-            ),
+            (_produce, (k, past_k, keys, gives, keeps, signals, sizes, context, split, PAST, True, SPLIT, GROUP)),
+            (_produce, (v, past_v, values, gives, keeps, signals, sizes, context, split, PAST, False, SPLIT, GROUP)),
         ],
         [4, 2, 2],
         [240, 24, 24],
@@ -232,7 +230,7 @@ def query_gradient_kernel(
 def backward(
     call: Call, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None, wants_q: bool, wants_kv: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v [B, L, heads, head_dim]; one that is not wanted comes empty."""
+    """Gradients of q, k and v, of their shapes; one that is not wanted comes empty."""
     if not describable(grad) or grad.stride(-1) != 1:
         grad = grad.contiguous()
     vectors = _vectors(out, grad, lse, grad_lse)
@@ -271,7 +269,7 @@ def _query_gradient(call: Call, grad: Tensor, vectors: Tensor) -> Tensor:
         query_gradient_kernel[(split.programs,)](
             descriptor(q, rows[0]), descriptor(grad, rows[0]), *sources, descriptor(grad_q, rows[0]), past.table,
             vectors, call.scale, call.softmax_scale, heads, length, branches, past.share, past.size, *strides,
-            split.whole, split.parts, sums, PAST=past.kind, SPLIT=split.parts > 1, **LAUNCH,
+            split.whole, split.parts, sums, PAST=past.kind, SPLIT=split.parts > 1, GROUP=call.group, **LAUNCH,
         )  # fmt: skip
     if split.parts > 1:
         merge(split, sums, grad_q)

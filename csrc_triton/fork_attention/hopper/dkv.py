@@ -76,8 +76,9 @@ def _step(k, v, queries, grads, done, acc_k, acc_v, scale, FIRST: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    grad_k, grad_v, shared, queries, grads, scale, softmax_scale, sizes, split, WHO: gl.constexpr, SPLIT: gl.constexpr
-):
+    grad_k, grad_v, shared, queries, grads, scale, softmax_scale, sizes, split, WHO: gl.constexpr, SPLIT: gl.constexpr,
+    GROUP: gl.constexpr,
+):  # fmt: skip
     """Owns keys [64 WHO, 64 WHO + 64) of each tile of 128."""
     keys, values, outs, kept_k, kept_v, free_k, free_v = shared
     WIDTH: gl.constexpr = keys.shape[4]
@@ -88,7 +89,7 @@ def _consume(
     turn = done
     while is_work(work, sizes, split, 2 * KEYS, SPLIT):
         _head, _branch, _tile, part, parts = piece(work, sizes, split, 2 * KEYS, SPLIT)
-        first, last = steps_of(gl.cdiv(here(sizes[1]), QUERIES), part, parts, SPLIT)
+        first, last = steps_of(GROUP * gl.cdiv(here(sizes[1]), QUERIES), part, parts, SPLIT)
         mbarrier.wait(kept_k, turn & 1)
         mbarrier.wait(kept_v, turn & 1)
         acc = gl.zeros([KEYS, WIDTH], gl.float32, ACC)
@@ -108,9 +109,11 @@ def _consume(
 
 @gluon.jit
 def _produce(
-    own, rows_of, vectors, keeps, ring, kept, kept_free, sizes, split, SECOND: gl.constexpr, SPLIT: gl.constexpr
-):
-    """Loads the keys, and streams queries and their first vector; or the same for values, gradients and deltas."""
+    own, rows_of, vectors, keeps, ring, kept, kept_free, sizes, split, SECOND: gl.constexpr, SPLIT: gl.constexpr,
+    GROUP: gl.constexpr,
+):  # fmt: skip
+    """Loads the keys, and streams queries and their first vector, of one head of the group after the other; or the same
+    for values, gradients and deltas."""
     slots, full, free, vector_slots = ring
     STAGE_COUNT: gl.constexpr = slots.shape[0]
     work = first_work(sizes[1])
@@ -124,14 +127,18 @@ def _produce(
         mbarrier.expect(kept, 2 * own.block_type.nbytes)
         for who in gl.static_range(2):
             async_load(own, [branch, head, (2 * tile + who) * KEYS, 0], kept, keeps.index(who))
-        at = ((branch * here(sizes[0]) + head) * 2 + SECOND) * (gl.cdiv(length, 2 * KEYS) * (2 * KEYS))
-        first, last = steps_of(gl.cdiv(length, QUERIES), part, parts, SPLIT)
-        for row in range(first * QUERIES, last * QUERIES, QUERIES):
+        padded = gl.cdiv(length, 2 * KEYS) * (2 * KEYS)
+        at = ((branch * here(sizes[0]) * GROUP + head * GROUP) * 2 + SECOND) * padded
+        tiles = gl.cdiv(length, QUERIES)
+        first, last = steps_of(GROUP * tiles, part, parts, SPLIT)
+        for place in range(first * QUERIES, last * QUERIES, QUERIES):
+            member = place // (tiles * QUERIES) if GROUP > 1 else 0
+            row = place - member * (tiles * QUERIES)
             stage = done % STAGE_COUNT
             mbarrier.wait(free.index(stage), done // STAGE_COUNT + 1 & 1)
             mbarrier.expect(full.index(stage), rows_of.block_type.nbytes + vectors.block_type.nbytes)
-            async_load(rows_of, [branch, head, row, 0], full.index(stage), slots.index(stage))
-            async_load(vectors, [at + row], full.index(stage), vector_slots.index(stage))
+            async_load(rows_of, [branch, head * GROUP + member, row, 0], full.index(stage), slots.index(stage))
+            async_load(vectors, [at + member * 2 * padded + row], full.index(stage), vector_slots.index(stage))
             done += 1
         work = next_work(work)
 
@@ -139,9 +146,10 @@ def _produce(
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def key_gradient_kernel(
     k, v, q, grad, vectors, grad_k, grad_v, scale, softmax_scale, heads, length, branches, whole, parts, k_sums,
-    v_sums, SPLIT: gl.constexpr,
+    v_sums, SPLIT: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """dK and dV of all tiles of keys; vectors [B heads 2 padded]: see backward.py."""
+    """dK and dV of all tiles of keys; heads: of keys, each with GROUP of queries; vectors [B heads 2 padded], of those:
+    see backward.py."""
     WIDTH: gl.constexpr = q.block_type.shape[3]
     keys = gl.allocate_shared_memory(k.dtype, [2, 1, 1, KEYS, WIDTH], k.layout)
     values = gl.allocate_shared_memory(k.dtype, [2, 1, 1, KEYS, WIDTH], k.layout)
@@ -159,10 +167,10 @@ def key_gradient_kernel(
     shared = (keys, values, outs, kept_k, kept_v, free_k, free_v)
     gl.warp_specialize(
         [
-            (_consume, (grad_k, grad_v, shared, queries, grads, scale, softmax_scale, sizes, split, 0, SPLIT)),
-            (_consume, (grad_k, grad_v, shared, queries, grads, scale, softmax_scale, sizes, split, 1, SPLIT)),
-            (_produce, (k, q, vectors, keys, queries, kept_k, free_k, sizes, split, 0, SPLIT)),
-            (_produce, (v, grad, vectors, values, grads, kept_v, free_v, sizes, split, 1, SPLIT)),
+            (_consume, (grad_k, grad_v, shared, queries, grads, scale, softmax_scale, sizes, split, 0, SPLIT, GROUP)),
+            (_consume, (grad_k, grad_v, shared, queries, grads, scale, softmax_scale, sizes, split, 1, SPLIT, GROUP)),
+            (_produce, (k, q, vectors, keys, queries, kept_k, free_k, sizes, split, 0, SPLIT, GROUP)),
+            (_produce, (v, grad, vectors, values, grads, kept_v, free_v, sizes, split, 1, SPLIT, GROUP)),
         ],
         [4, 2, 2],
         [240, 24, 24],
@@ -170,12 +178,12 @@ def key_gradient_kernel(
 
 
 def key_gradient(call: Call, grad: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of k and v [B, L, heads, head_dim]; vectors fp32 [B, heads, 2, padded]: see backward.py."""
+    """Gradients of k and v, of their shape; vectors fp32 [B, heads of queries, 2, padded]: see backward.py."""
     q, k, v = call.q, call.k, call.v
-    branches, length, heads, head_dim = q.shape
-    grad_k, grad_v = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
+    branches, length, heads, head_dim = k.shape
+    grad_k, grad_v = (torch.empty(k.shape, dtype=q.dtype, device=q.device) for _ in range(2))
     rows = KEYS.value, QUERIES.value
-    steps = triton.cdiv(length, rows[1])
+    steps = call.group * triton.cdiv(length, rows[1])
     split = Split.of(q.device, heads * branches * triton.cdiv(length, TILE), steps, steps)
     k_sums, v_sums = (split.sums(head_dim, q.device) for _ in range(2))
     with on(q):
@@ -183,7 +191,7 @@ def key_gradient(call: Call, grad: Tensor, vectors: Tensor) -> tuple[Tensor, Ten
             descriptor(k, rows[0]), descriptor(v, rows[0]), descriptor(q, rows[1]), descriptor(grad, rows[1]),
             _parts(vectors, rows[1]), descriptor(grad_k, rows[0]), descriptor(grad_v, rows[0]),
             call.scale, call.softmax_scale, heads, length, branches, split.whole, split.parts, k_sums, v_sums,
-            SPLIT=split.parts > 1, **LAUNCH,
+            SPLIT=split.parts > 1, GROUP=call.group, **LAUNCH,
         )  # fmt: skip
     if split.parts > 1:
         merge(split, k_sums, grad_k)

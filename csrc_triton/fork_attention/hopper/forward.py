@@ -48,12 +48,15 @@ from csrc_triton.fork_attention.hopper._gluon import (
     steps_of,
     take_turn,
 )
+from csrc_triton.fork_attention.hopper.exponent import assembly, powers
 from csrc_triton.fork_attention.hopper.parts import merge, split_of
 from csrc_triton.fork_attention.tiles import Call, on
 
 QUERIES = gl.constexpr(64)  # of one consumer
 KEYS = gl.constexpr(128)
-STAGES = gl.constexpr(2)
+STAGES = {64: 3, 128: 2}  # of the rings, by the size of a head
+# at heads of 64 a share of the exponentials is left to the fp32 pipes: see exponent.py
+ASSEMBLY = {64: assembly(share=1), 128: ""}
 TURNS = True  # the consumers take turns in issuing products, so that one computes exponentials while the other's run
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS.value, 16]))
 
@@ -76,7 +79,7 @@ def _sums(x):
 @gluon.jit
 def _step(
     q, keys, values, columns, done, state, scale, rest, MASKED: gl.constexpr, WHO: gl.constexpr,
-    TURNS: gl.constexpr,
+    TURNS: gl.constexpr, ASSEMBLY: gl.constexpr,
 ):  # fmt: skip
     """Scores and weights of tile `done`, weighted values of the tile before it.
 
@@ -98,7 +101,7 @@ def _step(
         scores = gl.where((columns.load(gl.SliceLayout(0, SCORES)) < rest)[None, :], scores, float("-inf"))
     new_top = gl.maximum(top, gl.max(scores, 1) * scale)
     decay = gl.exp2(top - new_top)
-    exponentials = gl.exp2(scores * scale - new_top[:, None])
+    exponentials = powers(scores * scale - new_top[:, None], ASSEMBLY)
     total = total * gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout))[:, None] + _sums(exponentials)
     total = computed(total)
     acc = warpgroup_mma_wait(0, [acc])
@@ -110,7 +113,7 @@ def _step(
 @gluon.jit
 def _consume(
     out, shared, keys, values, lse, scale, sizes, context, split, WHO: gl.constexpr, PAST: gl.constexpr,
-    SPLIT: gl.constexpr, TURNS: gl.constexpr,
+    SPLIT: gl.constexpr, TURNS: gl.constexpr, ASSEMBLY: gl.constexpr,
 ):  # fmt: skip
     """Owns queries [64 WHO, 64 WHO + 64) of each tile of 128."""
     queries, outs, columns, q_full, q_free = shared
@@ -136,15 +139,15 @@ def _consume(
         release(keys, stage)
         scores = gl.where((columns.load(gl.SliceLayout(0, SCORES)) < rest)[None, :], scores, float("-inf"))
         top = gl.max(scores, 1) * scale
-        exponentials = gl.exp2(scores * scale - top[:, None])
+        exponentials = powers(scores * scale - top[:, None], ASSEMBLY)
         state = (exponentials, gl.zeros([QUERIES, WIDTH], gl.float32, ACC), top, _sums(exponentials))
         done += 1
         for _ in range(first, gl.minimum(whole, last - 1)):
-            done, state = _step(q, keys, values, columns, done, state, scale, 0, False, WHO, TURNS)
+            done, state = _step(q, keys, values, columns, done, state, scale, 0, False, WHO, TURNS, ASSEMBLY)
         if PAST > 0:
             for _ in range(gl.maximum(first, whole) + 1, last):
                 rest, slot = next_partial(slot, its, PAST, KEYS)
-                done, state = _step(q, keys, values, columns, done, state, scale, rest, True, WHO, TURNS)
+                done, state = _step(q, keys, values, columns, done, state, scale, rest, True, WHO, TURNS, ASSEMBLY)
         mbarrier.arrive(q_free, count=1)
         turn += 1
         exponentials, acc, top, totals = state
@@ -186,10 +189,11 @@ def _put_out(out, outs, lse, acc, top, total, work, sizes, split, WHO: gl.conste
 
 @gluon.jit
 def _produce(
-    q, own, past, ring, queries, q_full, q_free, landed, sizes, context, split, PAST: gl.constexpr,
-    VALUES: gl.constexpr, SPLIT: gl.constexpr,
+    q, own, past, ring, queries, signals, sizes, context, split, PAST: gl.constexpr,
+    VALUES: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Streams values, or keys and the queries that they meet."""
+    q_full, q_free, landed = signals
     work = first_work(sizes[1])
     done = work * 0
     turn = done
@@ -205,7 +209,7 @@ def _produce(
                 async_load(q, [branch, head, row, 0], q_full, queries.index(who))
         its = context_of(branch, context)
         done, landings = put_all(
-            own, past, branch, head, here(sizes[1]), its, ring, done, landed, landings, part, parts,
+            own, past, branch, head // GROUP, here(sizes[1]), its, ring, done, landed, landings, part, parts,
             PAST, KEYS, VALUES, SPLIT,
         )  # fmt: skip
         work = next_work(work)
@@ -215,9 +219,12 @@ def _produce(
 def forward_kernel(
     q, k, v, past_k, past_v, out, table, lse, scale, heads, length, branches, share, past_size,
     table_by_context, table_by_slot, whole, parts, sums, tops, PAST: gl.constexpr,
-    SPLIT: gl.constexpr, TURNS: gl.constexpr,
+    SPLIT: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, ASSEMBLY: gl.constexpr,
 ):  # fmt: skip
-    """out and lse of all tiles of queries; arguments as the portable kernel's, and see `split` in parts.py."""
+    """out and lse of all tiles of queries; arguments as the portable kernel's, and see `split` in parts.py.
+
+    GROUP: heads of queries to one of keys. ASSEMBLY: see exponent.py.
+    """
     WIDTH: gl.constexpr = q.block_type.shape[3]
     queries = gl.allocate_shared_memory(q.dtype, [2, 1, 1, QUERIES, WIDTH], q.layout)
     outs = gl.allocate_shared_memory(q.dtype, [2, 1, 1, QUERIES, WIDTH], q.layout)
@@ -226,21 +233,16 @@ def forward_kernel(
     q_full, q_free, landed = (barriers(1, 1).index(0), barriers(1, 2).index(0), barriers(1, 1).index(0))
     fence_async_shared()
     shared = (queries, outs, columns, q_full, q_free)
+    signals = (q_full, q_free, landed)
     sizes = (heads, length, branches)
     context = (table, past_size, share, table_by_context, table_by_slot)
     split = (whole, parts, sums, tops)
     gl.warp_specialize(
         [
-            (_consume, (out, shared, keys, values, lse, scale, sizes, context, split, 0, PAST, SPLIT, TURNS)),
-            (_consume, (out, shared, keys, values, lse, scale, sizes, context, split, 1, PAST, SPLIT, TURNS)),
-            (
-                _produce,
-                (q, k, past_k, keys, queries, q_full, q_free, landed, sizes, context, split, PAST, False, SPLIT),
-            ),
-            (
-                _produce,
-                (q, v, past_v, values, queries, q_full, q_free, landed, sizes, context, split, PAST, True, SPLIT),
-            ),
+            (_consume, (out, shared, keys, values, lse, scale, sizes, context, split, 0, PAST, SPLIT, TURNS, ASSEMBLY)),
+            (_consume, (out, shared, keys, values, lse, scale, sizes, context, split, 1, PAST, SPLIT, TURNS, ASSEMBLY)),
+            (_produce, (q, k, past_k, keys, queries, signals, sizes, context, split, PAST, False, SPLIT, GROUP)),
+            (_produce, (q, v, past_v, values, queries, signals, sizes, context, split, PAST, True, SPLIT, GROUP)),
         ],
         [4, 2, 2],
         [240, 24, 24],
@@ -262,7 +264,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         forward_kernel[(split.programs,)](
             descriptor(q, rows[0]), *sources, descriptor(out, rows[0]), past.table, lse, call.scale,
             heads, length, branches, past.share, past.size, *strides, split.whole, split.parts, sums, tops,
-            PAST=past.kind, SPLIT=split.parts > 1, TURNS=TURNS, **LAUNCH,
+            PAST=past.kind, SPLIT=split.parts > 1, GROUP=call.group, STAGES=STAGES[head_dim], TURNS=TURNS,
+            ASSEMBLY=ASSEMBLY[head_dim], **LAUNCH,
         )  # fmt: skip
     if split.parts > 1:
         merge(split, sums, out, tops, lse)

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from csrc_triton import (
     CacheRows,
+    Fp8Rows,
     adaln,
     fork_attention,
     gated_residual_adaln,
@@ -30,6 +31,7 @@ from csrc_triton import (
 )
 from csrc_triton.fork_attention import HEAD_DIMS as ATTENTION_HEADS
 from csrc_triton.qk_norm_rope import HEAD_DIMS as ROPE_HEADS
+from tempact.models.wan.fp8 import Fp8Linear
 from tempact.models.wan.text_padding import padding_mask
 
 TIMESTEP_SCALE = 1000.0  # the time embedding sees 1000 * sigma
@@ -150,11 +152,16 @@ class SelfAttention(nn.Module):
         return x.unflatten(-1, (self.heads, -1))
 
     def forward(self, x: Tensor, rope: Rope, attend: ChunkAttention, layer: int) -> Tensor:
-        q, k, v = self.norm_rope(self.q(x), x, rope, attend, layer)
+        rows = self.rows(x)
+        q, k, v = self.norm_rope(self.q(rows), rows, rope, attend, layer)
         return self.o(attend(layer, q, k, v).flatten(2))
 
+    def rows(self, x: Tensor) -> Tensor | Fp8Rows:
+        """x as q, k and v take it: where they are in float8, rounded once for all three."""
+        return self.q.rounded(x) if isinstance(self.q, Fp8Linear) else x
+
     def norm_rope(
-        self, q: Tensor | None, x: Tensor, rope: Rope, attend: ChunkAttention, layer: int
+        self, q: Tensor | None, x: Tensor | Fp8Rows, rope: Rope, attend: ChunkAttention, layer: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q and k with RoPE, and v, by heads; k and v are stored in the rows of `attend`. Without q, k replaces it."""
         k, v, rows = self.k(x), self.v(x), attend.rows(layer)
@@ -249,7 +256,8 @@ class Block(nn.Module):
     def store(self, stream: Stream, e0: Tensor, rope: Rope, attend: ChunkAttention, layer: int) -> None:
         """Stores this block's K and V where `attend` says, and computes nothing after them."""
         m = (self.modulation + e0).unbind(2)
-        self.self_attn.norm_rope(None, stream.adaln(m[0], m[1], self.eps)[1], rope, attend, layer)
+        rows = self.self_attn.rows(stream.adaln(m[0], m[1], self.eps)[1])
+        self.self_attn.norm_rope(None, rows, rope, attend, layer)
 
 
 class Head(nn.Module):
