@@ -236,13 +236,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a small model on the CPU")
     parser.add_argument("--save", type=Path, help="results file")
     given, more = parser.parse_known_args(argv)
-    if given.repeats < 1:
-        raise UserError(f"--repeats: found {given.repeats}; accepted: at least 1")
     if not given.tiny and not torch.cuda.is_available():
         raise UserError("bench_served_planner: found no GPU; accepted: one of 80 GB or more, --tiny")
     for name, value in (TINY if given.tiny else REAL).items():
         if getattr(given, name) is None:
             setattr(given, name, value)
+    for name in (*REAL, "repeats"):
+        if getattr(given, name) < 1:
+            raise UserError(f"--{name}: found {getattr(given, name)}; accepted: at least 1")
     folder = given.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
 

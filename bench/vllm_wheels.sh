@@ -2,7 +2,7 @@
 # vLLM 0.20.2 for a machine that has torch 2.11 for CUDA 13 and Python 3.12, but reaches no package registry: everything
 # that `vllm serve` imports for a dense text model with adapters on a Hopper GPU, in one archive, in parts that fit a copy.
 #
-#   bench/vllm_wheels.sh FOLDER          writes FOLDER/part.aa ... (about 105 MB); needs pip, unzip, xz, 0.9 GB of disk
+#   bench/vllm_wheels.sh FOLDER          writes FOLDER/part.aa ... (110 MB); needs pip, unzip, xz, 0.9 GB of disk
 #
 # There, with the parts in FOLDER:
 #

@@ -18,7 +18,10 @@ from tempact.config import PlannerConfig
 from tempact.planner.server import Call, Refused, Replies, Server, ServerLost, Unread
 
 SLEEP, WAKE, STATE = "/sleep?level=1", "/wake_up", "/is_sleeping"
-COMMAND = "VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-sleep-mode --enable-lora"
+COMMAND = (
+    "VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --host 127.0.0.1 --enable-sleep-mode "
+    "--enable-lora"
+)
 
 
 def fall_asleep(server: Server) -> float:
@@ -29,6 +32,12 @@ def fall_asleep(server: Server) -> float:
 def wake_up(server: Server) -> float:
     """Wakes the server, which needs its memory again; the seconds that this took. Raises ServerLost."""
     return _turned(server, WAKE, False)
+
+
+def leave(server: Server) -> None:
+    """Puts a server to sleep that answers at once; a run that has failed does not wait for another."""
+    with suppress(Refused, ServerLost):
+        Replies(server, [Call(SLEEP, {}, bytes)], once=True).wait()
 
 
 def begin(config: PlannerConfig) -> None:

@@ -114,11 +114,11 @@ class Run:
         checkpoint = ranks.from_first(lambda: resolve_resume(resume, folder))
         world = world_of(judged_here(config, ranks))
         world.check()  # missing parts are named before weights load
+        if config.planner.sampler == "served":
+            ranks.agreed(lambda: begin_server(config.planner) if ranks.first else None, Aborted)
         prompts, scoring = world.prompts(), world.rewards(device_of(config), ranks.size).extended(rewards)
         opened.callback(scoring.close)
         ranks.agreed(scoring.check if ranks.first else lambda: None, JudgeOutage, UserError)
-        if config.planner.sampler == "served":
-            ranks.agreed(lambda: begin_server(config.planner) if ranks.first else None, Aborted)
         policies = build_policies(config)
         trainer = build_trainer(config, policies, prompts, scoring, ranks)
         opened.callback(trainer.close)

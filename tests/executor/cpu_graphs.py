@@ -8,6 +8,7 @@ Graphs of one pool overwrite each other's tensors, as their memory is shared.
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
@@ -33,7 +34,8 @@ def storage(tensor: Tensor) -> int:
 class CpuGraph(TorchDispatchMode):
     """As `torch.cuda.CUDAGraph`."""
 
-    pools: ClassVar[dict[object, WeakSet[CpuGraph]]] = {}  # those that were recorded to, and the graphs of each
+    pools: ClassVar[dict[object, WeakSet[CpuGraph]]] = defaultdict(WeakSet)  # the graphs of each
+    uses: ClassVar[dict[object, int]] = {}  # of each pool that was recorded to; at 0 it is freed
     drawing: ClassVar[bool] = True  # whether numbers can be drawn: not in a recording, nor after a broken one
     underway: ClassVar[list[object]] = []  # pools that take what is allocated, also after a broken recording
 
@@ -42,30 +44,44 @@ class CpuGraph(TorchDispatchMode):
         self.operations: list[tuple[Any, Any, dict[str, Any], Any]] = []
         self.made: list[Tensor] = []  # memory of the recording's own
         self.read: set[int] = set()
+        self.capturing = self.ended = False
+
+    def __del__(self) -> None:
+        if self.ended:
+            self.release(0, self.pool)
 
     def capture_begin(self, pool: object | None = None, *, capture_error_mode: str) -> None:
-        pool = object() if pool is None else pool
-        if pool in self.underway:
+        self.pool, self.error, CpuGraph.drawing = object() if pool is None else pool, sys.exc_info()[1], False
+        if self.uses.get(self.pool) == 0:
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
+        if self.pool in self.underway:
             raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
-        if not self.pools.setdefault(pool, WeakSet([self])):
-            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")  # freed with the last of its graphs
-        self.pools[pool].add(self)
-        self.pool, self.error, CpuGraph.drawing = pool, sys.exc_info()[1], False
-        self.underway.append(pool)
+        self.uses[self.pool] = self.uses.get(self.pool, 0) + 1
+        self.underway.append(self.pool)
+        self.capturing = True
         self.__enter__()
 
     def capture_end(self) -> None:
+        if not self.capturing:
+            raise RuntimeError("the stream records nothing")
+        self.capturing = False
         self.__exit__(None, None, None)
         if sys.exc_info()[1] is not self.error and self.operations:
             raise RuntimeError("the recording is broken")
         self.end_allocation(0, self.pool)
-        CpuGraph.drawing = True
+        CpuGraph.drawing = self.ended = True
+        self.pools[self.pool].add(self)
 
     @classmethod
     def end_allocation(cls, device: int | None, pool: object) -> None:
         if pool not in cls.underway:
             raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
         cls.underway.remove(pool)
+
+    @classmethod
+    def release(cls, device: int | None, pool: object) -> None:
+        if pool in cls.uses:  # or it was of an earlier test
+            cls.uses[pool] -= 1
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -120,6 +136,7 @@ def cpu_graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     if torch.cuda.is_available():
         pytest.skip("stands in for a GPU, which is there: run `pytest -m gpu`")
     CpuGraph.pools.clear()
+    CpuGraph.uses.clear()
     CpuGraph.underway.clear()
     stand_ins: dict[str, Any] = {
         "CUDAGraph": CpuGraph, "Stream": Stream, "current_stream": Stream, "graph_pool_handle": object,
@@ -129,4 +146,5 @@ def cpu_graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", CpuGraph.end_allocation, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", CpuGraph.release, raising=False)
     monkeypatch.setattr(CudaGraphRunner, "_usable", lambda runner, x: runner.graphs)

@@ -28,6 +28,7 @@ from tempact.reporting import read_metrics
 from tempact.runs import run as run_module
 from tempact.runs.checkpoint import latest, verify
 from tempact.types import Prompt
+from tempact.worlds import ShapeWorld
 
 pytestmark = pytest.mark.usefixtures("log_handlers")
 PROMPTS = [Prompt("a", "A red circle jumps.")]
@@ -162,7 +163,8 @@ def test_the_start_of_a_run(asleep: bool | None, sleeps: bool, server: FakeServe
     server.sleeping = asleep
     config = make(server_sleep=sleeps).planner.config
     if sleeps and asleep is None:
-        command = "VLLM_SERVER_DEV_MODE=1 .*vllm serve MODEL --enable-sleep-mode .*or planner.server_sleep false"
+        command = "VLLM_SERVER_DEV_MODE=1 .*vllm serve MODEL --host 127.0.0.1 --enable-sleep-mode "
+        command += ".*or planner.server_sleep false"
         with pytest.raises(ServerLost, match=f"has no sleep mode .status 404: Not Found.; accepted: {command}"):
             sleep.begin(config)
         return
@@ -178,10 +180,20 @@ def test_a_run_of_a_server_that_cannot_sleep_ends_before_weights_are_loaded(
     server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.sleeping = None
+    monkeypatch.setattr(ShapeWorld, "rewards", lambda *given: pytest.fail("weights of rewards are loaded"))
     monkeypatch.setattr(run_module, "build_policies", lambda config: pytest.fail("weights are loaded"))
     assert train.main(arguments(server, tmp_path)) == EXIT_ABORTED
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "planner.server" in line]
     assert "has no sleep mode" in line and "no iteration was started" in line
+
+
+def test_a_run_that_fails_while_its_server_is_awake_leaves_it_asleep(
+    server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.fault = lambda path, body, number: error(400, "no") if path == LOAD and number == 1 else None
+    assert train.main(arguments(server, tmp_path)) == EXIT_ABORTED
+    assert "saved after iteration 1" in capsys.readouterr().err and server.sleeping
+    assert [path for path in paths(server) if path in (SLEEP, WAKE)] == [SLEEP, WAKE, SLEEP, WAKE, SLEEP]
 
 
 def test_a_run_that_loses_its_server_asleep_is_resumed(
