@@ -16,48 +16,29 @@ from planner.fake_server import FakeServer, error
 from test_references import undocumented
 
 from tempact import train
-from tempact.cli import EXIT_ABORTED, parse_run
+from tempact.cli import EXIT_ABORTED
 from tempact.distributed import Ranks
-from tempact.planner import server as client
 from tempact.planner import sleep
-from tempact.planner.planner import Planner
 from tempact.planner.served import ServedSampler
 from tempact.planner.server import ServerLost
-from tempact.policies import build_policies
 from tempact.reporting import read_metrics
 from tempact.runs import run as run_module
 from tempact.runs.checkpoint import latest, verify
 from tempact.types import Prompt
 from tempact.worlds import ShapeWorld
 
-pytestmark = pytest.mark.usefixtures("log_handlers")
+pytestmark = pytest.mark.usefixtures("log_handlers", "brief")
 PROMPTS = [Prompt("a", "A red circle jumps.")]
 SMALL = ["shapeworld-smoke", *BRIEF]
 LOAD, UNLOAD, PLAN = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/completions"
 SLEEP, WAKE, STATE = "/sleep?level=1", "/wake_up", "/is_sleeping"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def brief() -> Iterator[None]:
-    """Without evaluation, report and long pauses."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client, "FIRST_PAUSE_S", 0.01)
-        patch.setattr(run_module.Run, "finish", lambda self, stop: None)
-        patch.setattr(run_module, "leave_report", lambda folder: [])
-        yield
-
-
-@pytest.fixture(scope="module")
-def twin() -> Planner:
-    return build_policies(parse_run(SMALL, "program")[0]).planner
-
-
 @pytest.fixture
-def server(twin: Planner) -> Iterator[FakeServer]:
-    server = FakeServer(twin)
+def server(server: FakeServer) -> FakeServer:
+    """It can sleep, and is awake."""
     server.sleeping = False
-    yield server
-    server.stop()
+    return server
 
 
 @pytest.fixture
