@@ -1247,8 +1247,8 @@ MUTATIONS = [
         ),
         (
             "test_the_record_holds_every_branch_at_its_fork_on_the_context_that_it_comes_from",
-            "own = latents[row.plan, row.context, :, : len(known)]",
-            "own = latents[row.plan, 0, :, : len(known)]",
+            "own = latents[row.plan, row.context, :, : len(frames)]",
+            "own = latents[row.plan, 0, :, : len(frames)]",
         ),
     ),
     *faults(

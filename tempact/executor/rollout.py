@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -63,7 +64,7 @@ class PromptKV:
         return self.text.select(on_device([self.index[prompt] for prompt in prompts], device))
 
 
-def on_device(numbers: list[int], device: torch.device) -> Tensor:
+def on_device(numbers: Sequence[Any], device: torch.device) -> Tensor:
     """int64 on the device; copied from pinned memory, because from other memory the host would wait for a GPU."""
     return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
@@ -198,21 +199,32 @@ def roll_out(
 
     def make(start: int, branches: list[Branch], words: TextKV) -> Tensor:
         clean, seen, own = denoised(history, noise, start, branches, words)
-        for i, b in enumerate(branches):
-            latents[b.plan, b.continuations, :, start : start + chunk] = clean[i]
-            place = places.get((b.plan, start, b.continuations[0]))
-            if record is not None and place is not None:
-                kept = seen[i], own[i, 1 : settings.schedule.calls]
-                if settings.forward:
-                    kept = noised(clean[i], noise(settings.chunks + start // chunk, [(b.plan, b.continuations[0])])[0])
-                for whole, values in zip((record.states, record.noises), kept, strict=True):
-                    _record(whole[place], values)
+        # one copy for all videos: a copy a video would take a host longer than a small model's chunk
+        videos = [(b.plan, continuation, i) for i, b in enumerate(branches) for continuation in b.continuations]
+        plan, continuation, branch = on_device([*zip(*videos, strict=True)], device).unbind()
+        latents[plan, continuation, :, start : start + chunk] = clean[branch]
+        for number, columns, kept in recorded_at(start, branches):
+            states, fresh = seen[kept], own[kept, 1 : settings.schedule.calls]
+            if settings.forward:
+                states, fresh = noised(clean[kept], start, branches[kept])
+            assert record is not None
+            _record(record.states[number, columns], states)
+            _record(record.noises[number, columns], fresh)
         return clean
 
-    def noised(clean: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
-        sigmas = fresh.new_tensor(settings.schedule.sigmas[:-1]).view(-1, 1, 1, 1, 1)
-        fresh = fresh[: settings.schedule.calls]
-        return (1 - sigmas) * clean + sigmas * fresh, fresh - clean
+    def recorded_at(start: int, branches: list[Branch]) -> Iterator[tuple[int, slice, slice]]:
+        """Row and columns of the record, and which of the branches they hold: as many at once as lie side by side."""
+        found = ((places.get((b.plan, start, b.continuations[0])), i) for i, b in enumerate(branches))
+        held = [(*place, i) for place, i in found if place is not None]
+        for _, run in groupby(held, lambda each: (each[0], each[1] - each[2])):
+            (row, column, first), *more = run
+            yield row, slice(column, column + 1 + len(more)), slice(first, first + 1 + len(more))
+
+    def noised(clean: Tensor, start: int, branches: list[Branch]) -> tuple[Tensor, Tensor]:
+        sigmas = clean.new_tensor(settings.schedule.sigmas[:-1]).view(-1, 1, 1, 1, 1)
+        videos = [(b.plan, b.continuations[0]) for b in branches]
+        fresh = noise(settings.chunks + start // chunk, videos)[:, : settings.schedule.calls]
+        return (1 - sigmas) * clean[:, None] + sigmas * fresh, fresh - clean[:, None]
 
     def past(start: int, branches: list[Branch]) -> Tensor:
         return torch.stack([latents[b.plan, b.continuations[0], :, :start] for b in branches])
@@ -220,10 +232,10 @@ def roll_out(
     for _ in walk_chunks(history, prompts, text, make, past, continuations=count, forks=forks):
         pass
     if record is not None:
+        frames = torch.arange(record.prefix.shape[2], device=device)[:, None, None]
         for number, row in enumerate(rows):
-            known = torch.arange(record.prefix.shape[2], device=device) < row.start
-            own = latents[row.plan, row.context, :, : len(known)]
-            _record(record.prefix[number], torch.where(known[:, None, None], own, 0.0))
+            own = latents[row.plan, row.context, :, : len(frames)]
+            _record(record.prefix[number], torch.where(frames < row.start, own, 0.0))
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # anyone may read the record
     return latents
