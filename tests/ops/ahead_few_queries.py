@@ -32,7 +32,7 @@ def part(dtype: str, head_dim: int, rows: int, past: int = 2, own: bool = False,
     width = width_of(head_dim)
     by = few.tiling_of(rows, width, SIZES[dtype])
     constants = {
-        "PAST": past, "SLOTS": 16 if past == 2 else 1, "INDEXED": False, "OWN": own, "WHOLE": False, "ROWS": by.rows,
+        "PAST": past, "SLOTS": 16 if past == 2 else 1, "INDEXED": False, "OWN": own, "ROWS": by.rows,
         "KEYS": by.keys, "LEAST": few.LEAST_KEYS, "WIDTH": width, "HEAD": head_dim, **more,
     }  # fmt: skip
     name = ", ".join(map(str, ("part", dtype, head_dim, f"{rows} rows", f"past {past}", own, *more)))
@@ -47,16 +47,10 @@ def merge(dtype: str, head_dim: int, parts: int) -> Compiled:
 
 
 AHEAD_OF_TIME = [
-    part("bf16", 128, 4), part("bf16", 128, 128, own=True), part("bf16", 256, 32, own=True),
-    part("fp32", 128, 8, own=True), part("fp32", 80, 1, past=1, INDEXED=True),
-    part("fp16", 64, 64, past=0, own=True, WHOLE=True),
-    merge("bf16", 128, 32), merge("fp32", 256, 128),
-]  # fmt: skip
-EVERYTHING = [
-    *(part(dtype, size, rows, own=True) for dtype, numbers in (("bf16", (1, 32, 64)), ("fp32", (1,)))
-      for size in (16, 32, 64, 80, 128, 256) for rows in numbers),
-    *(part(dtype, 96, 4, **each) for dtype in ("bf16", "fp32") for each in (
-        {"past": 1}, {"past": 1, "INDEXED": True, "own": True}, {"past": 0, "own": True, "WHOLE": True},
+    *(part(dtype, size, rows, own=True) for dtype, numbers in (("bf16", (1, 64)), ("fp32", (1,)))
+      for size in (128, 16, 32, 64, 80, 256) for rows in numbers),
+    *(part(dtype, 96, 4, **each) for dtype in ("fp16", "fp32") for each in (
+        {"past": 1}, {"past": 1, "INDEXED": True, "own": True}, {"past": 0, "own": True},
     )),
-    *(merge(dtype, size, parts) for dtype in ("bf16", "fp32") for size in (16, 80, 256) for parts in (2, 128)),
+    *(merge(dtype, size, parts) for dtype in ("bf16", "fp32") for size in (128, 16, 80, 256) for parts in (64, 2, 128)),
 ]  # fmt: skip

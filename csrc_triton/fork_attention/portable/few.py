@@ -46,32 +46,34 @@ class Parts(NamedTuple):
 
 
 def serves(call: Call) -> bool:
-    """Whether the queries are few: by the shapes of one branch. Not in the interpreter, which has no multiprocessors."""
+    """Whether the queries are few, by the shapes of one branch; never in the interpreter, without multiprocessors."""
     length = call.q.shape[1]
     return length <= MOST_QUERIES and length * call.group <= MOST_ROWS and multiprocessors(call.q.device) > 0
 
 
 def tiling_of(rows: int, width: int, size: int) -> Tiling:
     """rows: of one branch and head of keys. width: of a tile, in elements of `size` bytes."""
-    keys = max(16, min(64, TILE_BYTES // (width * size)))
-    if size == 4:  # no matrix unit takes them unrounded, and their products are in registers
-        return Tiling(16, keys, 8, 2)
+    # with more keys narrow heads keep a bound of a loop on the stack, and fp32, whose products are in registers, spills
+    keys = 32 if width <= 32 else 16 if size == 4 else 64
+    keys = max(16, min(keys, TILE_BYTES // (width * size)))
+    if size == 4:
+        return Tiling(16, keys, 8, 3)
     if rows > 32 and width <= 128:
         return Tiling(64, keys, 8, 3)
-    return Tiling(32 if rows > 16 else 16, keys, 4, 3)
+    return Tiling(32, keys, 4, 3)
 
 
-def parts_of(call: Call, rows: int) -> Parts:
-    """About as many programs for one branch as there are multiprocessors; rows: of a tile."""
+def parts_of(call: Call, by: Tiling) -> Parts:
+    """So many that about all programs of one branch run at once, two of 4 warps or one of 8 a multiprocessor."""
     length, kv_heads = call.q.shape[1], call.q.shape[2] // call.group
-    programs = kv_heads * triton.cdiv(length * call.group, rows)
-    most = min(MOST_PARTS, triton.cdiv(multiprocessors(call.q.device), programs))
+    programs = kv_heads * triton.cdiv(length * call.group, by.rows)
+    most = min(MOST_PARTS, triton.cdiv(multiprocessors(call.q.device) * 8 // by.warps, programs))
     return Parts(most if call.past.kind else 0, min(most, triton.cdiv(call.own, LEAST_KEYS)))
 
 
 @triton.jit
 def _keys_of(part, parts, keys, KEYS: tl.constexpr, LEAST: tl.constexpr):
-    """First and last (exclusive) of the keys of a part, whole tiles but for the last one's; the last parts may have none."""
+    """First and last (exclusive) key of a part: whole tiles, but where the keys end. The last parts may have none."""
     each = tl.maximum(tl.cdiv(tl.cdiv(keys, parts), KEYS) * KEYS, LEAST)
     first = tl.minimum(part * each, keys)
     return first, tl.minimum(first + each, keys)
@@ -146,25 +148,24 @@ def _own(
 
 
 UNSPECIALIZED = (
-    "heads", "group", "length", "own", "rows", "share", "past_size", "block", "past_parts", "own_parts", "past_programs",
+    "batch", "heads", "group", "length", "own", "share", "past_size", "block", "past_parts", "own_parts",
+    "past_programs",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def part_kernel(
-    q, k, v, past_k, past_v, table, indices, out, lse, sums, tops, scale,
-    heads, group, length, own, rows, share, past_size, block, past_parts, own_parts, past_programs,
+    q, k, v, past_k, past_v, table, indices, sums, tops, scale, batch,
+    heads, group, length, own, share, past_size, block, past_parts, own_parts, past_programs,
     q_by_branch, q_by_row, q_by_head, k_by_branch, k_by_row, k_by_head, v_by_branch, v_by_row, v_by_head,
     past_k_by_index, past_k_by_row, past_k_by_head, past_v_by_index, past_v_by_row, past_v_by_head,
     table_by_context, table_by_slot,
-    PAST: tl.constexpr, SLOTS: tl.constexpr, INDEXED: tl.constexpr, OWN: tl.constexpr, WHOLE: tl.constexpr,
+    PAST: tl.constexpr, SLOTS: tl.constexpr, INDEXED: tl.constexpr, OWN: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
-    """One part of the keys of one tile: fp32 sums [parts, rows, HEAD], of weights relative to 2 ** top, and tops
-    [parts, rows, 2] of top and total; rows are those of [B, length, heads]. WHOLE: there is one part, and out and lse
-    are stored instead. The first `past_programs` programs have the contexts, each of `share` branches.
-
-    A part without keys has a total of 0 and no sums.
+    """One part of the keys for one tile of rows: fp32 sums [parts, key heads, B, length, group, HEAD] of values whose
+    weights are relative to 2 ** top, and tops [.., 2] of top and total. A part without keys has a total of 0 and no
+    sums. The first `past_programs` programs have the contexts, each of `share` branches, the others the own chunks.
     """
     program = tl.program_id(0)
     of_past = program < past_programs
@@ -205,28 +206,23 @@ def part_kernel(
             KEYS, LEAST, WIDTH, HEAD,
         )  # fmt: skip
 
-    to = (branch * length + query) * heads + head
-    if WHOLE:
-        result = acc / tl.where(total != 0, total, 1.0)[:, None]
-        tl.store(out + to[:, None] * HEAD + column, narrow(result, out.dtype.element_ty), mask=inside)
-        log_sum = (top + tl.log2(total)) * 0.6931471805599453
-        tl.store(lse + (branch * heads + head) * length + query, log_sum, mask=there)
-    else:
-        to += tl.where(of_past, part, past_parts + part).to(tl.int64) * rows
-        tl.store(tops + 2 * to, top, mask=there)
-        tl.store(tops + 2 * to + 1, total, mask=there)
-        tl.store(sums + to[:, None] * HEAD + column, acc, mask=inside & (total != 0)[:, None])
+    # [parts, key heads, B, length, group]: rows of a tile lie side by side
+    rows = key_head.to(tl.int64) * batch + unit * branches
+    to = (tl.where(of_past, part, past_parts + part) * heads.to(tl.int64) * batch + rows * group) * length + row
+    tl.store(tops + 2 * to, top, mask=there)
+    tl.store(tops + 2 * to + 1, total, mask=there)
+    tl.store(sums + to[:, None] * HEAD + column, acc, mask=inside & (total != 0)[:, None])
 
 
-@triton.jit(do_not_specialize=["heads", "length", "rows", "parts"])
+@triton.jit(do_not_specialize=["batch", "heads", "group", "length", "parts"])
 def merge_kernel(
-    sums, tops, out, lse, heads, length, rows, parts,
+    sums, tops, out, lse, batch, heads, group, length, parts,
     PARTS: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
     """One row of out and lse from its parts, all at once: PARTS is a power of 2, at least `parts`."""
     row = tl.program_id(0)
     part, column = tl.arange(0, PARTS), tl.arange(0, WIDTH)
-    at = part.to(tl.int64) * rows + row
+    at = part.to(tl.int64) * (batch * length * heads) + row
     tops_of = tl.load(tops + 2 * at, mask=part < parts, other=float("-inf"))
     totals = tl.load(tops + 2 * at + 1, mask=part < parts, other=0.0)
     top = tl.max(tops_of, 0)
@@ -236,10 +232,11 @@ def merge_kernel(
     inside = made[:, None] & (column < HEAD)[None, :]
     found = tl.load(sums + at[:, None] * HEAD + column[None, :], mask=inside, other=0.0)
     result = tl.sum(found * weights[:, None], 0) / tl.where(total != 0, total, 1.0)
-    tl.store(out + row.to(tl.int64) * HEAD + column, narrow(result, out.dtype.element_ty), mask=column < HEAD)
-    branch, query, head = row // (length * heads), row // heads % length, row % heads
-    log_sum = (top + tl.log2(total)) * 0.6931471805599453
-    tl.store(lse + (branch.to(tl.int64) * heads + head) * length + query, log_sum)
+    head = row // (batch * length * group) * group + row % group
+    query, branch = row // group % length, (row // (length * group) % batch).to(tl.int64)
+    to = (branch * length + query) * heads + head
+    tl.store(out + to * HEAD + column, narrow(result, out.dtype.element_ty), mask=column < HEAD)
+    tl.store(lse + (branch * heads + head) * length + query, (top + tl.log2(total)) * 0.6931471805599453)
 
 
 def merge_warps(parts: int, width: int) -> int:
@@ -253,16 +250,13 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     branches, length, heads, head_dim = q.shape
     rows, width = branches * length * heads, width_of(head_dim)
     by = tiling_of(length * call.group, width, q.element_size())
-    parts = parts_of(call, by.rows)
+    parts = parts_of(call, by)
     count = sum(parts)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(branches, heads, length, dtype=torch.float32, device=q.device)
     if count == 0:  # no keys at all
         return out.zero_(), lse.fill_(-torch.inf)
-    sums, tops = (
-        lse if count == 1 else torch.empty(count, rows, columns, dtype=torch.float32, device=q.device)
-        for columns in (head_dim, 2)
-    )
+    sums, tops = (torch.empty(count, rows, each, dtype=torch.float32, device=q.device) for each in (head_dim, 2))
     share = past.share if past.index is None else 1
     strides = [stride for tensor in (q, k, v, past.k, past.v) for stride in tensor.stride()[:3]]
 
@@ -271,19 +265,18 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         return parts * tiles * (heads // call.group) * (branches // share)
 
     of_past = programs(parts.past, share)
+    most = triton.next_power_of_2(count)
     with on(q):
         part_kernel[(of_past + programs(parts.own, 1),)](
-            q, k, v, past.k, past.v, past.table, past.indices, out, lse, sums, tops, call.scale,
-            heads, call.group, length, call.own, rows, share, past.size, call.block if call.causal_block else 0,
+            q, k, v, past.k, past.v, past.table, past.indices, sums, tops, call.scale, branches,
+            heads, call.group, length, call.own, share, past.size, call.block if call.causal_block else 0,
             *parts, of_past, *strides, *past.table.stride()[:2],
-            PAST=past.kind, SLOTS=past.slots, INDEXED=past.index is not None, OWN=parts.own > 0, WHOLE=count == 1,
-            ROWS=by.rows, KEYS=by.keys, LEAST=max(LEAST_KEYS, by.keys), WIDTH=width, HEAD=head_dim,
+            PAST=past.kind, SLOTS=past.slots, INDEXED=past.index is not None, OWN=parts.own > 0, ROWS=by.rows,
+            KEYS=by.keys, LEAST=max(LEAST_KEYS, by.keys), WIDTH=width, HEAD=head_dim,
             num_warps=by.warps, num_stages=by.stages,
         )  # fmt: skip
-        if count > 1:
-            most = triton.next_power_of_2(count)
-            merge_kernel[(rows,)](
-                sums, tops, out, lse, heads, length, rows, count, PARTS=most, WIDTH=width, HEAD=head_dim,
-                num_warps=merge_warps(most, width),
-            )  # fmt: skip
+        merge_kernel[(rows,)](
+            sums, tops, out, lse, branches, heads, call.group, length, count,
+            PARTS=most, WIDTH=width, HEAD=head_dim, num_warps=merge_warps(most, width),
+        )  # fmt: skip
     return out, lse
