@@ -53,11 +53,11 @@ def serves(call: Call) -> bool:
 
 def tiling_of(rows: int, width: int, size: int) -> Tiling:
     """rows: of one branch and head of keys. width: of a tile, in elements of `size` bytes."""
-    # with more keys narrow heads keep a bound of a loop on the stack, and fp32, whose products are in registers, spills
+    # with more keys or stages, narrow heads keep a bound of a loop on the stack, and fp32 spills its products
     keys = 32 if width <= 32 else 16 if size == 4 else 64
     keys = max(16, min(keys, TILE_BYTES // (width * size)))
     if size == 4:
-        return Tiling(16, keys, 8, 3)
+        return Tiling(16, keys, 8, 2 if width <= 32 else 3)
     if rows > 32 and width <= 128:
         return Tiling(64, keys, 8, 3)
     return Tiling(32, keys, 4, 3)
