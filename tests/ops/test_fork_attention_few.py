@@ -16,9 +16,7 @@ pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 from csrc_triton import fork_attention, runtime
 from csrc_triton.fork_attention import ops, selection
-from csrc_triton.fork_attention.hopper import forward as hopper
 from csrc_triton.fork_attention.portable import few
-from csrc_triton.fork_attention.portable import forward as portable
 from csrc_triton.fork_attention.tiles import Call, Past
 
 MULTIPROCESSORS = 4  # so 8 programs of 4 warps, or 4 of 8 (fp32 and large tiles), for one branch
@@ -197,21 +195,20 @@ def test_the_number_of_parts_fills_a_gpu_with_one_branch(device: torch.device, m
     assert few.parts_of(call_of(device, 1, 24, 1, own=9000, past=1), narrow) == few.Parts(64, 64)
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("length", [16, 17])
 def test_which_kernels_serve(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, parts: list[few.Parts], length: int, backend: str
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, parts: list[few.Parts], length: int
 ) -> None:
     """Equal numbers of queries and own keys, which Hopper's kernels take too."""
-    served: list[str] = []
-    for name, module in (("portable", portable), ("hopper", hopper)):
-        forward = module.forward
-        told = lambda call, name=name, forward=forward: served.append(name) or forward(call)  # noqa: E731
-        monkeypatch.setattr(module, "forward", told)
+    asked: list[Any] = []
+    serves = selection.hopper_serves
+    monkeypatch.setattr(
+        selection, "hopper_serves", lambda *given, **more: asked.append(given) or serves(*given, **more)
+    )
     case = make(device, 1, length, 1, 64, torch.bfloat16, [[(0, 20)]])
-    with runtime.backend(backend if device.type == "cuda" else "triton"):
+    with runtime.backend("auto" if device.type == "cuda" else "triton"):
         fork_attention(case.q, case.k, case.v, case.view)
-    assert len(parts) == (length == 16) and len(served) == (length == 17)
+    assert len(parts) == (length == 16) and len(asked) == (length == 17)
 
 
 def test_the_custom_op_keeps_torchs_rules(device: torch.device, parts: list[few.Parts]) -> None:
