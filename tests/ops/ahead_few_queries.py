@@ -36,7 +36,13 @@ def part(dtype: str, head_dim: int, rows: int, past: int = 2, own: bool = False,
         "KEYS": by.keys, "LEAST": few.LEAST_KEYS, "WIDTH": width, "HEAD": head_dim, **more,
     }  # fmt: skip
     name = ", ".join(map(str, ("part", dtype, head_dim, f"{rows} rows", f"past {past}", own, *more)))
-    return compiled(name, few.part_kernel, dtype, constants, {"num_warps": by.warps, "num_stages": by.stages})
+    return compiled(
+        name,
+        few.part_kernel,
+        dtype,
+        constants,
+        {"num_warps": by.warps, "num_stages": by.stages, "maxnreg": few.REGISTERS},
+    )
 
 
 def merge(dtype: str, head_dim: int, parts: int) -> Compiled:

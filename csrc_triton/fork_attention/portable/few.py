@@ -26,6 +26,7 @@ MOST_QUERIES = 16  # of a branch
 MOST_ROWS = 128  # queries of a branch times heads that share a head of keys: a tile of the kernel for many queries
 MOST_PARTS = 64  # of a context, and of an own chunk
 LEAST_KEYS = 128  # of a part
+REGISTERS = 255  # of a thread, as many as there are: with fewer a bound of a loop is kept on the stack
 TILE_BYTES = 16384  # of keys in one step: three steps of keys and values fit into the 99 KB of sm_86 to sm_120
 
 
@@ -53,11 +54,11 @@ def serves(call: Call) -> bool:
 
 def tiling_of(rows: int, width: int, size: int) -> Tiling:
     """rows: of one branch and head of keys. width: of a tile, in elements of `size` bytes."""
-    # with more keys or stages, narrow heads keep a bound of a loop on the stack, and fp32 spills its products
+    # with more keys, narrow heads keep a bound of a loop on the stack, and fp32 spills its products
     keys = 32 if width <= 32 else 16 if size == 4 else 64
     keys = max(16, min(keys, TILE_BYTES // (width * size)))
     if size == 4:
-        return Tiling(16, keys, 8, 2 if width <= 32 else 3)
+        return Tiling(16, keys, 4, 2) if width <= 32 else Tiling(16, keys, 8, 3)
     if rows > 32 and width <= 128:
         return Tiling(64, keys, 8, 3)
     return Tiling(32, keys, 4, 3)
@@ -177,8 +178,12 @@ def part_kernel(
     key_head = number // (tiles * parts) % (heads // group)
     unit = number // (tiles * parts * (heads // group))  # context or branch
 
-    row = number % tiles * ROWS + tl.arange(0, ROWS)
+    first = number % tiles * ROWS
+    row = first + tl.arange(0, ROWS)
     there = row < branches * length * group
+    # [parts, key heads, B, length, group]: rows of a tile lie side by side
+    rows = key_head.to(tl.int64) * batch + unit * branches
+    base = (tl.where(of_past, part, past_parts + part) * heads.to(tl.int64) * batch + rows * group) * length + first
     branch = (unit * branches + row // (length * group)).to(tl.int64)
     query = row // group % length
     head = key_head * group + row % group
@@ -206,9 +211,7 @@ def part_kernel(
             KEYS, LEAST, WIDTH, HEAD,
         )  # fmt: skip
 
-    # [parts, key heads, B, length, group]: rows of a tile lie side by side
-    rows = key_head.to(tl.int64) * batch + unit * branches
-    to = (tl.where(of_past, part, past_parts + part) * heads.to(tl.int64) * batch + rows * group) * length + row
+    to = base + tl.arange(0, ROWS)
     tl.store(tops + 2 * to, top, mask=there)
     tl.store(tops + 2 * to + 1, total, mask=there)
     tl.store(sums + to[:, None] * HEAD + column, acc, mask=inside & (total != 0)[:, None])
@@ -273,7 +276,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
             *parts, of_past, *strides, *past.table.stride()[:2],
             PAST=past.kind, SLOTS=past.slots, INDEXED=past.index is not None, OWN=parts.own > 0, ROWS=by.rows,
             KEYS=by.keys, LEAST=max(LEAST_KEYS, by.keys), WIDTH=width, HEAD=head_dim,
-            num_warps=by.warps, num_stages=by.stages,
+            num_warps=by.warps, num_stages=by.stages, maxnreg=REGISTERS,
         )  # fmt: skip
         merge_kernel[(rows,)](
             sums, tops, out, lse, branches, heads, call.group, length, count,
