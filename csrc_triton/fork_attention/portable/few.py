@@ -148,6 +148,22 @@ def _own(
     return acc, top, total
 
 
+@triton.jit
+def _place(key_heads, rows, share, past_parts, own_parts, past_programs, ROWS: tl.constexpr):
+    """Of this program: whether it has a context rather than an own chunk, which one, how many branches see it, its head
+    of keys, its part, their number, and its first row of theirs. Programs that run together share keys.
+    """
+    program = tl.program_id(0)
+    of_past = program < past_programs
+    number = tl.where(of_past, program, program - past_programs)
+    branches = tl.where(of_past, share, 1)
+    parts = tl.where(of_past, past_parts, own_parts)
+    tiles = tl.cdiv(branches * rows, ROWS)
+    part, key_head = number // tiles % parts, number // (tiles * parts) % key_heads
+    unit = number // (tiles * parts * key_heads)
+    return of_past, unit, branches, key_head, part, parts, number % tiles * ROWS
+
+
 UNSPECIALIZED = (
     "batch", "heads", "group", "length", "own", "share", "past_size", "block", "past_parts", "own_parts",
     "past_programs",
@@ -168,17 +184,9 @@ def part_kernel(
     weights are relative to 2 ** top, and tops [.., 2] of top and total. A part without keys has a total of 0 and no
     sums. The first `past_programs` programs have the contexts, each of `share` branches, the others the own chunks.
     """
-    program = tl.program_id(0)
-    of_past = program < past_programs
-    number = tl.where(of_past, program, program - past_programs)
-    branches = tl.where(of_past, share, 1)
-    parts = tl.where(of_past, past_parts, own_parts)
-    tiles = tl.cdiv(branches * length * group, ROWS)
-    part = number // tiles % parts
-    key_head = number // (tiles * parts) % (heads // group)
-    unit = number // (tiles * parts * (heads // group))  # context or branch
-
-    first = number % tiles * ROWS
+    of_past, unit, branches, key_head, part, parts, first = _place(
+        heads // group, length * group, share, past_parts, own_parts, past_programs, ROWS
+    )
     row = first + tl.arange(0, ROWS)
     there = row < branches * length * group
     # [parts, key heads, B, length, group]: rows of a tile lie side by side
