@@ -9,8 +9,8 @@ and evaluated on the test set, and on the validation split, on which choices are
 iterations take other time than the default's are trained again, for as many iterations as the default's seconds hold.
 Runs are those of `bench.bench_shapeworld`: commands of a user, `together` on a GPU; the same command given again goes
 on where a killed one was. A results file that exists is gone on with, on other machines too: the runs in it stay and
-are not made again. `--own "larger steps" "--executor.optim.lr 5e-4"` adds a row that ROWS lacks. `--show` prints the
-table of a results file and draws it beside the file.
+are not made again. `--own "larger steps" "--executor.optim.lr 5e-4"` adds a row that ROWS lacks; `--rows` alone leaves
+those of ROWS out. `--show` prints the table of a results file and draws it beside the file.
 """
 
 from __future__ import annotations
@@ -276,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = LineParser("python -m bench.bench_algorithms", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("folder", type=Path, nargs="?", help="folder of the runs")
     parser.add_argument("--preset", default="shapeworld-full")
-    parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), metavar="NAME", help="of ROWS")
+    parser.add_argument("--rows", nargs="*", choices=tuple(ROWS), default=list(ROWS), metavar="NAME", help="of ROWS")
     parser.add_argument(
         "--own", nargs=2, action="append", default=[], metavar=("NAME", "KEYS"), help="a further row, and its keys"
     )

@@ -1,4 +1,4 @@
-"""Fork attention in the shapes of other models: groups of heads, a token at a time, causal chunks."""
+"""Fork attention in other shapes: groups of heads, heads of 64, little context, a token at a time, causal chunks."""
 
 from __future__ import annotations
 
@@ -50,6 +50,12 @@ def make_inputs(bench: Bench, name: str, *, requires_grad: bool) -> Inputs:
         queries, own, past = 1, 0, 4 * chunk
     elif name == "causal by chunk":
         branches, queries, own, past, block, kv_heads = bench.size(2, 1), 4 * chunk, 4 * chunk, 0, chunk, heads
+    elif name == "heads of 64":
+        kv_heads, head_dim = heads, head_dim // 2
+    elif name != "4 heads a key":
+        if "4 heads a key" not in name:
+            heads = kv_heads = heads // 2
+        past = chunk // 3 if "short context" in name else 0
 
     def draw(batch: int, length: int, heads: int) -> Tensor:
         return torch.randn(batch, length, heads, head_dim, device=bench.device, dtype=dtype)
@@ -61,7 +67,8 @@ def make_inputs(bench: Bench, name: str, *, requires_grad: bool) -> Inputs:
 
 
 def ours(given: Inputs) -> Tensor:
-    view = CacheView.of(given.past[0][0], given.past[1][0], [[(0, given.past[0].shape[1])]])
+    past = given.past[0].shape[1]
+    view = CacheView.of(given.past[0][0], given.past[1][0], [[(0, past)]]) if past else None
     return fork_attention(given.q, given.k, given.v, view, causal_block=given.block)
 
 
@@ -122,7 +129,7 @@ def case(direction: str, name: str, given: Inputs) -> str:
     return f"{direction}, {name}, B={batch}, {queries} queries, {of_keys}, {heads}/{given.k.shape[2]}x{head_dim}"
 
 
-@pytest.mark.parametrize("name", ["4 heads a key", "one token", "causal by chunk"])
+@pytest.mark.parametrize("name", ["4 heads a key", "heads of 64", "one token", "causal by chunk"])
 def test_forward(bench: Bench, name: str) -> None:
     given = make_inputs(bench, name, requires_grad=False)
     sample = Sample(given)
@@ -135,7 +142,9 @@ def test_forward(bench: Bench, name: str) -> None:
     bench.measure("fork_attention_shapes", case("forward", name, given), contenders, exact, same)
 
 
-@pytest.mark.parametrize("name", ["4 heads a key", "causal by chunk"])
+@pytest.mark.parametrize(
+    "name", ["4 heads a key", "4 heads a key, short context", "short context", "no context", "causal by chunk"]
+)
 def test_backward(bench: Bench, name: str) -> None:
     given = make_inputs(bench, name, requires_grad=True)
     sample, grad = Sample(given), torch.randn_like(given.q)

@@ -84,7 +84,9 @@ class WarmChunk:
         return torch.randn(shape, device=self.device, dtype=dtype)
 
     def filled(self) -> tuple[KVHistory, list[int]]:
-        """The history after the window is full, each branch's of its own behind the first chunk."""
+        """The history after the window is full, each branch's of its own behind the first chunk; of one size it holds
+        the same frames in every scene."""
+        torch.manual_seed(1)
         history = KVHistory(self.runner, self.cache, self.settings, self.frame_tokens)
         ids = [history.new_branch()]
         text = self.model.project_text(self.words)

@@ -32,6 +32,7 @@ from csrc_triton import (
     qk_norm_rope,
     runtime,
 )
+from csrc_triton.fp8_linear import why_plain
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 B, FRAMES, TOKENS, HEADS = 1, 2, 32, 2  # of the calls that are asked about; L = FRAMES * TOKENS
@@ -91,6 +92,9 @@ def serving(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[Ser
                 found.append(Served(op, "torch", reason or "the interpreter serves where it is forced"))
             elif op == "fork_attention":
                 found.append(_attention(op, device, dtype, head_dim))
+            elif op == "fp8_linear":
+                plain = why_plain(device, dtype, HEADS * head_dim, HEADS * head_dim)
+                found.append(Served(op, "torch", "cuBLAS's product of float8 rows" if plain is None else plain))
             else:
                 found.append(Served(op, "triton", ""))
     return found

@@ -244,6 +244,7 @@ class PlannerConfig:
     server_attempt_s: float = key(120.0, RUN, "seconds for one request to the server, a whole plan", POSITIVE)
     server_outage_s: float = key(300.0, RUN, "silence of the server after which a run stops, seconds", SILENCE)
     server_ahead: bool = key(True, SPEED, "the server samples the next plans while the executor is updated")
+    server_sleep: bool = key(False, SPEED, "the server sleeps but for its plans, on one GPU with the trainer")
     max_importance: float = key(
         2.0, TRAINING, "largest weight of a served plan, of its probability when it was trained and drawn", IMPORTANCE
     )
@@ -485,6 +486,11 @@ def validate(config: RunConfig) -> None:
             refuse(f"planner.{name}", getattr(planner, name), f"{full} {why}")
     if planner.sampler == "served" and not planner.server:
         refuse("planner.server", "nothing", "the server's address with planner.sampler served")
+    if planner.server_sleep and planner.sampler != "served":
+        refuse("planner.server_sleep", True, "False with planner.sampler inside, which has no server")
+    if planner.server_sleep and planner.server_ahead:
+        accepted = "False with planner.server_ahead, for which the server is awake while the executor is updated"
+        refuse("planner.server_sleep", True, accepted)
     if planner.server_outage_s < planner.server_attempt_s:
         accepted = f"at least planner.server_attempt_s ({planner.server_attempt_s:g}), or one slow plan is an outage"
         refuse("planner.server_outage_s", planner.server_outage_s, accepted)

@@ -272,7 +272,7 @@ class Trainer:
         self.planner_policy.skipped, self.executor_policy.skipped = state["skipped"]
 
     def close(self) -> None:
-        """Leaves the planner's server as it was."""
+        """Leaves the planner's server without this run's adapters, asleep if it is to sleep."""
         if self.served:
             self.served.close()
 

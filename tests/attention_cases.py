@@ -166,9 +166,9 @@ def on_kernel(case: Case, context: Context, grad_lse: Tensor | None = None, by: 
 
 def assert_right(
     case: Case, got: list[Tensor], branches: Sequence[int] | None = None, grad_lse: Tensor | None = None,
-    reference: torch.dtype = torch.float64,
+    reference: torch.dtype = torch.float64, times: float = 2,
 ) -> None:  # fmt: skip
-    """Every result is within the error bound, for the given branches (None: all)."""
+    """Every result is within the error bound, for the given branches (None: all); times: see assert_as_good."""
     for branch in range(len(case.q)) if branches is None else branches:
         same = on_torch(case, branch, case.q.dtype, grad_lse)
         exact = on_torch(case, branch, reference, grad_lse, exact=True)
@@ -180,7 +180,7 @@ def assert_right(
                 assert torch.equal(given == -torch.inf, c == -torch.inf), f"lse of branch {branch}: who sees no key"
                 given, b, c = (t.nan_to_num(neginf=0.0) for t in (given, b.to(given.dtype), c))
                 assert given.isfinite().all()
-            assert_as_good(f"{name} of branch {branch}", given, b, c, atol)
+            assert_as_good(f"{name} of branch {branch}", given, b, c, atol, times)
 
 
 def assert_exact(case: Case, out: Tensor) -> None:

@@ -77,6 +77,7 @@ def test_a_key_accepts_what_its_message_names(name: str, words: str, bad: list[s
     parse_run([*needed.get(name, []), f"--{name}", *good], "program")
 
 
+SERVED = ["--planner.sampler", "served", "--planner.server", "http://localhost:8000"]
 TREE = ["--executor.forks", "tree"]
 SHARDED = ["--executor.shard", "2", "--executor.cuda_graphs", "false"]
 FOLLOWED = [  # a command line, the end of what it says, and the command lines that do what that says
@@ -171,12 +172,22 @@ FOLLOWED = [  # a command line, the end of what it says, and the command lines t
     (
         ["--planner.sampler", "served"],
         "the server's address with planner.sampler served",
-        ["--planner.sampler", "served", "--planner.server", "http://localhost:8000"],
+        SERVED,
     ),
     (
         ["--planner.server_outage_s", "60"],
         "at least planner.server_attempt_s (120), or one slow plan is an outage",
         ["--planner.server_outage_s", "120"],
+    ),
+    (
+        ["--planner.server_sleep", "true"],
+        "False with planner.sampler inside, which has no server",
+        ["--planner.server_sleep", "false"],
+    ),
+    (
+        [*SERVED, "--planner.server_sleep", "true"],
+        "False with planner.server_ahead, for which the server is awake while the executor is updated",
+        [*SERVED, "--planner.server_sleep", "true", "--planner.server_ahead", "false"],
     ),
     (
         ["--executor.timesteps", "500"],

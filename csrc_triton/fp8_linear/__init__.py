@@ -19,7 +19,7 @@ from csrc_triton.runtime import describe
 
 MOST_WIDTH = 16_384  # of a row that the kernel serves
 ROUNDING_CAPABILITY = (8, 9)  # sm_89: the first GPUs with e4m3
-PRODUCT_CAPABILITY = (9, 0)  # sm_90: the first whose matrix products take a scale for each row
+PRODUCT_CAPABILITY = (9, 0)  # the oldest on which products with a scale for each row were tried
 MULTIPLE = 16  # of both sides of a weight, in these products
 
 
@@ -67,8 +67,9 @@ def fp8_rows(x: Tensor, *, gelu: bool = False) -> Fp8Rows:
 def fp8_linear(x: Tensor | Fp8Rows, weight: Fp8Rows, bias: Tensor | None) -> Tensor:
     """x weight^T + bias; returns [..., N] in the dtype of the rows x.
 
-    The GPU's own product of float8 rows serves where `why_plain` has no reason against it, and PyTorch's product of the
-    same values in fp32 elsewhere.
+    The GPU's own product of float8 rows, cuBLAS's through PyTorch, serves where `why_plain` has no reason against it,
+    and PyTorch's product of the same values in fp32 elsewhere and under the backend "torch". Other forced backends
+    choose what rounds alone, as the op has no kernel.
 
     Args:
         x: [..., K]; a tensor is rounded by `fp8_rows`. Rows that several linears share are rounded once.

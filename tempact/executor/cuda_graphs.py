@@ -68,6 +68,7 @@ class _Graph:
     backward: torch.cuda.CUDAGraph | None = None
     output_grad: Tensor | None = None
     given: list[tuple[weakref.ref[Tensor], int]] = field(default_factory=list)  # what `inputs` are copies of
+    memory: Any = None  # the pool that it was recorded with
     refused: bool = False  # its recording failed
 
     def load(self, inputs: Sequence[Tensor]) -> None:
@@ -279,9 +280,11 @@ class CudaGraphRunner:
     def _capture(self, graph: _Graph, call: Callable[..., Tensor], inputs: list[Tensor]) -> None:
         graph.inputs = [tensor.detach().clone() for tensor in inputs]
         graph.given = [(weakref.ref(tensor), tensor._version) for tensor in inputs]
-        if self._memory is None:
+        # one pool of memory: no two graphs run at once, and outputs are copied before the next one. It is freed with
+        # the last graph that has it
+        if not any(each.forward is not None and each.memory is self._memory for each in self._graphs.values()):
             self._memory = torch.cuda.graph_pool_handle()
-        # one pool of memory: no two graphs run at once, and outputs are copied before the next one
+        graph.memory = self._memory
         graph.forward = torch.cuda.CUDAGraph()
         with self._recording(graph.forward):
             graph.output = call(*graph.inputs)
@@ -303,23 +306,36 @@ class CudaGraphRunner:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
         with torch.cuda.stream(self._side_stream):
-            # other threads may ask the device meanwhile, as NCCL's does for how its work is going
-            graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
             try:
+                # other threads may ask the device meanwhile, as NCCL's does for how its work is going
+                graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
                 yield
+                graph.capture_end()
             except BaseException:
-                with suppress(RuntimeError):  # it says that the recording is broken, the first error says why
-                    graph.capture_end()
-                with suppress(RuntimeError):
-                    self._record_nothing()
+                self._abandon(graph)
                 raise
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Leaves torch as it was before a recording that has failed.
+
+        Where the device has refused the recording, `capture_end` raises before torch's allocator hears of the end: the
+        pool would count as recorded to, and as used by the graph, for ever.
+        """
+        device, pool = self.model.device.index, self._memory
+        with suppress(RuntimeError):  # the first error says why
             graph.capture_end()
+        with suppress(RuntimeError):  # that it has ended
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
+        self._memory = None
+        with suppress(RuntimeError):
+            self._record_nothing()
 
     def _record_nothing(self) -> None:
         """A recording that ends well, after one that did not: until then torch's generator of random numbers on the
-        device counts as part of the broken one, and refuses every draw."""
+        device counts as part of the broken one, and refuses every draw. It has memory of its own."""
         number, graph = torch.zeros(1, device=self.model.device), torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+        graph.capture_begin(capture_error_mode="thread_local")
         number.add_(1)  # torch warns of an empty graph
         graph.capture_end()
 
@@ -344,7 +360,6 @@ class CudaGraphRunner:
     def forget(self) -> None:
         """Gives up all recordings and their memory."""
         self._graphs.clear()
-        self._memory = None  # freed with the last of them
 
     @cached_property
     def _adapted(self) -> LoraLinear | None:

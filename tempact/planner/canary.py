@@ -13,7 +13,7 @@ from tempact.models.adapters import reference_active, without_adapter
 from tempact.planner.planner import Planner
 from tempact.planner.server import Served
 
-SURE = 10.0  # times what differs beside the line between two adapters; rounding is alike at neighbours
+APART = 3.0  # rounding alone makes it about 1, and where it is one offset for many tokens sometimes 2
 EARLIER, START, NONE = "the adapter of an earlier iteration", "the adapter of the start", "no adapter"
 
 
@@ -45,16 +45,12 @@ class Told(NamedTuple):
     def telling(self, name: str) -> tuple[bool, bool]:
         """Whether the trained adapter and another can be told apart, and whether the server is nearer to the other.
 
-        The server's differences fall into a part along the line from one to the other and one beside it, which is
-        rounding. They are told apart where half the line is SURE times what a log-prob rounds.
+        All log-probs are rounded, the trainer's as well: where two adapters are alike, three roundings of the same
+        numbers are left, which lie equally far from one another. Two adapters are told apart where they lie APART times
+        as far from each other as the server lies from the nearer one.
         """
-        line, off = self.others[name] - self.trained, self.server - self.trained
-        length = line.norm()
-        if not length > 0:
-            return False, False
-        along = torch.dot(off, line / length)
-        beside = (off - along * line / length).norm() / max(1, len(off) - 1) ** 0.5
-        return bool(length / 2 > SURE * beside), bool(along > length / 2)
+        off, other = self.off, self.off_from(name)
+        return self.apart(name) > APART * min(off, other), other < off
 
 
 def told(planner: Planner, prompt: Sequence[int], served: Served, earlier: Mapping[str, Tensor] | None = None) -> Told:

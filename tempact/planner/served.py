@@ -27,6 +27,7 @@ from tempact.planner.canary import EARLIER, Told, told, weights_of
 from tempact.planner.decode import Response
 from tempact.planner.planner import Planner
 from tempact.planner.server import TOP, Call, Refused, Replies, Served, Server, ServerLost, completion
+from tempact.planner.sleep import fall_asleep, leave, release, wake_up
 from tempact.types import PlanBatch, Prompt
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ class ServedSampler:
     """Samples the responses of `planner` on the server of its configuration. One rank loads adapters; all ask.
 
     name: of the adapter that is loaded; nothing before the first. ready: what is asked for ahead. earlier: weights of
-    the last adapter that the canary has told from its forerunner, on the host.
+    the last adapter that the canary has told from its forerunner, on the host. awake: this process has woken a server
+    that is to sleep.
     """
 
     def __init__(self, planner: Planner, folder: Path, ranks: Ranks):
@@ -59,13 +61,15 @@ class ServedSampler:
         self.ready: Ready | None = None
         self.loaded: list[str] = []  # adapters that the server may hold
         self.earlier: dict[str, Tensor] = {}
+        self.awake = False
 
     def sample(
         self, number: int, prompts: list[Prompt], plans_per_prompt: int, seed: int
     ) -> tuple[PlanBatch, dict[str, float]]:
         """As `Planner.sample`, the plans of iteration `number`; with metrics of the change of adapters.
 
-        Waits for what `ahead` has asked for, or asks here. Raises ServerLost.
+        Waits for what `ahead` has asked for, or asks here. A server that is to sleep is awake meanwhile alone. Raises
+        ServerLost.
         """
         ready = self.ready
         if ready is None or ready.number != number:
@@ -79,7 +83,7 @@ class ServedSampler:
         finally:
             self.ready = None
             ready.replies.drop()
-        return plans, ready.metrics
+        return plans, ready.metrics | self._rest()
 
     def ahead(self, number: int, prompts: list[Prompt], plans_per_prompt: int, seed: int) -> None:
         """Asks for the plans of iteration `number`, whose weights the planner has already; `sample` waits for them.
@@ -107,15 +111,19 @@ class ServedSampler:
         """
         self.count += 1
         name = f"tempact-{self.run}-{self.count}"
+        if self.planner.config.server_sleep:  # it may be on the GPU of any process
+            self.ranks.agreed(lambda: release(self.planner.device))
         changed = self.ranks.agreed(lambda: self._change(name, instruction) if self.ranks.first else None, Aborted)[0]
         assert changed is not None
         self.name, metrics = changed
         return metrics
 
     def close(self) -> None:
-        """Unloads what is loaded and removes its folders."""
+        """Unloads what is loaded and removes its folders; a server that is to sleep and was woken is put to sleep."""
         self.forget()
         self._unload(self.loaded)
+        if self.awake:
+            leave(self.server)
 
     def begin(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> Replies[Served]:
         """Asks for a response to each prompt, token ids, drawn from its seed; returns at once."""
@@ -139,6 +147,8 @@ class ServedSampler:
         return Ready(number, metrics, self.begin(asked[own.start : own.stop], seeds[own.start : own.stop]))
 
     def _change(self, name: str, instruction: str) -> tuple[str, dict[str, float]]:
+        self.awake = self.planner.config.server_sleep
+        woken = {"planner/server_wake_s": wake_up(self.server)} if self.awake else {}
         began, folder = time.monotonic(), self.folder / name
         self.loaded.append(name)
         try:
@@ -149,7 +159,15 @@ class ServedSampler:
         swap_s = time.monotonic() - began
         found = self._canary(name, instruction)
         self._unload(self.loaded[:-1])
-        return name, found | {"planner/server_swap_s": swap_s}
+        return name, found | {"planner/server_swap_s": swap_s} | woken
+
+    def _rest(self) -> dict[str, float]:
+        """All plans are here: the server sleeps, if so configured, before any process goes on. Returns metrics."""
+        if not self.planner.config.server_sleep:
+            return {}
+        slept_s = self.ranks.agreed(lambda: fall_asleep(self.server) if self.ranks.first else 0.0, Aborted)[0]
+        self.awake = False
+        return {"planner/server_sleep_s": slept_s}
 
     def _load(self, name: str, folder: Path) -> None:
         try:

@@ -329,6 +329,8 @@ MEANINGS = {
     "planner/server_canary": "root mean square of the canary's log-probs between server and trainer, nats",
     "planner/server_canary/others": "the same between the adapter and the nearest other that can be told from it",
     "planner/server_swap_s": "seconds to write the adapter and load it on the server",
+    "planner/server_wake_s": "seconds to wake the server for its plans; with planner.server_sleep",
+    "planner/server_sleep_s": "seconds to put it to sleep after them",
     "executor/rollout_gap/SIGMA": "difference of log-probs between roll-out and training at that noise level, in clips",
     "rewards/REWARD/mean": "mean of a raw reward, from 0 to 1",
     "rewards/REWARD/std": "deviation of a raw reward",

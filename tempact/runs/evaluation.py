@@ -38,7 +38,7 @@ from tempact.worlds import STRICT, world_of
 
 log = logging.getLogger(__name__)
 
-LATER = ("planner.spans",)
+LATER = ("planner.spans", "executor.fp8_linears")
 
 CONFIG = "config.yaml"
 SHOWN = {SINGLE: "single prompt", STEP: "before: step prompts", BOTH: "after: + TempAct"}  # rows of the film strips

@@ -13,8 +13,9 @@ import torch
 from tempact.cli import fingerprint, from_yaml, to_yaml
 from tempact.config import RunConfig, validate
 from tempact.distributed import Ranks, told
-from tempact.errors import EXIT_STOPPED, Stopped, StopRequest, UserError
+from tempact.errors import EXIT_STOPPED, Aborted, Stopped, StopRequest, UserError
 from tempact.files import claim_run_folder, write_atomic
+from tempact.planner.sleep import begin as begin_server
 from tempact.policies import PolicyPair, build_policies, build_trainer, device_of
 from tempact.reporting import model_card, write_samples
 from tempact.reporting.report import leave_report
@@ -113,6 +114,8 @@ class Run:
         checkpoint = ranks.from_first(lambda: resolve_resume(resume, folder))
         world = world_of(judged_here(config, ranks))
         world.check()  # missing parts are named before weights load
+        if config.planner.sampler == "served":
+            ranks.agreed(lambda: begin_server(config.planner) if ranks.first else None, Aborted)
         prompts, scoring = world.prompts(), world.rewards(device_of(config), ranks.size).extended(rewards)
         opened.callback(scoring.close)
         ranks.agreed(scoring.check if ranks.first else lambda: None, JudgeOutage, UserError)

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -33,25 +34,54 @@ def storage(tensor: Tensor) -> int:
 class CpuGraph(TorchDispatchMode):
     """As `torch.cuda.CUDAGraph`."""
 
-    pools: ClassVar[dict[object, list[CpuGraph]]] = defaultdict(list)
+    pools: ClassVar[dict[object, WeakSet[CpuGraph]]] = defaultdict(WeakSet)  # the graphs of each
+    uses: ClassVar[dict[object, int]] = {}  # of each pool that was recorded to; at 0 it is freed
     drawing: ClassVar[bool] = True  # whether numbers can be drawn: not in a recording, nor after a broken one
+    underway: ClassVar[list[object]] = []  # pools that take what is allocated, also after a broken recording
 
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[tuple[Any, Any, dict[str, Any], Any]] = []
         self.made: list[Tensor] = []  # memory of the recording's own
         self.read: set[int] = set()
+        self.capturing = self.ended = False
 
-    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
-        self.pool, self.error, CpuGraph.drawing = pool, sys.exc_info()[1], False
+    def __del__(self) -> None:
+        if self.ended:
+            self.release(0, self.pool)
+
+    def capture_begin(self, pool: object | None = None, *, capture_error_mode: str) -> None:
+        self.pool, self.error, CpuGraph.drawing = object() if pool is None else pool, sys.exc_info()[1], False
+        if self.uses.get(self.pool) == 0:
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
+        if self.pool in self.underway:
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        self.uses[self.pool] = self.uses.get(self.pool, 0) + 1
+        self.underway.append(self.pool)
+        self.capturing = True
         self.__enter__()
 
     def capture_end(self) -> None:
+        if not self.capturing:
+            raise RuntimeError("the stream records nothing")
+        self.capturing = False
         self.__exit__(None, None, None)
         if sys.exc_info()[1] is not self.error and self.operations:
             raise RuntimeError("the recording is broken")
-        CpuGraph.drawing = True
-        self.pools[self.pool].append(self)
+        self.end_allocation(0, self.pool)
+        CpuGraph.drawing = self.ended = True
+        self.pools[self.pool].add(self)
+
+    @classmethod
+    def end_allocation(cls, device: int | None, pool: object) -> None:
+        if pool not in cls.underway:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        cls.underway.remove(pool)
+
+    @classmethod
+    def release(cls, device: int | None, pool: object) -> None:
+        if pool in cls.uses:  # or it was of an earlier test
+            cls.uses[pool] -= 1
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -106,6 +136,8 @@ def cpu_graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     if torch.cuda.is_available():
         pytest.skip("stands in for a GPU, which is there: run `pytest -m gpu`")
     CpuGraph.pools.clear()
+    CpuGraph.uses.clear()
+    CpuGraph.underway.clear()
     stand_ins: dict[str, Any] = {
         "CUDAGraph": CpuGraph, "Stream": Stream, "current_stream": Stream, "graph_pool_handle": object,
         "stream": lambda stream: nullcontext(), "synchronize": lambda: None, "empty_cache": lambda: None,
@@ -113,4 +145,6 @@ def cpu_graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     }  # fmt: skip
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", CpuGraph.end_allocation, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", CpuGraph.release, raising=False)
     monkeypatch.setattr(CudaGraphRunner, "_usable", lambda runner, x: runner.graphs)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import pytest
@@ -162,6 +164,9 @@ def test_a_recording_that_fails_leaves_plain_calls(
     calls.policy(calls.runner, x).sum().backward()
 
     def fail(*_: object, **__: object) -> None:
+        if DEVICE.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            with suppress(RuntimeError):  # the device refuses, and the recording with it
+                torch.cuda.synchronize()
         raise error
 
     caplog.set_level(logging.WARNING)
@@ -174,12 +179,51 @@ def test_a_recording_that_fails_leaves_plain_calls(
                 calls.policy(calls.runner, x)
     for _ in range(3):
         assert torch.equal(calls.policy(calls.runner, x), expected)
-    assert calls.recorded() == 0 and CpuGraph.drawing
-    draw()  # on the device
+    assert calls.recorded() == 0 and CpuGraph.drawing and not CpuGraph.underway
+    other = draw()  # on the device
+    for _ in range(3):
+        assert torch.equal(calls.velocity(calls.runner, other), calls.velocity(calls.plain, other))
+    assert calls.recorded() == 1
     said = [record.getMessage() for record in caplog.records]
     assert said == (
         ["no CUDA graph for a shape of call, which runs without one: no kernel"] * isinstance(error, Exception)
     )
+
+
+@pytest.mark.parametrize("step", ["capture_begin", "capture_end"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_recording_that_the_device_refuses_at_its_begin_or_end(
+    monkeypatch: pytest.MonkeyPatch, step: str, number: int
+) -> None:
+    """That of the forward or of the backward; the graph that was recorded before stays."""
+    calls, x = Calls(), draw()
+    for _ in range(2):
+        calls.velocity(calls.runner, x)
+    assert calls.recorded() == 1
+    expected = calls.policy(calls.plain, x).detach()
+    calls.policy(calls.runner, x).sum().backward()
+    told, act = [], getattr(torch.cuda.CUDAGraph, step)
+
+    def refused(*given: object, **more: object) -> None:
+        told.append(step)
+        if len(told) == number:
+            raise RuntimeError("operation not permitted")
+        act(*given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda.CUDAGraph, step, refused)
+        assert torch.equal(calls.policy(calls.runner, x), expected)
+    assert calls.recorded() == 1 and len(told) >= number
+    assert CpuGraph.drawing and not CpuGraph.underway
+    other, known = draw(), calls.velocity(calls.plain, x)
+    assert torch.equal(calls.velocity(calls.runner, x), known)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(calls.policy(calls.runner, other), calls.policy(calls.plain, other))
+    assert calls.recorded() == 2
+    calls.runner.forget()
+    gc.collect()
+    assert not any(CpuGraph.uses.values())
 
 
 def test_the_adapter_is_part_of_the_key(calls: Calls) -> None:

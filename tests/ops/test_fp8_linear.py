@@ -181,6 +181,13 @@ def test_gpus_without_the_format_round_on_the_torch_path(monkeypatch: pytest.Mon
     assert not runtime.older_than(torch.device("cpu"), (8, 9))
     with runtime.shapes_only():
         assert not runtime.older_than(cuda, (8, 9))
+    x = torch.randn(3, 32)
+    monkeypatch.setattr(runtime, "older_than", lambda device, capability: capability == (8, 9))
+    with runtime.backend("triton"), pytest.raises(ValueError, match="a GPU older than sm_89, which has no float8_e4m3"):
+        fp8_rows(x)
+    with runtime.backend("torch"):
+        expected = fp8_rows(x)
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(fp8_rows(x)[:2], expected[:2], strict=True))
 
 
 @pytest.mark.gpu

@@ -65,7 +65,9 @@ def test_a_reason_is_the_ops_own() -> None:
         found = served(torch.bfloat16, 36)
         assert found["decode_attention"][0] == "none: an error" and found["adaln"] == ("triton", "")
         assert found["decode_attention"][1].startswith("triton is forced, and does not serve heads of 36; accepted: 16")
-        assert set(served(torch.bfloat16, 64).values()) == {("triton", ""), attention_here()}
+        found = served(torch.bfloat16, 64)
+        assert found.pop("fp8_linear") == ("torch", "tensors on cpu; accepted: NVIDIA GPUs from sm_90")
+        assert set(found.values()) == {("triton", ""), attention_here()}
     with runtime.backend("torch"):
         assert set(served(torch.bfloat16, 64).values()) == {("torch", "the backend torch is forced")}
     reason = "torch.float64 tensors; accepted: float32, bfloat16, float16"

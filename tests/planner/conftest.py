@@ -1,15 +1,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from distributed.processes import SMALL
+from planner.fake_server import FakeServer
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
+from tempact.cli import parse_run
 from tempact.config import LoraConfig, OptimConfig, PlannerConfig
+from tempact.planner import server as client
 from tempact.planner.planner import Planner
+from tempact.policies import build_policies
+from tempact.runs import run as run_module
 from tempact.shapeworld.pretraining.planner import fit_tokenizer
 
 
@@ -85,3 +91,26 @@ def disturb(planner: Planner) -> None:
 @pytest.fixture
 def move():
     return disturb
+
+
+@pytest.fixture(scope="module")
+def brief() -> Iterator[None]:
+    """Runs without evaluation, report and long pauses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client, "FIRST_PAUSE_S", 0.01)
+        patch.setattr(run_module.Run, "finish", lambda self, stop: None)
+        patch.setattr(run_module, "leave_report", lambda folder: [])
+        yield
+
+
+@pytest.fixture(scope="module")
+def twin() -> Planner:
+    """The planner of small runs, for a server that stands beside them."""
+    return build_policies(parse_run([*SMALL], "program")[0]).planner
+
+
+@pytest.fixture
+def server(twin: Planner) -> Iterator[FakeServer]:
+    server = FakeServer(twin)
+    yield server
+    server.stop()

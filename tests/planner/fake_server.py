@@ -32,6 +32,7 @@ class FakeServer:
     fault    what it does in place of an answer; None: it answers
     stale    every adapter is answered with the weights of the first, or of none
     requests path and body of each
+    sleeping whether it sleeps; None: it has no sleep mode
     """
 
     def __init__(self, twin: Planner, runtime: bool = True):
@@ -41,6 +42,7 @@ class FakeServer:
         self.adapters: dict[str, dict[str, Tensor]] = {}
         self.ever: dict[str, dict[str, Tensor]] = {}
         self.requests: list[tuple[str, dict]] = []
+        self.sleeping: bool | None = None
         self.counts: Counter[str] = Counter()
         self.together = self.most_together = 0
         self._made: dict[str, dict] = {}  # choices, by what was asked for
@@ -106,6 +108,10 @@ class FakeServer:
         handler.wfile.write(data)
 
     def answer(self, path: str, body: dict) -> tuple[int, bytes]:
+        if path in ("/sleep?level=1", "/wake_up", "/is_sleeping"):
+            return self.turn(path)
+        if self.sleeping and path in ("/v1/completions", "/v1/load_lora_adapter"):
+            return error(400, "the engine is dead: it was asleep")  # vLLM's would wait for ever, or die
         if path == "/v1/models":
             cards = [{"id": "base", "root": "base", "parent": None}]
             cards += [{"id": name, "root": name, "parent": "base"} for name in self.adapters]
@@ -131,6 +137,14 @@ class FakeServer:
             return error(500, f"Call to add_lora method failed: {wrong[0]} does not fit")
         self.adapters[name] = self.ever[name] = state
         return 200, f"Success: LoRA adapter '{name}' added successfully.".encode()
+
+    def turn(self, path: str) -> tuple[int, bytes]:
+        if self.sleeping is None:
+            return 404, b'{"detail":"Not Found"}'
+        if path == "/is_sleeping":
+            return 200, json.dumps({"is_sleeping": self.sleeping}).encode()
+        self.sleeping = path != "/wake_up"
+        return 200, b""
 
     @torch.no_grad()
     def complete(self, body: dict) -> tuple[int, bytes]:

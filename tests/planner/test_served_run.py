@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,39 +20,15 @@ from tempact import train
 from tempact.cli import EXIT_ABORTED, parse_run
 from tempact.errors import EXIT_STOPPED, Stopped, UserError
 from tempact.executor.executor import Executor
-from tempact.planner import server as client
 from tempact.policies import build_policies, build_trainer
 from tempact.reporting import read_metrics
 from tempact.rl.gspo import gspo_loss
 from tempact.rl.importance import importance_weights
-from tempact.runs import run as run_module
 from tempact.runs.checkpoint import latest, verify
 from tempact.trainer import RolloutGapTooWide
 
-pytestmark = pytest.mark.usefixtures("log_handlers")
+pytestmark = pytest.mark.usefixtures("log_handlers", "brief")
 SMALL = ["shapeworld-smoke", *BRIEF]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def brief() -> Iterator[None]:
-    """Without evaluation, report and long pauses."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client, "FIRST_PAUSE_S", 0.01)
-        patch.setattr(run_module.Run, "finish", lambda self, stop: None)
-        patch.setattr(run_module, "leave_report", lambda folder: [])
-        yield
-
-
-@pytest.fixture(scope="module")
-def twin():
-    return build_policies(parse_run(SMALL, "program")[0]).planner
-
-
-@pytest.fixture
-def server(twin) -> Iterator[FakeServer]:
-    server = FakeServer(twin)
-    yield server
-    server.stop()
 
 
 def served(server: FakeServer, folder: Path, *more: str) -> list[str]:

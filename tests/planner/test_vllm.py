@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
-import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed.processes import BRIEF
+from rewards.tiny_server import VLLM, VLLM_ENVIRONMENT, free_port, running
 from safetensors.torch import load_file, save_file
 
 from tempact import train
@@ -29,7 +25,7 @@ from tempact.reporting import read_metrics
 from tempact.runs import run as run_module
 from tempact.types import Prompt
 
-EXECUTABLE = os.environ.get("TEMPACT_VLLM", "")
+EXECUTABLE = os.environ.get(VLLM, "")
 START_S = 300.0
 SMALL = ["shapeworld-smoke", *BRIEF]
 PROMPTS = [Prompt("a", "A red circle jumps."), Prompt("b", "The square grows, and then the red circle turns blue.")]
@@ -44,39 +40,17 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server that docs/planner-server.md's command has started."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("vllm") / "log"
-    settings = {
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+    port = free_port()
+    settings = VLLM_ENVIRONMENT | {
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "PYTHONPATH": "",
         "PATH": os.pathsep.join([str(Path(EXECUTABLE).parent), os.environ["PATH"]]),
     }  # fmt: skip
     command = [EXECUTABLE, "serve", str(planner_folder("shapeworld")), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--generation-config", "vllm"]
     # the CPU's worker cannot take back a seeded draw, which a prompt in pieces asks for (0.32.0)
     command += ["--no-enable-chunked-prefill", "--enable-lora", "--max-lora-rank", "16"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | settings
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-        try:
-            address, end = f"http://127.0.0.1:{port}", time.monotonic() + START_S
-            while not _healthy(address):
-                assert process.poll() is None and time.monotonic() < end, log.read_text(errors="replace")[-3000:]
-                time.sleep(0.5)
-            yield address
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def _healthy(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/health", timeout=5) as reply:
-            return reply.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
+    with running(command, port, tmp_path_factory.mktemp("vllm") / "log", settings, START_S):
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import random
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,14 +15,23 @@ import pytest
 from PIL import Image
 from rewards.judge_cases import ROLE
 from rewards.test_judge_client_server import client
-from rewards.tiny_server import VLLM, free_port, make_text_model, make_video_model, serving_vllm
+from rewards.tiny_server import (
+    THOUGHT,
+    VLLM,
+    documented_flags,
+    free_port,
+    make_text_model,
+    make_video_model,
+    serving_vllm,
+)
 
 from tempact import train
 from tempact.diagnostics import FAULT
 from tempact.diagnostics.judges import findings
 from tempact.reporting import read_metrics
-from tempact.rewards.judged import StepVerdict, video_fields
+from tempact.rewards.judged import PlanVerdict, StepVerdict, video_fields
 from tempact.rewards.judges import JudgeCall, Rubric
+from tempact.rewards.judges.replies import response_format
 from tempact.types import Missing
 
 pytestmark = [
@@ -107,3 +118,52 @@ def test_a_model_of_text_refuses_pictures_and_keeps_its_schema(tmp_path: Path, c
         with serving_vllm(model, TEXT, port):
             results = [future.result(120) for future in futures]
     assert all(isinstance(result, StepVerdict) for result in results), results
+
+
+VERDICT = {"faithfulness": 0.9, "coverage": 0.8, "temporal": 0.7, "hallucination": 0.0}
+UNTHINKING = "--default-chat-template-kwargs"
+
+
+def plan_calls(count: int) -> list[JudgeCall]:
+    rubric = Rubric("plan", "1", "Judge this plan.", PlanVerdict)
+    return [JudgeCall(ROLE, rubric, f"plan {n}") for n in range(count)]
+
+
+def said(port: int, model: Path, **more) -> dict:
+    """The message of a reply to a question of plans."""
+    body = {"model": str(model), "messages": [{"role": "user", "content": "Judge this plan."}], "temperature": 0}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body | {"max_tokens": 512} | more).encode(),
+        {"content-type": "application/json"},
+    )  # fmt: skip
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return json.load(reply)["choices"][0]["message"]
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_a_judge_with_a_reasoning_parser(thinks: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With thoughts and without, with a schema and without: what is between their marks is not read."""
+    model, flags = tmp_path / "text", [*documented_flags(TEXT), "--reasoning-parser", "qwen3"]
+    answer = json.dumps(VERDICT, separators=(",", ":"))
+    make_text_model(model, f"{THOUGHT[0]}\nIt fits.\n{THOUGHT[1]}{answer}", thinks=True)
+    if thinks:
+        at = flags.index(UNTHINKING)
+        del flags[at : at + 2]
+    with serving_vllm(model, TEXT, flags=flags) as port:
+        for fields in (None, PlanVerdict, StepVerdict):  # a schema is that of what follows the thoughts
+            message = said(port, model, **({"response_format": response_format(fields)} if fields else {}))
+            thoughts = message.get("reasoning") or message.get("reasoning_content")
+            assert (thoughts or "").strip() == ("It fits." if thinks else ""), message
+            assert (fields or PlanVerdict).model_validate_json(message["content"])
+        for schemas in (True, False):
+            with client(port, model, max_tokens=512, schemas=schemas) as judge:
+                results = [future.result(60) for future in judge.submit(plan_calls(8))]
+            # the white space of a grammar may lead the model away from the numbers that it has learned
+            assert all(isinstance(each, PlanVerdict) if schemas else each == PlanVerdict(**VERDICT) for each in results)
+        with client(port, model, max_tokens=8, attempts=1) as judge:
+            cut = judge.submit(plan_calls(1))[0].result(60)
+        told = "the reply is empty and was cut off" if thinks else "the reply was cut off"
+        assert isinstance(cut, Missing) and told in cut.reason and "larger judges.max_tokens" in cut.reason
+        found = [line for line in findings(60.0, environment(port, model)) if "plan_quality" in line[1]]
+        assert len(found) == 1 and found[0][0] != FAULT, found
+    assert "does not take" not in caplog.text

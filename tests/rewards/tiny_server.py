@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -44,6 +44,12 @@ TEMPLATE = (
     "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+THOUGHT = ("<think>", "</think>")
+UNTHINKING = (  # as in Qwen3's own template
+    "{% if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}"
+    "<think>\n\n</think>\n\n{% endif %}"
+)
+LOCAL = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
 
 
 def make_tokenizer(raw: Tokenizer | None = None) -> PreTrainedTokenizerFast:
@@ -66,31 +72,38 @@ def _sizes(tokens: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _teach(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, answer: str, steps: int = 250) -> None:
-    """Makes the model say `answer` after any question."""
+def _teach(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, answer: str, steps: int) -> None:
+    """Makes the model say `answer` after any question; one of local attention after long ones, too."""
     if not answer:
         return
-    words = tokenizer(f"{answer}<|im_end|>", return_tensors="pt").input_ids
+    bare = answer.rpartition(THOUGHT[1])[2]  # what is said where the template forbids thoughts
+    words = [tokenizer(f"{said}<|im_end|>", return_tensors="pt").input_ids for said in (answer, bare)]
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    letters = "abcdefghijklmnopqrstuvwxyz 0123456789"
+    falling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.01, steps)
+    letters, longest = "abcdefghijklmnopqrstuvwxyz 0123456789", 200 if model.config.use_sliding_window else 40
     for step in range(steps):
-        text = "".join(letters[int(i)] for i in torch.randint(len(letters), (5 + step % 40,)))
+        text = "".join(letters[int(i)] for i in torch.randint(len(letters), (5 + step % longest,)))
         chat = [{"role": "system", "content": "Score the plan."}, {"role": "user", "content": text}]
         question = tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True, enable_thinking=step % 2 == 0
         ).input_ids
-        labels = torch.cat([torch.full_like(question, -100), words], 1)
-        model(input_ids=torch.cat([question, words], 1), labels=labels).loss.backward()
+        labels = torch.cat([torch.full_like(question, -100), words[step % 2]], 1)
+        model(input_ids=torch.cat([question, words[step % 2]], 1), labels=labels).loss.backward()
         optimiser.step()
         optimiser.zero_grad()
+        falling.step()
 
 
-def make_text_model(folder: Path, answer: str = "") -> None:
-    """Qwen3, two layers of width 32."""
+def make_text_model(folder: Path, answer: str = "", *, thinks: bool = False) -> None:
+    """Qwen3, two layers of width 32. thinks: its tokenizer has tokens around thoughts, which its template can forbid;
+    it attends to what is near alone, so that its answer does not hang on the question's length."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    model = Qwen3ForCausalLM(Qwen3Config(**_sizes(len(tokenizer))))
-    _teach(model, tokenizer, answer)
+    if thinks:
+        tokenizer.add_tokens(list(THOUGHT))
+        tokenizer.chat_template = TEMPLATE + UNTHINKING
+    model = Qwen3ForCausalLM(Qwen3Config(**_sizes(len(tokenizer)), **(LOCAL if thinks else {})))
+    _teach(model, tokenizer, answer, 600 if thinks else 250)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -128,13 +141,13 @@ def serving(folder: Path, port: int = 0) -> Iterator[int]:
     port = port or free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--port", str(port),
                "--host", "127.0.0.1", "--device", "cpu"]  # fmt: skip
-    with _running(command, port, folder.parent / f"{folder.name}.log", {}):
+    with running(command, port, folder.parent / f"{folder.name}.log", {}):
         yield port
 
 
-def documented_flags(model: str) -> list[str]:
-    """Flags of the command in docs/judges.md that serves a model, without its port."""
-    text = DOCUMENTED.read_text(encoding="utf-8").replace("\\\n", " ")
+def documented_flags(model: str, page: Path = DOCUMENTED) -> list[str]:
+    """Flags of the command on a page that serves a model, without its port."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     (line,) = [line for line in text.splitlines() if f"vllm serve {model} " in line]
     words = shlex.split(line.partition(model)[2])
     at = words.index("--port")
@@ -142,23 +155,29 @@ def documented_flags(model: str) -> list[str]:
 
 
 @contextmanager
-def serving_vllm(folder: Path, model: str, port: int = 0) -> Iterator[int]:
-    """Likewise of vLLM's server (the executable that the variable VLLM names), started as documented for `model`."""
+def serving_vllm(folder: Path, model: str, port: int = 0, flags: Sequence[str] = ()) -> Iterator[int]:
+    """Likewise of vLLM's server (the executable that the variable VLLM names), started as documented for `model`, or
+    with these flags."""
     port = port or free_port()
-    command = [os.environ[VLLM], "serve", str(folder), "--port", str(port), "--enforce-eager", *documented_flags(model)]
+    flags = flags or documented_flags(model)
+    command = [os.environ[VLLM], "serve", str(folder), "--port", str(port), "--enforce-eager", *flags]
     path = f"{Path(os.environ[VLLM]).parent}{os.pathsep}{os.environ['PATH']}"  # it calls tools of its environment
     own = VLLM_ENVIRONMENT | {"PATH": path, "PYTHONPATH": ""}  # which is of this environment
-    with _running(command, port, folder.parent / f"{folder.name}.log", own):
+    with running(command, port, folder.parent / f"{folder.name}.log", own):
         yield port
 
 
 @contextmanager
-def _running(command: list[str], port: int, log: Path, own: dict[str, str]) -> Iterator[None]:
+def running(command: list[str], port: int, log: Path, own: dict[str, str], start_s: float = START_S) -> Iterator[None]:
+    """Inside, a server runs that has answered on /health; own: its variables beside those of this process.
+
+    Raises AssertionError with the log's end where it ends, or does not answer within `start_s`.
+    """
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | own
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
         try:
-            _wait(port, process, log)
+            _wait(port, process, log, start_s)
             yield
         finally:
             with suppress(ProcessLookupError):  # it may have ended by itself
@@ -166,8 +185,8 @@ def _running(command: list[str], port: int, log: Path, own: dict[str, str]) -> I
             process.wait()
 
 
-def _wait(port: int, process: subprocess.Popen, log: Path) -> None:
-    end = time.monotonic() + START_S
+def _wait(port: int, process: subprocess.Popen, log: Path, start_s: float) -> None:
+    end = time.monotonic() + start_s
     while time.monotonic() < end:
         assert process.poll() is None, log.read_text()[-3000:]
         try:
@@ -175,7 +194,7 @@ def _wait(port: int, process: subprocess.Popen, log: Path) -> None:
             return
         except (urllib.error.URLError, OSError):
             time.sleep(0.3)
-    raise AssertionError(f"no server within {START_S} s: {log.read_text()[-3000:]}")
+    raise AssertionError(f"no server within {start_s} s: {log.read_text()[-3000:]}")
 
 
 def free_port() -> int:
