@@ -121,8 +121,11 @@ def _context(
         for at in range(0, slots):
             start = tl.load(segments + at * table_by_slot)
             length = tl.load(segments + at * table_by_slot + 1)
+            # an end before its begin is no loop of 0 steps: on an H200 (Triton 3.6) keys of later segments were lost
+            begin = tl.minimum(tl.maximum(first, 0), length)
+            end = tl.maximum(tl.minimum(last, length), begin)
             acc, top, total = _walk(
-                q, acc, top, total, k, v, none, head, start + tl.maximum(first, 0), start + tl.minimum(last, length),
+                q, acc, top, total, k, v, none, head, start + begin, start + end,
                 scale, k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head, KEYS, WIDTH, HEAD,
             )  # fmt: skip
             first -= length  # numbers of keys from the next segment's first on
