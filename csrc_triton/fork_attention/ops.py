@@ -35,6 +35,10 @@ def forward(
     from csrc_triton.fork_attention.tiles import Call, Past
 
     call = Call(q, k, v, Past.of(q, context_k, context_v, table, index), softmax_scale, causal_block)
+    if selection.few_queries(call):
+        from csrc_triton.fork_attention.portable import few
+
+        return few.forward(call)
     if selection.hopper_serves(q, k, v, context_k, context_v, unfit=selection.why_not_shapes(call)):
         from csrc_triton.fork_attention.hopper import forward as hopper
 

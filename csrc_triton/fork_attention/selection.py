@@ -1,4 +1,5 @@
-"""Which kernels serve a call of fork attention on a GPU: those for Hopper (Gluon) or the portable ones."""
+"""Which kernels serve a call of fork attention on a GPU: those for Hopper (Gluon), the portable ones, or those of few
+queries, which are portable too and for the forward pass alone."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import triton
 from torch import Tensor
 
 from csrc_triton import runtime
+from csrc_triton.fork_attention.portable import few
 from csrc_triton.fork_attention.tiles import HOPPER, Call, describable
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,11 @@ def hopper_serves(q: Tensor, *others: Tensor | None, unfit: str | None = None) -
         raise ValueError(f"fork_attention: backend 'hopper' is forced and cannot serve: {reason}")
     _say(reason)
     return reason is None
+
+
+def few_queries(call: Call) -> bool:
+    """Whether the kernels of few queries serve the forward pass: by shapes, unless the backend "hopper" is forced."""
+    return runtime.get_backend() != "hopper" and few.serves(call)
 
 
 def why_not_shapes(call: Call) -> str | None:

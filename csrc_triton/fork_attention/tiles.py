@@ -97,6 +97,12 @@ def _major(device: torch.device) -> int:
     return major if major in (HOPPER, SM_120) else PLAIN
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 0 for the interpreter."""
+    return 0 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def width_of(head_dim: int) -> int:
     """Columns of a tile of heads of this size, up to 256: those behind the head are masked."""
     return max(WIDTHS[0], triton.next_power_of_2(head_dim))

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.fork_attention.tiles import Past, on
+from csrc_triton.fork_attention.tiles import Past, multiprocessors, on
 
 TILE = 128  # rows
 MERGED_ROWS = 16  # of one program
@@ -38,17 +38,12 @@ class Split:
     @classmethod
     def of(cls, device: torch.device, tiles: int, steps: int, least: int) -> Split:
         """For `tiles` tiles of about `steps` steps each, certainly `least`."""
-        return _split(_multiprocessors(device), tiles, steps, least)
+        return _split(multiprocessors(device), tiles, steps, least)
 
     def sums(self, width: int, device: torch.device) -> Tensor:
         """Where the parts' sums go: fp32 [parts * others, TILE, width], part-major; one element if there are none."""
         shape = (self.parts * self.others, TILE, width) if self.parts > 1 else (1,)
         return torch.empty(shape, dtype=torch.float32, device=device)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.lru_cache(maxsize=1024)

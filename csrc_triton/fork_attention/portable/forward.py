@@ -34,7 +34,7 @@ from csrc_triton.fork_attention.tiles import (
 
 
 @triton.jit
-def _step(
+def step(
     q, acc, top, total, k, v, index, head, row, end, sees, scale,
     k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head,
     KEYS: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr, DESCRIPTORS: tl.constexpr, ZEROS: tl.constexpr,
@@ -75,7 +75,7 @@ def _whole(
     """The whole tiles of keys [first, first + length)."""
     full = first + length - length % KEYS
     for row in tl.range(first, full, KEYS):
-        acc, top, total = _step(
+        acc, top, total = step(
             q, acc, top, total, k, v, index, head, row, full, full, scale,
             k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head,
             KEYS, WIDTH, HEAD, DESCRIPTORS, False, False, False, False,
@@ -93,7 +93,7 @@ def _rest(
     rest = length % KEYS
     end = first + length
     if rest > 0:
-        acc, top, total = _step(
+        acc, top, total = step(
             q, acc, top, total, k, v, index, head, end - rest, end, end, scale,
             k_by_index, k_by_row, k_by_head, v_by_index, v_by_row, v_by_head,
             KEYS, WIDTH, HEAD, DESCRIPTORS, ZEROS, True, False, False,
@@ -120,7 +120,7 @@ def _own(
         )  # fmt: skip
         last = seen(tl.minimum(position + QUERIES, own) - 1, block, own)
         for row in tl.range(clear - clear % KEYS, last, KEYS):
-            acc, top, total = _step(
+            acc, top, total = step(
                 q, acc, top, total, k, v, branch, head, row, own, sees, scale,
                 k_by_branch, k_by_row, k_by_head, v_by_branch, v_by_row, v_by_head,
                 KEYS, WIDTH, HEAD, DESCRIPTORS, DESCRIPTORS, True, True, BLIND,
