@@ -174,6 +174,18 @@ def places_of(rows: list[Siblings]) -> dict[tuple[int, int, int], tuple[int, int
     return {(row.plan, row.start, row.leaves[column].start): (number, column) for number, row, column in branches}
 
 
+def recorded_at(
+    places: dict[tuple[int, int, int], tuple[int, int]], start: int, branches: list[Branch]
+) -> Iterator[tuple[int, slice, slice]]:
+    """Row and columns of the record, and which of the branches at frame `start` they hold: as many at once as lie side
+    by side."""
+    found = ((places.get((b.plan, start, b.continuations[0])), i) for i, b in enumerate(branches))
+    held = [(*place, i) for place, i in found if place is not None]
+    for _, run in groupby(held, lambda each: (each[0], each[1] - each[2])):
+        (row, column, first), *more = run
+        yield row, slice(column, column + 1 + len(more)), slice(first, first + 1 + len(more))
+
+
 @torch.no_grad()
 def roll_out(
     history: KVHistory,
@@ -203,7 +215,7 @@ def roll_out(
         videos = [(b.plan, continuation, i) for i, b in enumerate(branches) for continuation in b.continuations]
         plan, continuation, branch = on_device([*zip(*videos, strict=True)], device).unbind()
         latents[plan, continuation, :, start : start + chunk] = clean[branch]
-        for number, columns, kept in recorded_at(start, branches):
+        for number, columns, kept in recorded_at(places, start, branches):
             states, fresh = seen[kept], own[kept, 1 : settings.schedule.calls]
             if settings.forward:
                 states, fresh = noised(clean[kept], start, branches[kept])
@@ -211,14 +223,6 @@ def roll_out(
             _record(record.states[number, columns], states)
             _record(record.noises[number, columns], fresh)
         return clean
-
-    def recorded_at(start: int, branches: list[Branch]) -> Iterator[tuple[int, slice, slice]]:
-        """Row and columns of the record, and which of the branches they hold: as many at once as lie side by side."""
-        found = ((places.get((b.plan, start, b.continuations[0])), i) for i, b in enumerate(branches))
-        held = [(*place, i) for place, i in found if place is not None]
-        for _, run in groupby(held, lambda each: (each[0], each[1] - each[2])):
-            (row, column, first), *more = run
-            yield row, slice(column, column + 1 + len(more)), slice(first, first + 1 + len(more))
 
     def noised(clean: Tensor, start: int, branches: list[Branch]) -> tuple[Tensor, Tensor]:
         sigmas = clean.new_tensor(settings.schedule.sigmas[:-1]).view(-1, 1, 1, 1, 1)
