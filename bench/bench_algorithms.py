@@ -9,8 +9,9 @@ and evaluated on the test set, and on the validation split, on which choices are
 iterations take other time than the default's are trained again, for as many iterations as the default's seconds hold.
 Runs are those of `bench.bench_shapeworld`: commands of a user, `together` on a GPU; the same command given again goes
 on where a killed one was. A results file that exists is gone on with, on other machines too: the runs in it stay and
-are not made again. `--own "larger steps" "--executor.optim.lr 5e-4"` adds a row that ROWS lacks; `--rows` alone leaves
-those of ROWS out. `--show` prints the table of a results file and draws it beside the file.
+are not made again; one whose preset had other values is refused. `--own "larger steps" "--executor.optim.lr 5e-4"` adds
+a row that ROWS lacks; `--rows` alone leaves those of ROWS out. `--show` prints the table of a results file and draws it
+beside the file.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, cast
 
 from bench import report
 from bench.bench_shapeworld import VALIDATION, Job, carry_out, devices, rows_on_lines, table
+from tempact.cli import parse_run
+from tempact.config import flatten
 from tempact.errors import LineParser, UserError, guarded
 from tempact.evaluation import BOTH, STEP
 from tempact.evaluation.statistics import AVERAGE, CLEARNESS, DUPLICATES, NOT_TEMPORAL, PICTURE_QUALITY, Comparison
@@ -50,7 +53,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     # where its continuations begin, and from what
     "tree of 2 x 4": TREE,
     "tree of 2 x 4, by depth": (*TREE, "--executor.compared", "depth"),
-    "random chunk": ("--executor.forks", "random_chunk"),
+    "one switch": ("--executor.forks", "one"),
     "seed groups": ("--executor.seed_group", "true"),
     # the planner's
     "GRPO": ("--planner.loss", "grpo", "--planner.clip_low", "0.2", "--planner.clip_high", "0.2"),
@@ -184,6 +187,7 @@ def results(
         "command": report.command("bench.bench_algorithms"),
         "preset": given.preset,
         "keys": " ".join(keys),
+        "configuration": configuration(given.preset, keys),
         "gpus": told.gpus * len(devices()) if told else [],
         "hardware": f"{told.cpu} ({told.cores} cores), {told.memory_gib:.0f} GiB memory" if told else "",
         "together_on_a_gpu": given.together,
@@ -196,18 +200,29 @@ def results(
     }
 
 
+def configuration(preset: str, keys: Sequence[str]) -> dict[str, Any]:
+    """Every value of the default's configuration, as JSON has it."""
+    values = flatten(parse_run([preset, *keys], "python -m bench.bench_algorithms")[0])
+    return cast(dict[str, Any], json.loads(json.dumps(values)))
+
+
 def earlier(given: argparse.Namespace, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of the results file, where it exists. Raises UserError for one of another preset or of other keys."""
+    """Rows of the results file, where it exists. Raises UserError for one of another preset, of other keys, or of other
+    values of a preset that has changed since."""
     if given.save is None or not given.save.is_file():
         return []
     with reading(given.save):
         found = json.loads(given.save.read_text(encoding="utf-8"))
         made = found["preset"], found["keys"]
-        rows = found["rows"]
+        values, rows = found["configuration"], found["rows"]
     asked = given.preset, " ".join(keys)
     if made != asked:
         found, accepted = (f"preset {preset} with keys {words!r}" for preset, words in (made, asked))
         raise UserError(f"--save: found a file of {found} at {given.save}; accepted: one of {accepted}")
+    for key, value in configuration(given.preset, keys).items():
+        if values.get(key, value) != value:  # a key that came later has its default's meaning in earlier runs
+            told = f"found a file made with {key} {values[key]} at {given.save}"
+            raise UserError(f"--save: {told}; accepted: one made with {value}, or a new file")
     for row in rows:
         wanted = given.known.get(row["row"])
         if wanted != tuple(row["keys"].split()):

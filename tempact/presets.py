@@ -71,12 +71,12 @@ def shapeworld() -> RunConfig:
 
 
 def shapeworld_full() -> RunConfig:
-    """The same at a size for one H200: more prompts, M = 4, N = 8, a larger evaluation."""
-    planner = replace(shapeworld().planner, optim=OptimConfig(lr=1e-3, lr_end=0.1))
-    optim = OptimConfig(lr=2.5e-4, lr_end=0.1)
+    """The same at a size for one H200: more prompts, M = 4, N = 8, forks at random chunks, a larger evaluation."""
+    planner = replace(shapeworld().planner, optim=OptimConfig(lr=4e-3, lr_end=0.1))
+    more = {"continuations": 8, "forks": "random_chunk", "micro_batch": 768}
     return replace(
-        derived(shapeworld(), "shapeworld-full", planner, optim=optim, continuations=8, micro_batch=768),
-        data=DataConfig(prompts_per_iteration=8),
+        derived(shapeworld(), "shapeworld-full", planner, optim=OptimConfig(lr=6e-4, lr_end=0.1), **more),
+        data=DataConfig(prompts_per_iteration=16),
         trainer=TrainerConfig(iterations=120, checkpoint_every=40),
         evaluation=EvaluationConfig(simple=256, hard=256, strict=256, batch=256),
     )

@@ -14,9 +14,18 @@ from tempact.cli import parse_run
 from tempact.config import flatten
 from tempact.errors import UserError
 
+PRESET = "shapeworld-smoke"
+
 
 def asked(folder: Path, **more: object) -> argparse.Namespace:
-    given = {"folder": folder, "preset": "p", "rows": [DEFAULT, "RLOO"], "seeds": [4, 5], "threads": 2, "known": ROWS}
+    given = {
+        "folder": folder,
+        "preset": PRESET,
+        "rows": [DEFAULT, "RLOO"],
+        "seeds": [4, 5],
+        "threads": 2,
+        "known": ROWS,
+    }
     return argparse.Namespace(**(given | more))
 
 
@@ -30,7 +39,7 @@ def test_rows_are_commands_of_a_user_and_are_judged_on_the_validation_split(tmp_
     runs = runs_of(asked(tmp_path), ["--executor.eta", "0.5"])
     assert [(own.name, own.seed) for own in runs] == [(DEFAULT, 4), ("RLOO", 4), (DEFAULT, 5), ("RLOO", 5)]
     folder = tmp_path / "rloo-seed-5"
-    train = ["tempact.train", "p", "--seed", "5", "--threads", "2", "--executor.eta", "0.5", *ROWS["RLOO"]]
+    train = ["tempact.train", PRESET, "--seed", "5", "--threads", "2", "--executor.eta", "0.5", *ROWS["RLOO"]]
     assert runs[3].run.command[2:] == [*train, "--output", str(folder)]
     own = str(folder) + "-validation"
     assert runs[3].validation.command[2:] == ["tempact.evaluate", own, "--split", "validation", "--threads", "2"]
@@ -85,12 +94,12 @@ def test_rows_of_other_speed_are_given_the_seconds_of_the_default() -> None:
 
 
 def test_runs_of_a_results_file_stay_and_are_not_made_again(tmp_path: Path) -> None:
-    file = tmp_path / "table.json"
+    file, values = tmp_path / "table.json", {"trainer.iterations": 2}  # of a time when there was no other key
     rows = [
         {"row": DEFAULT, "keys": "", "equal": "samples", "runs": [run(4, 0.4)]},
         {"row": "RLOO", "keys": " ".join(ROWS["RLOO"]), "equal": "seconds", "runs": [run(5, 0.3)]},
     ]
-    file.write_text(json.dumps({"preset": "p", "keys": "", "rows": rows}))
+    file.write_text(json.dumps({"preset": PRESET, "keys": "", "configuration": values, "rows": rows}))
     given = asked(tmp_path, save=file, together=1)
     kept = earlier(given, [])
     left = runs_of(given, [], kept)
@@ -98,21 +107,23 @@ def test_runs_of_a_results_file_stay_and_are_not_made_again(tmp_path: Path) -> N
     assert [own.seed for own in runs_of(given, [], kept, {"RLOO": 150})] == [4]
     assert results(given, [], left, kept)["rows"] == rows
     with pytest.raises(
-        UserError, match="--save: found a file of preset p with keys '' at .*; accepted: one of preset other"
+        UserError,
+        match="--save: found a file of preset shapeworld-smoke with keys '' at .*; accepted: one of preset shapeworld ",
     ):
-        earlier(asked(tmp_path, save=file, preset="other"), [])
+        earlier(asked(tmp_path, save=file, preset="shapeworld"), [])
     with pytest.raises(
-        UserError, match="--save: found a file of preset p .*; accepted: .* with keys '--executor.eta 0.5'"
+        UserError,
+        match="--save: found a file of preset shapeworld-smoke .*; accepted: .* with keys '--executor.eta 0.5'",
     ):
         earlier(given, ["--executor.eta", "0.5"])
     rows[1]["keys"] = "--planner.loss gspo"
-    file.write_text(json.dumps({"preset": "p", "keys": "", "rows": rows}))
+    file.write_text(json.dumps({"preset": PRESET, "keys": "", "configuration": values, "rows": rows}))
     with pytest.raises(
         UserError, match="found row 'RLOO' with keys '--planner.loss gspo'; accepted: '--planner.loss r"
     ):
         earlier(given, [])
     rows[1]["row"] = "larger steps"
-    file.write_text(json.dumps({"preset": "p", "keys": "", "rows": rows}))
+    file.write_text(json.dumps({"preset": PRESET, "keys": "", "configuration": values, "rows": rows}))
     with pytest.raises(
         UserError, match="found row 'larger steps' .*; accepted: a row of ROWS, or --own 'larger steps'"
     ):
@@ -120,6 +131,12 @@ def test_runs_of_a_results_file_stay_and_are_not_made_again(tmp_path: Path) -> N
     given.known = ROWS | {"larger steps": ("--planner.loss", "gspo")}
     kept = earlier(given, [])
     assert results(given, [], [], kept)["rows"] == rows
+    values["trainer.iterations"] = 3
+    file.write_text(json.dumps({"preset": PRESET, "keys": "", "configuration": values, "rows": rows}))
+    with pytest.raises(
+        UserError, match="--save: found a file made with trainer.iterations 3 at .*; accepted: one made with 2, or"
+    ):
+        earlier(given, [])
     given.rows = ["larger steps"]
     assert runs_of(given, [], kept)[0].run.command[6:10] == ["--threads", "2", "--planner.loss", "gspo"]
 
