@@ -49,7 +49,8 @@ def smoke(seed: int = 0, prompts: int = 1, plans: int = 2, **trainer: int) -> Ru
         seed=seed,
         device="cpu",
         data=replace(base.data, prompts_per_iteration=prompts),
-        planner=replace(base.planner, plans_per_prompt=plans),
+        planner=replace(base.planner, plans_per_prompt=plans, max_new_tokens=64),
+        executor=replace(base.executor, timesteps=(1000, 500)),
         trainer=TrainerConfig(**{"iterations": 20, **trainer}),
     )
 
