@@ -14,8 +14,8 @@ import pytest
 import torch
 from peft import PeftConfig
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from runs.same_run import FAST
+from safetensors.torch import load_file, save_file
 from test_references import undocumented
 
 from tempact import evaluate, generate, report, train
