@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from math import inf
 from operator import attrgetter
@@ -447,6 +448,7 @@ def sections_of(kind: type, prefix: str = "") -> dict[str, type]:
     return sections
 
 
+@cache
 def keys_of(kind: type) -> dict[str, Key]:
     """Dotted keys of a configuration class, by section."""
     keys = {}
