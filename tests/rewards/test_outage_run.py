@@ -33,7 +33,7 @@ from tempact.runs import run as run_module
 from tempact.runs.checkpoint import defect, latest
 from tempact.worlds import world_of
 
-ITERATIONS = 4
+ITERATIONS = 3
 ROLES = ("plan_quality", "temporal_following", "step_following")
 
 
