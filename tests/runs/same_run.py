@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from tempact import train
 
-# two noise levels in place of four, and plans that are cut off sooner
-FAST = ("--executor.timesteps", "1000", "500", "--planner.max-new-tokens", "64")
+# three noise levels in place of four, of which two are trained, and plans that are cut off sooner
+FAST = ("--executor.timesteps", "1000", "750", "500", "--planner.max-new-tokens", "64")
 ARGUMENTS = [
     "shapeworld-smoke", "--device", "cpu", "--trainer.iterations", "3", "--trainer.checkpoint-every", "3", *FAST
 ]  # fmt: skip

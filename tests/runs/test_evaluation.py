@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from evaluation.test_harness import FakeJudge
-from runs.same_run import FAST
 from safetensors.torch import load_file, save_file
 
 from tempact import evaluate, generate, train
@@ -27,6 +26,7 @@ from tempact.shapeworld import STRICT_SETS
 
 pytestmark = pytest.mark.usefixtures("log_handlers")
 SMOKE = ("shapeworld-smoke", "--device", "cpu", "--evaluation.hard", "1", "--evaluation.strips", "0")
+FAST = ("--executor.timesteps", "1000", "500", "--planner.max_new_tokens", "64")
 STOPS_AFTER = 3  # batches of the evaluation
 
 
