@@ -447,14 +447,19 @@ def sections_of(kind: type, prefix: str = "") -> dict[str, type]:
     return sections
 
 
+_KEYS: dict[type, dict[str, Key]] = {}
+
+
 def keys_of(kind: type) -> dict[str, Key]:
-    """Dotted keys of a configuration class, by section."""
-    keys = {}
-    for section, inner in sections_of(kind).items():
-        hints = get_type_hints(inner)
-        for own in filter(lambda own: own.metadata, dataclasses.fields(inner)):
-            keys[f"{section}.{own.name}".lstrip(".")] = Key(hints[own.name], own.default, **own.metadata)
-    return keys
+    """Dotted keys of a configuration class, by section; found once, so the dictionary is not to be changed."""
+    if kind not in _KEYS:
+        keys = {}
+        for section, inner in sections_of(kind).items():
+            hints = get_type_hints(inner)
+            for own in filter(lambda own: own.metadata, dataclasses.fields(inner)):
+                keys[f"{section}.{own.name}".lstrip(".")] = Key(hints[own.name], own.default, **own.metadata)
+        _KEYS[kind] = keys
+    return _KEYS[kind]
 
 
 def flatten(config: Any) -> dict[str, Any]:

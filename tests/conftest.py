@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import random
@@ -17,11 +18,14 @@ if not torch.cuda.is_available():  # before any kernel is defined
     os.environ["TRITON_INTERPRET"] = "1"
 
 import hypothesis
+import interpreter
 import numpy as np
 import pytest
 
 # the models are so small that threads cost more than they bring, and sums come out the same on any machine
 torch.set_num_threads(1)
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    interpreter.work_once()
 hypothesis.settings.register_profile("tempact", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tempact")
 

@@ -21,7 +21,12 @@ PROMPT = "A red circle is at the top left and a blue square is at the bottom rig
 
 
 def smoke(output: Path) -> RunConfig:
-    return replace(tempact.get_preset("shapeworld-smoke"), output=str(output), device="cpu")
+    base = tempact.get_preset("shapeworld-smoke")
+    return replace(
+        base, output=str(output), device="cpu", planner=replace(base.planner, max_new_tokens=64),
+        executor=replace(base.executor, timesteps=(1000, 500)),
+        evaluation=replace(base.evaluation, simple=1, hard=1),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +92,6 @@ def test_an_iterations_videos_end_with_it(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Trainer, "iterate", watched)
     config = smoke(tmp_path / "run")
-    config = replace(config, evaluation=replace(config.evaluation, simple=1, hard=1))
     assert tempact.train(config).exit_code == 0 and len(made) == 4
 
 
@@ -99,7 +103,6 @@ def test_a_reward_of_ones_own_is_one_function(tmp_path: Path) -> None:
         return frames.float().mean(dim=(2, 3, 4, 5)) / 255
 
     config = smoke(tmp_path / "run")
-    config = replace(config, evaluation=replace(config.evaluation, simple=1, hard=1))
     tempact.train(config, rewards=[tempact.Reward("brightness", brightness, weight=2.0)], callbacks=[seen.append])
     own = seen[0].scored.custom[0]
     assert own.name == "brightness" and own.scores.shape == (2, 2)

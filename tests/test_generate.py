@@ -38,7 +38,10 @@ from tempact.types import Plan, PlanBatch, Prompt, Step
 from tempact.video import enlarge
 
 STEPS = [{"start": 0, "end": 3, "prompt": "a cat"}, {"start": 3, "end": 9, "prompt": "a dog"}]
-TINY = ["--executor.weights", "random-tiny", "--executor.lora.rank", "4", "--executor.lora.alpha", "4"]
+TINY = [
+    "--executor.weights", "random-tiny", "--executor.lora.rank", "4", "--executor.lora.alpha", "4",
+    "--executor.precision", "fp32",  # a CPU's convolutions in bf16 take six times as long
+]  # fmt: skip
 SHAPE = ["--executor.video_size", "32", "48", "--frames", "9", "--device", "cpu"]
 LONGLIVE = ["longlive", *TINY, *SHAPE, "--planner.weights", "random", "--planner.max_new_tokens", "4"]
 # of whom nothing is known: fails if it is loaded
@@ -50,9 +53,9 @@ def small(**changes: object) -> RunConfig:
     """What LONGLIVE says."""
     base = get_preset("longlive")
     lora = replace(base.executor.lora, rank=4, alpha=4)
-    settings = {"weights": "random-tiny", "video_size": (32, 48), "frames": 9, "lora": lora} | changes
+    settings = {"weights": "random-tiny", "video_size": (32, 48), "frames": 9, "lora": lora, "precision": "fp32"}
     planner = replace(base.planner, weights="random", max_new_tokens=4)
-    return replace(base, device="cpu", planner=planner, executor=replace(base.executor, **settings))
+    return replace(base, device="cpu", planner=planner, executor=replace(base.executor, **settings | changes))
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[Path]:
@@ -189,7 +192,7 @@ def test_a_published_checkpoint_makes_videos_without_a_note(
     mp4, strip, told = run(
         capsys, *NO_PLANNER, "--prompt", "A cat.", "--plan", plan_file(tmp_path), "--output", tmp_path / "out",
         "--executor.weights", base, "--executor.adapters", lora, "--executor.wan_folder", release,
-        "--executor.text_cache", tmp_path / "text",
+        "--executor.text_cache", tmp_path / "text", "--executor.precision", "bf16-fp32-gates",
     )  # fmt: skip
     facts = json.loads(told.read_text())
     assert "note" not in facts and {path.stem[:6] for path in (mp4, strip, told)} == {"a-cat-"}
@@ -277,6 +280,7 @@ def test_adapters_of_a_run_and_of_a_peft_folder(tmp_path: Path, capsys: pytest.C
     first = run(capsys, folder, *common, "--output", tmp_path / "a")
     adapter = folder / "checkpoints" / "step-000002" / "executor"
     sizes = ["--executor.weights", "random-tiny", "--planner.weights", "/nowhere", *SHAPE]
+    sizes += ["--executor.precision", "fp32"]
     second = run(capsys, "longlive", *common, "--adapter", adapter, "--output", tmp_path / "b", *sizes)
     assert first[0].read_bytes() == second[0].read_bytes()
     assert {json.loads(paths[2].read_text())["adapter"] for paths in (first, second)} == {str(adapter)}

@@ -42,14 +42,15 @@ NAN = float("nan")
 
 
 def smoke(seed: int = 0, prompts: int = 1, plans: int = 2, **trainer: int) -> RunConfig:
-    """The smoke preset on the CPU."""
+    """The smoke preset on the CPU, with three noise levels, of which two are trained, and shorter plans."""
     base = get_preset("shapeworld-smoke")
     return replace(
         base,
         seed=seed,
         device="cpu",
         data=replace(base.data, prompts_per_iteration=prompts),
-        planner=replace(base.planner, plans_per_prompt=plans),
+        planner=replace(base.planner, plans_per_prompt=plans, max_new_tokens=64),
+        executor=replace(base.executor, timesteps=(1000, 750, 500)),
         trainer=TrainerConfig(**{"iterations": 20, **trainer}),
     )
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from distributed import faulty
-from runs.same_run import equal
+from runs.same_run import FAST, equal
 from safetensors.torch import load_file
 from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
@@ -30,7 +30,7 @@ from tempact.runs import run
 
 TESTS = Path(__file__).parents[1]
 LONGEST_S = 240
-BRIEF = ("--device", "cpu", "--threads", "1", "--trainer.iterations", "2")
+BRIEF = ("--device", "cpu", "--threads", "1", "--trainer.iterations", "2", *FAST)
 SMALL = ("shapeworld-smoke", *BRIEF)
 OWN = ("time_s", "timing_s/", "memory/", "ranks/")  # metrics that are those of the processes, not of the training
 

@@ -35,6 +35,7 @@ from tempact.presets import EXECUTOR_TARGETS, SELF_FORCING_TARGETS, get_preset
 from tempact.types import Batch, Plan, Step
 
 MEMBERS = 2
+LATENT = (4, 4)  # few tokens: it is the weights that are shared
 SMALL = WanConfig(  # 40 heads, FFN of 2.7 widths as in the 14B; a width of 5,120 for 240 and 40 blocks for 3
     dim=240, ffn_dim=648, freq_dim=16, text_dim=16, text_len=64, heads=40, layers=3, in_dim=3, out_dim=3
 )
@@ -63,7 +64,7 @@ def make_executor(model: WanTransformer, precision: str, targets: tuple[str, ...
         continuations=4, micro_batch=3, window="tempact-self-forcing", checkpoint_activations=again,
     )  # fmt: skip
     torch.manual_seed(1)
-    return Executor(model, RandomText("random-tiny", torch.device("cpu")), PixelCodec(), config, (8, 8))
+    return Executor(model, RandomText("random-tiny", torch.device("cpu")), PixelCodec(), config, LATENT)
 
 
 def own_part(noise: NoiseSource, own: slice) -> NoiseSource:
@@ -111,7 +112,7 @@ def counted() -> Iterator[list[int]]:
 def check_gathers(executor: Executor) -> None:
     """A call gathers every block once, a backward once more, whatever was called before; `project_text` none."""
     model = executor.model
-    x, sigma, positions = torch.randn(1, 3, 3, 8, 8), torch.full((1, 3), 0.5), torch.arange(3)
+    x, sigma, positions = torch.randn(1, 3, 3, *LATENT), torch.full((1, 3), 0.5), torch.arange(3)
     words = executor.encode(["a cat sits"])
     frozen = sum(p.numel() * p.element_size() for p in model.blocks[0].parameters() if isinstance(p, DTensor))
     with executor.precision():

@@ -36,20 +36,21 @@ def test_it_is_the_size_that_a_rollout_leaves(
     assert cache_rows(executor.settings, plans, continuations, fork, FRAME_TOKENS) == cache.rows_total
 
 
-@pytest.mark.parametrize(("micro_batch", "together"), [(2, 1), (6, 1), (13, 2)])
 @pytest.mark.parametrize("changes", POLICIES)
-def test_it_is_the_size_that_updates_leave(make_executor: Make, changes: dict, micro_batch: int, together: int) -> None:
+def test_it_is_the_size_that_updates_leave(make_executor: Make, changes: dict) -> None:
     """With a switch at every frame that can have one; 2 continuations with 3 transitions are a plan's 6 pairs."""
-    executor = make_executor(frames=15, smooth_prompts=False, micro_batch=micro_batch, **changes)
+    executor = make_executor(frames=15, smooth_prompts=False, **changes)
     plan = Plan("i", tuple(Step(start, start + 3, f"step {start}") for start in range(0, 15, 3)))
     noise = gaussian_noise(0, executor.noise_shape(3, 2), CPU)
     made = [executor.roll_out([plan] * 3, [fork] * 3, noise)[1] for fork in (3, 6, 9, 12)]
-    del executor.cache
-    for transition in made:
-        executor.velocities(transition, [0, 1, 2])
     rows = FIRST_FRAMES * FRAME_TOKENS
-    assert update_cache_rows(executor.settings, together, FRAME_TOKENS, rows) == executor.cache.rows_total
-    assert update_cache_rows(executor.settings, together, FRAME_TOKENS, 10**4) == 10**4
+    for micro_batch, together in ((2, 1), (6, 1), (13, 2)):
+        del executor.cache
+        executor.config = replace(executor.config, micro_batch=micro_batch)
+        for transition in made:
+            executor.velocities(transition, [0, 1, 2])
+        assert update_cache_rows(executor.settings, together, FRAME_TOKENS, rows) == executor.cache.rows_total
+        assert update_cache_rows(executor.settings, together, FRAME_TOKENS, 10**4) == 10**4
 
 
 @pytest.mark.parametrize("changes", POLICIES)

@@ -67,17 +67,18 @@ def test_a_stalled_request_leaves_time_for_the_next() -> None:
         assert is_right(client.submit([call(3)])[0].result(10), 3)
 
 
-def test_random_faults_give_every_call_its_own_reply_or_none() -> None:
+@pytest.mark.parametrize("count", [200, pytest.param(400, marks=pytest.mark.slow)])
+def test_random_faults_give_every_call_its_own_reply_or_none(count: int) -> None:
     behaviour = Behaviour(share=0.3, faults=tuple(RETRIED), retry_after="0.05", delay_s=0.01, seed=1)
     with running(behaviour) as server, client_of([server.url]) as client:
-        results = [future.result(30) for future in client.submit([call(n) for n in range(400)])]
+        results = [future.result(30) for future in client.submit([call(n) for n in range(count)])]
         right = [is_right(result, n) for n, result in enumerate(results)]
         missing = [isinstance(result, Missing) for result in results]
         assert all(a != b for a, b in zip(right, missing, strict=True))
-        assert sum(missing) <= 12  # 0.3 ** 4 of 400 is 3.2
-        assert sum(server.proxy.seen.values()) > 500
+        assert sum(missing) <= 0.03 * count  # 0.3 ** 4 is 0.008
+        assert sum(server.proxy.seen.values()) > 1.25 * count
         stats = client.stats()
-        assert stats[f"judge/{ROLE}/calls"] == 400 and stats[f"judge/{ROLE}/missing"] == sum(missing) / 400
+        assert stats[f"judge/{ROLE}/calls"] == count and stats[f"judge/{ROLE}/missing"] == sum(missing) / count
 
 
 def test_concurrency_is_used_and_never_exceeded() -> None:
@@ -367,7 +368,8 @@ def test_fuzzed_plans_are_sent_and_answered() -> None:
     assert [r.score for r in results if isinstance(r, Score)] == [score_of(text) for text in texts]
 
 
-def test_fuzzed_bodies_raise_nothing() -> None:
+@pytest.mark.parametrize("count", [300, pytest.param(1000, marks=pytest.mark.slow)])
+def test_fuzzed_bodies_raise_nothing(count: int) -> None:
     """A body cut, or with a byte changed, anywhere: a reply in range, or missing."""
     generator = random.Random(1)
     whole = completion('{"score": 0.25, "reason": "x"}')
@@ -386,8 +388,8 @@ def test_fuzzed_bodies_raise_nothing() -> None:
 
         server.proxy._reply = reply
         with client_of([server.url], attempts=1) as client:
-            results = [future.result(60) for future in client.submit([call(n) for n in range(1000)])]
+            results = [future.result(60) for future in client.submit([call(n) for n in range(count)])]
     scores = [result.score for result in results if isinstance(result, Score)]
-    assert len(results) == 1000 and 500 <= len(scores) < 1000
+    assert len(results) == count and count / 2 <= len(scores) < count
     assert all(math.isfinite(score) and 0 <= score <= 1 for score in scores)
     assert all(isinstance(result, Score | Missing) for result in results)

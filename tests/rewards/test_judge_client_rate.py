@@ -45,8 +45,9 @@ def used_rate(server: Server, calls: int, rate: float, **limits: object) -> floa
 
 @pytest.mark.parametrize(
     ("status", "rate", "asks_for"),
-    [(429, 20.0, "nothing"), (429, 80.0, "nothing"), (429, 40.0, "seconds"), (429, 40.0, "date"),
-     (503, 40.0, "seconds"), (503, 40.0, "date"), (529, 40.0, "seconds")],
+    [(429, 20.0, "nothing"), (429, 40.0, "date"), (503, 40.0, "seconds"), (529, 40.0, "seconds"),
+     *(pytest.param(*given, marks=pytest.mark.slow)
+       for given in ((429, 80.0, "nothing"), (429, 40.0, "seconds"), (503, 40.0, "date")))],
 )  # fmt: skip
 def test_a_rate_costs_no_reply(status: int, rate: float, asks_for: str) -> None:
     with Server(says(status), bucket=Bucket(rate), headers=ASKS_FOR[asks_for]) as server:

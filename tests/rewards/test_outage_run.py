@@ -33,7 +33,7 @@ from tempact.runs import run as run_module
 from tempact.runs.checkpoint import defect, latest
 from tempact.worlds import world_of
 
-ITERATIONS = 4
+ITERATIONS = 3
 ROLES = ("plan_quality", "temporal_following", "step_following")
 
 
@@ -54,7 +54,7 @@ def environment(server: Apart | Server) -> dict[str, str]:
 def command(folder: Path, **keys: object) -> list[str]:
     given = {
         "trainer.iterations": ITERATIONS, "judges.shapeworld": "true", "output": folder / "run", "device": "cpu",
-        "judges.cache": folder / "judges.sqlite", "judges.attempt_s": 2, **keys,
+        "judges.cache": folder / "judges.sqlite", "judges.attempt_s": 2, "planner.max_new_tokens": 64, **keys,
     }  # fmt: skip
     return ["shapeworld-smoke", *(str(part) for name, value in given.items() for part in (f"--{name}", value))]
 

@@ -83,7 +83,8 @@ def test_a_run_on_the_forward_process() -> None:
 
 def test_a_run_on_one_level_at_a_time() -> None:
     config = smoke(plans=2, updates_per_iteration=2)
-    trainer = make(replace(config, executor=replace(config.executor, levels="sliding")), SCORES)
+    executor = replace(config.executor, levels="sliding", timesteps=(1000, 750, 500, 250))
+    trainer = make(replace(config, executor=executor), SCORES)
     trainer.done = 4  # the level is the second of three
     metrics = iterate(trainer).metrics
     assert metrics["executor/level"] == 1.0 and metrics["executor/grad_norm@2"] > 0

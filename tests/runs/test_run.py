@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import PeftConfig
 from PIL import Image
+from runs.same_run import FAST
 from safetensors.torch import load_file, save_file
 from test_references import undocumented
 
@@ -33,7 +34,7 @@ from tempact.trainer import Trainer
 from tempact.types import PlanBatch
 from tempact.worlds import WEIGHTS, ShapeWorld
 
-SMOKE = ("shapeworld-smoke", "--device", "cpu", "--trainer.iterations", "2")
+SMOKE = ("shapeworld-smoke", "--device", "cpu", "--trainer.iterations", "2", *FAST)
 PROMPT = "A red circle is at the top left. First, the circle slowly moves to the right. Then the circle turns blue."
 
 
@@ -217,7 +218,7 @@ def test_a_run_whose_updates_keep_failing_is_saved_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unevaluated: list[int]
 ) -> None:
     folder, build = tmp_path / "run", run_module.build_trainer
-    arguments = ["shapeworld-smoke", "--device", "cpu", "--output", str(folder), "--trainer.iterations", "4"]
+    arguments = [*SMOKE, "--output", str(folder), "--trainer.iterations", "4"]
     arguments += ["--trainer.max_skipped_updates", "1", "--trainer.checkpoint_every", "50"]
 
     def broken(*given) -> Trainer:
@@ -242,7 +243,7 @@ def test_a_run_whose_judges_are_gone_saves_and_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unevaluated: list[int]
 ) -> None:
     folder, build = tmp_path / "run", ShapeWorld.rewards
-    arguments = ["shapeworld-smoke", "--device", "cpu", "--output", str(folder), "--trainer.iterations", "3"]
+    arguments = [*SMOKE, "--output", str(folder), "--trainer.iterations", "3"]
     arguments += ["--trainer.checkpoint_every", "50"]
     begun: list[PlanBatch] = []
     closed: list[int] = []
