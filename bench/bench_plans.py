@@ -25,7 +25,7 @@ from torch import Tensor
 from bench import report
 from bench.bench_shapeworld import rows_on_lines
 from tempact.cli import parse_run, preset_or_run
-from tempact.errors import guarded
+from tempact.errors import UserError, guarded
 from tempact.evaluation.prompts import SETS
 from tempact.executor.sampler import NoiseSource, gaussian_noise
 from tempact.files import write_atomic
@@ -39,6 +39,7 @@ from tempact.shapeworld.story import FRAMES, draw
 from tempact.shapeworld.verifier import verify
 from tempact.shapeworld.world import held_out_prompts
 from tempact.types import Plan, Prompt
+from tempact.worlds import ShapeWorld, world_of
 
 UNTRAINED, TRAINED, REFERENCE, DRAWN = "untrained", "trained", "reference", "drawn"
 NOTES = (
@@ -114,6 +115,10 @@ def main(argv: list[str] | None = None) -> int:
     given, keys = parser.parse_known_args(argv)
     options, run = preset_or_run(given.target)
     config = parse_run([*options, *keys], "python -m bench.bench_plans")[0]
+    if given.videos < 1:
+        raise UserError(f"--videos: found {given.videos}; accepted: at least 1")
+    if not isinstance(world_of(config), ShapeWorld):
+        raise UserError(f"{given.target}: found videos of a backbone; accepted: a run or preset of ShapeWorld")
     policies = load_newest(config, run)[0] if run else build_policies(config)
     prompts = {name: held_out_prompts(name, given.videos, given.seed, given.split) for name in SETS}
     with torch.inference_mode():

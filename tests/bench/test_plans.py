@@ -10,6 +10,7 @@ import torch
 
 from bench import bench_plans
 from bench.bench_plans import DRAWN, REFERENCE, UNTRAINED, drawn, rows_of
+from tempact.errors import UserError
 from tempact.presets import get_preset
 from tempact.shapeworld.grammar import parse_instruction, reference_plan
 from tempact.shapeworld.verifier import verify
@@ -63,3 +64,12 @@ def test_an_instruction_has_the_same_video_whatever_is_made_beside_it() -> None:
     assert rows == told and [row["planner"] for row in rows[::3]] == ["untrained", "trained", "reference"]
     fresh = [[row[judge] for judge in ("verifier", "matcher")] for row in rows[:2]]
     assert fresh[0] == fresh[1]  # a fresh adapter changes nothing
+
+
+def test_bad_input_is_told_before_anything_is_loaded() -> None:
+    with pytest.raises(UserError, match="--videos: found 0; accepted: at least 1"):
+        bench_plans.main(["shapeworld-smoke", "--videos", "0"])
+    with pytest.raises(
+        UserError, match="longlive: found videos of a backbone; accepted: a run or preset of ShapeWorld"
+    ):
+        bench_plans.main(["longlive"])
